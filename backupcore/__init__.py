@@ -1,0 +1,1 @@
+"""The core of a pluggable backup system for libvirt/KVM virtual machines."""

@@ -1,0 +1,134 @@
+"""What can go wrong, sorted by what the caller should do about it.
+
+::
+
+    BackupError
+    ├── ConfigError           the user mends the configuration or the command
+    ├── TargetUnavailable     retryable: the datastore is away; try again later
+    ├── TargetFull            make room in the place that the message names (datastore, scratch, restore folder)
+    ├── AccessDenied          the credentials or permissions do not suffice
+    ├── NotFound              no VM, disk, image, increment or datastore of that name
+    │   └── SourceNotFound    the datastore holds no complete source of that token
+    ├── IntegrityError        stored bytes are not what was written: do not restore from them
+    ├── UnsupportedOperation  this will not work here, now or on a second try
+    │   └── IncrementImpossible   an increment cannot be taken, a full can; raised before the guest is touched
+    ├── Busy                  retryable: somebody else works on the same VM or image
+    ├── HypervisorError       libvirt, QEMU or the guest refused or failed
+    ├── Cancelled             the user asked to stop
+    └── ContractViolation     a driver or plugin broke the contract: its author mends it
+
+A message says what happened, to what; `hint` says what to do next. Neither ever holds a secret. Drivers raise these
+from one place, ``raise TargetFull(...) from error``; an `OSError` that leaves a hook is translated by the core.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import ClassVar
+
+__all__ = [
+    "AccessDenied",
+    "BackupError",
+    "Busy",
+    "Cancelled",
+    "ConfigError",
+    "ContractViolation",
+    "HypervisorError",
+    "IncrementImpossible",
+    "IntegrityError",
+    "NotFound",
+    "SourceNotFound",
+    "TargetFull",
+    "TargetUnavailable",
+    "UnsupportedOperation",
+    "from_os_error",
+]
+
+
+class BackupError(Exception):
+    """The root of the tree: `message` for what happened, `hint` (or "") for what to do next."""
+
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class ConfigError(BackupError):
+    """The configuration, an option or the command line is wrong."""
+
+
+class TargetUnavailable(BackupError):
+    """The datastore cannot be reached; the same call may succeed later."""
+
+    retryable = True
+
+
+class TargetFull(BackupError):
+    """No room left in the place that the message names."""
+
+
+class AccessDenied(BackupError):
+    """The credentials or permissions do not suffice."""
+
+
+class NotFound(BackupError):
+    """Nothing of that name exists."""
+
+
+class SourceNotFound(NotFound):
+    """The datastore holds no complete source of that token."""
+
+
+class IntegrityError(BackupError):
+    """What was read is not what was written."""
+
+
+class UnsupportedOperation(BackupError):
+    """This cannot be done here; trying again does not help."""
+
+
+class IncrementImpossible(UnsupportedOperation):
+    """An increment cannot be taken for the reason in the message; a full in a new image can.
+
+    A `prebackup` raises it before the guest is touched. The session then takes the full, once, and records the reason.
+    """
+
+
+class Busy(BackupError):
+    """Somebody else works on the same VM or image."""
+
+    retryable = True
+
+
+class HypervisorError(BackupError):
+    """libvirt, QEMU or the guest refused or failed."""
+
+
+class Cancelled(BackupError):
+    """The user asked to stop."""
+
+
+class ContractViolation(BackupError):
+    """A driver or plugin broke the contract of `backupcore.hookspecs`."""
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def from_os_error(error: OSError, what: str) -> BackupError:
+    """The member of the taxonomy that an `OSError` stands for; `what` names the thing that was worked on."""
+    reason = error.strerror or str(error) or type(error).__name__
+    where = f" ({error.filename})" if isinstance(error.filename, str) else ""
+    message = f"{what}: {reason}{where}"
+    if error.errno in _FULL:
+        return TargetFull(message, "Make room there, then run it again.")
+    if error.errno in _DENIED:
+        return AccessDenied(message, "Check the owner and the permissions of the path.")
+    return TargetUnavailable(message)
