@@ -1,10 +1,11 @@
-"""Byte ranges of a disk and the few operations on them. All offsets and lengths are bytes; ranges are half open.
+"""Byte ranges of a disk and the few operations on them, in bytes.
 
-A *range* is ``(offset, length)``; an `Extent` is a range that also says what is there. Every function here takes and
-gives ranges in ascending order without overlaps, and works as a stream: nothing is collected.
+A *range* is ``(offset, length)``, half open; an `Extent` is a range that also says what is there. Every
+function here takes and gives ranges in ascending order without overlaps, and works as a stream: nothing is
+collected.
 
-What an increment leaves alone is *not listed*. A `Kind.ZERO` extent is listed: those bytes were written, as zeros, and
-leaving them out would bring old bytes back at restore.
+What an increment leaves alone is *not listed*. A `Kind.ZERO` extent is listed: those bytes were written, as
+zeros, and leaving them out would bring old bytes back at restore.
 """
 
 from __future__ import annotations
@@ -120,12 +121,12 @@ def to_clusters(extents: Iterable[Extent], size: int, cluster: int = CLUSTER) ->
 
     - A cluster that is DATA in any part is DATA.
     - A cluster that is wholly ZERO is ZERO. The part of the last cluster past `size` counts as covered.
-    - A cluster that is partly ZERO and otherwise not listed is DATA: it also holds bytes that nobody described, which
-      must be read, and zeroing them would destroy them.
+    - A cluster that is partly ZERO and otherwise not listed is DATA: it also holds bytes that nobody
+      described, which must be read, and zeroing them would destroy them.
     - A cluster that is not listed in any part is not listed.
 
-    The last extent may end past `size`, at the end of its cluster. Raises ValueError for extents past `size`, out of
-    order or overlapping. Takes time by the number of extents, not of clusters.
+    The last extent may end past `size`, at the end of its cluster. Raises ValueError for extents past `size`,
+    out of order or overlapping. Takes time by the number of extents, not of clusters.
     """
     return coalesce(_clusters(coalesce(extents), size, cluster))
 
@@ -141,10 +142,10 @@ def _clusters(extents: Iterable[Extent], size: int, cluster: int) -> Iterator[Ex
         whole = zeros == min(cluster, size - open_at)
         return Extent(open_at, cluster, Kind.ZERO if whole and not data else Kind.DATA)
 
-    for offset, length, kind in extents:
-        if offset < 0 or offset + length > size:
-            raise ValueError(f"bytes {offset} to {offset + length} lie outside a disk of {size} bytes")
-        end = offset + length
+    for first, length, kind in extents:
+        offset, end = first, first + length
+        if offset < 0 or end > size:
+            raise ValueError(f"bytes {offset} to {end} lie outside a disk of {size} bytes")
         while offset < end:
             start = offset - offset % cluster
             if open_at not in (-1, start):

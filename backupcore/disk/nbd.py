@@ -1,19 +1,22 @@
-"""An NBD client: reads the exports of QEMU (a live disk in a pull-mode backup, or `qemu-nbd`) over a unix socket.
+"""An NBD client: reads the exports of QEMU (a live backup job, or `qemu-nbd`) over a unix socket.
 
-It speaks the fixed newstyle protocol with structured replies, as the NBD project's ``doc/proto.md`` lays it down, and
-only reads: NBD_CMD_READ and NBD_CMD_BLOCK_STATUS. All offsets and lengths are bytes.
+It speaks the fixed newstyle protocol with structured replies, as the NBD project's ``doc/proto.md`` lays it
+down, and only reads: NBD_CMD_READ and NBD_CMD_BLOCK_STATUS. All offsets and lengths are bytes.
 
-One `Client` is one connection and may be used by several threads, with several requests in flight. There is no thread
-of its own: of those who wait for a reply, one reads from the socket for all, straight into the buffers of the callers.
+One `Client` is one connection and may be used by several threads, with several requests in flight. There is
+no thread of its own: of those who wait for a reply, one reads from the socket for all, straight into the
+buffers of the callers.
 
-Errors say whether the connection is gone. `RequestFailed`: the server refused one request, the connection goes on.
-Everything else (`ConnectionLost`, `ProtocolError`) closes it: after a reply that breaks the protocol nobody knows where
-the next one starts. A QEMU whose NBD server is stopped while a client is half way through the handshake hangs for ever,
-guest and all. So the handshake has a deadline, and no connection outlives an exception.
+Errors say whether the connection is gone. `RequestFailed`: the server refused one request, the connection
+goes on. Everything else (`ConnectionLost`, `ProtocolError`) closes it: after a reply that breaks the protocol
+nobody knows where the next one starts. A QEMU whose NBD server is stopped while a client is half way through
+the handshake hangs for ever, guest and all. So the handshake has a deadline, and no connection outlives an
+exception.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -99,7 +102,7 @@ class NbdError(HypervisorError):
 
 
 class ConnectionLost(NbdError):
-    """There is no connection, or there is none any more: the server went away, or `Client.close` was called."""
+    """There is no connection (any more): the server is away, or `Client.close` was called."""
 
 
 class ProtocolError(ConnectionLost):
@@ -118,7 +121,7 @@ class RequestFailed(NbdError):
 
 @dataclass(frozen=True)
 class Address:
-    """Where an export is: the path of a unix socket and the name of the export ("" is the server's default one)."""
+    """An export: the path of a unix socket, and a name ("" is the server's default export)."""
 
     socket: str
     export: str = ""
@@ -162,7 +165,7 @@ class _Request:
 
 
 class Pending:
-    """A read in flight. Until `result` has returned, or the client is closed, the buffer belongs to the client."""
+    """A read in flight. Until `result` returns, or the client is closed, the buffer is the client's."""
 
     __slots__ = ("_bounce", "_client", "_requests")
 
@@ -177,7 +180,8 @@ class Pending:
         """Wait until the buffer is filled. Raises RequestFailed or ConnectionLost; may be called again."""
         for request in self._requests:
             self._client._wait(request)
-        # Only now: while any part is in flight its bytes may still arrive, so the caller must not get the buffer back.
+        # Only now: while any part is in flight its bytes may still arrive, so the caller must not get the
+        # buffer back.
         for request in self._requests:
             if request.error is not None:
                 raise request.error
@@ -189,16 +193,17 @@ class Pending:
 class Client:
     """One connection to one export, ready for use once built; a context manager.
 
-    `contexts` are the metadata contexts that `block_status` shall report; one that the export lacks is an error.
-    `timeout` (seconds) bounds the handshake as a whole. Reads have no limit of time, since storage may stall for
-    minutes; `close` from another thread ends them.
+    `contexts` are the metadata contexts that `block_status` shall report; one that the export lacks is an
+    error. `timeout` (seconds) bounds the handshake as a whole. Reads have no limit of time, since storage may
+    stall for minutes; `close` from another thread ends them.
 
     Raises NbdError (no such export, a missing context, a server that is too old), ConnectionLost (no server,
     deadline passed) or ProtocolError. Then nothing stays open.
 
     Attributes: `address`; `size` of the export; `contexts`, as granted, in the order asked for; `read_only`;
-    `multi_conn` (several connections see the same bytes); `min_block`, the unit that the server wants requests to be
-    multiples of (the client sees to it); `max_request`, the longest read that goes out as one request.
+    `multi_conn` (several connections see the same bytes); `min_block`, the unit that the server wants
+    requests to be multiples of (the client sees to it); `max_request`, the longest read that goes out as one
+    request.
     """
 
     def __init__(self, address: Address, contexts: Sequence[str] = (), *, timeout: float = 30.0) -> None:
@@ -273,9 +278,10 @@ class Client:
         return Pending(self, requests, bounce)
 
     def block_status(self, offset: int, length: int) -> dict[str, list[tuple[int, int]]]:
-        """What each context says of ``[offset, offset + length)``: [(length, flags)], whose lengths add up to `length`.
+        """What each context says of ``[offset, offset + length)``: [(length, flags)].
 
-        Neighbours may have the same flags. For large disks see `walk_status`, which collects nothing.
+        The lengths of a context add up to `length`. Neighbours may have the same flags. For large disks see
+        `walk_status`, which collects nothing.
         """
         found: dict[str, list[tuple[int, int]]] = {name: [] for name in self.contexts}
         for _, window in self.walk_status(offset, length):
@@ -298,8 +304,8 @@ class Client:
             self._wait(request)
             if request.error is not None:
                 raise request.error
-            # A server may describe less than was asked for, and contexts may end at different places; and more, past
-            # the end of the request, which is true today but not promised.
+            # A server may describe less than was asked for, and contexts may end at different places; and
+            # more, past the end of the request, which is true today but not promised.
             covered = min(sum(size for size, _ in entries) for entries in request.status.values())
             reach = min(start + covered, stop, end)
             yield (
@@ -312,9 +318,10 @@ class Client:
             position = reach
 
     def close(self) -> None:
-        """Close the connection; from any thread, at any time, more than once. Waiting calls end with ConnectionLost.
+        """Close the connection; from any thread or signal handler, at any time, more than once.
 
-        When this returns the server sees the connection as closed.
+        Calls that wait, in any thread, end with ConnectionLost. When this returns the server sees the
+        connection as closed.
         """
         idle = self._lost is None and not self._requests and self._send_lock.acquire(blocking=False)
         if idle:
@@ -342,8 +349,8 @@ class Client:
     # Requests and replies
 
     def _start(self, command: int, offset: int, length: int, view: memoryview | None = None) -> _Request:
-        # A server with full buffers stops reading requests until its replies are read. With nobody receiving, the
-        # sending thread would then wait for ever, so it receives before that can happen.
+        # A server with full buffers stops reading requests until its replies are read. With nobody receiving,
+        # the sending thread would then wait for ever, so it receives before that can happen.
         if len(self._requests) >= _MAX_IN_FLIGHT:
             self._receive_until(lambda: len(self._requests) < _MAX_IN_FLIGHT)
         with self._send_lock:
@@ -532,7 +539,8 @@ class Client:
 
     def _receive_into(self, view: memoryview) -> None:
         while view:
-            # MSG_WAITALL: the kernel fills the buffer in one call; a loop in Python would take the GIL for each part.
+            # MSG_WAITALL: the kernel fills the buffer in one call; a loop in Python would take the GIL for
+            # each part.
             count = self._socket.recv_into(view, 0, socket.MSG_WAITALL)
             if count == 0:
                 raise ConnectionResetError("the server closed the connection")
@@ -546,12 +554,11 @@ class Client:
             if self._lost is None:
                 reason.__cause__ = cause
                 self._lost = reason
-                try:
-                    # Not close(): another thread may be inside a call on this descriptor, whose number could be given
-                    # to a new file at once. After shutdown those calls end, and the peer sees the end.
+                with contextlib.suppress(OSError):  # the peer was first
+                    # Not close(): another thread may be inside a call on this descriptor, whose number could
+                    # be given to a new file at once. After shutdown those calls end, and the peer sees the
+                    # end.
                     self._socket.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass  # the peer was first
                 self._requests.clear()
             self._changed.notify_all()
             self._dispose()
@@ -803,7 +810,7 @@ def allocation(client: Client, offset: int, length: int) -> Iterator[Extent]:
 
 
 def dirty(client: Client, context: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
-    """The (offset, length) of what is dirty in the range, joined, by a context such as ``qemu:dirty-bitmap:NAME``."""
+    """The (offset, length) of what is dirty by `context` (``qemu:dirty-bitmap:NAME``), joined."""
     marked = (
         Extent(start, size, Kind.DATA)
         for start, size, flags in _flags(client, context, offset, length)
@@ -815,7 +822,8 @@ def dirty(client: Client, context: str, offset: int, length: int) -> Iterator[tu
 def changes(client: Client, context: str, offset: int, length: int) -> Iterator[Extent]:
     """What is dirty in the range by `context`, as DATA and ZERO extents: all that an increment has to carry.
 
-    Both contexts come with one walk. A dirty range that reads as zeros now is ZERO: it must be carried as zeros.
+    Both contexts come with one walk. A dirty range that reads as zeros now is ZERO: it must be carried as
+    zeros.
     """
 
     def pieces() -> Iterator[Extent]:
