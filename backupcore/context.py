@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
-from backupcore.errors import Cancelled
+from backupcore.errors import BackupError, Cancelled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,6 +45,7 @@ class Context:
     - `folder`: private to this run (0700); what lies in it is removed afterwards.
     - `progress`, `log`: for the user; neither ever gets a secret.
     - `cancelled`, `check`, `on_cancel`: the user may stop the work at any time, from another thread.
+    - `fail`: a watcher of yours (scratch is filling up, the guest is gone) stops the work with its error.
     """
 
     def __init__(self, folder: Path, *, progress: Progress | None = None, log: logging.Logger | None = None) -> None:
@@ -55,21 +56,30 @@ class Context:
         self._event = threading.Event()
         self._lock = threading.Lock()
         self._callbacks: dict[object, Callable[[], None]] = {}
+        self._failure: BackupError | None = None
 
     @property
     def cancelled(self) -> bool:
-        """True once the user has asked to stop."""
+        """True once the user has asked to stop, or `fail` was called."""
         return self._event.is_set()
 
+    @property
+    def failure(self) -> BackupError | None:
+        """The error given to `fail`, if any."""
+        return self._failure
+
     def check(self) -> None:
-        """Raise Cancelled if the user has asked to stop. Call it wherever work goes on for long."""
+        """Raise Cancelled (or the error given to `fail`) if the work is to stop. Call it wherever work goes on for
+
+        long.
+        """
         if self._event.is_set():
-            raise Cancelled("cancelled")
+            raise self._failure or Cancelled("cancelled")
 
     def wait(self, seconds: float) -> None:
-        """Sleep, but wake up with Cancelled when the user asks to stop."""
-        if self._event.wait(seconds):
-            raise Cancelled("cancelled")
+        """Sleep, but wake up as `check` does when the work is to stop."""
+        self._event.wait(seconds)
+        self.check()
 
     @contextmanager
     def on_cancel(self, callback: Callable[[], None]) -> Iterator[None]:
@@ -86,6 +96,13 @@ class Context:
         finally:
             with self._lock:
                 self._callbacks.pop(key, None)
+
+    def fail(self, error: BackupError) -> None:
+        """Stop the work because of `error`, which the run then ends with. The first error wins."""
+        with self._lock:
+            if self._failure is None and not self._event.is_set():
+                self._failure = error
+        self.cancel()
 
     def cancel(self) -> None:
         """Stop the work: sets `cancelled`, then runs every callback once. An error in one does not spare the others."""

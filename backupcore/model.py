@@ -239,6 +239,7 @@ class BackupRun:
     builds_on: tuple[SourceRef, ...] = ()
     spent: tuple[str, ...] = ()
     settings: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    tracked: bool = True
     date: datetime | None = None
 
     @property
