@@ -1,0 +1,125 @@
+"""Context: what a hook gets to work with."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
+
+from backupcore.errors import BackupError, Cancelled
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["Context", "Progress", "Silent"]
+
+
+class Progress(Protocol):
+    """Where a run says how far it is. Called from any thread; must return at once."""
+
+    def phase(self, name: str, total: int | None = None) -> None:
+        """A new phase begins; `total` is its size in bytes, None where there is nothing to count."""
+
+    def done(self, count: int) -> None:
+        """So many bytes of this phase are done in all."""
+
+
+class Silent:
+    """A Progress that says nothing."""
+
+    def phase(self, name: str, total: int | None = None) -> None:
+        """Ignored."""
+
+    def done(self, count: int) -> None:
+        """Ignored."""
+
+
+class Context:
+    """The resources of one run, restore or other verb. Plugins keep no state of a run; they keep it here.
+
+    - `stack`: register a resource the moment you hold it. Closed after `postbackup`, or at the end of a restore.
+    - `folder`: private to this run (0700); what lies in it is removed afterwards.
+    - `progress`, `log`: for the user; neither ever gets a secret.
+    - `cancelled`, `check`, `on_cancel`: the user may stop the work at any time, from another thread.
+    - `fail`: a watcher of yours (scratch is filling up, the guest is gone) stops the work with its error.
+    """
+
+    def __init__(self, folder: Path, *, progress: Progress | None = None, log: logging.Logger | None = None) -> None:
+        self.folder = folder
+        self.progress: Progress = progress or Silent()
+        self.log = log or logging.getLogger("backupcore")
+        self.stack = ExitStack()
+        self._event = threading.Event()
+        self._lock = threading.Lock()
+        self._callbacks: dict[object, Callable[[], None]] = {}
+        self._failure: BackupError | None = None
+
+    @property
+    def cancelled(self) -> bool:
+        """True once the user has asked to stop, or `fail` was called."""
+        return self._event.is_set()
+
+    @property
+    def failure(self) -> BackupError | None:
+        """The error given to `fail`, if any."""
+        return self._failure
+
+    def check(self) -> None:
+        """Raise Cancelled (or the error given to `fail`) if the work is to stop. Call it wherever work goes on for
+
+        long.
+        """
+        if self._event.is_set():
+            raise self._failure or Cancelled("cancelled")
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, but wake up as `check` does when the work is to stop."""
+        self._event.wait(seconds)
+        self.check()
+
+    @contextmanager
+    def on_cancel(self, callback: Callable[[], None]) -> Iterator[None]:
+        """While the block runs, a cancel calls `callback` (from another thread): end your child, close your socket.
+
+        If the run is cancelled already, Cancelled is raised instead of entering the block.
+        """
+        key = object()
+        with self._lock:
+            self.check()
+            self._callbacks[key] = callback
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._callbacks.pop(key, None)
+
+    def fail(self, error: BackupError) -> None:
+        """Stop the work because of `error`, which the run then ends with. The first error wins."""
+        with self._lock:
+            if self._failure is None and not self._event.is_set():
+                self._failure = error
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Stop the work: sets `cancelled`, then runs every callback once. An error in one does not spare the others."""
+        with self._lock:
+            self._event.set()
+            callbacks = list(self._callbacks.values())
+            self._callbacks.clear()
+        for callback in callbacks:
+            try:
+                callback()
+            except Exception:  # the other callbacks still have children to end
+                self.log.warning("a callback failed while the run was being cancelled", exc_info=True)
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stack.__exit__(kind, error, trace)

@@ -1,0 +1,141 @@
+# mypy: disable-error-code="empty-body"
+# a hookspec has a signature and a docstring, and no body
+"""The contract between the core and its plugins, and its manual.
+
+A *driver* is a class decorated with `backupcore.driver`; it is found under the entry-point group ``backupcore.drivers``
+and implements `backup`, `restore`, `delete` and `sources`; `prebackup`, `postbackup`, `flatten`, `check` and `usage`
+are optional. A *hypervisor* (``backupcore.hypervisors``) implements `prebackup` and `postbackup`, and the Python
+protocol of `backupcore.hypervisor`. Site plugins may wrap any hook with ``@hookimpl(wrapper=True)``.
+
+The life of a run::
+
+    prebackup   driver: is the target there, do the sources it builds on exist?
+        |       hypervisor: one instant of all disks -> Prepared
+    backup      driver: keep every artifact, all or nothing -> Stored
+        |
+    (record)    the host tooling writes the increment down
+        |
+    postbackup  hypervisor releases the guest, then the driver; always, whatever happened
+
+What the core does so that no driver has to: it adds ``manifest.json`` and the digests, checks sizes, names and tokens,
+counts bytes, turns `OSError` into the taxonomy of `backupcore.errors`, and refuses None as an answer. What only a
+driver can do: atomicity, durability, and telling its own tool's errors apart.
+
+Hooks are plain synchronous functions and may block. Plugin instances keep no state of a run: two runs may share one.
+A hook may leave out arguments it does not need; a default value for one is refused, since pluggy would never fill it.
+Arguments and fields are only ever added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from backupcore.context import Context
+    from backupcore.model import (
+        Artifact,
+        BackupRun,
+        Listed,
+        Merge,
+        Outcome,
+        Prepared,
+        SourceRef,
+        Stored,
+        Usage,
+    )
+
+__all__ = ["PROJECT", "hookimpl"]
+
+PROJECT = "backupcore"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def prebackup(run: BackupRun, ctx: Context) -> Prepared | None:
+    """Get ready for one run. Called for every plugin: the driver first, then the hypervisor.
+
+    The driver returns None. It checks that its target answers and takes writes (TargetUnavailable, AccessDenied,
+    TargetFull, ConfigError) and, in one cheap listing, that every source in `run.builds_on` still exists; one that does
+    not is IncrementImpossible. It may wait, so nothing of the guest is touched yet.
+
+    The hypervisor returns Prepared: artifacts that show one instant of all disks, readable until `postbackup`. All that
+    can fail or wait is looked at before the guest is touched; what rules out an increment but not a full is
+    IncrementImpossible, raised before as well. If it fails halfway it may leave the rest to `postbackup`, which always
+    follows. Exactly one plugin returns a Prepared.
+    """
+
+
+@hookspec(firstresult=True)
+def backup(artifacts: Sequence[Artifact], run: BackupRun, ctx: Context) -> Stored:
+    """Keep every artifact, under its name, with its exact bytes, and return the new source.
+
+    All or nothing: no source is listed or restorable until it is complete and durable, also where this process is
+    killed at any line. Read the artifacts in any order, sequentially or by `read_at`, several at once, as often as
+    needed; but read every byte of each once at least, since the core takes its digests on the way. ``sums.*`` and
+    ``manifest.json`` are ready once the disks were read; a read of them waits, and never for ever.
+
+    Store `run.labels` beside the source, in a form that `sources` can return.
+
+    Raise Cancelled soon after `ctx.cancelled`; leave nothing restorable and no child behind. Errors: TargetUnavailable,
+    TargetFull, AccessDenied, or what a read of an artifact raised, unchanged.
+    """
+
+
+@hookspec
+def postbackup(run: BackupRun, outcome: Outcome, ctx: Context) -> None:
+    """Release what this run held. Called for each plugin by itself, the hypervisor first, then the driver.
+
+    Always called, also where `prebackup` failed or never ran, and again in a fresh process after a crash: find out what
+    is there, release it, and be content if nothing is. An error here is logged and never masks the first one. Only
+    where `outcome.state` is RECORDED may the checkpoints of `run.spent` go; where it is not, the one this run made
+    goes.
+    """
+
+
+@hookspec(firstresult=True)
+def restore(source: SourceRef, ctx: Context) -> Sequence[Artifact]:
+    """Every artifact of one source, as `backup` got them, lazily: no contents are fetched until they are read.
+
+    An unknown token, well-formed or not, is SourceNotFound. Nothing outside the datastore is ever opened because a
+    token says so. `open` gives a sequential stream; where ranges are cheap, set `seekable` and implement `read_at`. A
+    stream that ends early or late is noticed by the core (IntegrityError). Resources go on `ctx.stack`.
+    """
+
+
+@hookspec(firstresult=True)
+def flatten(merge: Merge, run: BackupRun, ctx: Context) -> Stored | None:
+    """Keep the merged result of `merge.sources` as a new full, and return its source; the old ones stay untouched.
+
+    Optional: without it, or if it returns None, the core's default stores ``merge.artifacts`` through `backup`. A store
+    that can copy on its own side follows ``merge.pieces(artifact)``. The rules of `backup` hold.
+    """
+
+
+@hookspec(firstresult=True)
+def delete(sources: Sequence[SourceRef], ctx: Context) -> bool:
+    """Remove sources; return True when none of them is restorable any more. One that is absent is done already.
+
+    Nothing but these sources is touched. A store that refuses (a lock, a policy) is AccessDenied with its reason.
+    """
+
+
+@hookspec(firstresult=True)
+def sources(ctx: Context) -> Iterable[Listed]:
+    """Every complete source in the datastore, of all VMs and hosts, with the labels stored beside it.
+
+    A source whose manifest is missing is not complete and not listed. What is not a backup of ours is skipped.
+    """
+
+
+@hookspec(firstresult=True)
+def check(ctx: Context) -> bool:
+    """True if the datastore answers and takes the credentials. Writes nothing that stays; creates no repository."""
+
+
+@hookspec(firstresult=True)
+def usage(ctx: Context) -> Usage:
+    """How many bytes are used, in total and free, as far as the store can say cheaply."""

@@ -1,0 +1,203 @@
+"""The manifest, format 1: what one backup holds, and what binds it to its VM and to its parent.
+
+``manifest.json`` is the last artifact of a backup; a backup without it is not complete. It is JSON in UTF-8, at most
+16 MiB. Digests are BLAKE3-256 in hex (64 digits); points and images 32 hex digits; sizes are bytes; the date is ISO
+8601 in UTC. Unknown keys are ignored, so a later version may add some; a higher `format` is refused by name.
+
+A link goes from an increment to its parent's point and to the digest of the parent's manifest, never to a source, a
+number or a path of a host. So whoever holds the manifests can put the chain together and notice a link that is missing,
+exchanged, out of order or another VM's.
+
+Every artifact but the disks and the manifest itself stands in `artifacts` with its digest. A disk's digests are two:
+`tables_digest` covers its qcow2 tables (everything before the first data cluster), `sums_digest` covers
+``sums.<id>``, the BLAKE3 of each of its 64 KiB data clusters in file order.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from datetime import datetime
+from typing import Annotated, Any, BinaryIO, Literal
+
+from blake3 import blake3
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from backupcore.errors import IntegrityError, UnsupportedOperation
+from backupcore.model import Artifact, Disk, Type
+from backupcore.options import problems
+
+__all__ = ["FORMAT", "LIMIT", "NAME", "Manifest", "ManifestArtifact", "parse"]
+
+FORMAT = 1
+LIMIT = 16 << 20
+NAME = "manifest.json"
+
+Hex32 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}\Z")]
+Hex64 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}\Z")]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,126}\Z")]
+DiskId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}\Z")]
+Size = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", hide_input_in_errors=True)
+
+
+class VMPart(_Part):
+    """Whose backup this is."""
+
+    uuid: str
+    name: str
+
+
+class ParentPart(_Part):
+    """The link to the parent."""
+
+    point: Hex32
+    digest: Hex64
+
+
+class DiskPart(_Part):
+    """One disk; `size` is that of its artifact."""
+
+    id: DiskId
+    artifact: Name
+    virtual_size: Size
+    size: Size
+    whole: bool
+    tables_digest: Hex64
+    sums_digest: Hex64
+
+    @property
+    def sums(self) -> str:
+        """The name of the artifact with this disk's sums."""
+        return f"sums.{self.id}"
+
+    @property
+    def disk(self) -> Disk:
+        """The same as the model's value."""
+        return Disk(id=self.id, artifact=self.artifact, virtual_size=self.virtual_size, whole=self.whole)
+
+
+class ArtifactPart(_Part):
+    """An artifact that is no disk."""
+
+    name: Name
+    size: Size
+    digest: Hex64
+
+
+class LeftOutPart(_Part):
+    """A disk that the backup does not hold, and why."""
+
+    id: str
+    reason: str
+
+
+class Manifest(_Part):
+    """A manifest that has been checked. `parse` makes one."""
+
+    format: Literal[1]
+    image: Hex32
+    vm: VMPart
+    host: str
+    point: Hex32
+    parent: ParentPart | None
+    number: Annotated[int, Field(ge=0)]
+    type: Type
+    date: datetime
+    reason: str
+    consistency: Literal["crash", "filesystem", "paused", "off"]
+    frozen_seconds: float
+    versions: dict[str, str]
+    disks: tuple[DiskPart, ...]
+    left_out: tuple[LeftOutPart, ...] = ()
+    artifacts: tuple[ArtifactPart, ...]
+    replaces: tuple[Hex32, ...] = ()
+    stands_for: Hex64 | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        names = [part.artifact for part in self.disks] + [part.name for part in self.artifacts]
+        if len(set(names)) != len(names) or NAME in names:
+            raise ValueError("an artifact is named twice")
+        if (self.parent is None) != (self.type is Type.FULL):
+            raise ValueError("a full has no parent, an increment has one")
+        digests = {part.name: part.digest for part in self.artifacts}
+        for disk in self.disks:
+            if disk.artifact != f"disk.{disk.id}.qcow2" or digests.get(disk.sums) != disk.sums_digest:
+                raise ValueError(f"disk {disk.id} and its artifacts do not agree")
+            if self.type is Type.FULL and not disk.whole:
+                raise ValueError(f"disk {disk.id} of a full is not whole")
+        return self
+
+
+def parse(data: bytes, what: str) -> Manifest:
+    """The manifest in `data`; `what` names it in errors.
+
+    IntegrityError if it is none, UnsupportedOperation if its format is newer than this version knows.
+    """
+    if len(data) > LIMIT:
+        raise IntegrityError(f"{what}: the manifest is larger than {LIMIT >> 20} MiB")
+    try:
+        found = json.loads(data)
+        number = found.get("format") if isinstance(found, dict) else None
+        if isinstance(number, int) and number > FORMAT:
+            raise UnsupportedOperation(
+                f"{what}: the manifest has format {number}, this version knows {FORMAT}", "Use a newer version."
+            )
+        return Manifest.model_validate_json(data)
+    except ValidationError as error:
+        found = error.errors(include_input=False, include_url=False, include_context=False)
+        raise IntegrityError(f"{what}: not a manifest: {problems(found[:5], '')}") from None
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{what}: not a manifest: {type(error).__name__}") from None
+
+
+class ManifestArtifact(Artifact):
+    """``manifest.json`` of a backup that is being taken.
+
+    Its size is known at once, since a digest has as many digits before it is known as after. A read hashes each sums
+    artifact, and so waits until its disk was read (`backupcore.disk.sums`).
+    """
+
+    name = NAME
+
+    def __init__(self, draft: dict[str, Any], sums: dict[str, Artifact]) -> None:
+        """`draft` is the manifest without digests of sums; `sums` maps a disk's ID to its sums artifact."""
+        self._draft = draft
+        self._sums = sums
+        self.size = len(self._render(dict.fromkeys(sums, "0" * 64)))
+        self._data: bytes | None = None
+
+    def _render(self, digests: dict[str, str]) -> bytes:
+        disks = [{**part, "sums_digest": digests[part["id"]]} for part in self._draft["disks"]]
+        listed = [
+            {"name": artifact.name, "size": artifact.size, "digest": digests[disk]}
+            for disk, artifact in self._sums.items()
+        ]
+        whole = {**self._draft, "disks": disks, "artifacts": [*self._draft["artifacts"], *listed]}
+        return json.dumps(whole, indent=1).encode() + b"\n"
+
+    def data(self) -> bytes:
+        """The finished manifest."""
+        if self._data is None:
+            self._data = self._render({disk: _digest(artifact) for disk, artifact in self._sums.items()})
+        return self._data
+
+    def open(self) -> BinaryIO:
+        """The finished manifest from byte 0."""
+        return io.BytesIO(self.data())
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """A slice of the finished manifest."""
+        return self.data()[offset : offset + length]
+
+
+def _digest(artifact: Artifact) -> str:
+    hasher = blake3()
+    with artifact.open() as stream:
+        while block := stream.read(1 << 20):
+            hasher.update(block)
+    return hasher.hexdigest()
