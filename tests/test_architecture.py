@@ -34,7 +34,7 @@ def imports(path: Path) -> set[str]:
 
 
 def first(name: str) -> str:
-    return name.split(".")[0]
+    return name.split(".", maxsplit=1)[0]
 
 
 def check(folder: Path, forbidden: object, why: str) -> None:
