@@ -7,26 +7,71 @@ order, and let a restore check every cluster that it uses without reading those 
 
 from __future__ import annotations
 
+import time
 from typing import BinaryIO
 
-from blake3 import blake3
-
+from backupcore.disk.hashed import HashedDisk
+from backupcore.disk.table import CLUSTER, DIGEST, Table, digests
 from backupcore.errors import IntegrityError
+from backupcore.model import Artifact, stream
 
-__all__ = ["CLUSTER", "DIGEST", "Checker", "digests"]
+__all__ = ["CLUSTER", "DIGEST", "Checker", "HashedDisk", "SumsArtifact", "Table", "digests"]
 
-CLUSTER = 65536
-"""Bytes of one data cluster."""
-
-DIGEST = 32
-"""Bytes of one digest (BLAKE3-256)."""
+_POLL = 0.02  # seconds between two looks at the counters, which another process may move
 
 
-def digests(buffer: memoryview) -> bytes:
-    """The digests of the clusters in `buffer` (whole clusters of 64 KiB), joined in order."""
-    if len(buffer) % CLUSTER:
-        raise ValueError(f"{len(buffer)} bytes are no whole clusters of {CLUSTER}")
-    return b"".join(blake3(buffer[at : at + CLUSTER]).digest() for at in range(0, len(buffer), CLUSTER))
+class SumsArtifact(Artifact):
+    """The sums of one disk, as they come into being while the disk artifact is read.
+
+    A read waits for the digests that it covers while somebody else reads the disk: a second reading would load the
+    guest's disk twice. When the disk has not moved for `patience` seconds (ten times as long once somebody has begun
+    to read it: an uplink may pause), the read takes from the disk what is missing itself. So every order of reading
+    the artifacts of a backup comes to an end, also one file at a time.
+    """
+
+    def __init__(self, name: str, disk: HashedDisk, *, patience: float = 1.0) -> None:
+        self.name = name
+        self.size = disk.table.clusters * DIGEST
+        self._disk = disk
+        self._patience = patience
+        self._alone_at = -1  # the disk's counter of reads when this reader lost patience
+
+    def open(self) -> BinaryIO:
+        """The digests from byte 0."""
+        return stream(self)
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes, or what is left; waits as the class says."""
+        end = min(offset + length, self.size)
+        if end <= offset:
+            return b""
+        first, last = offset // DIGEST, -(-end // DIGEST)
+        self._have(first, last)
+        found = self._disk.table.read(first, last - first)
+        return found[offset - first * DIGEST : end - first * DIGEST]
+
+    def digest(self) -> bytes:
+        """BLAKE3 over the whole artifact; waits as a read does."""
+        self._have(0, self._disk.table.clusters)
+        return self._disk.table.digest()
+
+    def _have(self, first: int, end: int) -> None:
+        """Return when the clusters [first, end) have digests."""
+        table = self._disk.table
+        seen = (-1, -1)
+        since = time.monotonic()
+        while (missing := table.first_missing(first, end)) is not None:
+            first = missing
+            moved = (table.reads, table.bytes_read)
+            if table.reads == self._alone_at:
+                self._disk.load(first, end)
+            elif moved != seen:
+                seen = moved
+                since = time.monotonic()
+            elif time.monotonic() - since >= self._patience * (10 if table.reads else 1):
+                self._alone_at = table.reads
+            else:
+                table.wait(_POLL)
 
 
 class Checker:
