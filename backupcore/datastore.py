@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import pluggy
 
@@ -29,7 +29,6 @@ from backupcore.plugins import DRIVERS, load
 
 __all__ = ["Datastore"]
 
-T = TypeVar("T")
 REQUIRED = ("backup", "restore", "delete", "sources")
 
 
@@ -81,7 +80,8 @@ class Datastore:
 
     def backup(self, artifacts: Sequence[Artifact], run: BackupRun, ctx: Context) -> Stored:
         """The driver's `backup`."""
-        return self._answer("backup", Stored, artifacts=tuple(artifacts), run=run, ctx=ctx)
+        stored: Stored = self._answer("backup", Stored, artifacts=tuple(artifacts), run=run, ctx=ctx)
+        return stored
 
     def postbackup(self, run: BackupRun, outcome: Outcome, ctx: Context) -> list[BackupError]:
         """Each plugin's `postbackup` by itself, the hypervisor first; what failed is logged and returned."""
@@ -128,7 +128,8 @@ class Datastore:
 
     def usage(self, ctx: Context) -> Usage:
         """How full the datastore is, as far as its driver says."""
-        return self._answer("usage", Usage, ctx=ctx) if self._has("usage") else Usage()
+        found: Usage = self._answer("usage", Usage, ctx=ctx) if self._has("usage") else Usage()
+        return found
 
     # Calling
 
@@ -139,9 +140,9 @@ class Datastore:
         with self._translated(hook):
             return getattr(self._manager.hook, hook)(**arguments)
 
-    def _answer(self, hook: str, kind: type[T] | Callable[..., T], **arguments: Any) -> Any:
+    def _answer(self, hook: str, kind: type, **arguments: Any) -> Any:
         answer = self._call(hook, **arguments)
-        if answer is None or not isinstance(answer, kind):  # type: ignore[arg-type]  # Sequence is a type at run time
+        if answer is None or not isinstance(answer, kind):
             raise ContractViolation(f"driver {self.kind}: {hook} returned {type(answer).__name__}")
         return answer
 
@@ -216,7 +217,7 @@ class _ExactStream(io.RawIOBase):
 def _implements(plugin: object, hook: str) -> bool:
     method = getattr(plugin, hook, None)
     options = getattr(method, f"{hookspecs.PROJECT}_impl", None)
-    return bool(options) and not options["wrapper"] and not options["hookwrapper"]
+    return options is not None and not options["wrapper"] and not options["hookwrapper"]
 
 
 def _check_hooks(plugin: object) -> None:
