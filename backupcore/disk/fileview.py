@@ -35,9 +35,9 @@ __all__ = ["View", "show", "unmount_below"]
 
 _START = 30.0  # seconds until the view must be mounted
 _COMMAND = 10.0  # seconds for one call of fusermount3
-_END = 5.0  # seconds for the process to end by itself
+_END = 3.0  # seconds for the process to end by itself
 
-# -P and the parent's own path: the child must not import what lies in the current folder.
+# -I and the parent's own path: the child must not import what lies in the current folder.
 _CHILD = (
     "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from backupcore.disk.mount import main; main()"
 )
@@ -142,7 +142,7 @@ class _Process:
     def mount(self, artifacts: Sequence[Artifact]) -> str:
         """Start, and wait until the view is mounted. Returns why it cannot be mounted, or "" if it is."""
         self._child = subprocess.Popen(
-            [sys.executable, "-P", "-c", _CHILD],
+            [sys.executable, "-I", "-c", _CHILD],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -1,16 +1,20 @@
-"""Guests' disks that misbehave on purpose. In a module of their own, so that a view's process can unpickle them."""
+"""Disks and artifacts that misbehave on purpose; a module of their own, so that a view's process can unpickle them."""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from backupcore.disk.extents import CLUSTER, Extent, Kind
+from backupcore.disk.nbd import Address, Client
 from backupcore.disk.qcow2 import DiskArtifact, Layout, MemoryBlocks
-from backupcore.errors import TargetUnavailable
+from backupcore.disk.sums import SumsArtifact
+from backupcore.errors import BackupError, TargetUnavailable
+from backupcore.model import Artifact, stream
 
 MIB = 1 << 20
 
@@ -115,3 +119,65 @@ class Murderous(MemoryBlocks):
     def read_into(self, offset: int, buffer: memoryview) -> None:
         self.note.write_text(str(os.getpid()))
         os.kill(os.getpid(), 9)
+
+
+class Export:
+    """A disk on an NBD server."""
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+
+    def connect(self) -> Client:
+        return Client(self.address)
+
+
+class Digests(Artifact):
+    """Stands in for the manifest: the digests of several sums, as hex."""
+
+    def __init__(self, name: str, sums: Sequence[SumsArtifact]) -> None:
+        self.name = name
+        self.size = 64 * len(sums)
+        self._sums = sums
+
+    def open(self) -> BinaryIO:
+        return stream(self)
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        return "".join(sums.digest().hex() for sums in self._sums).encode()[offset : offset + length]
+
+
+class Odd(Artifact):
+    """Does what `act` says when it is read: "short", "long", "bug", "os", "custom"; "unpickle" when it is unpickled."""
+
+    def __init__(self, name: str, size: int, act: str) -> None:
+        self.name = name
+        self.size = size
+        self._act = act
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if state["_act"] == "unpickle":
+            raise LookupError("no such thing here")
+        self.__dict__.update(state)
+
+    def open(self) -> BinaryIO:
+        return stream(self)
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        match self._act:
+            case "short":
+                return bytes(max(0, min(length, self.size - offset) - 1))
+            case "long":
+                return bytes(length + 1)
+            case "os":
+                raise OSError(5, "Input/output error", "/some/where")
+            case "custom":
+                raise Custom(1, 2)
+        raise ZeroDivisionError("a bug")
+
+
+class Custom(BackupError):
+    """An error that does not survive being pickled."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"custom {one + two}", "a hint")
+        self.args = ("too", "many", "arguments")
