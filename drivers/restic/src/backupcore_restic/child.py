@@ -64,22 +64,26 @@ class Child:
         # An unprivileged user's pipes may be limited (fs.pipe-user-pages-soft): slower, but no less right.
         with suppress(OSError):
             fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE)
-        start = dict(
-            _in=null,
-            _out=write,
-            _err=self._keep,
-            _err_bufsize=4096,
-            _decode_errors="replace",
-            _env=dict(environment),
-            _cwd=str(folder) if folder else None,
-            _new_session=True,
-            _preexec_fn=_before_exec(os.getpid()),
-            _bg=True,
-            _bg_exc=False,
-            _return_cmd=True,
-        )
+
+        def start() -> Any:
+            return program(
+                *command[1:],
+                _in=null,
+                _out=write,
+                _err=self._keep,
+                _err_bufsize=4096,
+                _decode_errors="replace",
+                _env=dict(environment),
+                _cwd=str(folder) if folder else None,
+                _new_session=True,
+                _preexec_fn=_before_exec(os.getpid()),
+                _bg=True,
+                _bg_exc=False,
+                _return_cmd=True,
+            )
+
         try:
-            self._process: Any = _forker.submit(program, *command[1:], **start).result()
+            self._process: Any = _forker.submit(start).result()
         except sh.ForkException as error:
             os.close(read)
             reason = str(error).strip().splitlines()[-1]  # above it stands the child's traceback

@@ -48,7 +48,7 @@ class Restic:
     read_concurrency: int = option("files read at once (restic 0.15 and later); 0: restic's own choice", default=0)
     environment_file: Path | None = option("KEY=VALUE lines for restic, for the credentials of a cloud", default=None)
     binary: str = option("the restic program", default="restic")
-    cache: str = option('the folder of restic\'s cache; "off": none; empty: restic\'s own choice', default="")
+    cache: str = option("the folder of restic's cache; \"off\": none; empty: restic's own choice", default="")
     timeout: int = option("seconds within which the repository must answer before a backup", default=120)
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ class Restic:
 
     @hookimpl
     def prebackup(self, run: BackupRun, ctx: Context) -> None:
-        """Open the repository, taking a lock; create it if this is its first backup; look for what the run builds on."""
+        """Open the repository, with a lock; create it for its first backup; look for what the run builds on."""
         self._warn(ctx)
         repository = Repository(self)
         try:

@@ -95,7 +95,8 @@ RULES = (
         AccessDenied,
         _text(
             r"permission denied|operation not permitted|read-only file system|access ?denied|\b40[13]\b|forbidden"
-            r"|unauthorized|signature ?does ?not ?match|invalid ?access ?key|invalid credentials|append-only"
+            r"|unauthorized|host key verification failed|signature ?does ?not ?match"
+            r"|invalid ?access ?key|invalid credentials|append-only"
         ),
         "Check the permissions of the repository and the credentials of this datastore.",
     ),
@@ -111,9 +112,10 @@ RULES = (
     Rule(SourceNotFound, _text(r"no matching id|no snapshot found|not found in snapshot|multiple ids with prefix")),
 )
 
+# The last line but one of these is a Go stack: 0.14 prints one where it cannot write its lock.
 _NOISE = _text(
     r"^$|is there a repository at the following location|the `unlock` command|^lock was created|^storage id|^warning:"
-    r"|^usage|^exit status"
+    r"|^usage|^exit status|\.go:\d+$|^github\.com/|^(main|runtime)\.|^unable to create lock in backend$"
 )
 _IN_URL = re.compile(r"(?<=//)[^/@\s]*:[^/\s]*@")  # up to the last @ of the authority: a password may hold one
 
@@ -148,6 +150,8 @@ def translate(code: int, errors: str, what: str, secrets: Iterable[str] = ()) ->
     said = next((line for line in lines if found and found.text.search(line)), "")
     if found is None:
         found, said = next(((rule, line) for rule in RULES for line in lines if rule.text.search(line)), (None, ""))
+    # Of an ssh that fails restic itself knows only that it ended.
+    said = said or next((line for line in lines if line.startswith("subprocess ")), "")
     reason = said or (lines[-1] if lines else f"ended by signal {-code}" if code < 0 else f"exit code {code}")
     message = redact(f"{what}: {reason:.500}", secrets)
     if found is None:

@@ -12,7 +12,15 @@ from logging import Logger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backupcore.errors import BackupError, Busy, ConfigError, IntegrityError, TargetUnavailable, from_os_error
+from backupcore.errors import (
+    AccessDenied,
+    BackupError,
+    Busy,
+    ConfigError,
+    IntegrityError,
+    TargetUnavailable,
+    from_os_error,
+)
 from backupcore_restic.child import Child
 from backupcore_restic.failures import redact, translate
 
@@ -104,9 +112,12 @@ class Repository:
 
     def failed(self, child: Child, code: int, what: str) -> BackupError:
         """The error for a child that ended with `code`."""
-        if child.late:
-            return TargetUnavailable(f"{what}: no answer in time{_last(child.errors)}")
-        return translate(code, child.errors, what, self.environment()[1])
+        error = translate(code, child.errors, what, self.environment()[1])
+        if child.late and type(error) is TargetUnavailable:
+            return TargetUnavailable(
+                f"{error.message} (given up: no answer in time)", "Is it up, and reachable from here?"
+            )
+        return error
 
     def ask(
         self, arguments: Sequence[str], what: str, ctx: Context | None = None, *, limit: float | None = None
@@ -148,6 +159,12 @@ class Repository:
 
     def ids(self, ctx: Context, limit: float) -> set[str]:
         """The IDs of all snapshots. Takes a lock, so that a target that takes no writes is noticed."""
+        locks = self.folder / "locks" if self.folder else None
+        if locks and locks.is_dir() and not os.access(locks, os.W_OK):
+            # restic 0.14 tries for 45 s before it gives up on this
+            raise AccessDenied(
+                f"{self.name} cannot be written to", "Check its owner, and whether it is mounted read-only."
+            )
         listed = self.write(["list", "snapshots"], "opening the restic repository", ctx, limit=limit)
         return {line for line in listed.decode(errors="replace").split() if is_id(line)}
 
@@ -214,11 +231,6 @@ def _json(text: bytes, kind: type[Any] = list) -> Any:
     if not isinstance(value, kind):
         raise IntegrityError(f"restic's answer is no {kind.__name__}")
     return value
-
-
-def _last(errors: str) -> str:
-    lines = [line for line in errors.splitlines() if line.strip()]
-    return f"; the last that restic said: {redact(lines[-1]):.300}" if lines else ""
 
 
 def _read_environment(path: Path) -> dict[str, str]:
