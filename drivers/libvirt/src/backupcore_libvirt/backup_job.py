@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from xml.etree.ElementTree import Element, SubElement, tostring  # noqa: S405 - for writing
+from xml.etree.ElementTree import Element, SubElement, tostring
 
 from backupcore.errors import BackupError, Busy, HypervisorError, NotFound
 from backupcore_libvirt.clients import connected, wait_until_alone

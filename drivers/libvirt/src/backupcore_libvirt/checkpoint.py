@@ -9,7 +9,7 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Collection, Mapping, Sequence
-from xml.etree.ElementTree import Element, SubElement, tostring  # noqa: S405 - for writing
+from xml.etree.ElementTree import Element, SubElement, tostring
 
 from backupcore.errors import BackupError, HypervisorError, IncrementImpossible
 from backupcore.model import Link
@@ -78,7 +78,9 @@ def require_parent(domain: Domain, parent: Link, disks: Sequence[SourceDisk], op
             raise IncrementImpossible(f"disk {disk.id} is not covered by the checkpoint {name} of the last backup")
         if disk.id in sources and sources[disk.id] != disk.path:
             # Another image under the same target, two disks swapped, or an overlay: its bitmap counts other changes.
-            raise IncrementImpossible(f"disk {disk.id} is now {disk.path}, at the last backup it was {sources[disk.id]}")
+            raise IncrementImpossible(
+                f"disk {disk.id} is now {disk.path}, at the last backup it was {sources[disk.id]}"
+            )
         bitmap = next((b for b in opened[disk.id].bitmaps if b.name == covered[disk.id]), None)
         if bitmap is None:
             raise IncrementImpossible(

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Self
 
 import libvirt
-import libvirt_qemu
+import libvirt_qemu  # type: ignore[import-untyped]  # publishes no types
 
 from backupcore.errors import (
     AccessDenied,
@@ -119,10 +119,8 @@ class Connection:
         """Let go; harmless if the daemon is gone."""
         conn, self._conn = self._conn, None
         if conn is not None:
-            try:
+            with suppress(libvirt.libvirtError):  # the daemon is away, and with it the connection
                 conn.close()
-            except libvirt.libvirtError:
-                pass  # the daemon is away, and with it the connection
 
     def domain(self, uuid: str) -> Domain:
         """The VM with this UUID. NotFound."""

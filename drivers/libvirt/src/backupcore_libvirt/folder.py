@@ -56,7 +56,7 @@ class Owner:
 
 
 def check_scratch(scratch: Path, owner: Owner) -> None:
-    """That `owner` can reach the scratch folder, or as much of its path as exists. AccessDenied says what is in the way.
+    """That `owner` can reach the scratch folder, or as much of its path as exists. AccessDenied says what hinders it.
 
     Touches nothing.
     """
@@ -126,7 +126,7 @@ class RunFolder:
         length = len(os.fsencode(self.socket))
         if length > _SOCKET_PATH_LIMIT:
             raise HypervisorError(
-                f"the path of the socket would be {length} bytes long, {_SOCKET_PATH_LIMIT} is the limit: {self.socket}",
+                f"the path of the socket would have {length} bytes, {_SOCKET_PATH_LIMIT} is the limit: {self.socket}",
                 "Set 'scratch' in the configuration to a folder with a shorter path.",
             )
 

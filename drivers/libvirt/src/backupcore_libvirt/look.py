@@ -90,7 +90,7 @@ def _consistency(domain: Domain) -> Consistency:
     if state == PAUSED and reason == IO_ERROR:
         raise HypervisorError(
             f"VM {domain.name}: QEMU has stopped the guest after an I/O error of one of its disks",
-            f"Find the cause ('virsh domblkerror {domain.name}'; a full disk, mostly), then: virsh resume {domain.name}",
+            f"Find the cause (a full file system? 'virsh domblkerror' says more), then: virsh resume {domain.name}",
         )
     if state == PAUSED:
         return "paused"
@@ -120,8 +120,8 @@ def _refuse_snapshots(domain: Domain, opened: Mapping[str, Node]) -> None:
     if found:
         names = ", ".join(dict.fromkeys(found))
         raise UnsupportedOperation(
-            f"VM {domain.name} has snapshots ({names:.200}); reverting to one would make changed blocks go unnoticed, so "
-            "VMs with snapshots are not backed up as yet",
+            f"VM {domain.name} has snapshots ({names:.200}); reverting to one would hide changes from the next backup, "
+            "so VMs with snapshots are not backed up as yet",
             f"Delete them: virsh snapshot-delete {domain.name} SNAPSHOT",
         )
 

@@ -31,7 +31,7 @@ def nvram_file(vm: str, xml: str) -> Path | None:
 
 
 def read_nvram(vm: str, path: Path) -> bytes:
-    """Its contents, read twice until equal: the firmware writes to it while the guest runs. HypervisorError, AccessDenied."""
+    """Its contents, read twice until equal: the guest may write to it. HypervisorError, AccessDenied."""
     before = _read(vm, path)
     for _ in range(_TRIES):
         time.sleep(0.02)
