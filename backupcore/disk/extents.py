@@ -132,9 +132,7 @@ def to_clusters(extents: Iterable[Extent], size: int, cluster: int = CLUSTER) ->
 
 
 def _clusters(extents: Iterable[Extent], size: int, cluster: int) -> Iterator[Extent]:
-    open_at = (
-        -1
-    )  # the cluster that is only known in part, the bytes of zeros seen in it, and whether data was seen
+    open_at = -1  # the cluster that is only known in part, the bytes of zeros seen in it, and whether data was seen
     zeros = 0
     data = False
 

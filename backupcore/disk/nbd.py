@@ -146,9 +146,7 @@ class _Request:
 
     __slots__ = ("chunks", "command", "cookie", "done", "error", "length", "offset", "status", "view")
 
-    def __init__(
-        self, command: int, cookie: int, offset: int, length: int, view: memoryview | None = None
-    ) -> None:
+    def __init__(self, command: int, cookie: int, offset: int, length: int, view: memoryview | None = None) -> None:
         self.command = command
         self.cookie = cookie
         self.offset = offset
@@ -310,10 +308,7 @@ class Client:
             reach = min(start + covered, stop, end)
             yield (
                 position,
-                {
-                    name: _cut(request.status[name], position - start, reach - position)
-                    for name in self.contexts
-                },
+                {name: _cut(request.status[name], position - start, reach - position) for name in self.contexts},
             )
             position = reach
 
@@ -361,9 +356,7 @@ class Client:
                 self._requests[request.cookie] = request
                 self._users += 1
             try:
-                self._socket.sendall(
-                    _REQUEST.pack(_REQUEST_MAGIC, 0, command, request.cookie, offset, length)
-                )
+                self._socket.sendall(_REQUEST.pack(_REQUEST_MAGIC, 0, command, request.cookie, offset, length))
             except OSError as error:
                 self._fail(self._gone(error), error)
                 self._check_alive()
@@ -474,9 +467,7 @@ class Client:
         number = int.from_bytes(payload[:4])
         name = self._context_names.get(number)
         if name is None or name in request.status:
-            raise self._broken(
-                f"block status of the context number {number}, which was not asked for or came twice"
-            )
+            raise self._broken(f"block status of the context number {number}, which was not asked for or came twice")
         entries = [(size, flags) for size, flags in struct.iter_unpack(">II", memoryview(payload)[4:])]
         if any(size == 0 for size, _ in entries):
             raise self._broken(f"an empty extent in the block status of {name!r}")
@@ -488,9 +479,7 @@ class Client:
         payload = self._receive(length)
         number, size = struct.unpack_from(">IH", payload)
         if number == 0 or 6 + size + (8 if kind == _CHUNK_ERROR_OFFSET else 0) > length:
-            raise self._broken(
-                f"an error chunk of {length} bytes with the error {number} and a text of {size}"
-            )
+            raise self._broken(f"an error chunk of {length} bytes with the error {number} and a text of {size}")
         if kind == _CHUNK_ERROR_OFFSET:
             offset = int.from_bytes(payload[6 + size : 14 + size])
             if not request.offset <= offset < request.offset + request.length:
@@ -510,9 +499,7 @@ class Client:
         position = 0
         for start, end in sorted(request.chunks):
             if start != position:
-                raise self._broken(
-                    f"a reply to the {request} with a gap or an overlap at {request.offset + start}"
-                )
+                raise self._broken(f"a reply to the {request} with a gap or an overlap at {request.offset + start}")
             position = end
         if position != request.length:
             raise self._broken(f"only {position} bytes in the reply to the {request}")
@@ -652,9 +639,7 @@ class _Handshake:
         if self._receive(8) != _MAGIC:
             raise self._broken("this is no NBD server")
         if int.from_bytes(self._receive(8)) != _OPTION_MAGIC:
-            raise NbdError(
-                f"{self._address}: the server speaks only the old NBD handshake, which is not supported"
-            )
+            raise NbdError(f"{self._address}: the server speaks only the old NBD handshake, which is not supported")
         flags = int.from_bytes(self._receive(2))
         if not flags & _FLAG_FIXED_NEWSTYLE:
             raise NbdError(f"{self._address}: the server does not offer the fixed newstyle handshake")
@@ -672,9 +657,7 @@ class _Handshake:
         names = [name.encode() for name in contexts]
         self._ask(
             _OPT_SET_META_CONTEXT,
-            _counted(self._address.export)
-            + len(names).to_bytes(4)
-            + b"".join(_counted(name) for name in contexts),
+            _counted(self._address.export) + len(names).to_bytes(4) + b"".join(_counted(name) for name in contexts),
         )
         granted: dict[int, str] = {}
         while True:
@@ -731,17 +714,13 @@ class _Handshake:
     def _reply(self, option: int) -> tuple[int, bytes]:
         magic, answered, kind, length = _OPTION_REPLY.unpack(self._receive(_OPTION_REPLY.size))
         if magic != _OPTION_REPLY_MAGIC or answered != option or length > _MAX_TEXT:
-            raise self._broken(
-                f"a reply to the option {answered} (magic {magic:#x}, {length} bytes) after {option}"
-            )
+            raise self._broken(f"a reply to the option {answered} (magic {magic:#x}, {length} bytes) after {option}")
         return kind, self._receive(length)
 
     def _denied(self, what: str, kind: int, payload: bytes) -> NbdError:
         reason = _REP_ERRORS.get(kind, f"error {kind:#x}")
         text = _text(payload)
-        return NbdError(
-            f"{self._address}: the server refused {what}: {reason}" + (f" ({text})" if text else "")
-        )
+        return NbdError(f"{self._address}: the server refused {what}: {reason}" + (f" ({text})" if text else ""))
 
     def _broken(self, what: str) -> ProtocolError:
         return ProtocolError(f"{self._address}: the server broke the protocol in the handshake: {what}")
