@@ -4,7 +4,6 @@
 mount -t devtmpfs dev /dev
 mount -t proc proc /proc
 mount -t sysfs sys /sys
-# In this order: each needs those before it.
 while read -r module; do insmod "/modules/$module" || echo "lab: cannot load $module"; done < /modules/order
 
 while [ ! -b /dev/vda ]; do usleep 50000; done

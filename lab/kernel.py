@@ -1,7 +1,7 @@
 """A small real Linux for the lab's guests, made of Debian packages that are fetched and unpacked, never installed.
 
-All of it lies in .lab/guest: Debian's cloud kernel, busybox, and an initramfs that is written here. `files()` makes what
-is missing, about 30 MB to fetch the first time.
+All of it lies in .lab/guest: Debian's cloud kernel, busybox, and an initramfs that is written here. `files()` makes
+what is missing, about 30 MB to fetch the first time.
 """
 
 from __future__ import annotations
@@ -20,19 +20,12 @@ from lab.places import LAB, locked
 
 _FOLDER = LAB / "guest"
 _INIT = Path(__file__).with_name("guest-init.sh")
-# Order matters: each needs those before it. ext4 and the serial console are part of Debian's cloud kernel.
-_MODULES = (
-    "virtio",
-    "virtio_ring",
-    "virtio_pci_modern_dev",
-    "virtio_pci_legacy_dev",
-    "virtio_pci",
-    "virtio_blk",
-)
+# What the guest needs; what a kernel has built in (ext4, in Debian's cloud kernel) has no file and is left out.
+_MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "ext4")
 
 
 def files() -> Kernel:
-    """The kernel and the initramfs of the writing guest; its ext4 disk must be vda, a second disk vdb gets raw writes."""
+    """The kernel and the initramfs of the writing guest; vda must hold ext4, a vdb gets raw writes."""
     with locked("guest"):
         kernel = _FOLDER / "vmlinuz"
         if not kernel.exists():
@@ -44,7 +37,9 @@ def files() -> Kernel:
             shutil.move(image, kernel)
             shutil.rmtree(unpacked)  # 100 MB, of which 10 are used
         initramfs = _FOLDER / "initramfs.gz"
-        if not initramfs.exists() or initramfs.stat().st_mtime < _INIT.stat().st_mtime:
+        if not initramfs.exists() or initramfs.stat().st_mtime < max(
+            _INIT.stat().st_mtime, Path(__file__).stat().st_mtime
+        ):
             _write_initramfs(initramfs)
         return Kernel(kernel, initramfs)
 
@@ -113,14 +108,11 @@ def _write_initramfs(target: Path) -> None:
     if not busybox.exists():
         fetched("busybox-static")
     entries: list[tuple[str, int, bytes]] = [
-        (folder, stat.S_IFDIR | 0o755, b"")
-        for folder in ("bin", "dev", "proc", "sys", "disk", "modules")
+        (folder, stat.S_IFDIR | 0o755, b"") for folder in ("bin", "dev", "proc", "sys", "disk", "modules")
     ]
     entries.append(("init", stat.S_IFREG | 0o755, _INIT.read_bytes()))
     entries.append(("bin/busybox", stat.S_IFREG | 0o755, busybox.read_bytes()))
-    found = {module.stem: module for module in (_FOLDER / "modules").rglob("*.ko")}
-    # What a kernel has built in has no file.
-    modules = [found[name] for name in _MODULES if name in found]
+    modules = _in_loading_order(_MODULES)
     entries += [(f"modules/{file.name}", stat.S_IFREG | 0o644, file.read_bytes()) for file in modules]
     entries.append(("modules/order", stat.S_IFREG | 0o644, "".join(f"{file.name}\n" for file in modules).encode()))
     fresh = target.with_suffix(".new")
@@ -128,6 +120,25 @@ def _write_initramfs(target: Path) -> None:
         for part in _cpio(entries):
             archive.write(part)
     fresh.rename(target)
+
+
+def _in_loading_order(names: tuple[str, ...]) -> list[Path]:
+    """The files of these modules, each after those that it needs (insmod, unlike modprobe, does not look)."""
+    files = {module.stem: module for module in (_FOLDER / "modules").rglob("*.ko")}
+    order: list[Path] = []
+
+    def add(name: str) -> None:
+        file = files.get(name)
+        if file is None or file in order:
+            return
+        needed = re.search(rb"\0depends=([^\0]*)\0", file.read_bytes())  # of the section .modinfo
+        for other in needed[1].decode().split(",") if needed else ():
+            add(other)
+        order.append(file)
+
+    for name in names:
+        add(name)
+    return order
 
 
 def _cpio(entries: list[tuple[str, int, bytes]]) -> Iterator[bytes]:

@@ -1,9 +1,9 @@
-"""Where the lab keeps things: .lab in the checkout, and a folder for VMs that QEMU's user can reach (standard library only).
+"""Where the lab keeps things: .lab in the checkout, and a folder for VMs elsewhere (standard library only).
 
-The checkout may lie below a folder that is closed to QEMU's user (/root, a home of mode 0700), and a deep checkout makes
-socket paths longer than the 107 bytes that the kernel allows. So disks, consoles, sockets and scratch files of the lab's
-VMs lie in a folder of their own below /var/tmp, which belongs to QEMU's user and is closed to everybody else. Its name
-is recorded in .lab/vm-folder.
+The checkout may lie below a folder that is closed to QEMU's user (/root, a home of mode 0700), and a deep checkout
+makes socket paths longer than the 107 bytes that the kernel allows. So disks, consoles, sockets and scratch files of
+the lab's VMs lie in a folder of their own below /var/tmp, which belongs to QEMU's user and is closed to everybody else.
+Its name is recorded in .lab/vm-folder.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def locked(name: str) -> Iterator[None]:
 def vm_folder(owner: Callable[[], tuple[int, int]]) -> Path:
     """The folder for all VMs of this checkout, made on the first call; mode 0700, of QEMU's user.
 
-    `owner` gives QEMU's uid and gid. It is only asked when the folder has to be made: libvirt may take seconds to answer.
+    `owner` gives QEMU's uid and gid. It is asked only when the folder has to be made: libvirt may take seconds.
     """
     with locked("vm-folder"):
         recorded = recorded_vm_folder()

@@ -120,24 +120,42 @@ def fingerprint() -> str:
 
 
 def make_venv() -> None:
-    """Make .venv anew where its Python has changed or moved; install everything, this repository's packages editable."""
+    """Make .venv anew where its Python has changed or moved; install tools and packages, ours editable."""
     say("Setting up .venv")
     python = VENV / "bin/python"
-    usable = python.exists() and subprocess.run([python, "-m", "pip", "-V"], capture_output=True, check=False).returncode == 0
+    usable = (
+        python.exists()
+        and subprocess.run([python, "-m", "pip", "-V"], capture_output=True, check=False).returncode == 0
+    )
     if not usable or python.resolve() != Path(sys.executable).resolve():
         shutil.rmtree(VENV, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", ROOT / "constraints.txt"]
+    pip: list[str | Path] = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "-c",
+        ROOT / "constraints.txt",
+    ]
     subprocess.run([*pip, "-r", ROOT / "lab/requirements.txt"], check=True)
     # Without build isolation the build backend of the venv is used: nothing is fetched to build our own packages.
-    editable = [part for folder, extras in present_packages() for part in ("-e", f"{folder}[{extras}]" if extras else f"{folder}")]
+    editable = [
+        part
+        for folder, extras in present_packages()
+        for part in ("-e", f"{folder}[{extras}]" if extras else f"{folder}")
+    ]
     subprocess.run([*pip, "--no-build-isolation", *editable], check=True)
 
 
 def main() -> None:
     """Bring the checkout up to date; several runs at once wait for each other."""
     if sys.version_info < (3, 11):  # noqa: UP036 - this file is what an older python3 meets first
-        raise SystemExit(f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}: make PYTHON=...")
+        raise SystemExit(
+            f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}: make PYTHON=..."
+        )
     if not Path("/etc/debian_version").exists():
         raise SystemExit("make sets up Debian machines only; CONTRIBUTING.md says what is needed elsewhere.")
     missing = missing_packages()
@@ -156,4 +174,6 @@ if __name__ == "__main__":
     try:
         main()
     except subprocess.CalledProcessError as error:
-        raise SystemExit(f"Set-up failed: {shlex.join(str(part) for part in error.cmd)} ended with {error.returncode}") from None
+        raise SystemExit(
+            f"Set-up failed: {shlex.join(str(part) for part in error.cmd)} ended with {error.returncode}"
+        ) from None

@@ -59,8 +59,8 @@ class VM:
     ) -> VM:
         """Make the disks and define the VM; it is not started.
 
-        Its files lie in a folder of its name below `folder` (by default the lab's folder for VMs), which QEMU's user has
-        to reach. `devices` is further XML for <devices>. Raises libvirt.libvirtError where the name is taken.
+        Its files lie in a folder of its name below `folder` (by default the lab's folder for VMs), which QEMU's user
+        has to reach. `devices` is further XML for <devices>. Raises libvirt.libvirtError where the name is taken.
         """
         connection = libvirt.open(libvirtd.ensure())
         base = folder or libvirtd.folder_for_vms()
@@ -220,9 +220,7 @@ class VM:
 
     def _monitor(self, command: str) -> str:
         return str(
-            libvirt_qemu.qemuMonitorCommand(
-                self.domain, command, libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP
-            )
+            libvirt_qemu.qemuMonitorCommand(self.domain, command, libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP)
         )
 
     def _expect_done(self, target: str, command: str, before: int) -> None:
