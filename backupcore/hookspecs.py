@@ -110,8 +110,8 @@ def restore(source: SourceRef, ctx: Context) -> Sequence[Artifact]:
 def flatten(merge: Merge, run: BackupRun, ctx: Context) -> Stored | None:
     """Keep the merged result of `merge.sources` as a new full, and return its source; the old ones stay untouched.
 
-    Optional: without it, or if it returns None, the core's default stores ``merge.artifacts`` through `backup`. A store
-    that can copy on its own side follows ``merge.pieces(artifact)``. The rules of `backup` hold.
+    Optional: without it the core stores ``merge.artifacts`` through `backup`. A store that can copy on its own side
+    follows ``merge.pieces(artifact)``. The rules of `backup` hold.
     """
 
 

@@ -1,0 +1,166 @@
+"""What a driver is given: the prepared artifacts, with sums and the manifest added, watched while they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from blake3 import blake3
+
+from backupcore.disk.qcow2 import CLUSTER, DiskArtifact, Layout
+from backupcore.disk.sums import HashedDisk, SumsArtifact
+from backupcore.errors import ContractViolation
+from backupcore.manifest import FORMAT, NAME, ManifestArtifact
+from backupcore.model import Artifact, BytesArtifact, check_name, stream
+
+if TYPE_CHECKING:
+    from backupcore.context import Context
+    from backupcore.model import BackupRun, Prepared
+
+__all__ = ["Bundle"]
+
+SMALL = 64 << 20
+"""Artifacts that are no disks are held in memory, so they must stay small: definitions and firmware are under 1 MiB."""
+
+
+class Bundle:
+    """The artifacts of one run, ready for a driver.
+
+    Every disk is wrapped so that its clusters are hashed as they pass, and gets a ``sums.<id>`` beside it; everything
+    else is read into memory. `artifacts` is in the order of their names, with the manifest among them.
+    """
+
+    def __init__(self, prepared: Prepared, run: BackupRun, ctx: Context) -> None:
+        """ContractViolation if `prepared` names an artifact twice, or a disk that is none."""
+        by_name = {check_name(artifact.name): artifact for artifact in prepared.artifacts}
+        if len(by_name) != len(prepared.artifacts) or NAME in by_name:
+            raise ContractViolation("prebackup named an artifact twice")
+        self._ctx = ctx
+        self.disks: dict[str, HashedDisk] = {}
+        self._layouts: dict[str, Layout] = {}
+        self._sums: dict[str, SumsArtifact] = {}
+        for disk in prepared.disks:
+            artifact = by_name.pop(disk.artifact, None)
+            if not isinstance(artifact, DiskArtifact) or disk.artifact != f"disk.{disk.id}.qcow2":
+                raise ContractViolation(f"prebackup names disk {disk.id}, but {disk.artifact} is no such artifact")
+            hashed = HashedDisk(artifact, ctx.folder / f"{run.point}.sums.{disk.id}")
+            self.disks[disk.id] = hashed
+            self._layouts[disk.id] = artifact.layout
+            self._sums[disk.id] = SumsArtifact(f"sums.{disk.id}", hashed)
+        small = [_in_memory(artifact) for artifact in by_name.values()]
+        self.manifest = ManifestArtifact(self._draft(prepared, run, small), self._sums)
+        everything = [*self.disks.values(), *self._sums.values(), *small, self.manifest]
+        self.artifacts: tuple[Artifact, ...] = tuple(
+            _Watched(artifact, ctx) for artifact in sorted(everything, key=lambda artifact: artifact.name)
+        )
+
+    def _draft(self, prepared: Prepared, run: BackupRun, small: list[BytesArtifact]) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "image": run.image,
+            "vm": {"uuid": run.vm.uuid, "name": run.vm.name},
+            "host": run.host,
+            "point": run.point,
+            "parent": {"point": run.parent.point, "digest": run.parent.digest} if run.parent else None,
+            "number": run.number,
+            "type": run.type.value,
+            "date": prepared.date.astimezone(UTC).isoformat(timespec="milliseconds"),
+            "reason": run.reason,
+            "consistency": prepared.consistency,
+            "frozen_seconds": round(prepared.frozen_seconds, 3),
+            "versions": dict(prepared.versions),
+            "disks": [
+                {
+                    "id": disk.id,
+                    "artifact": disk.artifact,
+                    "virtual_size": disk.virtual_size,
+                    "size": self.disks[disk.id].size,
+                    "whole": disk.whole,
+                    "tables_digest": self._layouts[disk.id].tables_digest().hex(),
+                }
+                for disk in prepared.disks
+            ],
+            "left_out": [{"id": left.id, "reason": left.reason} for left in prepared.left_out],
+            "artifacts": [
+                {"name": artifact.name, "size": artifact.size, "digest": blake3(artifact.data).hexdigest()}
+                for artifact in small
+            ],
+        }
+
+    @property
+    def size(self) -> int:
+        """Bytes of all artifacts together."""
+        return sum(artifact.size for artifact in self.artifacts)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from the VM's disks so far, in whichever process."""
+        return sum(disk.bytes_read for disk in self.disks.values())
+
+    def check_complete(self) -> None:
+        """ContractViolation unless every cluster was read: a driver that skips some has stored something else."""
+        for disk in self.disks.values():
+            if not disk.table.complete():
+                raise ContractViolation(f"the driver reported a backup, but has not read all of {disk.name}")
+
+    @contextmanager
+    def progress(self) -> Iterator[None]:
+        """Tell `ctx.progress` four times a second how many bytes of the disks were read."""
+        ended = Event()
+
+        def tell() -> None:
+            while not ended.wait(0.25):
+                self._ctx.progress.done(self.bytes_read)
+
+        total = sum(layout.clusters for layout in self._layouts.values()) * CLUSTER
+        self._ctx.progress.phase("backup", total)
+        thread = Thread(target=tell, name="progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            self._ctx.progress.done(self.bytes_read)
+
+    def close(self) -> None:
+        """Close every connection to the VM's disks, for good: the hypervisor ends its job next."""
+        for disk in self.disks.values():
+            disk.close()
+
+
+class _Watched(Artifact):
+    """An artifact that notices a cancelled run. In another process it is just the artifact: the context stays here."""
+
+    def __init__(self, inner: Artifact, ctx: Context | None) -> None:
+        self._inner = inner
+        self._ctx = ctx
+        self.name = inner.name
+        self.size = inner.size
+
+    def open(self) -> BinaryIO:
+        return stream(self)
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        if self._ctx is not None:
+            self._ctx.check()
+        return self._inner.read_at(offset, length)
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def __reduce__(self) -> tuple[type[_Watched], tuple[Artifact, None]]:
+        return _Watched, (self._inner, None)
+
+
+def _in_memory(artifact: Artifact) -> BytesArtifact:
+    if artifact.size > SMALL:
+        raise ContractViolation(f"artifact {artifact.name} has {artifact.size} bytes; only disks may exceed {SMALL}")
+    with artifact.open() as file:
+        data = file.read(SMALL + 1)
+    if len(data) != artifact.size:
+        raise ContractViolation(f"artifact {artifact.name} promised {artifact.size} bytes and has {len(data)}")
+    return BytesArtifact(artifact.name, data)

@@ -1,0 +1,244 @@
+"""The portable type in front of a driver: one method per verb, and all that drivers should not repeat."""
+
+from __future__ import annotations
+
+import inspect
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+import pluggy
+
+from backupcore import hookspecs
+from backupcore.context import Context
+from backupcore.errors import BackupError, Cancelled, ContractViolation, IntegrityError, from_os_error
+from backupcore.model import (
+    Artifact,
+    BackupRun,
+    Listed,
+    Outcome,
+    Prepared,
+    SourceRef,
+    Stored,
+    Usage,
+    check_name,
+)
+from backupcore.options import build
+from backupcore.plugins import DRIVERS, load
+
+__all__ = ["Datastore"]
+
+REQUIRED = ("backup", "restore", "delete", "sources")
+
+
+class Datastore:
+    """A configured place for backups: a name, a driver, and the plugins that take part in its runs.
+
+    Callers hold a Datastore and never a driver. Every method may raise what `backupcore.errors` lists; an answer that
+    breaks the contract is a ContractViolation that names the driver.
+    """
+
+    def __init__(self, name: str, driver: object, *, kind: str = "", plugins: Sequence[object] = ()) -> None:
+        """`driver` is a driver object; `plugins` are the hypervisor, then site plugins. Nothing is contacted."""
+        self.name = name
+        self.kind = kind or type(driver).__name__
+        self._manager = pluggy.PluginManager(hookspecs.PROJECT)
+        self._manager.add_hookspecs(hookspecs)
+        # pluggy calls the last registered first: site plugins wrap, then the driver, then the hypervisor.
+        self._plugins = [*plugins[:1], driver, *plugins[1:]]
+        for plugin in self._plugins:
+            _check_hooks(plugin)
+            self._manager.register(plugin)
+        try:
+            self._manager.check_pending()
+        except pluggy.PluginValidationError as error:
+            raise ContractViolation(f"datastore {name}: {error}") from error
+        missing = [hook for hook in REQUIRED if not _implements(driver, hook)]
+        if missing:
+            raise ContractViolation(f"driver {self.kind} does not implement: {', '.join(missing)}")
+
+    @classmethod
+    def open(cls, name: str, options: Mapping[str, object], *, plugins: Sequence[object] = ()) -> Datastore:
+        """The datastore of a configuration table: `options` holds ``driver`` (an entry-point name) and its options.
+
+        ConfigError if the driver is not installed or an option is wrong. Nothing is contacted.
+        """
+        kind = str(options.get("driver", ""))
+        rest = {key: value for key, value in options.items() if key != "driver"}
+        return cls(name, build(load(DRIVERS, kind), rest, where=f"datastores.{name}"), kind=kind, plugins=plugins)
+
+    # The run
+
+    def prebackup(self, run: BackupRun, ctx: Context) -> Prepared:
+        """Every plugin's `prebackup`; the one Prepared among their answers."""
+        answers = self._call("prebackup", run=run, ctx=ctx)
+        if len(answers) != 1 or not isinstance(answers[0], Prepared):
+            raise ContractViolation(f"{len(answers)} plugins prepared {run.vm.name}; exactly one hypervisor must")
+        return answers[0]
+
+    def backup(self, artifacts: Sequence[Artifact], run: BackupRun, ctx: Context) -> Stored:
+        """The driver's `backup`."""
+        stored: Stored = self._answer("backup", Stored, artifacts=tuple(artifacts), run=run, ctx=ctx)
+        return stored
+
+    def postbackup(self, run: BackupRun, outcome: Outcome, ctx: Context) -> list[BackupError]:
+        """Each plugin's `postbackup` by itself, the hypervisor first; what failed is logged and returned."""
+        errors: list[BackupError] = []
+        parties = [plugin for plugin in self._plugins if _implements(plugin, "postbackup")]
+        for party in parties:
+            # One by one, since a broadcast ends at the first error; wrappers stay around each of them.
+            others = [plugin for plugin in parties if plugin is not party]
+            caller = self._manager.subset_hook_caller("postbackup", others)
+            try:
+                with self._translated("postbackup"):
+                    caller(run=run, outcome=outcome, ctx=ctx)
+            except BackupError as error:
+                ctx.log.warning("after the backup of %s: %s %s", run.vm.name, error, error.hint)
+                errors.append(error)
+        return errors
+
+    # Other verbs
+
+    def artifacts(self, source: SourceRef, ctx: Context) -> dict[str, Artifact]:
+        """The artifacts of a source by name. One that is shorter or longer than it says is an IntegrityError."""
+        found = self._answer("restore", Sequence, source=source, ctx=ctx)
+        by_name = {check_name(artifact.name): _Exact(artifact, f"{self.name}:{source}", ctx) for artifact in found}
+        if len(by_name) != len(found):
+            raise ContractViolation(f"driver {self.kind} names an artifact of {source} twice")
+        return dict(by_name)
+
+    def delete(self, sources: Sequence[SourceRef], ctx: Context) -> None:
+        """Remove sources; those that are gone already are no error."""
+        if sources and self._answer("delete", bool, sources=tuple(sources), ctx=ctx) is not True:
+            raise ContractViolation(f"driver {self.kind} did not delete: {', '.join(map(str, sources))}")
+
+    def sources(self, ctx: Context) -> list[Listed]:
+        """Every complete source in the datastore, of all VMs and hosts."""
+        with self._translated("sources"):
+            return list(self._answer("sources", object, ctx=ctx))
+
+    def check(self, ctx: Context) -> None:
+        """Raise what is wrong with the datastore, if anything is. A driver without `check` is asked for its sources."""
+        if self._has("check"):
+            self._answer("check", bool, ctx=ctx)
+        else:
+            self.sources(ctx)
+
+    def usage(self, ctx: Context) -> Usage:
+        """How full the datastore is, as far as its driver says."""
+        found: Usage = self._answer("usage", Usage, ctx=ctx) if self._has("usage") else Usage()
+        return found
+
+    # Calling
+
+    def _has(self, hook: str) -> bool:
+        return bool(getattr(self._manager.hook, hook).get_hookimpls())
+
+    def _call(self, hook: str, **arguments: Any) -> Any:
+        with self._translated(hook):
+            return getattr(self._manager.hook, hook)(**arguments)
+
+    def _answer(self, hook: str, kind: type, **arguments: Any) -> Any:
+        answer = self._call(hook, **arguments)
+        if answer is None or not isinstance(answer, kind):
+            raise ContractViolation(f"driver {self.kind}: {hook} returned {type(answer).__name__}")
+        return answer
+
+    @contextmanager
+    def _translated(self, hook: str) -> Iterator[None]:
+        """Errors of the taxonomy pass; an OSError becomes one; anything else is the plugin's own bug."""
+        try:
+            yield
+        except BackupError:
+            raise
+        except OSError as error:
+            raise from_os_error(error, f"datastore {self.name}, {hook}") from error
+        except KeyboardInterrupt as error:
+            raise Cancelled("cancelled") from error
+        except Exception as error:
+            raise ContractViolation(
+                f"datastore {self.name}: {hook} failed with {type(error).__name__}: {error}",
+                "This is a bug of a plugin or of this program; -v shows where.",
+            ) from error
+
+
+class _Exact(Artifact):
+    """A stored artifact whose length is held against what it promised."""
+
+    def __init__(self, inner: Artifact, what: str, ctx: Context) -> None:
+        self._inner = inner
+        self._what = f"{what}//{inner.name}"
+        self._ctx = ctx
+        self.name = inner.name
+        self.size = inner.size
+        self.seekable = inner.seekable
+
+    def open(self) -> BinaryIO:
+        with _reading(self._what):
+            inner = self._inner.open()
+        return io.BufferedReader(_ExactStream(inner, self.size, self._what, self._ctx), 1 << 20)
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        self._ctx.check()
+        with _reading(self._what):
+            data = self._inner.read_at(offset, length)
+        if len(data) != max(0, min(length, self.size - offset)):
+            raise IntegrityError(f"{self._what}: {len(data)} bytes at {offset} instead of {length}")
+        return data
+
+
+class _ExactStream(io.RawIOBase):
+    def __init__(self, inner: BinaryIO, size: int, what: str, ctx: Context) -> None:
+        super().__init__()
+        self._inner = inner
+        self._left = size
+        self._what = what
+        self._ctx = ctx
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]  # Buffer has no length
+        self._ctx.check()
+        with _reading(self._what):
+            data = self._inner.read(len(buffer))
+        if not data and self._left:
+            raise IntegrityError(f"{self._what} ends {self._left} bytes early", "Verify the image.")
+        if len(data) > self._left:
+            raise IntegrityError(f"{self._what} is longer than it promised", "Verify the image.")
+        buffer[: len(data)] = data
+        self._left -= len(data)
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._inner.close()
+        super().close()
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise from_os_error(error, f"reading {what}") from error
+
+
+def _implements(plugin: object, hook: str) -> bool:
+    method = getattr(plugin, hook, None)
+    options = getattr(method, f"{hookspecs.PROJECT}_impl", None)
+    return options is not None and not options["wrapper"] and not options["hookwrapper"]
+
+
+def _check_hooks(plugin: object) -> None:
+    """pluggy never passes an argument that has a default, so such a hook would work on the default for ever."""
+    for name in dir(type(plugin)):
+        method = getattr(plugin, name, None)
+        if getattr(method, f"{hookspecs.PROJECT}_impl", None) is None:
+            continue
+        for parameter in inspect.signature(method).parameters.values():  # type: ignore[arg-type]  # a hook is callable
+            if parameter.default is not inspect.Parameter.empty:
+                raise ContractViolation(
+                    f"{type(plugin).__name__}.{name}: argument {parameter.name} has a default, which is never filled"
+                )

@@ -1,0 +1,115 @@
+"""The one life cycle of a backup: prebackup -> backup -> record -> postbackup."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from blake3 import blake3
+
+from backupcore.bundle import Bundle
+from backupcore.errors import Cancelled, IncrementImpossible
+from backupcore.model import Increment, Outcome, RunState, Type
+
+if TYPE_CHECKING:
+    from backupcore.context import Context
+    from backupcore.datastore import Datastore
+    from backupcore.model import BackupRun, LeftOut
+
+__all__ = ["Recorded", "run_backup"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """A backup that is complete and durable in its datastore.
+
+    `run` is the one that was really taken: a full in a new image where the increment turned out to be impossible.
+    `stored` is how many bytes the datastore grew by (None if not known), `read` how many were read from the disks.
+    `warnings` are errors of the release of the guest; the backup is done all the same.
+    """
+
+    run: BackupRun
+    increment: Increment
+    stored: int | None
+    read: int
+    frozen_seconds: float
+    left_out: tuple[LeftOut, ...]
+    seconds: float
+    warnings: tuple[str, ...] = ()
+
+
+def run_backup(datastore: Datastore, run: BackupRun, ctx: Context, *, record: Callable[[Recorded], None]) -> Recorded:
+    """Take one backup. Returns when it is recorded and the guest is released.
+
+    `record` writes the increment down (in the catalog), after the driver has it and before the guest is released; only
+    a recorded run lets older checkpoints go. Where the increment is impossible a full in a new image is taken instead,
+    once. The caller holds the lock of the VM, and closes `ctx` afterwards. Raises what went wrong, after the release.
+    """
+    try:
+        return _attempt(datastore, run, ctx, record)
+    except IncrementImpossible as impossible:
+        if run.type is Type.FULL:
+            raise
+        ctx.log.info("full backup of %s instead of an increment: %s", run.vm.name, impossible)
+        return _attempt(datastore, run.as_full(str(impossible)), ctx, record)
+
+
+def _attempt(datastore: Datastore, run: BackupRun, ctx: Context, record: Callable[[Recorded], None]) -> Recorded:
+    started = time.monotonic()
+    outcome = Outcome(state=RunState.FAILED)
+    try:
+        ctx.check()
+        ctx.progress.phase("prepare")
+        prepared = datastore.prebackup(run, ctx)
+        run = replace(run, date=prepared.date)
+        bundle = Bundle(prepared, run, ctx)
+        try:
+            with bundle.progress():
+                stored = datastore.backup(bundle.artifacts, run, ctx)
+            outcome = replace(outcome, stored=stored)
+            bundle.check_complete()
+            digest = blake3(bundle.manifest.data()).hexdigest()
+        finally:
+            bundle.close()
+        increment = Increment(
+            id=run.number,
+            pid=run.number - 1 if run.type is Type.INCREMENT else -1,
+            type=run.type,
+            point=run.point,
+            source=stored.source,
+            size=bundle.size,
+            date=prepared.date,
+            consistency=prepared.consistency,
+            reason=run.reason,
+            digest=digest,
+            disks=prepared.disks,
+        )
+        recorded = Recorded(
+            run=run,
+            increment=increment,
+            stored=stored.stored,
+            read=bundle.bytes_read,
+            frozen_seconds=prepared.frozen_seconds,
+            left_out=prepared.left_out,
+            seconds=time.monotonic() - started,
+        )
+        ctx.progress.phase("record")
+        record(recorded)
+        outcome = replace(outcome, state=RunState.RECORDED)
+    except BaseException as error:
+        if ctx.failure is not None and error is not ctx.failure:
+            outcome = replace(outcome, error=ctx.failure)
+            raise ctx.failure from error
+        state = RunState.CANCELLED if isinstance(error, Cancelled | KeyboardInterrupt) else RunState.FAILED
+        outcome = replace(outcome, state=state, error=error)
+        raise
+    finally:
+        ctx.progress.phase("release")
+        errors = datastore.postbackup(run, outcome, ctx)
+    return replace(
+        recorded,
+        seconds=time.monotonic() - started,
+        warnings=tuple(f"{error} {error.hint}".strip() for error in errors),
+    )

@@ -1,0 +1,147 @@
+"""A hypervisor whose VMs are bytes in memory: tests write to a disk and back it up, without QEMU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from backupcore import hookimpl
+from backupcore.context import Context
+from backupcore.disk.extents import Extent, Kind
+from backupcore.disk.qcow2 import CLUSTER, DiskArtifact, Layout, MemoryBlocks
+from backupcore.errors import IncrementImpossible, NotFound
+from backupcore.hypervisor import Finding, VMDisk, VMState
+from backupcore.model import (
+    VM,
+    Artifact,
+    BackupRun,
+    BytesArtifact,
+    Disk,
+    DiskEstimate,
+    Estimate,
+    Outcome,
+    Prepared,
+    RunState,
+)
+
+__all__ = ["MemoryGuest", "MemoryHypervisor"]
+
+
+@dataclass
+class MemoryGuest:
+    """One VM. `checkpoints` maps a point to the clusters written since, per disk."""
+
+    vm: VM
+    disks: dict[str, bytearray]
+    settings: dict[str, str] = field(default_factory=dict)
+    checkpoints: dict[str, dict[str, set[int]]] = field(default_factory=dict)
+    busy: str = ""
+
+    def write(self, disk: str, offset: int, data: bytes) -> None:
+        """Write as the guest would; a disk grows if the data reach past its end."""
+        self.disks[disk].extend(bytes(max(0, offset + len(data) - len(self.disks[disk]))))
+        self.disks[disk][offset : offset + len(data)] = data
+        for dirty in self.checkpoints.values():
+            dirty.setdefault(disk, set()).update(range(offset // CLUSTER, -(-(offset + len(data)) // CLUSTER)))
+
+
+class MemoryHypervisor:
+    """Keeps the contract of a hypervisor for the guests it is given."""
+
+    def __init__(self, guests: Iterable[MemoryGuest]) -> None:
+        self.guests = {guest.vm.uuid: guest for guest in guests}
+
+    def _extents(self, data: bytes, dirty: set[int] | None) -> Iterable[Extent]:
+        for cluster in range(-(-len(data) // CLUSTER)):
+            if dirty is not None and cluster not in dirty:
+                continue
+            block = data[cluster * CLUSTER : (cluster + 1) * CLUSTER]
+            if block.count(0) != len(block):
+                yield Extent(cluster * CLUSTER, CLUSTER, Kind.DATA)
+            elif dirty is not None:
+                yield Extent(cluster * CLUSTER, CLUSTER, Kind.ZERO)
+
+    @hookimpl
+    def prebackup(self, run: BackupRun, ctx: Context) -> Prepared | None:
+        """A copy of every disk as it is now, and a checkpoint for the next increment."""
+        del ctx
+        guest = self.guests[run.vm.uuid]
+        dirty: Mapping[str, set[int]] | None = None
+        if run.parent:
+            if run.parent.point not in guest.checkpoints:
+                raise IncrementImpossible(f"checkpoint of point {run.parent.point} is gone")
+            dirty = guest.checkpoints[run.parent.point]
+        guest.busy = run.id
+        artifacts: list[Artifact] = [BytesArtifact("vm.xml", f"<domain><name>{run.vm.name}</name></domain>".encode())]
+        disks = []
+        for name, content in guest.disks.items():
+            data = bytes(content)
+            extents = self._extents(data, dirty.get(name, set()) if dirty is not None else None)
+            artifact = DiskArtifact(f"disk.{name}.qcow2", Layout(len(data), extents), MemoryBlocks(data))
+            artifacts.append(artifact)
+            disks.append(Disk(id=name, artifact=artifact.name, virtual_size=len(data), whole=dirty is None))
+        if run.tracked:
+            guest.checkpoints[run.point] = {}
+        return Prepared(
+            artifacts=tuple(artifacts),
+            date=datetime.now(UTC),
+            consistency="crash",
+            frozen_seconds=0.0,
+            disks=tuple(disks),
+            versions={"memory": "1"},
+        )
+
+    @hookimpl
+    def postbackup(self, run: BackupRun, outcome: Outcome) -> None:
+        """Let go of the guest and of the checkpoints that nobody needs any more."""
+        guest = self.guests[run.vm.uuid]
+        guest.busy = ""
+        gone = run.spent if outcome.state is RunState.RECORDED else (run.point,)
+        for point in gone:
+            guest.checkpoints.pop(point, None)
+
+    def vms(self) -> Sequence[VMState]:
+        """Every guest."""
+        return [self._state(guest) for guest in sorted(self.guests.values(), key=lambda guest: guest.vm.name)]
+
+    def find(self, vm: str) -> VMState:
+        """By name or UUID."""
+        for guest in self.guests.values():
+            if vm in (guest.vm.name, guest.vm.uuid):
+                return self._state(guest)
+        raise NotFound(f"no VM {vm}")
+
+    def _state(self, guest: MemoryGuest) -> VMState:
+        disks = tuple(
+            VMDisk(id=name, path=f"memory:{name}", format="raw", virtual_size=len(data))
+            for name, data in guest.disks.items()
+        )
+        return VMState(vm=guest.vm, state="running", disks=disks)
+
+    def estimate(self, run: BackupRun) -> Estimate:
+        """The size of every disk."""
+        guest = self.guests[run.vm.uuid]
+        whole = run.parent is None
+        disks = (DiskEstimate(id=name, bytes=len(data), whole=whole) for name, data in guest.disks.items())
+        return Estimate(disks=tuple(disks), left_out=())
+
+    def settings(self, vm: VM) -> Mapping[str, str]:
+        """As `configure` set them."""
+        return dict(self.guests[vm.uuid].settings)
+
+    def configure(self, vm: VM, settings: Mapping[str, str]) -> None:
+        """Replace them."""
+        self.guests[vm.uuid].settings = dict(settings)
+
+    def definition(
+        self, stored: bytes, *, name: str, disks: Mapping[str, Path], nvram: Path | None, no_ip: bool, no_nic: bool
+    ) -> bytes:
+        """A definition with nothing but the name."""
+        del stored, disks, nvram, no_ip, no_nic
+        return f"<domain><name>{name}</name></domain>".encode()
+
+    def check(self) -> Sequence[Finding]:
+        """All is well."""
+        return [Finding(subject="memory", ok=True, detail="there")]

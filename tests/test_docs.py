@@ -1,0 +1,28 @@
+"""The documentation holds what the code has."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+from backupcore import hookspecs
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_hook_is_documented_with_its_signature():
+    headings = set(re.findall(r"^## `(\w+\(.*\))`$", (ROOT / "docs/hooks.md").read_text(), re.MULTILINE))
+    hooks = {
+        f"{name}({', '.join(inspect.signature(function).parameters)})"
+        for name, function in vars(hookspecs).items()
+        if hasattr(function, f"{hookspecs.PROJECT}_spec")
+    }
+    assert headings == hooks
+
+
+def test_links_between_documents_lead_somewhere():
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("drivers/*/README.md")]:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if "://" not in link:
+                assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"
