@@ -127,7 +127,9 @@ class Site:
         deadline = time.monotonic() + 60
         while not condition():
             assert time.monotonic() < deadline, f"waited in vain for {what}"
-            assert self.children[-1].poll() is None, f"the process ended before {what}: {self.children[-1].communicate()}"
+            assert self.children[-1].poll() is None, (
+                f"the process ended before {what}: {self.children[-1].communicate()}"
+            )
             time.sleep(0.01)
 
 
@@ -160,7 +162,7 @@ def site(tmp_path: Path, installed: str, capsys: pytest.CaptureFixture[str]) -> 
             MemoryGuest(DB, {"vda": bytearray(mib)}),
         ],
     )
-    made.write(WEB, "vda", 70_000, b"first" * 1000)
+    made.write(WEB, "vda", 70_000, b"first" * 100_000)
     yield made
     for child in made.children:
         if child.poll() is None:

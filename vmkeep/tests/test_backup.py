@@ -38,7 +38,10 @@ def test_an_increment_that_is_impossible_becomes_a_full_with_the_reason(site):
     assert (second["image"], second["type"]) == (2, "FULL")
     assert second["reason"] == f"source {first['source']} is gone"
     runs = site.run("vm", "show", "web1", "--json").json["last_runs"]
-    assert [(run["type"], run["state"], run["image"]) for run in runs] == [("FULL", "recorded", 2), ("FULL", "recorded", 1)]
+    assert [(run["type"], run["state"], run["image"]) for run in runs] == [
+        ("FULL", "recorded", 2),
+        ("FULL", "recorded", 1),
+    ]
 
 
 def test_a_dry_run_says_what_would_be_done_and_touches_nothing(site):
