@@ -205,7 +205,7 @@ class ExtentTable(Sequence[Extent]):
             return NotImplemented
         return (self._starts, self._lengths, self._kinds) == (other._starts, other._lengths, other._kinds)
 
-    __hash__ = None  # type: ignore[assignment]  # it compares by content, and hashing millions of rows helps nobody
+    __hash__ = None  # type: ignore[assignment]  # compares by content; hashing millions of rows helps nobody
 
     def __repr__(self) -> str:
         return f"<ExtentTable of {len(self)} extents>"
@@ -229,7 +229,7 @@ class ExtentTable(Sequence[Extent]):
         end = offset + length
         for index in range(self.index_at(offset), len(self)):
             start = self._starts[index]
-            if start >= end:
+            if start >= end or length <= 0:
                 return
             first, last = max(start, offset), min(start + self._lengths[index], end)
             yield Extent(first, last - first, _KINDS[self._kinds[index]])

@@ -122,9 +122,10 @@ class HashedDisk(Artifact):
                 break
         with self._lock:
             blocks = [(number, self._want(number)) for number in wanted]
-        for number, block in blocks:
-            self._wait(number, block)
-            block.spent = True
+            self._shrink()
+        for number, asked in blocks:
+            self._wait(number, asked)
+            asked.spent = True
 
     def complete(self) -> None:
         """Read whatever has not been read yet, so that every cluster has its digest."""

@@ -129,6 +129,10 @@ class Address:
     def __str__(self) -> str:
         return f"NBD export {self.export!r} on {self.socket}"
 
+    def connect(self) -> Client:
+        """A new connection, for reads; what `backupcore.disk.qcow2.DiskArtifact` calls."""
+        return Client(self)
+
 
 @dataclass(frozen=True)
 class _Export:

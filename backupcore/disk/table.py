@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
+from backupcore.disk.extents import CLUSTER
 from backupcore.errors import ContractViolation, IntegrityError, from_os_error
 
 if TYPE_CHECKING:
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = ["CLUSTER", "DIGEST", "Table", "digests"]
-
-CLUSTER = 65536
-"""Bytes of one data cluster."""
 
 DIGEST = 32
 """Bytes of one digest (BLAKE3-256)."""
