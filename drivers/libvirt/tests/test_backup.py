@@ -170,7 +170,10 @@ def test_the_guest_ends_while_its_disk_is_read(lab, runs):
             while stream.read(MiB):
                 pass
     assert vm.checkpoints() == set(), "the checkpoint went, although the VM is off"
-    assert run.point not in subprocess.run(["qemu-img", "info", str(vm.disks["vda"])], capture_output=True, text=True).stdout
+    assert (
+        run.point
+        not in subprocess.run(["qemu-img", "info", str(vm.disks["vda"])], capture_output=True, text=True).stdout
+    )
     vm.domain.create()
     vm.untouched()
     with runs.take(runs.run(vm)):
