@@ -161,7 +161,7 @@ def test_one_file_at_a_time_in_every_order(folder, tmp_path):
     names = ["disk.vda.qcow2", "disk.vdb.qcow2", "sums.vda", "sums.vdb", "manifest.json"]
     orders = list(itertools.permutations(names))
     size = 5 * 65536 - 100
-    backups = [Backup(folder, "vda", "vdb", prefix=f"{n}.", size=size) for n in range(len(orders))]
+    backups = [Backup(folder, "vda", "vdb", prefix=f"{n}.", size=size, patience=0.004) for n in range(len(orders))]
     right = Backup(folder, "vda", "vdb", size=size).right(tmp_path / "right")
     with show([artifact for backup in backups for artifact in backup.artifacts], folder) as view:
         for number, order in enumerate(orders):
