@@ -129,9 +129,9 @@ def _release(place: Workplace, run: BackupRun, folder: Path) -> None:
         return
     written = runs.increment_of(place.catalog, run.id)
     outcome = Outcome(state=RunState.RECORDED if written else RunState.FAILED)
-    if written and written[1].point != run.point:  # it became a full in a new image after its folder was made
+    if written and written[0].uuid != run.image:  # it became a full in a new image after its folder was made
         image, increment = written
-        run = replace(run.as_full(increment.reason), image=image.uuid, point=increment.point)
+        run = replace(run.as_full(increment.reason), image=image.uuid)
     with Context(folder) as ctx:
         errors = place.datastore(run.datastore, hypervisor=True).postbackup(run, outcome, ctx)
     if errors:
