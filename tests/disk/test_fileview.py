@@ -314,7 +314,7 @@ def test_whatever_goes_wrong_is_told(folder, act, kind, message):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, GeneratorExit])
 def test_a_block_that_raises_leaves_nothing(folder, error):
-    with pytest.raises(error), show([BytesArtifact("a", b"b")], folder) as view:  # noqa: PT012 - the block is the test
+    with pytest.raises(error), show([BytesArtifact("a", b"b")], folder) as view:
         assert (view.path / "a").read_bytes() == b"b"
         raise error
     assert view.failed is None
