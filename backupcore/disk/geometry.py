@@ -60,7 +60,7 @@ class Geometry:
         if virtual_size <= 0:
             raise ValueError(f"a disk of {virtual_size} bytes has no layout")
         if -(-virtual_size // L2_SPAN) > _MAX_L1:
-            raise UnsupportedOperation(f"a disk of {virtual_size} bytes is too large: qcow2 ends at 2 EiB")
+            raise UnsupportedOperation(f"a disk of {virtual_size} bytes is too large: qcow2 ends at 2 PiB")
         # Refcount blocks count themselves, so more of them may need one more: the first length that stays is taken.
         clusters = payload
         while (found := cls(virtual_size, clusters)).l2 + payload != clusters:
