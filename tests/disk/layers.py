@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -173,20 +173,20 @@ class Recording:
         assert end == self.size
 
 
-def chain(draw: Callable[[st.SearchStrategy[int]], int], length: int, size: int) -> list[Made]:
-    """Layers, oldest first. Sizes change now and then; a layer in the middle may be whole."""
+@st.composite
+def chains(draw: st.DrawFn, longest: int = 20, *, sectors: bool = False) -> list[Made]:
+    """Layers, oldest first. Sizes change now and then; a layer in the middle may be whole.
+
+    With `sectors` a disk is cut at the end of a sector: QEMU's chains know no other place.
+    """
+    some = st.one_of(st.integers(1, 40 * CLUSTER), st.sampled_from(ODD_SIZES))
+    size = draw(some)
     found: list[Made] = []
-    for number in range(length):
+    for number in range(draw(st.integers(1, longest))):
         if number and draw(st.integers(0, 3)) == 0:
-            size = draw(st.one_of(st.integers(1, 40 * CLUSTER), st.sampled_from(ODD_SIZES)))
-        whole = number == 0 or draw(st.integers(0, 9)) == 0
-        part = draw(extents(size))  # type: ignore[arg-type]  # a strategy like any other
-        found.append(make(size, part, whole=whole, seed=draw(st.integers(0, 1 << 30))))
+            before, size = size, draw(some)
+            if sectors and size < before:
+                size = -(-size // 512) * 512
+        whole = number == 0 or draw(st.integers(0, 9)) == 9
+        found.append(make(size, draw(extents(size)), whole=whole, seed=draw(st.integers(0, 1 << 30))))
     return found
-
-
-chains = st.composite(
-    lambda draw, longest: chain(
-        draw, draw(st.integers(1, longest)), draw(st.one_of(st.integers(1, 40 * CLUSTER), st.sampled_from(ODD_SIZES)))
-    )
-)
