@@ -147,7 +147,8 @@ class Lab:
             images[f"vd{letter}"] = image
             elements += (
                 f"<disk type='file' device='disk'><driver name='qemu' type='{shape}' discard='unmap' {options}/>"
-                f"<source file='{image}'/><target dev='vd{letter}' bus='virtio'/></disk>"
+                f"<source file='{image}'/><target dev='vd{letter}' bus='virtio'/>"
+                f"<boot order='{len(images)}'/></disk>"  # SeaBIOS shows a guest only the disks that it may boot from
             )
         domain = self.connection.defineXML(
             f"<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory>"
@@ -339,6 +340,11 @@ def restored(layers: Sequence[Path], target: Path) -> Path:
         qemu_img("rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", below, above)
     qemu_img("convert", "-O", "raw", layers[-1], target)
     return target
+
+
+@pytest.fixture(name="restored")
+def _restored() -> Callable[[Sequence[Path], Path], Path]:
+    return restored
 
 
 @pytest.fixture

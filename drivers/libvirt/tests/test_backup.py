@@ -69,6 +69,37 @@ def test_full_and_increments_equal_what_the_disks_held_at_one_instant(lab, runs,
     assert sum(e.length for e in layout.extents() if e.kind is Kind.DATA) <= MiB + 5 * 65536
 
 
+def counting_guest() -> bytes:
+    """A boot sector that counts, and writes each number to the first disk, then to the second, for ever."""
+    code = bytes.fromhex(
+        "31c0 8ed8"  # xor ax,ax; mov ds,ax
+        "66ff 06 0080"  # again: inc dword [8000h]
+        "be307c b443 30c0 b280 cd13"  # mov si,packet; mov ah,43h (write); xor al,al; mov dl,80h; int 13h
+        "be307c b443 30c0 b281 cd13 ebe3"  # the same with dl,81h; jmp again
+    )
+    packet = bytes.fromhex("1000 0100 0080 0000 0008000000000000")  # size, 1 sector, from 0000:8000, to sector 2048
+    return code.ljust(0x30, b"\0") + packet.ljust(510 - 0x30, b"\0") + b"\x55\xaa"
+
+
+def test_all_disks_show_one_instant_of_a_guest_that_writes(lab, runs, restored, tmp_path, wait_for):
+    vm = lab.vm(["qcow2:4M", "qcow2:4M"], start=False)
+    raw = tmp_path / "boot.raw"
+    raw.write_bytes(counting_guest().ljust(4 * MiB, b"\0"))
+    subprocess.run(["qemu-img", "convert", "-O", "qcow2", str(raw), str(vm.disks["vda"])], check=True)
+    vm.domain.create()
+    parent, layers, seen = None, [], 0
+    for number in range(4):
+        before = vm.domain.blockStats("vdb")[2]
+        wait_for(lambda before=before: vm.domain.blockStats("vdb")[2] > before + 10, "the guest writes", 30)
+        with runs.take(runs.run(vm, parent)) as parent:
+            layers.append(runs.keep(parent, tmp_path / f"layer{number}"))
+        files = [restored([layer[disk] for layer in layers], tmp_path / disk) for disk in ("vda", "vdb")]
+        first, second = (int.from_bytes(file.read_bytes()[MiB : MiB + 4], "little") for file in files)
+        assert first - second in (0, 1), "the second disk is at most one write behind the first"
+        assert second > seen
+        seen = second
+
+
 def test_artifacts_versions_and_what_is_left_out(lab, runs, hypervisor):
     image = lab.folder / "shared.raw"
     image.write_bytes(bytes(MiB))

@@ -65,11 +65,13 @@ def other_process(runs, tmp_path):
 
 
 def test_a_run_that_was_killed_is_cleared_away_by_the_next_one(small, runs, other_process, caplog):
+    small.io("vda", "write -P 0x11 0 1M")
     dead = runs.run(small)
     process = other_process(small, dead)
     with pytest.raises(Busy, match="another backup of this VM is running"), runs.take(runs.run(small)):
         pass
     assert small.job() != 0, "the living run was left alone"
+    assert connected(runs.hypervisor.scratch / dead.id / "nbd.sock") == 1
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert small.job() != 0
@@ -82,6 +84,7 @@ def test_a_run_that_was_killed_is_cleared_away_by_the_next_one(small, runs, othe
 
 
 def test_postbackup_in_a_fresh_process_releases_all_and_can_be_repeated(small, runs, other_process):
+    small.io("vda", "write -P 0x11 0 1M")
     dead = runs.run(small)
     process = other_process(small, dead)
     process.send_signal(signal.SIGKILL)
