@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from blake3 import blake3
 
-from backupcore.disk.qcow2 import DiskArtifact
+from backupcore.disk.qcow2 import CLUSTER, DiskArtifact, Layout
 from backupcore.disk.sums import HashedDisk, SumsArtifact
 from backupcore.errors import ContractViolation
 from backupcore.manifest import FORMAT, NAME, ManifestArtifact
@@ -40,13 +40,15 @@ class Bundle:
             raise ContractViolation("prebackup named an artifact twice")
         self._ctx = ctx
         self.disks: dict[str, HashedDisk] = {}
-        self._sums: dict[str, Artifact] = {}
+        self._layouts: dict[str, Layout] = {}
+        self._sums: dict[str, SumsArtifact] = {}
         for disk in prepared.disks:
             artifact = by_name.pop(disk.artifact, None)
             if not isinstance(artifact, DiskArtifact) or disk.artifact != f"disk.{disk.id}.qcow2":
                 raise ContractViolation(f"prebackup names disk {disk.id}, but {disk.artifact} is no such artifact")
-            hashed = HashedDisk(artifact, ctx.folder / f"sums.{disk.id}.table")
+            hashed = HashedDisk(artifact, ctx.folder / f"{run.image}.sums.{disk.id}")
             self.disks[disk.id] = hashed
+            self._layouts[disk.id] = artifact.layout
             self._sums[disk.id] = SumsArtifact(f"sums.{disk.id}", hashed)
         small = [_in_memory(artifact) for artifact in by_name.values()]
         self.manifest = ManifestArtifact(self._draft(prepared, run, small), self._sums)
@@ -77,7 +79,7 @@ class Bundle:
                     "virtual_size": disk.virtual_size,
                     "size": self.disks[disk.id].size,
                     "whole": disk.whole,
-                    "tables_digest": self.disks[disk.id].layout.tables_digest().hex(),
+                    "tables_digest": self._layouts[disk.id].tables_digest().hex(),
                 }
                 for disk in prepared.disks
             ],
@@ -101,7 +103,7 @@ class Bundle:
     def check_complete(self) -> None:
         """ContractViolation unless every cluster was read: a driver that skips some has stored something else."""
         for disk in self.disks.values():
-            if not disk.complete:
+            if not disk.table.complete():
                 raise ContractViolation(f"the driver reported a backup, but has not read all of {disk.name}")
 
     @contextmanager
@@ -113,7 +115,7 @@ class Bundle:
             while not ended.wait(0.25):
                 self._ctx.progress.done(self.bytes_read)
 
-        total = sum(disk.layout.clusters for disk in self.disks.values()) << 16
+        total = sum(layout.clusters for layout in self._layouts.values()) * CLUSTER
         self._ctx.progress.phase("backup", total)
         thread = Thread(target=tell, name="progress", daemon=True)
         thread.start()

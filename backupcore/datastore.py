@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import pluggy
 
@@ -29,7 +29,6 @@ from backupcore.plugins import DRIVERS, load
 
 __all__ = ["Datastore"]
 
-T = TypeVar("T")
 REQUIRED = ("backup", "restore", "delete", "sources")
 
 
@@ -47,9 +46,8 @@ class Datastore:
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
         # pluggy calls the last registered first: site plugins wrap, then the driver, then the hypervisor.
-        hypervisor, *site = plugins or (None,)
-        self._parties = [plugin for plugin in (hypervisor, driver) if plugin is not None]
-        for plugin in [*self._parties, *site]:
+        self._plugins = [*plugins[:1], driver, *plugins[1:]]
+        for plugin in self._plugins:
             _check_hooks(plugin)
             self._manager.register(plugin)
         try:
@@ -81,15 +79,16 @@ class Datastore:
 
     def backup(self, artifacts: Sequence[Artifact], run: BackupRun, ctx: Context) -> Stored:
         """The driver's `backup`."""
-        return self._answer("backup", Stored, artifacts=tuple(artifacts), run=run, ctx=ctx)
+        stored: Stored = self._answer("backup", Stored, artifacts=tuple(artifacts), run=run, ctx=ctx)
+        return stored
 
     def postbackup(self, run: BackupRun, outcome: Outcome, ctx: Context) -> list[BackupError]:
         """Each plugin's `postbackup` by itself, the hypervisor first; what failed is logged and returned."""
         errors: list[BackupError] = []
-        for party in self._parties:
-            if not _implements(party, "postbackup"):
-                continue
-            others = [plugin for plugin in self._parties if plugin is not party]
+        parties = [plugin for plugin in self._plugins if _implements(plugin, "postbackup")]
+        for party in parties:
+            # One by one, since a broadcast ends at the first error; wrappers stay around each of them.
+            others = [plugin for plugin in parties if plugin is not party]
             caller = self._manager.subset_hook_caller("postbackup", others)
             try:
                 with self._translated("postbackup"):
@@ -128,7 +127,8 @@ class Datastore:
 
     def usage(self, ctx: Context) -> Usage:
         """How full the datastore is, as far as its driver says."""
-        return self._answer("usage", Usage, ctx=ctx) if self._has("usage") else Usage()
+        found: Usage = self._answer("usage", Usage, ctx=ctx) if self._has("usage") else Usage()
+        return found
 
     # Calling
 
@@ -139,9 +139,9 @@ class Datastore:
         with self._translated(hook):
             return getattr(self._manager.hook, hook)(**arguments)
 
-    def _answer(self, hook: str, kind: type[T] | Callable[..., T], **arguments: Any) -> Any:
+    def _answer(self, hook: str, kind: type, **arguments: Any) -> Any:
         answer = self._call(hook, **arguments)
-        if answer is None or not isinstance(answer, kind):  # type: ignore[arg-type]  # Sequence is a type at run time
+        if answer is None or not isinstance(answer, kind):
             raise ContractViolation(f"driver {self.kind}: {hook} returned {type(answer).__name__}")
         return answer
 
@@ -175,11 +175,14 @@ class _Exact(Artifact):
         self.seekable = inner.seekable
 
     def open(self) -> BinaryIO:
-        return io.BufferedReader(_ExactStream(self._inner.open(), self.size, self._what, self._ctx), 1 << 20)
+        with _reading(self._what):
+            inner = self._inner.open()
+        return io.BufferedReader(_ExactStream(inner, self.size, self._what, self._ctx), 1 << 20)
 
     def read_at(self, offset: int, length: int) -> bytes:
         self._ctx.check()
-        data = self._inner.read_at(offset, length)
+        with _reading(self._what):
+            data = self._inner.read_at(offset, length)
         if len(data) != max(0, min(length, self.size - offset)):
             raise IntegrityError(f"{self._what}: {len(data)} bytes at {offset} instead of {length}")
         return data
@@ -198,7 +201,8 @@ class _ExactStream(io.RawIOBase):
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]  # Buffer has no length
         self._ctx.check()
-        data = self._inner.read(len(buffer))
+        with _reading(self._what):
+            data = self._inner.read(len(buffer))
         if not data and self._left:
             raise IntegrityError(f"{self._what} ends {self._left} bytes early", "Verify the image.")
         if len(data) > self._left:
@@ -213,10 +217,18 @@ class _ExactStream(io.RawIOBase):
         super().close()
 
 
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise from_os_error(error, f"reading {what}") from error
+
+
 def _implements(plugin: object, hook: str) -> bool:
     method = getattr(plugin, hook, None)
     options = getattr(method, f"{hookspecs.PROJECT}_impl", None)
-    return bool(options) and not options["wrapper"] and not options["hookwrapper"]
+    return options is not None and not options["wrapper"] and not options["hookwrapper"]
 
 
 def _check_hooks(plugin: object) -> None:

@@ -18,14 +18,16 @@ from __future__ import annotations
 import io
 import json
 from datetime import datetime
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 
-from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from backupcore.errors import IntegrityError, UnsupportedOperation
 from backupcore.model import Artifact, Disk, Type
 from backupcore.options import problems
+
+if TYPE_CHECKING:
+    from backupcore.disk.sums import SumsArtifact
 
 __all__ = ["FORMAT", "LIMIT", "NAME", "Manifest", "ManifestArtifact", "parse"]
 
@@ -33,10 +35,10 @@ FORMAT = 1
 LIMIT = 16 << 20
 NAME = "manifest.json"
 
-Hex32 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}\Z")]
-Hex64 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}\Z")]
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,126}\Z")]
-DiskId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}\Z")]
+Hex32 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+Hex64 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,126}$")]
+DiskId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]
 Size = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
@@ -158,13 +160,13 @@ def parse(data: bytes, what: str) -> Manifest:
 class ManifestArtifact(Artifact):
     """``manifest.json`` of a backup that is being taken.
 
-    Its size is known at once, since a digest has as many digits before it is known as after. A read hashes each sums
-    artifact, and so waits until its disk was read (`backupcore.disk.sums`).
+    Its size is known at once, since a digest has as many digits before it is known as after. A read needs the
+    digest of each sums artifact, and so waits until its disk was read (`backupcore.disk.sums`).
     """
 
     name = NAME
 
-    def __init__(self, draft: dict[str, Any], sums: dict[str, Artifact]) -> None:
+    def __init__(self, draft: dict[str, Any], sums: dict[str, SumsArtifact]) -> None:
         """`draft` is the manifest without digests of sums; `sums` maps a disk's ID to its sums artifact."""
         self._draft = draft
         self._sums = sums
@@ -183,7 +185,7 @@ class ManifestArtifact(Artifact):
     def data(self) -> bytes:
         """The finished manifest."""
         if self._data is None:
-            self._data = self._render({disk: _digest(artifact) for disk, artifact in self._sums.items()})
+            self._data = self._render({disk: sums.digest().hex() for disk, sums in self._sums.items()})
         return self._data
 
     def open(self) -> BinaryIO:
@@ -193,11 +195,3 @@ class ManifestArtifact(Artifact):
     def read_at(self, offset: int, length: int) -> bytes:
         """A slice of the finished manifest."""
         return self.data()[offset : offset + length]
-
-
-def _digest(artifact: Artifact) -> str:
-    hasher = blake3()
-    with artifact.open() as stream:
-        while block := stream.read(1 << 20):
-            hasher.update(block)
-    return hasher.hexdigest()

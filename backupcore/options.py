@@ -45,7 +45,8 @@ def option(
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(option,))
 def driver(cls: type[T]) -> type[T]:
     """Make `cls` a driver: a frozen, keyword-only dataclass whose fields are its options."""
-    made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    # eq=False: pluggy tells plugins apart by hash and identity, and an option may be a list, which has no hash.
+    made = dataclasses.dataclass(frozen=True, kw_only=True, eq=False)(cls)
     for field in dataclasses.fields(made):  # type: ignore[arg-type]  # mypy does not see what the line above returns
         if "help" not in field.metadata:
             raise ContractViolation(f"driver {cls.__name__}: field {field.name} is not declared with option(…)")

@@ -98,6 +98,8 @@ class HashedDisk(Artifact):
 
     def read_at(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset`, or what is left before `size`."""
+        if offset < 0:
+            raise ValueError(f"{length} bytes at {offset}")
         end = min(offset + length, self.size)
         if end <= offset:
             return b""
@@ -122,9 +124,10 @@ class HashedDisk(Artifact):
                 break
         with self._lock:
             blocks = [(number, self._want(number)) for number in wanted]
-        for number, block in blocks:
-            self._wait(number, block)
-            block.spent = True
+            self._shrink()
+        for number, asked in blocks:
+            self._wait(number, asked)
+            asked.spent = True
 
     def complete(self) -> None:
         """Read whatever has not been read yet, so that every cluster has its digest."""

@@ -7,11 +7,13 @@ import mmap
 import os
 import struct
 import threading
+import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
+from backupcore.disk.extents import CLUSTER
 from backupcore.errors import ContractViolation, IntegrityError, from_os_error
 
 if TYPE_CHECKING:
@@ -19,9 +21,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = ["CLUSTER", "DIGEST", "Table", "digests"]
-
-CLUSTER = 65536
-"""Bytes of one data cluster."""
 
 DIGEST = 32
 """Bytes of one digest (BLAKE3-256)."""
@@ -53,11 +52,8 @@ class Table:
         self.path = path
         self._thread = threading.Condition()
         self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            self._map = mmap.mmap(self._file, 0)
-        except BaseException:
-            os.close(self._file)
-            raise
+        self._release = weakref.finalize(self, os.close, self._file)
+        self._map = mmap.mmap(self._file, 0)
         self.clusters = self._get(self._CLUSTERS_AT)
         if self._map[: len(_MAGIC)] != _MAGIC or len(self._map) != _HEADER + self.clusters * DIGEST:
             self.close()
@@ -184,7 +180,7 @@ class Table:
         with self._thread:
             if self._file >= 0:
                 self._map.close()
-                os.close(self._file)
+                self._release()
                 self._file = -1
 
     @contextmanager

@@ -25,7 +25,7 @@ from backupcore_libvirt.plugin import Libvirt
 from backupcore.context import Context
 from backupcore.model import VM, BackupRun, Link, Outcome, Prepared, RunState, Type, new_id
 
-URI = "qemu:///system"
+URI = "qemu:///system" if os.geteuid() == 0 else "qemu:///session"
 MiB = 1 << 20
 
 
@@ -188,9 +188,9 @@ def new_lab(connection: libvirt.virConnect) -> Lab:
 
 
 @pytest.fixture(scope="session")
-def daemon() -> Iterator[libvirt.virConnect]:
+def daemon(libvirt_uri: str) -> Iterator[libvirt.virConnect]:
     libvirt.registerErrorHandler(lambda *_: None, None)
-    connection = libvirt.open(URI)
+    connection = libvirt.open(libvirt_uri)
     yield connection
     connection.close()
 

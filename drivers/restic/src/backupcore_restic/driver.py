@@ -1,0 +1,251 @@
+"""The driver: the hooks of `backupcore.hookspecs`, kept by restic."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from backupcore import Context, driver, hookimpl, option
+from backupcore.errors import (
+    BackupError,
+    Busy,
+    ConfigError,
+    IncrementImpossible,
+    IntegrityError,
+    SourceNotFound,
+    TargetUnavailable,
+)
+from backupcore.model import Artifact, BackupRun, Listed, SourceRef, Stored, Usage
+from backupcore_restic.child import Child
+from backupcore_restic.dump import DumpedArtifact
+from backupcore_restic.failures import NoRepository
+from backupcore_restic.place import creatable
+from backupcore_restic.repository import Repository, is_id
+from backupcore_restic.tags import MARK, from_tags, point_tag, to_tags
+
+__all__ = ["Restic"]
+
+MANIFEST = "manifest.json"
+LINE = 1 << 20  # the longest line of restic's progress that is taken in at once
+
+
+@driver
+class Restic:
+    """Backups as snapshots of one restic repository. The source is the full ID of the snapshot."""
+
+    repository: str = option("the repository, in any form that restic understands", secret=True)
+    password_file: Path | None = option("a file with the repository's password", default=None)
+    password_command: str = option("a command that prints the repository's password", default="", secret=True)
+    init: bool = option("create the repository if it does not exist", default=True)
+    compression: Literal["auto", "off", "max"] = option("how hard restic compresses", default="auto")
+    limit_upload: int = option("KiB/s to the repository at most; 0: no limit", default=0)
+    limit_download: int = option("KiB/s from the repository at most; 0: no limit", default=0)
+    pack_size: int = option("MiB in one file of the repository, 4 to 128; 0: restic's own choice", default=0)
+    read_concurrency: int = option("files read at once (restic 0.15 and later); 0: restic's own choice", default=0)
+    environment_file: Path | None = option("KEY=VALUE lines for restic, for the credentials of a cloud", default=None)
+    binary: str = option("the restic program", default="restic")
+    cache: str = option("the folder of restic's cache; \"off\": none; empty: restic's own choice", default="")
+    timeout: int = option("seconds within which the repository must answer before a backup", default=120)
+
+    def __post_init__(self) -> None:
+        wrong = []
+        if bool(self.password_file) == bool(self.password_command):
+            wrong.append("exactly one of password_file and password_command is needed")
+        if not self.repository:
+            wrong.append("repository: must not be empty")
+        if self.pack_size and not 4 <= self.pack_size <= 128:
+            wrong.append("pack_size: 4 to 128 MiB, or 0")
+        if not self.binary or self.timeout < 1:
+            wrong.append("binary must not be empty, and timeout be at least 1")
+        wrong += [
+            f"{name}: must not be negative"
+            for name in ("limit_upload", "limit_download", "read_concurrency")
+            if getattr(self, name) < 0
+        ]
+        if wrong:
+            raise ConfigError("restic: " + "; ".join(wrong))
+
+    @hookimpl
+    def prebackup(self, run: BackupRun, ctx: Context) -> None:
+        """Open the repository, with a lock; create it for its first backup; look for what the run builds on."""
+        self._warn(ctx)
+        repository = Repository(self)
+        try:
+            there = repository.ids(ctx, self.timeout)
+        except NoRepository as error:
+            if run.builds_on:  # a new repository here would hide that all earlier backups are gone
+                raise TargetUnavailable(
+                    error.message, "Earlier backups were kept there. Is it mounted? Has it been moved?"
+                ) from error
+            self._create(repository, ctx, error)
+            return
+        gone = [source.token for source in run.builds_on if source.token not in there]
+        if gone:
+            raise IncrementImpossible(f"snapshot {gone[0][:8]}, which it builds on, is no longer in {repository.name}")
+
+    def _create(self, repository: Repository, ctx: Context, error: NoRepository) -> None:
+        if not self.init:
+            raise TargetUnavailable(error.message, "Create it with restic init, or set init = true.") from error
+        if repository.folder:
+            creatable(repository.folder)
+        ctx.log.info("creating a restic repository in %s", repository.name)
+        repository.ask(["init"], "creating a restic repository in", ctx, limit=self.timeout)
+
+    @hookimpl
+    def backup(self, artifacts: Sequence[Artifact], run: BackupRun, ctx: Context) -> Stored:
+        """One ``restic backup`` of a folder in which the artifacts are ordinary files."""
+        repository = Repository(self)
+        tags = to_tags(run.labels)
+        arguments = ["backup", "--json", "--force", f"--host={run.vm.name}", *(f"--tag={tag}" for tag in tags), "."]
+        ctx.progress.phase("backup", sum(artifact.size for artifact in artifacts))
+        try:
+            try:
+                return self._save(repository, arguments, artifacts, run, ctx)
+            except Busy:
+                repository.unlock(ctx, self.timeout)
+                return self._save(repository, arguments, artifacts, run, ctx)
+        except BaseException:
+            # A snapshot that misses something, or that is complete and that nobody has been told of.
+            repository.drop(point_tag(run.point), ctx.log)
+            raise
+
+    def _save(
+        self, repository: Repository, arguments: list[str], artifacts: Sequence[Artifact], run: BackupRun, ctx: Context
+    ) -> Stored:
+        from backupcore.disk.fileview import show  # noqa: PLC0415 - FUSE and hashing, which only a backup needs
+
+        running: list[Child] = []
+
+        def give_up(error: BackupError) -> None:
+            for child in running:
+                child.stop()
+
+        what = f"backing up to {repository.name}"
+        with (
+            show(artifacts, ctx.folder, log=ctx.log, on_failure=give_up) as view,
+            repository.start(arguments, view.path) as child,
+            ctx.on_cancel(child.stop),
+        ):
+            running.append(child)
+            if view.failed:  # before the line above
+                child.stop()
+            summary = _follow(child, ctx)
+            code = child.wait()
+            ctx.check()
+            view.check()
+            if code:
+                raise repository.failed(child, code, what)
+            self._agree(summary, artifacts, what)
+        snapshot = repository.full_id(str(summary.get("snapshot_id", "")), point_tag(run.point), ctx)
+        if snapshot is None:
+            raise IntegrityError(f"{what}: restic does not list the snapshot that it says it saved")
+        added = summary.get("data_added_packed", summary.get("data_added"))
+        return Stored(source=SourceRef(snapshot), stored=added if isinstance(added, int) else None)
+
+    @staticmethod
+    def _agree(summary: dict[str, Any], artifacts: Sequence[Artifact], what: str) -> None:
+        files, size = summary.get("total_files_processed"), summary.get("total_bytes_processed")
+        if (files, size) != (len(artifacts), sum(artifact.size for artifact in artifacts)):
+            raise IntegrityError(
+                f"{what}: restic saved {files} files with {size} bytes,"
+                f" not the {len(artifacts)} with {sum(artifact.size for artifact in artifacts)} that it was shown"
+            )
+
+    @hookimpl
+    def restore(self, source: SourceRef, ctx: Context) -> Sequence[Artifact]:
+        """The files of the snapshot; each is a ``restic dump`` once it is opened."""
+        repository = Repository(self)
+        unknown = SourceNotFound(f"{repository.name} holds no complete backup {source.token:.64}")
+        if not is_id(source.token):
+            raise unknown
+        files = repository.files(source.token, ctx)
+        if files is None or MANIFEST not in files:
+            raise unknown
+        return [DumpedArtifact(self, source.token, name, size, ctx) for name, size in sorted(files.items())]
+
+    @hookimpl
+    def delete(self, sources: Sequence[SourceRef], ctx: Context) -> bool:
+        """Forget the snapshots. Room comes back with ``restic prune``, which can lock the repository for an hour."""
+        wanted = [source.token for source in sources if is_id(source.token)]
+        if wanted:
+            Repository(self).forget(wanted, ctx)
+        return True
+
+    @hookimpl
+    def sources(self, ctx: Context) -> Iterable[Listed]:
+        """Two questions to restic whatever the number of snapshots: their tags, and which of them hold a manifest."""
+        repository = Repository(self)
+        ours = repository.snapshots(MARK, ctx)
+        if not ours:
+            return []
+        complete = repository.holding(MANIFEST, MARK, ctx)
+        return [_listed(one) for one in ours if one["id"] in complete]
+
+    @hookimpl
+    def check(self, ctx: Context) -> bool:
+        """Read the repository's configuration, for which the password is needed."""
+        self._warn(ctx)
+        try:
+            Repository(self).ask(["--no-lock", "cat", "config"], "opening", ctx, limit=self.timeout)
+        except NoRepository as error:
+            raise TargetUnavailable(error.message, "The first backup creates it." if self.init else "") from error
+        return True
+
+    @hookimpl
+    def usage(self, ctx: Context) -> Usage:
+        """Of a folder of this host: its files, and the file system they lie in. Nothing that is cheap elsewhere."""
+        folder = Repository(self).folder
+        if folder is None or not folder.is_dir():
+            return Usage()
+        used = 0
+        for place, _, names in os.walk(folder):
+            ctx.check()
+            for name in names:
+                try:
+                    used += (Path(place) / name).lstat().st_size
+                except FileNotFoundError:  # locks and temporary files come and go
+                    continue
+        room = os.statvfs(folder)
+        return Usage(used=used, total=room.f_blocks * room.f_frsize, free=room.f_bavail * room.f_frsize)
+
+    def _warn(self, ctx: Context) -> None:
+        for path in (self.password_file, self.environment_file):
+            try:
+                shared = path is not None and path.expanduser().stat().st_mode & (stat.S_IROTH | stat.S_IWOTH)
+            except OSError:
+                continue  # restic says what is wrong with it
+            if shared:
+                ctx.log.warning("%s can be read by everybody; chmod 600 %s", path, path)
+
+
+def _follow(child: Child, ctx: Context) -> dict[str, Any]:
+    """Tell the progress from restic's JSON lines until it ends; its summary, or {} if it gave none."""
+    summary: dict[str, Any] = {}
+    with os.fdopen(os.dup(child.output.fileno()), "rb") as lines:
+        while line := lines.readline(LINE):
+            try:
+                said = json.loads(line)
+                kind = said.get("message_type")
+            except (ValueError, AttributeError):
+                continue  # not for us: a warning in plain text, a line longer than LINE
+            if kind == "status":
+                ctx.progress.done(int(said.get("bytes_done", 0)))
+            elif kind == "summary":
+                summary = said
+    if summary:
+        ctx.progress.done(int(summary.get("total_bytes_processed", 0)))
+    return summary
+
+
+def _listed(snapshot: dict[str, Any]) -> Listed:
+    tags = snapshot.get("tags") or ()
+    size = (snapshot.get("summary") or {}).get("total_bytes_processed")  # restic 0.17 and later
+    return Listed(
+        source=SourceRef(snapshot["id"]),
+        labels=from_tags(str(tag) for tag in tags),
+        size=size if isinstance(size, int) else None,
+    )

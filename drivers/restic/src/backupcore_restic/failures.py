@@ -1,0 +1,159 @@
+"""restic's exit codes and stderr as members of the taxonomy: the one place that knows them.
+
+restic 0.17 and later say by exit code that there is no repository (10), that it is locked (11) and that the password is
+wrong (12); older ones exit with 1 for all of these, and only the text tells. Both say the rest by text alone. The texts
+were read off restic 0.14 where it could be made to fail so, and are those of its storage backends elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from backupcore.errors import (
+    AccessDenied,
+    BackupError,
+    Busy,
+    ConfigError,
+    IntegrityError,
+    SourceNotFound,
+    TargetFull,
+    TargetUnavailable,
+    UnsupportedOperation,
+)
+
+__all__ = ["NoRepository", "redact", "translate"]
+
+
+class NoRepository(TargetUnavailable):
+    """The place answers, and holds no repository. Nothing else may read as this: it is what `restic init` follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """`error` for an exit code of `codes`, or for a line that `text` matches."""
+
+    error: type[BackupError]
+    text: re.Pattern[str]
+    hint: str = ""
+    codes: tuple[int, ...] = ()
+
+
+def _text(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern, re.IGNORECASE)
+
+
+RULES = (
+    Rule(
+        AccessDenied,
+        _text(r"wrong password or no key found"),
+        "Check the password file or command of this datastore.",
+        (12,),
+    ),
+    Rule(
+        Busy,
+        _text(r"already locked"),
+        "Another restic works on the repository (prune, check, forget). If none does, on any host: restic unlock.",
+        (11,),
+    ),
+    Rule(
+        NoRepository,
+        # What each backend of 0.14 says of an object that does not exist, and of nothing else. A network that fails, a
+        # bucket that is missing or a folder that cannot be entered must not match: all end in "unable to open config
+        # file", too.
+        _text(
+            r"unable to open config file: (stat|lstat|open) .*no such file or directory$"
+            r"|unable to open config file: .*(file does not exist|specified key does not exist"
+            r"|<config/?[^>]*> does not exist|config.*object doesn't exist|object not found)\.?$"
+            r"|repository does not exist"
+        ),
+        "",
+        (10,),
+    ),
+    Rule(
+        TargetFull,
+        _text(r"no space left on device|quota exceeded|insufficient storage|XMinioStorageFull|storage ?full"),
+        "Make room there (restic prune frees what deleted backups held), then run it again.",
+    ),
+    Rule(
+        ConfigError,
+        _text(
+            r"resolving password failed|empty password|invalid backend|parsing repository location|unknown (short)?hand"
+            r"|unknown flag|please specify (repository|password)|pack size .*(small|large)"
+            r"|unable to parse|invalid compression"
+        ),
+        "Check the options of this datastore.",
+    ),
+    Rule(
+        UnsupportedOperation,
+        _text(r"compression requires|unsupported repository version|repository version .* not supported"),
+        "See: restic migrate",
+    ),
+    Rule(
+        AccessDenied,
+        _text(
+            r"permission denied|operation not permitted|read-only file system|access ?denied|\b40[13]\b|forbidden"
+            r"|unauthorized|host key verification failed|signature ?does ?not ?match"
+            r"|invalid ?access ?key|invalid credentials|append-only"
+        ),
+        "Check the permissions of the repository and the credentials of this datastore.",
+    ),
+    Rule(
+        IntegrityError,
+        _text(
+            r"ciphertext verification failed|hash does not match|invalid data returned|wrong hash|does not match id"
+            r"|not found in (repo|index)|no index found|repository contains errors|unable to load index"
+            r"|invalid character .* looking for|unexpected end of json"
+        ),
+        "See what is damaged: restic check --read-data",
+    ),
+    Rule(SourceNotFound, _text(r"no matching id|no snapshot found|not found in snapshot|multiple ids with prefix")),
+)
+
+# The last line but one of these is a Go stack: 0.14 prints one where it cannot write its lock.
+_NOISE = _text(
+    r"^$|is there a repository at the following location|the `unlock` command|^lock was created|^storage id|^warning:"
+    r"|^usage|^exit status|\.go:\d+$|^github\.com/|^(main|runtime)\.|^unable to create lock in backend$"
+)
+_IN_URL = re.compile(r"(?<=//)[^/@\s]*:[^/\s]*@")  # up to the last @ of the authority: a password may hold one
+
+
+def redact(text: str, secrets: Iterable[str] = ()) -> str:
+    """`text` without these secrets, and without the user and password of any URL in it."""
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return _IN_URL.sub("***@", text)
+
+
+def _lines(errors: str) -> list[str]:
+    """stderr line by line; newer versions write JSON there when asked for JSON."""
+    lines: list[str] = []
+    for line in errors.splitlines():
+        said: object = line
+        if line.startswith("{"):
+            try:
+                document = json.loads(line)
+                inner = document.get("error")
+                said = document.get("message") or (inner.get("message") if isinstance(inner, dict) else inner) or line
+            except (ValueError, AttributeError):
+                pass
+        lines += [part.strip().removeprefix("Fatal: ") for part in str(said).splitlines()]
+    return lines
+
+
+def translate(code: int, errors: str, what: str, secrets: Iterable[str] = ()) -> BackupError:
+    """The error for a restic that ended with `code` and wrote `errors`; `what` says what it was to do, and where."""
+    lines = [line for line in _lines(errors) if not _NOISE.search(line)]
+    found = next((rule for rule in RULES if code in rule.codes), None)
+    said = next((line for line in lines if found and found.text.search(line)), "")
+    if found is None:
+        found, said = next(((rule, line) for rule in RULES for line in lines if rule.text.search(line)), (None, ""))
+    # Of an ssh that fails restic itself knows only that it ended.
+    said = said or next((line for line in lines if line.startswith("subprocess ")), "")
+    reason = said or (lines[-1] if lines else f"ended by signal {-code}" if code < 0 else f"exit code {code}")
+    message = redact(f"{what}: {reason:.500}", secrets)
+    if found is None:
+        return TargetUnavailable(message)
+    return found.error(message, found.hint)

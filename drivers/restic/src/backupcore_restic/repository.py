@@ -1,0 +1,255 @@
+"""The command lines: what this driver asks of restic, and the environment that restic runs in."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from logging import Logger
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backupcore.errors import (
+    AccessDenied,
+    BackupError,
+    Busy,
+    ConfigError,
+    IntegrityError,
+    TargetUnavailable,
+    from_os_error,
+)
+from backupcore_restic.child import Child
+from backupcore_restic.failures import redact, translate
+
+if TYPE_CHECKING:
+    from backupcore import Context
+    from backupcore_restic.driver import Restic
+
+__all__ = ["Repository", "is_id"]
+
+ANSWER = 256 << 20
+"""Bytes that restic may answer with: a listing of some 400,000 snapshots."""
+
+CLEAN_UP = 60.0
+"""Seconds for what is tidied up after a failure."""
+
+# A program's own surroundings, and how this host reaches others. Everything else comes from the options: a RESTIC_*
+# variable of the user's shell must not send a backup elsewhere.
+_INHERITED = (
+    *("PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "XDG_CACHE_HOME", "SSH_AUTH_SOCK", "SSL_CERT_FILE", "SSL_CERT_DIR"),
+    *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
+)
+_OWNED = ("RESTIC_REPOSITORY", "RESTIC_REPOSITORY_FILE")
+_OWNED_PREFIX = "RESTIC_PASSWORD"
+_SCHEME = re.compile(r"(s3|sftp|rest|b2|azure|gs|swift|rclone):")
+_ID = re.compile(r"[0-9a-f]{64}")
+
+
+def is_id(token: str) -> bool:
+    """True for the full ID of a snapshot; restic would take ``latest`` and prefixes as well."""
+    return _ID.fullmatch(token) is not None
+
+
+class Repository:
+    """One restic repository, as the driver's options describe it. Holds nothing open; pickles as its options."""
+
+    def __init__(self, options: Restic) -> None:
+        self._options = options
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the repository lies, if it is a folder of this host."""
+        place = self._options.repository
+        if _SCHEME.match(place):
+            return None
+        return Path(place.removeprefix("local:")).expanduser().absolute()
+
+    @property
+    def name(self) -> str:
+        """How messages call it: no password in it."""
+        return redact(str(self.folder or self._options.repository))
+
+    def environment(self) -> tuple[dict[str, str], list[str]]:
+        """What restic finds in its environment, and the values in it that no message may show."""
+        options = self._options
+        result = {key: os.environ[key] for key in _INHERITED if key in os.environ}
+        result.setdefault("PATH", os.defpath)
+        if "HOME" not in result:  # cron and systemd may set none: restic would find no cache, ssh no keys
+            result["HOME"] = pwd.getpwuid(os.getuid()).pw_dir
+        extra = _read_environment(options.environment_file) if options.environment_file else {}
+        result |= extra
+        # The working folder is the view's, so paths must be absolute.
+        result["RESTIC_REPOSITORY"] = str(self.folder or options.repository)
+        if options.password_file:
+            result["RESTIC_PASSWORD_FILE"] = str(options.password_file.expanduser().absolute())
+        else:
+            result["RESTIC_PASSWORD_COMMAND"] = options.password_command
+        # As variables, since a restic that is too old for one ignores it where a flag would be an error.
+        result["RESTIC_COMPRESSION"] = options.compression
+        if options.pack_size:
+            result["RESTIC_PACK_SIZE"] = str(options.pack_size)
+        if options.read_concurrency:
+            result["RESTIC_READ_CONCURRENCY"] = str(options.read_concurrency)
+        if options.cache and options.cache != "off":
+            result["RESTIC_CACHE_DIR"] = str(Path(options.cache).expanduser().absolute())
+        result["RESTIC_PROGRESS_FPS"] = "4"  # 60 lines a second are the default, each with the names of all files
+        return result, [value for value in extra.values() if len(value) >= 6]
+
+    def start(self, arguments: Sequence[str], folder: Path | None = None) -> Child:
+        """restic with these arguments, running in `folder`."""
+        options = self._options
+        command = [options.binary]
+        if options.limit_upload:
+            command.append(f"--limit-upload={options.limit_upload}")
+        if options.limit_download:
+            command.append(f"--limit-download={options.limit_download}")
+        if options.cache == "off":
+            command.append("--no-cache")
+        return Child([*command, *arguments], self.environment()[0], folder)
+
+    def failed(self, child: Child, code: int, what: str) -> BackupError:
+        """The error for a child that ended with `code`."""
+        error = translate(code, child.errors, what, self.environment()[1])
+        if child.late and type(error) is TargetUnavailable:
+            return TargetUnavailable(
+                f"{error.message} (given up: no answer in time)", "Is it up, and reachable from here?"
+            )
+        return error
+
+    def ask(
+        self, arguments: Sequence[str], what: str, ctx: Context | None = None, *, limit: float | None = None
+    ) -> bytes:
+        """Run restic to its end and return what it wrote to stdout. `ctx` cancels it, `limit` is in seconds."""
+        what = f"{what} {self.name}"
+        with self.start(arguments) as child, ctx.on_cancel(child.stop) if ctx else nullcontext():
+            if limit:
+                child.within(limit)
+            answer = bytearray()
+            while block := child.output.read(1 << 20):
+                answer += block
+                if len(answer) > ANSWER:
+                    raise IntegrityError(f"{what}: the answer is longer than {ANSWER} bytes")
+            code = child.wait()
+            if ctx:
+                ctx.check()
+            if code:
+                raise self.failed(child, code, what)
+            return bytes(answer)
+
+    def write(
+        self, arguments: Sequence[str], what: str, ctx: Context | None = None, *, limit: float | None = None
+    ) -> bytes:
+        """`ask` for a command that takes a lock: a lock that a killed restic left behind is removed first, once.
+
+        ``restic unlock`` removes what restic itself knows to be dead: a lock of a process of this host that is gone, or
+        one that nobody has refreshed for half an hour. Without it a killed forget would stop every later backup.
+        """
+        try:
+            return self.ask(arguments, what, ctx, limit=limit)
+        except Busy:
+            self.unlock(ctx, limit)
+            return self.ask(arguments, what, ctx, limit=limit)
+
+    def unlock(self, ctx: Context | None, limit: float | None = None) -> None:
+        """Remove the locks of the dead, as restic tells them."""
+        self.ask(["unlock"], "removing stale locks from", ctx, limit=limit)
+
+    def ids(self, ctx: Context, limit: float) -> set[str]:
+        """The IDs of all snapshots. Takes a lock, so that a target that takes no writes is noticed."""
+        locks = self.folder / "locks" if self.folder else None
+        if locks and locks.is_dir() and not os.access(locks, os.W_OK):
+            # restic 0.14 tries for 45 s before it gives up on this
+            raise AccessDenied(
+                f"{self.name} cannot be written to", "Check its owner, and whether it is mounted read-only."
+            )
+        listed = self.write(["list", "snapshots"], "opening the restic repository", ctx, limit=limit)
+        return {line for line in listed.decode(errors="replace").split() if is_id(line)}
+
+    def snapshots(self, tag: str, ctx: Context | None, limit: float | None = None) -> list[dict[str, Any]]:
+        """The snapshots with this tag, as restic describes them."""
+        arguments = ["--no-lock", "snapshots", "--json", f"--tag={tag}"]
+        listed = _json(self.ask(arguments, "listing the snapshots of", ctx, limit=limit))
+        return [one for one in listed if isinstance(one, dict) and is_id(str(one.get("id")))]
+
+    def holding(self, name: str, tag: str, ctx: Context) -> set[str]:
+        """The IDs of the snapshots with this tag that have a file of this name at their root."""
+        arguments = ["--no-lock", "find", "--json", f"--tag={tag}", name]
+        found = set()
+        for hit in _json(self.ask(arguments, "searching the snapshots of", ctx)):
+            if any(match.get("path") == f"/{name}" and match.get("type") == "file" for match in hit["matches"]):
+                found.add(str(hit["snapshot"]))
+        return found
+
+    def files(self, snapshot: str, ctx: Context) -> dict[str, int] | None:
+        """Name -> size of the plain files at a snapshot's root; None if there is no such snapshot."""
+        answer = self.ask(["--no-lock", "ls", "--json", snapshot], f"reading snapshot {snapshot[:8]} of", ctx)
+        there, files = False, {}
+        for line in answer.splitlines():
+            node = _json(line, dict)
+            kind = node.get("struct_type") or node.get("message_type")
+            if kind == "snapshot":
+                there = node.get("id") == snapshot
+            elif kind == "node" and node.get("type") == "file" and node.get("path") == f"/{node.get('name')}":
+                files[str(node["name"])] = int(node.get("size", 0))  # left out where it is 0
+        return files if there else None
+
+    def forget(self, snapshots: Iterable[str], ctx: Context | None, limit: float | None = None) -> None:
+        """Remove these snapshots; the space comes back with the next prune."""
+        wanted = list(snapshots)
+        for first in range(0, len(wanted), 1000):  # 64 bytes each; Linux takes 2 MiB of arguments
+            self.write(["forget", *wanted[first : first + 1000]], "deleting from", ctx, limit=limit)
+
+    def drop(self, tag: str, log: Logger) -> None:
+        """Forget whatever a failed backup has left under its tag. Never raises: the first error counts."""
+        try:
+            left = self.snapshots(tag, None, CLEAN_UP)
+            self.forget([one["id"] for one in left], None, CLEAN_UP)
+        except BackupError as error:
+            log.warning("what the failed backup left in the repository could not be looked for: %s", error)
+
+    def full_id(self, short: str, tag: str, ctx: Context) -> str | None:
+        """The full ID of the snapshot that restic has just named; 0.14 tells its first 8 digits only."""
+        if is_id(short):
+            return short
+        # Half a second of key derivation is spared where the folder can be looked at (its layout is documented).
+        names = list((self.folder / "snapshots").glob(f"{short}*")) if self.folder and short.isalnum() else []
+        found = [path.name for path in names] or [one["id"] for one in self.snapshots(tag, ctx)]
+        found = [one for one in found if is_id(one) and one.startswith(short)]
+        return found[0] if len(found) == 1 else None
+
+
+def _json(text: bytes, kind: type[Any] = list) -> Any:
+    try:
+        value = json.loads(text or b"null")
+    except ValueError as error:
+        raise IntegrityError("restic's answer is no JSON") from error
+    if value is None:  # an empty list, as Go writes it
+        return kind()
+    if not isinstance(value, kind):
+        raise IntegrityError(f"restic's answer is no {kind.__name__}")
+    return value
+
+
+def _read_environment(path: Path) -> dict[str, str]:
+    """KEY=VALUE lines; empty lines, comments, a leading ``export`` and quotes around a value are allowed."""
+    try:
+        text = path.expanduser().read_text()
+    except OSError as error:
+        raise from_os_error(error, "the environment file of the datastore") from error
+    result = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        stripped = line.strip().removeprefix("export ").strip()
+        if not stripped or stripped.startswith("#"):
+            continue
+        key, mark, value = stripped.partition("=")
+        if not mark or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
+            raise ConfigError(f"{path}, line {number}: not KEY=VALUE")
+        if key in _OWNED or key.startswith(_OWNED_PREFIX):
+            raise ConfigError(f"{path}, line {number}: {key} is set by the options of the datastore")
+        if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
+            value = value[1:-1]
+        result[key] = value
+    return result

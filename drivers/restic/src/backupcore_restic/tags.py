@@ -1,0 +1,29 @@
+"""A run's labels as tags of a snapshot, and back.
+
+Every snapshot of ours has the tag ``backupcore`` and one tag ``key=value`` per label. restic splits a tag at commas and
+has no escape for them, so values are percent-encoded; those that the core gives today come out as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from urllib.parse import quote, unquote
+
+__all__ = ["MARK", "from_tags", "point_tag", "to_tags"]
+
+MARK = "backupcore"
+
+
+def to_tags(labels: Mapping[str, str]) -> list[str]:
+    """The tags for these labels, the mark first."""
+    return [MARK, *(f"{key}={quote(value, safe=':+')}" for key, value in labels.items())]
+
+
+def point_tag(point: str) -> str:
+    """The tag by which the snapshot of one point is found."""
+    return f"point={point}"
+
+
+def from_tags(tags: Iterable[str]) -> dict[str, str]:
+    """The labels in these tags; what is no label (a tag of the user's) is skipped."""
+    return {key: unquote(value) for key, mark, value in (tag.partition("=") for tag in tags) if mark}

@@ -1,0 +1,345 @@
+"""The life cycle of a run, with the in-memory driver and guest: what is stored, recorded, released, and when."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+from blake3 import blake3
+
+import backupcore
+from backupcore import hookimpl, run_backup
+from backupcore.chain import plan
+from backupcore.context import Context
+from backupcore.datastore import Datastore
+from backupcore.errors import (
+    BackupError,
+    Cancelled,
+    ContractViolation,
+    HypervisorError,
+    IncrementImpossible,
+    IntegrityError,
+    TargetFull,
+    TargetUnavailable,
+    UnsupportedOperation,
+)
+from backupcore.manifest import NAME, parse
+from backupcore.model import VM, Image, Outcome, RunState, SourceRef, Stored, Type
+from backupcore.session import Recorded
+from backupcore.testing.guest import MemoryGuest, MemoryHypervisor
+from backupcore.testing.memory import MemoryDriver
+
+WEB = VM(uuid="7d1c1a4e-0000-4000-8000-000000000001", name="web1")
+MIB = 1 << 20
+
+
+class Site:
+    """A hypervisor, a driver and a catalog, all in memory, and a log of what was called."""
+
+    def __init__(self, folder: Path) -> None:
+        random = Random(1)
+        self.folder = folder
+        self.guest = MemoryGuest(WEB, {"vda": bytearray(3 * MIB + 512), "vdb": bytearray(random.randbytes(MIB))})
+        self.guest.write("vda", MIB, random.randbytes(MIB))
+        self.hypervisor = MemoryHypervisor([self.guest])
+        self.driver = MemoryDriver()
+        self.image: Image | None = None
+        self.outcomes: list[Outcome] = []
+
+    def datastore(self, driver: object | None = None, *site: object) -> Datastore:
+        return Datastore("mem", driver or self.driver, plugins=[self.hypervisor, *site, Witness(self.outcomes)])
+
+    @contextmanager
+    def context(self) -> Iterator[Context]:
+        folder = self.folder / str(len(list(self.folder.iterdir())))
+        folder.mkdir()
+        with Context(folder) as ctx:
+            yield ctx
+
+    def record(self, recorded: Recorded) -> None:
+        if recorded.run.type is Type.FULL:
+            image = Image(uuid=recorded.run.image, number=1, vm=WEB, datastore="mem", state="open", increments=())
+        else:
+            assert self.image
+            image = self.image
+        self.image = replace(image, increments=(*image.increments, recorded.increment))
+
+    def backup(self, driver: object | None = None, *site: object, record: object = None, **settings: str) -> Recorded:
+        run = plan(self.image, vm=WEB, host="h", datastore="mem", settings=settings)
+        with self.context() as ctx:
+            return run_backup(self.datastore(driver, *site), run, ctx, record=record or self.record)
+
+
+class Witness:
+    """A site plugin that notes how each run ended."""
+
+    def __init__(self, outcomes: list[Outcome]) -> None:
+        self.outcomes = outcomes
+
+    @hookimpl(wrapper=True)
+    def postbackup(self, outcome):
+        self.outcomes.append(outcome)
+        return (yield)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+def kept(site: Site, recorded: Recorded) -> dict[str, bytes]:
+    return site.driver.kept[recorded.increment.source.token][1]
+
+
+def test_a_full_and_an_increment(site: Site):
+    full = site.backup()
+    assert (full.run.type, full.increment.id, full.increment.pid) == (Type.FULL, 0, -1)
+    assert sorted(kept(site, full)) == [
+        "disk.vda.qcow2",
+        "disk.vdb.qcow2",
+        "manifest.json",
+        "sums.vda",
+        "sums.vdb",
+        "vm.xml",
+    ]
+    assert full.read == 2 * MIB
+    assert full.increment.size == sum(map(len, kept(site, full).values()))
+    site.guest.write("vdb", 10, b"x" * 100)
+    increment = site.backup()
+    assert (increment.run.type, increment.increment.id, increment.increment.pid) == (Type.INCREMENT, 1, 0)
+    assert increment.read == 65536
+    assert increment.run.image == full.run.image
+    assert not site.guest.busy
+    assert {one.state for one in site.outcomes} == {RunState.RECORDED}
+
+
+def test_the_manifest_binds_the_backup(site: Site):
+    full = site.backup()
+    increment = site.backup()
+    data = kept(site, full)[NAME]
+    first, second = parse(data, "full"), parse(kept(site, increment)[NAME], "increment")
+    assert full.increment.digest == blake3(data).hexdigest()
+    assert second.parent.digest == full.increment.digest
+    assert second.parent.point == first.point == full.run.point
+    assert first.vm.uuid == WEB.uuid
+    for disk in first.disks:
+        stored, sums = kept(site, full)[disk.artifact], kept(site, full)[disk.sums]
+        start = len(stored) - len(sums) // 32 * 65536
+        assert blake3(stored[:start]).hexdigest() == disk.tables_digest
+        assert blake3(sums).hexdigest() == disk.sums_digest
+        clusters = [stored[at : at + 65536] for at in range(start, len(stored), 65536)]
+        assert sums == b"".join(blake3(cluster).digest() for cluster in clusters)
+    assert {part.name for part in first.artifacts} == set(kept(site, full)) - {NAME} - {
+        part.artifact for part in first.disks
+    }
+
+
+def test_only_the_last_two_checkpoints_stay(site: Site):
+    runs = [site.backup() for _ in range(4)]
+    assert set(site.guest.checkpoints) == {runs[2].run.point, runs[3].run.point}
+
+
+def test_mode_full_tracks_nothing(site: Site):
+    first, second = site.backup(MODE="FULL"), site.backup(MODE="FULL")
+    assert first.run.image != second.run.image
+    assert not site.guest.checkpoints
+
+
+def test_a_lost_checkpoint_leads_to_a_full_in_a_new_image_with_the_reason(site: Site):
+    full = site.backup()
+    site.guest.checkpoints.clear()
+    again = site.backup()
+    assert again.run.type is Type.FULL
+    assert again.run.image != full.run.image
+    assert "checkpoint" in parse(kept(site, again)[NAME], "").reason
+    assert set(site.guest.checkpoints) == {again.run.point}
+    assert [one.state for one in site.outcomes[-2:]] == [RunState.FAILED, RunState.RECORDED]
+
+
+def test_a_source_lost_in_the_datastore_leads_to_a_full(site: Site):
+    full = site.backup()
+    site.driver.kept.clear()
+    assert "no longer in the datastore" in site.backup().run.reason
+    assert full
+
+
+@backupcore.driver
+class Failing(MemoryDriver):
+    error: object = backupcore.option("what backup raises", default=None)
+
+    @hookimpl
+    def backup(self, artifacts, run, ctx):
+        artifacts[0].read_at(0, 10)
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "state"),
+    [
+        (TargetFull("full"), TargetFull, RunState.FAILED),
+        (Cancelled("stop"), Cancelled, RunState.CANCELLED),
+        (ConnectionRefusedError(111, "refused"), TargetUnavailable, RunState.FAILED),
+        (OSError(28, "No space left on device"), TargetFull, RunState.FAILED),
+        (ValueError("a bug"), ContractViolation, RunState.FAILED),
+        (KeyboardInterrupt(), Cancelled, RunState.CANCELLED),
+    ],
+)
+def test_a_failed_backup_releases_the_guest_and_leaves_the_chain_as_it_was(site: Site, error, raised, state):
+    full = site.backup()
+    with pytest.raises(raised):
+        site.backup(Failing(error=error))
+    assert not site.guest.busy
+    assert site.outcomes[-1].state is state
+    assert set(site.guest.checkpoints) == {full.run.point}, "the new checkpoint goes, the parent's stays"
+    site.guest.write("vda", 0, b"later")
+    assert site.backup().run.type is Type.INCREMENT
+
+
+def test_a_backup_that_cannot_be_recorded_is_a_failed_one(site: Site):
+    def record(recorded: Recorded) -> None:
+        raise TargetFull("catalog")
+
+    with pytest.raises(TargetFull, match="catalog"):
+        site.backup(record=record)
+    assert site.outcomes[-1].state is RunState.FAILED
+    assert site.outcomes[-1].stored is not None, "it is in the datastore all the same: nothing complete is deleted"
+    assert not site.guest.checkpoints
+
+
+def test_disks_are_closed_before_the_guest_is_released(site: Site):
+    seen = []
+
+    class Late(MemoryDriver):
+        @hookimpl
+        def backup(self, artifacts, run, ctx):
+            seen.extend(artifacts)
+            return MemoryDriver.backup(self, artifacts, run, ctx)
+
+    class Look:
+        @hookimpl(wrapper=True)
+        def postbackup(self):
+            with pytest.raises(BackupError):
+                seen[0].read_at(1 << 20, 65536)
+            seen.append("looked")
+            return (yield)
+
+    site.backup(Late(), Look())
+    assert "looked" in seen
+
+
+def test_a_watcher_that_fails_the_run_gives_it_its_error(site: Site):
+    class Watcher(MemoryDriver):
+        @hookimpl
+        def backup(self, artifacts, run, ctx):
+            ctx.fail(TargetFull("scratch is filling up"))
+            return MemoryDriver.backup(self, artifacts, run, ctx)
+
+    with pytest.raises(TargetFull, match="scratch"):
+        site.backup(Watcher())
+    assert isinstance(site.outcomes[-1].error, TargetFull)
+
+
+def test_an_error_of_the_release_is_a_warning_and_does_not_spare_the_driver(site: Site):
+    called = []
+
+    class Sticky(MemoryHypervisor):
+        @hookimpl
+        def postbackup(self, run, outcome):
+            raise HypervisorError("job does not end")
+
+    class Tidy(MemoryDriver):
+        @hookimpl
+        def postbackup(self):
+            called.append(True)
+
+    site.hypervisor = Sticky([site.guest])
+    recorded = site.backup(Tidy())
+    assert recorded.warnings == ("job does not end",)
+    assert called == [True]
+    with pytest.raises(TargetFull, match="store"):
+        site.backup(Failing(error=TargetFull("store")))
+
+
+def test_a_driver_that_skips_bytes_is_found_out(site: Site):
+    class Lazy(MemoryDriver):
+        @hookimpl
+        def backup(self, artifacts, run, ctx):
+            return Stored(source=SourceRef("x"))
+
+    with pytest.raises(ContractViolation, match="has not read all of"):
+        site.backup(Lazy())
+
+
+def test_what_a_driver_may_not_do(site: Site):
+    class Silent(MemoryDriver):
+        @hookimpl
+        def backup(self, artifacts, run, ctx):
+            return None
+
+    with pytest.raises(ContractViolation, match="backup returned NoneType"):
+        site.backup(Silent())
+
+    class Default(MemoryDriver):
+        @hookimpl
+        def backup(self, artifacts, run, ctx=None):
+            return None
+
+    with pytest.raises(ContractViolation, match="ctx has a default"):
+        site.datastore(Default())
+
+    class Misspelt(MemoryDriver):
+        @hookimpl
+        def pre_backup(self, run):
+            return None
+
+    with pytest.raises(ContractViolation, match="pre_backup"):
+        site.datastore(Misspelt())
+
+    class Half:
+        @hookimpl
+        def backup(self, artifacts, run, ctx):
+            return None
+
+    with pytest.raises(ContractViolation, match="restore, delete, sources"):
+        site.datastore(Half())
+    for token in ("..", "a/b", "", "-rf", "a" * 129, "a\n"):
+        with pytest.raises(ContractViolation):
+            SourceRef(token)
+
+
+def test_an_increment_that_is_impossible_twice_is_an_error(site: Site):
+    class Never(MemoryHypervisor):
+        @hookimpl
+        def prebackup(self, run, ctx):
+            raise IncrementImpossible("no")
+
+    site.backup()
+    site.hypervisor = Never([site.guest])
+    with pytest.raises(IncrementImpossible):
+        site.backup()
+
+
+def test_a_cancelled_run_stops_at_the_next_read(site: Site):
+    class Cancelling(MemoryDriver):
+        @hookimpl
+        def backup(self, artifacts, run, ctx):
+            ctx.cancel()
+            return MemoryDriver.backup(self, artifacts, run, ctx)
+
+    with pytest.raises(Cancelled):
+        site.backup(Cancelling())
+    assert site.outcomes[-1].state is RunState.CANCELLED
+    assert not site.driver.kept
+
+
+def test_manifest_refuses_what_is_none():
+    with pytest.raises(UnsupportedOperation, match="format 2"):
+        parse(json.dumps({"format": 2}).encode(), "x")
+    for data in (b"", b"null", b"[" * 100000, b"{}", b'{"format": 1}', b"\xff", b"1" * 5000, b"x" * (16 * MIB + 1)):
+        with pytest.raises(IntegrityError):
+            parse(data, "x")
