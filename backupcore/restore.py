@@ -9,7 +9,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import SpooledTemporaryFile
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from blake3 import blake3
 
@@ -17,7 +18,7 @@ from backupcore import manifest as manifests
 from backupcore.chain import lineage
 from backupcore.disk.merge import Layer, merge
 from backupcore.disk.writer import DiskWriter
-from backupcore.errors import ConfigError, IntegrityError, NotFound, from_os_error
+from backupcore.errors import ConfigError, IntegrityError, NotFound
 from backupcore.model import Artifact, Disk, Image, Increment, SourceRef
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from backupcore.manifest import DiskPart, Manifest
 
 __all__ = ["Restored", "RestoredDisk", "restore"]
-
-SMALL = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,41 +104,36 @@ def restore(
     for path in targets.values():
         if os.path.lexists(path):
             raise ConfigError(f"{path} exists already", "Nothing is overwritten: choose another folder or name.")
-    with ExitStack() as partial_files:
-        plans = [(part, _layers(backups, part.id)) for part in wanted]
-        total = sum(layer.size for _, layers in plans for layer in layers)
-        ctx.progress.phase("restore", total)
-        finished: list[tuple[Path, Path]] = []
+    files = {
+        part.name: backups[-1].small(part.name, part.size, part.digest)
+        for part in newest.artifacts
+        if not part.name.startswith("sums.")
+    }
+    plans = [(part, _layers(backups, part.id, ctx.folder)) for part in wanted]
+    ctx.progress.phase("restore", sum(layer.size for _, layers in plans for layer in layers))
+    with ExitStack() as unfinished:
+        written: list[tuple[Path, Path]] = []
         restored: list[RestoredDisk] = []
-        before = 0
+        done = 0
         for part, layers in plans:
             path = targets[part.id]
-            written = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-            partial_files.callback(written.unlink, missing_ok=True)
-            try:
-                with DiskWriter(written, part.virtual_size) as writer:
-                    merge(layers, writer, progress=partial(_advance, ctx, before), check=ctx.check)
-                    writer.finish()
-            except OSError as error:
-                raise from_os_error(error, f"restoring disk {part.id} to {path.parent}") from error
-            before += sum(layer.size for layer in layers)
-            finished.append((written, path))
-            numbers = [(backup.increment.id, backup.increment.source) for backup in backups[-len(layers) :]]
+            temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+            unfinished.callback(temporary.unlink, missing_ok=True)
+            with DiskWriter(temporary, part.virtual_size) as writer:
+                merge(layers, writer, progress=partial(_advance, ctx, done), check=ctx.check)
+                writer.finish()
+            done += sum(layer.size for layer in layers)
+            written.append((temporary, path))
             restored.append(
                 RestoredDisk(
                     id=part.id,
                     path=path,
                     virtual_size=part.virtual_size,
-                    layers=tuple(numbers),
+                    layers=tuple((backup.increment.id, backup.increment.source) for backup in backups[-len(layers) :]),
                     artifact=part.artifact,
                 )
             )
-        files = {
-            part.name: backups[-1].small(part.name, part.size, part.digest)
-            for part in newest.artifacts
-            if not part.name.startswith("sums.")
-        }
-        publish(finished)
+        publish(written)
     return Restored(increment=chain[-1], disks=tuple(restored), files=files)
 
 
@@ -206,30 +200,47 @@ def _open_chain(datastore: Datastore, image: Image, chain: Sequence[Increment], 
     return backups
 
 
-def _layers(backups: Sequence[_Backup], disk: str) -> list[Layer]:
+def _layers(backups: Sequence[_Backup], disk: str, folder: Path) -> list[Layer]:
     """The layers of one disk, newest first, down to one that is whole."""
     layers: list[Layer] = []
     for backup in reversed(backups):
         part = next((part for part in backup.manifest.disks if part.id == disk), None)
         if part is None:
             raise IntegrityError(f"increment {backup.increment.id} holds nothing of disk {disk}, which later ones need")
-        layers.append(_layer(backup, part))
+        layers.append(_layer(backup, part, folder))
         if part.whole:
             return layers
     raise IntegrityError(f"disk {disk}: the chain does not begin with the whole disk")
 
 
-def _layer(backup: _Backup, part: DiskPart) -> Layer:
+def _layer(backup: _Backup, part: DiskPart, folder: Path) -> Layer:
     listed = {entry.name: entry for entry in backup.manifest.artifacts}[part.sums]
-    sums = backup.artifact(part.sums, listed.size)
     return Layer(
-        name=f"increment {backup.increment.id}, disk {part.id}",
+        name=f"increment {backup.increment.id} (source {backup.increment.source}), disk {part.id}",
         open=backup.artifact(part.artifact, part.size).open,
+        sums=partial(_checked, backup.artifact(part.sums, listed.size), part.sums_digest, folder),
         size=part.size,
         virtual_size=part.virtual_size,
         whole=part.whole,
         tables_digest=bytes.fromhex(part.tables_digest),
-        open_sums=sums.open,
-        sums_size=sums.size,
-        sums_digest=bytes.fromhex(part.sums_digest),
     )
+
+
+def _checked(sums: Artifact, digest: str, folder: Path) -> BinaryIO:
+    """The sums of a disk, fetched and held against their digest before any of them is believed.
+
+    They are 0.05 % of the data: in memory up to 16 MiB (32 GiB of data), in a file without a name beyond.
+    """
+    local = SpooledTemporaryFile(max_size=16 << 20, dir=str(folder))  # noqa: SIM115 - the merge closes it
+    with ExitStack() as on_error:
+        on_error.callback(local.close)
+        hasher = blake3()
+        with sums.open() as file:
+            while block := file.read(1 << 20):
+                hasher.update(block)
+                local.write(block)
+        if hasher.hexdigest() != digest:
+            raise IntegrityError(f"{sums.name} is not what was written", "Restore another increment.")
+        local.seek(0)
+        on_error.pop_all()
+    return cast("BinaryIO", local)

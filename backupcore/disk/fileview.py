@@ -35,9 +35,9 @@ __all__ = ["View", "show", "unmount_below"]
 
 _START = 30.0  # seconds until the view must be mounted
 _COMMAND = 10.0  # seconds for one call of fusermount3
-_END = 5.0  # seconds for the process to end by itself
+_END = 3.0  # seconds for the process to end by itself
 
-# -P and the parent's own path: the child must not import what lies in the current folder.
+# -I and the parent's own path: the child must not import what lies in the current folder.
 _CHILD = (
     "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); from backupcore.disk.mount import main; main()"
 )
@@ -50,10 +50,13 @@ class View:
     `staged` is true where the files are copies.
     """
 
-    def __init__(self, path: Path, on_failure: Callable[[BackupError], None] | None = None) -> None:
+    def __init__(
+        self, path: Path, log: logging.Logger, on_failure: Callable[[BackupError], None] | None = None
+    ) -> None:
         self.path = path
         self.failed: BackupError | None = None
         self.staged = False
+        self._log = log
         self._on_failure = on_failure
         self._lock = threading.Lock()
 
@@ -68,7 +71,10 @@ class View:
                 return
             self.failed = error
         if self._on_failure:
-            self._on_failure(error)
+            try:
+                self._on_failure(error)
+            except Exception:  # noqa: BLE001 - its thread has more to hear from the view
+                self._log.warning("what should happen after a failed read failed", exc_info=True)
 
 
 @contextmanager
@@ -96,7 +102,7 @@ def show(
     if len(set(names)) != len(names):
         raise ContractViolation(f"artifacts of one name: {', '.join(sorted(names))}")
     path = Path(tempfile.mkdtemp(prefix="view-", dir=folder.resolve()))
-    view = View(path, on_failure)
+    view = View(path, log, on_failure)
     try:
         reason = _missing()
         if not reason:
@@ -142,7 +148,7 @@ class _Process:
     def mount(self, artifacts: Sequence[Artifact]) -> str:
         """Start, and wait until the view is mounted. Returns why it cannot be mounted, or "" if it is."""
         self._child = subprocess.Popen(
-            [sys.executable, "-P", "-c", _CHILD],
+            [sys.executable, "-I", "-c", _CHILD],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -1,0 +1,36 @@
+# Everything here works on a fresh Debian 12 with git, make and python3: lab/setup.py installs the rest, asking first.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint soak clean-lab
+
+PYTHON ?= python3
+RUN := .venv/bin/python
+# Two workers for two cores; a file's tests stay together, so that what a module sets up is set up once.
+PYTEST_WORKERS ?= 2
+# A hanging test ends with the stacks of its threads, not with the patience of whoever waits for it.
+PYTEST_TIMEOUT ?= 120
+# What to run, and further options: make test ARGS="tests/test_lab.py -k compare"
+ARGS ?=
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@echo "  YES=1 installs missing system packages without asking; CI=true never asks and turns a skipped test red."
+
+setup: ## Install what is missing: system packages (named and asked for first), .venv, this repository's packages
+	@$(PYTHON) lab/setup.py
+
+demo: setup ## Back up a running Linux guest three times, restore each backup, compare with the truth
+	@$(RUN) -m lab.demo $(ARGS)
+
+test: setup ## Run all tests, with real VMs
+	@$(RUN) -m pytest -n $(PYTEST_WORKERS) --dist loadfile --timeout $(PYTEST_TIMEOUT) -m "not soak" $(ARGS)
+
+lint: setup ## ruff (lint and format) and mypy --strict
+	@$(RUN) -m ruff check
+	@$(RUN) -m ruff format --check
+	@$(RUN) -m mypy
+
+soak: setup ## Run the tests that take long
+	@$(RUN) -m pytest --timeout 3600 -m soak $(ARGS)
+
+clean-lab: ## Remove all that the lab made: its VMs and their files, the guest's kernel, .lab and .venv
+	@$(PYTHON) lab/clean.py

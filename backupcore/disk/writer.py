@@ -1,0 +1,148 @@
+"""A restored disk: a qcow2 file that is written as its clusters come, in any order.
+
+Clusters and L2 tables are appended as they are needed; the L2 entries are kept in the file, so memory goes by the L1
+table (16 KiB for each TiB). L1 table and refcounts follow at the end, the header last: before that the file starts with
+zeros, and nothing takes it for a disk.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from backupcore.disk.extents import CLUSTER
+from backupcore.disk.geometry import COPIED, ENTRIES, L2_SPAN, Geometry, big_endian, clusters_of, header, table
+from backupcore.errors import from_os_error
+
+__all__ = ["DiskWriter"]
+
+
+class DiskWriter:
+    """Writes one new qcow2 v3 file without a backing file; sparse, since what is never written takes no room.
+
+    `target` is a path, which must not exist yet (mode 0600), or the descriptor of an empty file opened for reading and
+    writing, which stays the caller's. Not for several threads at once. Errors: TargetFull, AccessDenied and so on, as
+    `backupcore.errors.from_os_error` sorts them; after one the file is of no use and the caller removes it.
+    """
+
+    def __init__(self, target: Path | int, virtual_size: int) -> None:
+        self.virtual_size = virtual_size
+        self._geometry = Geometry.around(virtual_size, 0)  # refuses sizes that cannot be
+        self._tables = array("Q", bytes(8 * self._geometry.l1_entries))  # file cluster of each L2 table; 0: none yet
+        self._end = 1  # the next free cluster of the file; the header is the first
+        self._name = f"file descriptor {target}" if isinstance(target, int) else str(target)
+        self._owned = not isinstance(target, int)
+        self._finished = False
+        try:
+            self._fd = target if isinstance(target, int) else os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            length = os.fstat(self._fd).st_size
+        except OSError as error:
+            raise from_os_error(error, f"creating {self._name}") from error
+        if length:
+            raise ValueError(f"{self._name} holds {length} bytes already")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Put `data` at the guest offset.
+
+        `offset` is a cluster's start; `data` end with a cluster or at `virtual_size`. A cluster can be written once
+        (ValueError), so that nothing in the file is used without being reachable.
+        """
+        self._check(offset, len(data))
+        try:
+            self._write(offset, data)
+        except OSError as error:
+            raise from_os_error(error, f"writing {self._name}") from error
+
+    def zero(self, offset: int, length: int) -> None:
+        """Let the range, which was never written, read as zeros: in a new file it does."""
+        self._check(offset, length)
+
+    def finish(self) -> None:
+        """Write the tables, then the header; when this returns the file is complete and on stable storage.
+
+        Its entry in the directory is the caller's to sync, who may yet give it another name.
+        """
+        if self._finished:
+            return
+        try:
+            self._finish()
+        except OSError as error:
+            raise from_os_error(error, f"writing {self._name}") from error
+        self._finished = True
+
+    def close(self) -> None:
+        """Close the file if it was opened here. Without `finish` it is no disk."""
+        if self._owned:
+            self._owned = False
+            os.close(self._fd)
+
+    def _check(self, offset: int, length: int) -> None:
+        end = offset + length
+        if (
+            offset % CLUSTER
+            or not 0 <= offset < end <= self.virtual_size
+            or (end % CLUSTER and end < self.virtual_size)
+        ):
+            raise ValueError(f"{length} bytes at {offset} are no whole clusters of a disk of {self.virtual_size} bytes")
+
+    def _write(self, offset: int, data: memoryview) -> None:
+        end = offset + clusters_of(len(data)) * CLUSTER
+        parts = []  # (L2 table, its first entry, entries)
+        for index in range(offset // L2_SPAN, (end - 1) // L2_SPAN + 1):
+            if not self._tables[index]:
+                self._tables[index] = self._end
+                self._end += 1
+            low, high = max(offset, index * L2_SPAN), min(end, (index + 1) * L2_SPAN)
+            parts.append((index, low // CLUSTER % ENTRIES, (high - low) // CLUSTER))
+        target = self._end * CLUSTER
+        for index, first, count in parts:
+            place = self._tables[index] * CLUSTER + first * 8
+            if any(os.pread(self._fd, count * 8, place)):
+                raise ValueError(f"clusters of {end - offset} bytes at {offset} are there already")
+            entries = array("Q", range(COPIED | target, COPIED | target + count * CLUSTER, CLUSTER))
+            self._put(place, big_endian(entries))
+            target += count * CLUSTER
+        self._put(self._end * CLUSTER, data)
+        self._end = target // CLUSTER
+
+    def _finish(self) -> None:
+        l1 = self._end
+        blocks = l1 + clusters_of(self._geometry.l1_entries * 8)  # ... of refcounts, with their table behind them
+        place = Geometry.around(self.virtual_size, self._end - 1)  # how many; the places differ from a layout's
+        refcount_table = blocks + place.refcount_blocks
+        entries = array("Q", (COPIED | cluster * CLUSTER if cluster else 0 for cluster in self._tables))
+        self._put(l1 * CLUSTER, big_endian(entries))
+        for index in range(place.refcount_blocks):
+            self._put((blocks + index) * CLUSTER, place.refcount_block(index))
+        for index in range(place.refcount_table):
+            self._put(
+                (refcount_table + index) * CLUSTER, table(blocks * CLUSTER, index * ENTRIES, place.refcount_blocks)
+            )
+        # Twice: a header that outlives a power cut must not stand before data that did not.
+        os.fsync(self._fd)
+        first = header(
+            self.virtual_size,
+            l1_offset=l1 * CLUSTER,
+            refcount_table_offset=refcount_table * CLUSTER,
+            refcount_table_clusters=place.refcount_table,
+        )
+        self._put(0, first)
+        os.fsync(self._fd)
+
+    def _put(self, offset: int, data: bytes | memoryview) -> None:
+        left = memoryview(data)
+        while left:
+            done = os.pwrite(self._fd, left, offset)
+            offset += done
+            left = left[done:]

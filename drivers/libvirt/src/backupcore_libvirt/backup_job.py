@@ -1,0 +1,125 @@
+"""libvirt's backup job: begin it, find one that runs, end it without harm to the guest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from xml.etree.ElementTree import Element, SubElement, tostring
+
+from backupcore.errors import BackupError, Busy, HypervisorError, NotFound
+from backupcore_libvirt.clients import connected, wait_until_alone
+from backupcore_libvirt.connection import BACKUP, IO_ERROR, NO_JOB, PAUSED, Domain, code_of
+from backupcore_libvirt.folder import RunFolder
+from backupcore_libvirt.xml import parse
+
+__all__ = ["backup_xml", "bitmap_name", "end", "left_behind", "running_socket"]
+
+CLIENTS_LIMIT = 10.0
+END_LIMIT = 60.0
+_OPERATIONS = ("", "start", "save", "restore", "migration", "migration", "snapshot", "revert", "dump", "backup")
+
+
+def bitmap_name(disk: str) -> str:
+    """The name under which the export shows a disk's changed blocks (``qemu:dirty-bitmap:NAME``)."""
+    return f"backup-{disk}"
+
+
+def backup_xml(disks: Sequence[str], folder: RunFolder, parent: str | None) -> str:
+    """The ``<domainbackup>`` of a run: these disks and no other, since the checkpoint `parent` or in full."""
+    root = Element("domainbackup", mode="pull")
+    if parent:
+        SubElement(root, "incremental").text = parent
+    SubElement(root, "server", transport="unix", socket=str(folder.socket))
+    listed = SubElement(root, "disks")
+    for disk in disks:
+        mode = {"backupmode": "incremental", "incremental": parent} if parent else {"backupmode": "full"}
+        names = {"exportname": disk} | ({"exportbitmap": bitmap_name(disk)} if parent else {})
+        element = SubElement(listed, "disk", {"name": disk, "backup": "yes", "type": "file"} | mode | names)
+        # libvirt makes up no scratch file for raw and block disks, and one beside the image for others.
+        SubElement(element, "scratch", file=str(folder.disk(disk)))
+    return tostring(root, encoding="unicode")
+
+
+def running_socket(domain: Domain) -> str | None:
+    """The socket of the running backup job, None if no backup job is running."""
+    try:
+        server = parse(domain.backup_xml()).find("server")
+    except BackupError as error:
+        if code_of(error) == NO_JOB:
+            return None
+        raise
+    return server.get("socket", "") if server is not None else ""
+
+
+def left_behind(domain: Domain, scratch: Path) -> RunFolder | None:
+    """The folder of a dead run of ours whose job is still there, for `end`; None if the VM is free for a backup.
+
+    Busy where another job runs, or a run of ours that lives: at once, since libvirt itself would wait 30 s for it.
+    """
+    try:
+        if not domain.is_active() or not domain.job_type():
+            return None
+        operation = domain.job_operation()
+    except HypervisorError as error:
+        if "backup job data missing" not in error.message:
+            raise
+        # libvirtd was killed while it began a backup: nothing in its API gets rid of that job.
+        raise HypervisorError(
+            f"VM {domain.name}: libvirt holds a backup job that no longer exists ({error.message})",
+            "libvirtd was killed while a backup began. Power the VM off and restart libvirtd; or stop libvirtd, remove "
+            f"the line \"<job type='none' async='backup' …/>\" from /run/libvirt/qemu/{domain.name}.xml and start it.",
+        ) from error
+    socket = running_socket(domain) if operation in (0, BACKUP) else None
+    folder = RunFolder.of_socket(scratch, socket) if socket else None
+    if folder is None:
+        what = _OPERATIONS[operation] if operation < len(_OPERATIONS) and operation else "unknown"
+        holder = f", its socket is {socket}" if socket else ""
+        raise Busy(
+            f"VM {domain.name}: another job is running (operation: {what}{holder})",
+            "Wait until it has ended ('virsh domjobinfo' shows it), then run it again.",
+        )
+    if folder.is_in_use() or connected(folder.socket):
+        raise Busy(
+            f"VM {domain.name}: another backup of this VM is running (its socket is {folder.socket})",
+            "Wait until it has ended, then run it again.",
+        )
+    return folder
+
+
+def end(domain: Domain, folder: RunFolder) -> None:
+    """End the job of this folder, if it runs, and let the guest go on if the job had stopped it. Idempotent.
+
+    QEMU's main loop hangs for ever if the job is aborted while an NBD client is between connecting and its first
+    request, and libvirt with it; so nobody may be connected. HypervisorError if somebody stays, or the job does not
+    end.
+    """
+    started = folder.path.exists()
+    if running_socket(domain) == str(folder.socket):
+        wait_until_alone(folder.socket, CLIENTS_LIMIT)
+        domain.abort_job()
+        _wait_for_end(domain)
+    if started and domain.state() == (PAUSED, IO_ERROR):
+        # QEMU stopped it when a scratch file could not grow; without the job the stopped write is done again.
+        domain.resume()
+
+
+def _wait_for_end(domain: Domain) -> None:
+    # abortJob returns before the end; until then further calls meet "in use".
+    deadline = time.monotonic() + END_LIMIT
+    while True:
+        try:
+            if not domain.job_type():
+                return
+        except NotFound:
+            return  # a transient VM that ended
+        except HypervisorError:
+            if not domain.is_active():
+                return
+            raise
+        if time.monotonic() > deadline:
+            raise HypervisorError(
+                f"VM {domain.name}: the backup job has not ended {END_LIMIT:.0f} s after it was asked to",
+                "See 'virsh domjobinfo'; if QEMU's monitor does not answer any more, only 'virsh destroy' helps.",
+            )
+        time.sleep(0.01)

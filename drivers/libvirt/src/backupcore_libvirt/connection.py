@@ -1,0 +1,294 @@
+"""libvirt, typed: the only module that imports it, and the one place where its errors are translated.
+
+libvirt-python publishes no types, so every `Any` of this package ends here. Each method is one call of libvirt; its
+error comes out as a member of the taxonomy. Constants are those of libvirt's C headers; they are part of its ABI.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, Self
+
+import libvirt
+import libvirt_qemu  # type: ignore[import-untyped]  # publishes no types
+
+from backupcore.errors import (
+    AccessDenied,
+    BackupError,
+    Busy,
+    HypervisorError,
+    NotFound,
+    UnsupportedOperation,
+)
+
+__all__ = [
+    "BACKUP",
+    "CHECKPOINT_INCONSISTENT",
+    "IO_ERROR",
+    "NO_CHECKPOINT",
+    "NO_JOB",
+    "OFF",
+    "PAUSED",
+    "RUNNING",
+    "Connection",
+    "Domain",
+    "code_of",
+]
+
+RUNNING: int = libvirt.VIR_DOMAIN_RUNNING
+PAUSED: int = libvirt.VIR_DOMAIN_PAUSED
+OFF = (int(libvirt.VIR_DOMAIN_SHUTOFF), int(libvirt.VIR_DOMAIN_NOSTATE))
+IO_ERROR: int = libvirt.VIR_DOMAIN_PAUSED_IOERROR
+"""The reason of a PAUSED VM that QEMU stopped since it could not write (a full disk, or a full scratch file)."""
+BACKUP: int = libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP
+CHECKPOINT_INCONSISTENT: int = libvirt.VIR_ERR_CHECKPOINT_INCONSISTENT
+NO_CHECKPOINT: int = libvirt.VIR_ERR_NO_DOMAIN_CHECKPOINT
+NO_JOB: int = libvirt.VIR_ERR_NO_DOMAIN_BACKUP
+
+START_HINT = (
+    "Start it: 'systemctl start libvirtd' (or 'systemctl start virtqemud.socket'); without systemd: "
+    "'virtlogd -d; libvirtd -d'."
+)
+BUSY_HINT = "Wait until the other job on this VM has ended ('virsh domjobinfo VM' shows it), then run it again."
+
+# Without this, libvirt-python prints every error to stderr, also those that are handled.
+libvirt.registerErrorHandler(lambda *_: None, None)
+
+
+def code_of(error: BaseException | None) -> int:
+    """libvirt's error code (VIR_ERR_…) behind a translated error; 0 if there is none."""
+    cause = error.__cause__ if error is not None else None
+    return int(cause.get_error_code() or 0) if isinstance(cause, libvirt.libvirtError) else 0
+
+
+@contextmanager
+def _calling(what: str) -> Iterator[None]:
+    try:
+        yield
+    except libvirt.libvirtError as error:
+        raise _translate(error, what) from error
+
+
+def _translate(error: Any, what: str) -> BackupError:  # noqa: PLR0911 - one return per kind of answer
+    code = error.get_error_code()
+    text = str(error.get_error_message() or error)
+    message = f"{what}: {text}"
+    lower = text.lower()
+    if code == libvirt.VIR_ERR_NO_DOMAIN:
+        return NotFound(message, "List the VMs with: vmkeep vm list")
+    if (
+        code in (libvirt.VIR_ERR_AUTH_FAILED, libvirt.VIR_ERR_AUTH_CANCELLED, libvirt.VIR_ERR_AUTH_UNAVAILABLE)
+        or code in (libvirt.VIR_ERR_ACCESS_DENIED, libvirt.VIR_ERR_OPERATION_DENIED)
+        or ("connect" in lower and "permission denied" in lower)
+    ):
+        return AccessDenied(message, "Run it as root or as a member of the group 'libvirt', or use qemu:///session.")
+    if code == libvirt.VIR_ERR_DBUS_SERVICE or "system bus" in lower or "polkit" in lower:
+        # What an ordinary user gets from qemu:///system where polkit does not run.
+        return AccessDenied(
+            f"{message} (libvirt asks polkit over the system bus who may connect)",
+            "Run it as root, or use qemu:///session.",
+        )
+    if code in (libvirt.VIR_ERR_OPERATION_TIMEOUT, libvirt.VIR_ERR_RESOURCE_BUSY):
+        return Busy(message, BUSY_HINT)
+    if code in (libvirt.VIR_ERR_OPERATION_UNSUPPORTED, libvirt.VIR_ERR_NO_SUPPORT, libvirt.VIR_ERR_CONFIG_UNSUPPORTED):
+        return UnsupportedOperation(message)
+    if "client socket is closed" in lower or "failed to connect socket" in lower or "broken pipe" in lower:
+        return HypervisorError(f"{what}: libvirt does not answer: {text}", START_HINT)
+    if code in (libvirt.VIR_ERR_NO_CONNECT, libvirt.VIR_ERR_INVALID_CONN) or "unexpected qemu uri" in lower:
+        return HypervisorError(message, "Check 'uri' in the configuration: qemu:///system or qemu:///session.")
+    return HypervisorError(message)
+
+
+class Connection:
+    """One connection to a libvirt daemon, a context manager. Calls of libvirt leave other threads running."""
+
+    def __init__(self, uri: str) -> None:
+        with _calling(f"connect to {uri}"):
+            self._conn: Any = libvirt.open(uri)
+        self.uri = uri
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go; harmless if the daemon is gone."""
+        conn, self._conn = self._conn, None
+        if conn is not None:
+            with suppress(libvirt.libvirtError):  # the daemon is away, and with it the connection
+                conn.close()
+
+    def domain(self, uuid: str) -> Domain:
+        """The VM with this UUID. NotFound."""
+        with _calling(f"VM {uuid}"):
+            return Domain(self._conn.lookupByUUIDString(uuid))
+
+    def domains(self) -> Sequence[Domain]:
+        """Every VM, running or not."""
+        with _calling("list the VMs"):
+            return [Domain(domain) for domain in self._conn.listAllDomains(0)]
+
+    def libvirt_version(self) -> tuple[int, int, int]:
+        """The daemon's version."""
+        with _calling("libvirt's version"):
+            return _version(self._conn.getLibVersion())
+
+    def qemu_version(self) -> tuple[int, int, int]:
+        """The version of the QEMU that new VMs get. HypervisorError if none is installed."""
+        with _calling("QEMU's version"):
+            return _version(self._conn.getVersion())
+
+    def capabilities(self) -> str:
+        """The host's capabilities, XML."""
+        with _calling("the host's capabilities"):
+            return str(self._conn.getCapabilities())
+
+    def domain_capabilities(self, emulator: str, arch: str, machine: str, kind: str) -> str:
+        """What libvirt can do with VMs of this kind, XML; libvirt caches it."""
+        with _calling("the capabilities for this kind of VM"):
+            return str(self._conn.getDomainCapabilities(emulator or None, arch, machine or None, kind, 0))
+
+
+class Domain:
+    """One VM of a connection. Methods that change the guest say so; all others only look."""
+
+    def __init__(self, domain: Any) -> None:
+        self._domain = domain
+        self.name: str = domain.name()
+        self.uuid: str = domain.UUIDString()
+
+    def _calling(self, what: str) -> Any:
+        return _calling(f"VM {self.name}: {what}")
+
+    def state(self) -> tuple[int, int]:
+        """(state, reason), the numbers of virDomainState and its reasons."""
+        with self._calling("state"):
+            state, reason = self._domain.state(0)
+            return int(state), int(reason)
+
+    def is_saved(self) -> bool:
+        """Whether a saved memory image waits for the next start."""
+        with self._calling("saved state"):
+            return bool(self._domain.hasManagedSaveImage(0))
+
+    def is_persistent(self) -> bool:
+        """Whether the VM stays defined when it is off."""
+        with self._calling("persistence"):
+            return bool(self._domain.isPersistent())
+
+    def live_xml(self) -> str:
+        """The definition in use, without secrets."""
+        with self._calling("definition"):
+            return str(self._domain.XMLDesc(0))
+
+    def inactive_xml(self) -> str:
+        """The definition of the next start, without secrets (no VIR_DOMAIN_XML_SECURE)."""
+        with self._calling("definition"):
+            return str(self._domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+
+    def snapshots(self) -> list[str]:
+        """The names of the snapshots that libvirt knows."""
+        with self._calling("snapshots"):
+            return [str(name) for name in self._domain.snapshotListNames(0)]
+
+    def job_type(self) -> int:
+        """0 if no job is running (virDomainJobType)."""
+        with self._calling("job"):
+            return int(self._domain.jobInfo()[0])
+
+    def job_operation(self) -> int:
+        """What the running job does (virDomainJobOperation); 0 where libvirt does not say."""
+        with self._calling("job"):
+            return int(self._domain.jobStats(0).get("operation", 0))
+
+    def backup_xml(self) -> str:
+        """The running backup job, XML. HypervisorError with VIR_ERR_NO_DOMAIN_BACKUP if there is none."""
+        with self._calling("backup job"):
+            return str(self._domain.backupGetXMLDesc(0))
+
+    def begin_backup(self, backup: str, checkpoint: str | None) -> None:
+        """Start the job and, in the same instant, the checkpoint."""
+        with self._calling("begin the backup"):
+            self._domain.backupBegin(backup, checkpoint, 0)
+
+    def abort_job(self) -> None:
+        """Ask the job to end. Only with no NBD client connected: an abort beside a half-open one hangs the guest."""
+        with self._calling("end the backup job"):
+            self._domain.abortJob()
+
+    def resume(self) -> None:
+        """Let the guest run on."""
+        with self._calling("resume"):
+            self._domain.resume()
+
+    def block_job(self, disk: str) -> bool:
+        """Whether a block job (commit, copy, pull) works on the disk."""
+        with self._calling(f"block job of {disk}"):
+            return bool(self._domain.blockJobInfo(disk, 0))
+
+    def block_sizes(self, disk: str) -> tuple[int, int]:
+        """(virtual size, bytes allocated) of a disk."""
+        with self._calling(f"size of {disk}"):
+            capacity, allocation, _ = self._domain.blockInfo(disk, 0)
+            return int(capacity), int(allocation)
+
+    def checkpoints(self) -> list[str]:
+        """The names of the checkpoints that libvirt knows."""
+        with self._calling("checkpoints"):
+            return [str(checkpoint.getName()) for checkpoint in self._domain.listAllCheckpoints(0)]
+
+    def checkpoint_xml(self, name: str, *, size: bool = False) -> str:
+        """A checkpoint's XML; with `size`, each disk's bytes changed since (running VMs only)."""
+        with self._calling(f"checkpoint {name}"):
+            checkpoint = self._domain.checkpointLookupByName(name, 0)
+            return str(checkpoint.getXMLDesc(libvirt.VIR_DOMAIN_CHECKPOINT_XML_SIZE if size else 0))
+
+    def delete_checkpoint(self, name: str, *, metadata_only: bool = False) -> None:
+        """Delete one checkpoint with its bitmaps, or only libvirt's record of it. Its children stay."""
+        with self._calling(f"delete checkpoint {name}"):
+            checkpoint = self._domain.checkpointLookupByName(name, 0)
+            checkpoint.delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY if metadata_only else 0)
+
+    def query(self, command: str, **arguments: object) -> Any:
+        """What QEMU's monitor answers to a command: queries, and the removal of bitmaps that libvirt cannot do."""
+        request = json.dumps({"execute": command, "arguments": arguments})
+        with self._calling(f"QEMU's {command}"):
+            answer: Mapping[str, Any] = json.loads(libvirt_qemu.qemuMonitorCommand(self._domain, request, 0))
+        if "return" not in answer:
+            raise HypervisorError(f"VM {self.name}: QEMU refused {command}: {answer.get('error', {}).get('desc', '?')}")
+        return answer["return"]
+
+    def metadata(self, namespace: str) -> str | None:
+        """The element of this namespace in the stored configuration's metadata; None if there is none."""
+        flags = libvirt.VIR_DOMAIN_AFFECT_CONFIG if self.is_persistent() else libvirt.VIR_DOMAIN_AFFECT_LIVE
+        try:
+            with self._calling("metadata"):
+                return str(self._domain.metadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, namespace, flags))
+        except BackupError as error:
+            if code_of(error) == libvirt.VIR_ERR_NO_DOMAIN_METADATA:
+                return None
+            raise
+
+    def set_metadata(self, namespace: str, prefix: str, xml: str) -> None:
+        """Write that element, wherever the VM has a definition: in the running one and in the stored one."""
+        # Without flags libvirt writes only the running definition, and the change is lost at power-off.
+        flags = 0
+        if self.is_persistent():
+            flags |= libvirt.VIR_DOMAIN_AFFECT_CONFIG
+        if self.is_active():
+            flags |= libvirt.VIR_DOMAIN_AFFECT_LIVE
+        with self._calling("metadata"):
+            self._domain.setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, xml, prefix, namespace, flags)
+
+    def is_active(self) -> bool:
+        """Whether QEMU runs for it, also paused."""
+        with self._calling("state"):
+            return bool(self._domain.isActive())
+
+
+def _version(number: int) -> tuple[int, int, int]:
+    return number // 1_000_000, number // 1_000 % 1_000, number % 1_000

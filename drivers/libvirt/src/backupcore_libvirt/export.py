@@ -1,0 +1,69 @@
+"""What a backup job exports of one disk, turned into a disk artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from backupcore.disk.extents import CLUSTER, Kind, intersect, to_clusters
+from backupcore.disk.nbd import ALLOCATION, Address, Client, allocation, dirty
+from backupcore.disk.qcow2 import DiskArtifact, Layout
+from backupcore_libvirt.backup_job import bitmap_name
+
+__all__ = ["artifact"]
+
+_NEAR = 16 << 20
+
+
+def artifact(disk: str, socket: str, *, increment: bool) -> DiskArtifact:
+    """The artifact of a disk: every block that holds data, or every block that changed. No connection stays open."""
+    address = Address(socket, disk)
+    layout = _changed(address, disk) if increment else _allocated(address)
+    return DiskArtifact(f"disk.{disk}.qcow2", layout, address)
+
+
+def _allocated(address: Address) -> Layout:
+    with Client(address, [ALLOCATION]) as client:
+        size = client.size
+        held = (extent for extent in allocation(client, 0, size) if extent.kind is Kind.DATA)
+        return Layout(size, to_clusters(held, size))
+
+
+def _changed(address: Address, disk: str) -> Layout:
+    # Two connections: one that shows both contexts would make QEMU look up the allocation of the whole disk as well.
+    context = f"qemu:dirty-bitmap:{bitmap_name(disk)}"
+    with Client(address, [context]) as client:
+        size = client.size
+        ranges = list(_rounded(dirty(client, context, 0, size), size))
+    with Client(address, [ALLOCATION]) as client:
+        extents = (extent for offset, length in _joined(ranges) for extent in allocation(client, offset, length))
+        return Layout(size, to_clusters(intersect(extents, ranges), size))
+
+
+def _rounded(ranges: Iterable[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
+    """Rounded out to whole clusters (within the disk), joined: a bitmap may count in smaller units."""
+    start = end = 0
+    for offset, length in ranges:
+        first = offset - offset % CLUSTER
+        last = min(-(-(offset + length) // CLUSTER) * CLUSTER, size)
+        if first <= end and end:
+            end = last
+            continue
+        if end:
+            yield start, end - start
+        start, end = first, last
+    if end:
+        yield start, end - start
+
+
+def _joined(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Ranges that lie near each other as one: one question to QEMU costs more than the metadata in a small gap."""
+    start = end = 0
+    for offset, length in ranges:
+        if end and offset - end <= _NEAR:
+            end = offset + length
+            continue
+        if end:
+            yield start, end - start
+        start, end = offset, offset + length
+    if end:
+        yield start, end - start

@@ -1,0 +1,70 @@
+"""What `vmkeep check` looks at on the hypervisor's side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from backupcore.errors import BackupError
+from backupcore.hypervisor import Finding
+from backupcore_libvirt.connection import Connection
+from backupcore_libvirt.folder import Owner, RunFolder, check_scratch, require_room, scratch_room
+from backupcore_libvirt.owner import confinement, default_owner
+from backupcore_libvirt.versions import LIBVIRT, QEMU, text
+
+__all__ = ["findings"]
+
+
+def findings(uri: str, scratch: Path) -> Sequence[Finding]:
+    """One finding per thing that a backup needs; the first that fails does not hide the others."""
+    try:
+        with Connection(uri) as connection:
+            libvirt = connection.libvirt_version()
+            return [
+                Finding(
+                    subject="libvirt", ok=libvirt >= LIBVIRT, detail=f"{text(libvirt)} at {uri}", hint=_need(LIBVIRT)
+                ),
+                _qemu(connection),
+                *_folders(connection, scratch),
+            ]
+    except BackupError as error:
+        return [Finding(subject="libvirt", ok=False, detail=error.message, hint=error.hint)]
+
+
+def _need(version: tuple[int, int, int]) -> str:
+    return f"{text(version)} or newer is needed."
+
+
+def _qemu(connection: Connection) -> Finding:
+    try:
+        qemu = connection.qemu_version()
+    except BackupError as error:
+        return Finding(subject="QEMU", ok=False, detail=error.message, hint="Install QEMU.")
+    return Finding(subject="QEMU", ok=qemu >= QEMU, detail=text(qemu), hint=_need(QEMU))
+
+
+def _folders(connection: Connection, scratch: Path) -> list[Finding]:
+    owner = default_owner(connection)
+    found = [Finding(subject="QEMU's user", ok=True, detail=str(owner)), _scratch(scratch, owner)]
+    if models := confinement(connection):
+        found.append(
+            Finding(
+                subject="confinement",
+                ok=True,
+                detail=f"libvirt confines VMs with {', '.join(models)}; this was not tested with it",
+                hint=f"If a backup fails with 'Permission denied', allow QEMU the folder {scratch} there.",
+            )
+        )
+    return found
+
+
+def _scratch(scratch: Path, owner: Owner) -> Finding:
+    try:
+        RunFolder(scratch, "0" * 32).check_length()
+        check_scratch(scratch, owner)
+        require_room(scratch)
+        free, kept = scratch_room(scratch)
+    except BackupError as error:
+        return Finding(subject="scratch folder", ok=False, detail=error.message, hint=error.hint)
+    detail = f"{scratch}: {free >> 20} MiB free, of which {kept >> 20} MiB stay free"
+    return Finding(subject="scratch folder", ok=True, detail=detail)

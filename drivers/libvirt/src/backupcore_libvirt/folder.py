@@ -1,0 +1,196 @@
+"""The run's folder below the scratch folder: QEMU puts its socket and scratch files there, and nobody else gets in.
+
+``SCRATCH/RUN/`` holds ``nbd.sock``, one ``DISK.scratch`` per disk, and ``lock``, which the process of the run keeps
+locked. It is 0700 and belongs to the user that QEMU runs as; the folders above only have to let that user pass (0711).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pwd
+import re
+import shutil
+import stat
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from backupcore.errors import AccessDenied, HypervisorError, TargetFull, from_os_error
+
+__all__ = ["Owner", "RunFolder", "check_scratch", "require_room", "reserve", "scratch_room"]
+
+_KNOWN = re.compile(r"nbd\.sock|lock|[A-Za-z0-9_.-]+\.scratch")
+_RUN = re.compile(r"[0-9a-f]{32}")
+_SOCKET_PATH_LIMIT = 107  # bytes in sockaddr_un.sun_path, less the NUL
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The user that QEMU runs as."""
+
+    uid: int
+    gid: int
+
+    def __str__(self) -> str:
+        try:
+            return f"user {pwd.getpwuid(self.uid).pw_name} (uid {self.uid})"
+        except KeyError:
+            return f"uid {self.uid}"
+
+    def may(self, mode: str, path: Path) -> bool:
+        """Whether this user may read ("r"), write ("w") or pass ("x") `path`: asked of the kernel, so ACLs count.
+
+        An ordinary user can only ask for itself; for others the answer is then False.
+        """
+        if self.uid == os.geteuid():
+            return os.access(path, {"r": os.R_OK, "w": os.W_OK, "x": os.X_OK}[mode])
+        if os.geteuid() != 0:
+            return False
+        try:
+            groups = os.getgrouplist(pwd.getpwuid(self.uid).pw_name, self.gid)
+        except KeyError:
+            groups = [self.gid]
+        command = ["test", f"-{mode}", str(path)]
+        return subprocess.run(command, user=self.uid, group=self.gid, extra_groups=groups, check=False).returncode == 0
+
+
+def check_scratch(scratch: Path, owner: Owner) -> None:
+    """That `owner` can reach the scratch folder, or as much of its path as exists. AccessDenied says what hinders it.
+
+    Touches nothing.
+    """
+    if owner.uid != os.geteuid() and os.geteuid() != 0:
+        raise AccessDenied(
+            f"QEMU runs as {owner}, and only root can hand a folder over to it",
+            "Run it as root, or keep the VM in qemu:///session.",
+        )
+    for folder in reversed([scratch, *scratch.parents]):
+        if not folder.exists():
+            return
+        if not folder.is_dir():
+            raise AccessDenied(f"{folder}, on the way to the scratch folder {scratch}, is no folder")
+        if not owner.may("x", folder):
+            raise AccessDenied(
+                f"QEMU runs as {owner} and cannot pass {folder}, on the way to the scratch folder {scratch}",
+                f"Let it pass with 'chmod o+x {folder}', or set 'scratch' in the configuration to another folder.",
+            )
+
+
+def reserve(total: int) -> int:
+    """Bytes of a scratch file system of `total` bytes that a run never uses: a tenth of it, at most 256 MiB.
+
+    QEMU 7.2 stops the guest when a scratch file cannot grow, so a run gives up here, before that.
+    """
+    return min(total // 10, 256 << 20)
+
+
+def scratch_room(scratch: Path) -> tuple[int, int]:
+    """(bytes free, the reserve) of the file system that holds the scratch folder, or would hold it."""
+    there = next(folder for folder in (scratch, *scratch.parents) if folder.exists())
+    usage = shutil.disk_usage(there)
+    return usage.free, reserve(usage.total)
+
+
+def require_room(scratch: Path, extra: int = 0) -> None:
+    """TargetFull unless twice the reserve, and `extra` bytes beyond it, are free for scratch."""
+    free, kept = scratch_room(scratch)
+    if free < kept * 2 + extra:
+        raise TargetFull(
+            f"scratch folder {scratch}: {free >> 20} MiB are free, {(kept * 2 + extra) >> 20} MiB are needed to begin",
+            "Make room there, or set 'scratch' in the configuration to another folder.",
+        )
+
+
+class RunFolder:
+    """The folder of one run. Building it touches nothing."""
+
+    def __init__(self, scratch: Path, run: str) -> None:
+        if not _RUN.fullmatch(run):  # it becomes part of paths that are removed later
+            raise HypervisorError(f"{run!r:.100} is no run's ID")
+        self.run = run
+        self.scratch = scratch
+        self.path = scratch / run
+        self.socket = self.path / "nbd.sock"
+
+    @classmethod
+    def of_socket(cls, scratch: Path, socket: str) -> RunFolder | None:
+        """The folder whose socket this is; None if it is not one of ours."""
+        path = Path(socket)
+        if path.name != "nbd.sock" or path.parent.parent != scratch or not _RUN.fullmatch(path.parent.name):
+            return None
+        return cls(scratch, path.parent.name)
+
+    def check_length(self) -> None:
+        """HypervisorError if the socket's path is too long for a unix socket."""
+        length = len(os.fsencode(self.socket))
+        if length > _SOCKET_PATH_LIMIT:
+            raise HypervisorError(
+                f"the path of the socket would have {length} bytes, {_SOCKET_PATH_LIMIT} is the limit: {self.socket}",
+                "Set 'scratch' in the configuration to a folder with a shorter path.",
+            )
+
+    def disk(self, disk: str) -> Path:
+        """Where a disk's scratch file goes."""
+        return self.path / f"{disk}.scratch"
+
+    def make(self, owner: Owner) -> int:
+        """Create it for `owner`, locked by this process; the result is the lock's file descriptor.
+
+        AccessDenied, TargetFull. What an earlier try of the same run left is removed first.
+        """
+        try:
+            self.scratch.mkdir(mode=0o711, parents=True, exist_ok=True)
+            self.remove()
+            self.path.mkdir(mode=0o700)
+            lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise from_os_error(error, f"scratch folder {self.scratch}") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if owner.uid != os.geteuid():
+                os.chown(self.path, owner.uid, owner.gid, follow_symlinks=False)
+        except OSError as error:
+            os.close(lock)
+            raise from_os_error(error, f"scratch folder {self.path}") from error
+        if not owner.may("w", self.path):
+            os.close(lock)
+            raise AccessDenied(
+                f"QEMU runs as {owner} and cannot write to {self.path}",
+                "Set 'scratch' in the configuration to a folder on a file system that this user can write to.",
+            )
+        return lock
+
+    def is_in_use(self) -> bool:
+        """Whether the process of that run still lives: its lock is released when it ends, however it ends."""
+        try:
+            lock = os.open(self.path / "lock", os.O_RDWR | os.O_NOFOLLOW)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(lock)
+        return False
+
+    def remove(self) -> list[str]:
+        """Remove what a run puts there, and the folder; the result names what was strange, and therefore stays."""
+        try:
+            folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return []
+        strange = []
+        try:
+            for name in os.listdir(folder):  # noqa: PTH208 - by descriptor, so that no path is followed twice
+                mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
+                if _KNOWN.fullmatch(name) and (stat.S_ISREG(mode) or stat.S_ISSOCK(mode)):
+                    os.unlink(name, dir_fd=folder)
+                else:
+                    strange.append(name)
+        finally:
+            os.close(folder)
+        if not strange:
+            self.path.rmdir()
+        return strange

@@ -1,0 +1,268 @@
+"""The hypervisor: `Libvirt`."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from backupcore import hookimpl
+from backupcore.context import Context
+from backupcore.errors import BackupError, HypervisorError, IncrementImpossible, NotFound
+from backupcore.hypervisor import Finding, VMDisk, VMState
+from backupcore.model import (
+    VM,
+    Artifact,
+    BackupRun,
+    BytesArtifact,
+    Disk,
+    DiskEstimate,
+    Estimate,
+    Outcome,
+    Prepared,
+    RunState,
+)
+from backupcore_libvirt import __version__, checkpoint
+from backupcore_libvirt.backup_job import backup_xml, end, left_behind
+from backupcore_libvirt.checkpoint import checkpoint_name, checkpoint_xml
+from backupcore_libvirt.connection import (
+    CHECKPOINT_INCONSISTENT,
+    NO_CHECKPOINT,
+    OFF,
+    PAUSED,
+    RUNNING,
+    Connection,
+    Domain,
+    code_of,
+)
+from backupcore_libvirt.definition import restored_definition
+from backupcore_libvirt.disks import source_disks
+from backupcore_libvirt.export import artifact
+from backupcore_libvirt.findings import findings
+from backupcore_libvirt.folder import RunFolder
+from backupcore_libvirt.look import Look, look
+from backupcore_libvirt.nvram import read_nvram
+from backupcore_libvirt.scratch_watch import ScratchWatch, watch
+from backupcore_libvirt.settings import read as read_settings
+from backupcore_libvirt.settings import write as write_settings
+from backupcore_libvirt.xml import parse
+
+__all__ = ["Libvirt"]
+
+
+class Libvirt:
+    """libvirt with QEMU. `uri` is libvirt's (``qemu:///system``), `scratch` an absolute path: a folder for sockets and
+    scratch files, made when it is first needed.
+
+    Building it does nothing. It keeps no connection and no state of a run: connections are opened per call, what a run
+    holds lies in ``SCRATCH/RUN``, in libvirt, and on the run's context.
+    """
+
+    def __init__(self, uri: str, scratch: Path) -> None:
+        self.uri = uri
+        self.scratch = Path(os.path.normpath(scratch.absolute()))
+
+    def __repr__(self) -> str:
+        return f"Libvirt(uri={self.uri!r}, scratch={str(self.scratch)!r})"
+
+    @hookimpl
+    def prebackup(self, run: BackupRun, ctx: Context) -> Prepared:
+        """Hold one instant of all disks of a running VM, and begin to track what changes from there.
+
+        The artifacts: ``disk.<id>.qcow2`` per disk, ``vm.xml`` (the inactive definition, without secrets), ``nvram``
+        for UEFI. Their exports live until `postbackup`.
+        """
+        connection = ctx.stack.enter_context(Connection(self.uri))
+        domain = connection.domain(run.vm.uuid)
+        dead = left_behind(domain, self.scratch)
+        if dead is not None:
+            ctx.log.warning("VM %s: ending the backup job that a dead run (%s) has left", domain.name, dead.run)
+            end(domain, dead)
+            dead.remove()
+        seen = look(connection, domain, run, self.scratch)
+        folder = RunFolder(self.scratch, run.id)
+        lock = folder.make(seen.owner)
+        ctx.stack.callback(os.close, lock)
+        ctx.check()
+        date = _begin(domain, run, folder, seen)
+        scratch_watch = ScratchWatch(self.uri, domain.uuid, domain.name, folder, ctx)
+        ctx.stack.callback(scratch_watch.stop)
+        scratch_watch.start()
+        nvram = read_nvram(domain.name, seen.nvram) if seen.nvram else None
+        increment = run.parent is not None
+        exported = [artifact(disk.id, str(folder.socket), increment=increment) for disk in seen.disks]
+        for disk_artifact in exported:
+            ctx.stack.callback(disk_artifact.close)
+        artifacts: list[Artifact] = [*exported, BytesArtifact("vm.xml", domain.inactive_xml().encode())]
+        if nvram is not None:
+            artifacts.append(BytesArtifact("nvram", nvram))
+        return Prepared(
+            artifacts=tuple(artifacts),
+            date=date,
+            consistency=seen.consistency,
+            frozen_seconds=0.0,
+            disks=tuple(
+                Disk(
+                    id=disk.id,
+                    artifact=disk_artifact.name,
+                    virtual_size=disk_artifact.layout.virtual_size,
+                    whole=not increment,
+                )
+                for disk, disk_artifact in zip(seen.disks, exported, strict=True)
+            ),
+            left_out=seen.left_out,
+            versions={**seen.versions, "backupcore-libvirt": __version__},
+        )
+
+    @hookimpl
+    def postbackup(self, run: BackupRun, outcome: Outcome, ctx: Context) -> None:
+        """End this run's job, delete the checkpoints that are not needed any more, remove the run's folder.
+
+        Finds out what is there, so it works after a crash, in another process, and where `prebackup` never ran.
+        """
+        if (running := watch(run.id)) is not None:
+            running.stop()
+        folder = RunFolder(self.scratch, run.id)
+        with Connection(self.uri) as connection:
+            try:
+                domain = connection.domain(run.vm.uuid)
+            except NotFound:
+                domain = None  # a transient VM that has ended, or one that was undefined: nothing of it is held
+            if domain is not None:
+                end(domain, folder)
+                checkpoint.delete(domain, run.spent if outcome.state is RunState.RECORDED else (run.point,))
+        strange = folder.remove()
+        if strange:
+            ctx.log.warning("%s holds what no run puts there, and stays: %s", folder.path, ", ".join(strange))
+
+    def vms(self) -> Sequence[VMState]:
+        """Every VM of this host, by name. HypervisorError if libvirt is away."""
+        with Connection(self.uri) as connection:
+            states = []
+            for domain in connection.domains():
+                with contextlib.suppress(NotFound):  # one that ended, or was undefined, since it was listed
+                    states.append(_state(domain))
+        return sorted(states, key=lambda state: state.vm.name)
+
+    def find(self, vm: str) -> VMState:
+        """The VM of that name or UUID. NotFound, with near names as a hint."""
+        with Connection(self.uri) as connection:
+            domains = connection.domains()
+            for domain in domains:
+                if domain.name == vm:
+                    return _state(domain)
+            for domain in domains:
+                if domain.uuid == vm.lower():
+                    return _state(domain)
+            names = [domain.name for domain in domains]
+        near = difflib.get_close_matches(vm, names, n=3, cutoff=0.5)
+        hint = f"Did you mean: {', '.join(near)}?" if near else "List the VMs with: vmkeep vm list"
+        raise NotFound(f"there is no VM {vm!r} on {self.uri}", hint)
+
+    def estimate(self, run: BackupRun) -> Estimate:
+        """What `prebackup` would take for this run, raising what it would raise, and touching nothing."""
+        with Connection(self.uri) as connection:
+            domain = connection.domain(run.vm.uuid)
+            left_behind(domain, self.scratch)
+            seen = look(connection, domain, run, self.scratch)
+            if run.parent is None:
+                sizes = {disk.id: domain.block_sizes(disk.id)[1] for disk in seen.disks}
+            else:
+                name = checkpoint_name(run.parent.point)
+                listed = parse(domain.checkpoint_xml(name, size=True)).iterfind("./disks/disk")
+                sizes = {disk.get("name", ""): int(disk.get("size", 0)) for disk in listed}
+        return Estimate(
+            disks=tuple(
+                DiskEstimate(id=disk.id, bytes=sizes.get(disk.id), whole=run.parent is None) for disk in seen.disks
+            ),
+            left_out=seen.left_out,
+        )
+
+    def settings(self, vm: VM) -> Mapping[str, str]:
+        """The VM's backup configuration out of its own metadata: upper-case keys (``MODE``) and their values."""
+        with Connection(self.uri) as connection:
+            return read_settings(connection.domain(vm.uuid))
+
+    def configure(self, vm: VM, settings: Mapping[str, str]) -> None:
+        """Replace the VM's backup configuration, for the running VM and for its next start."""
+        with Connection(self.uri) as connection:
+            write_settings(connection.domain(vm.uuid), settings)
+
+    def definition(
+        self,
+        stored: bytes,
+        *,
+        name: str,
+        disks: Mapping[str, Path],
+        nvram: Path | None,
+        no_ip: bool,
+        no_nic: bool,
+    ) -> bytes:
+        """A restored VM's definition; see `backupcore_libvirt.definition` for what is carried over."""
+        return restored_definition(stored, name=name, disks=disks, nvram=nvram, no_ip=no_ip, no_nic=no_nic)
+
+    def check(self) -> Sequence[Finding]:
+        """Is everything here that backups need: the daemon, versions, the scratch folder, QEMU's user?"""
+        return findings(self.uri, self.scratch)
+
+
+def _begin(domain: Domain, run: BackupRun, folder: RunFolder, seen: Look) -> datetime:
+    """The one call that fixes the instant of all disks; the instant in UTC."""
+    job = backup_xml(
+        [disk.id for disk in seen.disks], folder, checkpoint_name(run.parent.point) if run.parent else None
+    )
+    points = checkpoint_xml(run.point, seen.all_disks, seen.tracked)
+    date = datetime.now(UTC)
+    try:
+        domain.begin_backup(job, points)
+    except BackupError as error:
+        if run.parent is not None and code_of(error) in (CHECKPOINT_INCONSISTENT, NO_CHECKPOINT):
+            # libvirt says so before it starts anything.
+            raise IncrementImpossible(error.message) from error
+        if "permission denied" in error.message.lower():
+            raise HypervisorError(
+                f"{error.message} (QEMU could not use {folder.path})",
+                "Is QEMU confined by AppArmor or SELinux? The scratch folder must be allowed there too.",
+            ) from error
+        if "No such file or directory" in error.message and str(folder.path) in error.message:
+            # QEMU lives in a mount namespace of its own, made when the VM started.
+            raise HypervisorError(
+                f"{error.message} (the folder exists, but QEMU does not see it)",
+                f"If a file system was mounted at {folder.scratch} after the VM had started, restart the VM, or set "
+                "'scratch' in the configuration to another folder.",
+            ) from error
+        raise
+    return date
+
+
+def _state(domain: Domain) -> VMState:
+    number, _ = domain.state()
+    state: Literal["running", "paused", "off", "saved", "other"] = "other"
+    if number == RUNNING:
+        state = "running"
+    elif number == PAUSED:
+        state = "paused"
+    elif number in OFF:
+        state = "saved" if domain.is_saved() else "off"
+    disks = tuple(
+        VMDisk(
+            id=disk.id,
+            path=disk.path,
+            format=disk.format,
+            virtual_size=_virtual_size(domain, disk.id) if not disk.left_out else None,
+            left_out=disk.left_out,
+        )
+        for disk in source_disks(domain.live_xml())
+    )
+    return VMState(vm=VM(uuid=domain.uuid, name=domain.name), state=state, disks=disks)
+
+
+def _virtual_size(domain: Domain, disk: str) -> int | None:
+    try:
+        return domain.block_sizes(disk)[0]
+    except BackupError:
+        return None  # its file is missing or cannot be read by libvirt: the VM is listed all the same

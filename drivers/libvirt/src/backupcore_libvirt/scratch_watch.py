@@ -1,0 +1,82 @@
+"""Watching scratch while a backup job runs: QEMU 7.2 stops the guest when a scratch file cannot grow.
+
+So the run is given up before the scratch file system is full (`folder.reserve`), and at once where QEMU has stopped
+the guest all the same; `postbackup` then ends the job, which lets the guest go on.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from backupcore.context import Context
+from backupcore.errors import BackupError, HypervisorError, TargetFull
+from backupcore_libvirt.connection import IO_ERROR, PAUSED, Connection
+from backupcore_libvirt.folder import RunFolder, scratch_room
+
+__all__ = ["ScratchWatch", "watch"]
+
+FREE_EVERY = 0.1  # seconds; a guest that overwrites 2 GB/s takes 200 MiB of the reserve in one interval
+STATE_EVERY = 0.5
+
+
+class ScratchWatch(threading.Thread):
+    """One thread per run; it only looks, and calls `Context.fail`."""
+
+    def __init__(self, uri: str, vm_uuid: str, vm_name: str, folder: RunFolder, ctx: Context) -> None:
+        super().__init__(name=f"scratch-watch-{folder.run}", daemon=True)
+        self.folder = folder
+        self._uri = uri
+        self._uuid = vm_uuid
+        self._vm = vm_name
+        self._ctx = ctx
+        self._stop_asked = threading.Event()
+
+    def stop(self) -> None:
+        """End it and wait for it. Idempotent."""
+        self._stop_asked.set()
+        # ctx.fail runs the callbacks of the run in this thread, and one of them may release the guest.
+        if threading.current_thread() is not self:
+            self.join()
+
+    def run(self) -> None:
+        """Look until asked to stop, or until there is something to fail for."""
+        try:
+            with Connection(self._uri) as connection:
+                domain = connection.domain(self._uuid)
+                state_due = time.monotonic()
+                while not self._stop_asked.wait(FREE_EVERY):
+                    free, kept = scratch_room(self.folder.scratch)
+                    if free <= kept:
+                        self._fail(f"{free >> 20} MiB are left of the reserve of {kept >> 20} MiB")
+                        return
+                    if time.monotonic() >= state_due:
+                        if domain.state() == (PAUSED, IO_ERROR):
+                            self._fail("QEMU has stopped the guest after an I/O error; ending the backup lets it go on")
+                            return
+                        state_due = time.monotonic() + STATE_EVERY
+        except (BackupError, OSError) as error:
+            if not self._stop_asked.is_set():
+                self._ctx.fail(
+                    error
+                    if isinstance(error, BackupError)
+                    else HypervisorError(f"scratch folder {self.folder.scratch} cannot be watched: {error}")
+                )
+
+    def _fail(self, why: str) -> None:
+        self._ctx.fail(
+            TargetFull(
+                f"scratch folder {self.folder.scratch} is full: {why}; the backup of VM {self._vm} was given up so "
+                "that the guest can go on",
+                "Make room there, or set 'scratch' to a larger file system: it must hold what the guest overwrites "
+                "during a backup.",
+            )
+        )
+
+
+def watch(run: str) -> ScratchWatch | None:
+    """The watch of this run in this process, if it has one: a plugin keeps no state of a run, its threads are it."""
+    for thread in threading.enumerate():
+        if isinstance(thread, ScratchWatch) and thread.folder.run == run:
+            return thread
+    return None

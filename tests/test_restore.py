@@ -1,0 +1,233 @@
+"""Restore of any increment: equal to what the guest held, and no damage passes."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from backupcore import run_backup
+from backupcore.chain import plan
+from backupcore.context import Context
+from backupcore.datastore import Datastore
+from backupcore.errors import BackupError, Cancelled, ConfigError, IntegrityError, NotFound, SourceNotFound
+from backupcore.manifest import NAME
+from backupcore.model import VM, Image, Type
+from backupcore.restore import Restored, restore
+from backupcore.session import Recorded
+from backupcore.testing.guest import MemoryGuest, MemoryHypervisor
+from backupcore.testing.memory import MemoryDriver
+
+WEB = VM(uuid="7d1c1a4e-0000-4000-8000-000000000001", name="web1")
+DB = VM(uuid="7d1c1a4e-0000-4000-8000-000000000002", name="db1")
+
+
+class Site:
+    """Guests, a datastore and a catalog in memory; `truth` is what each guest held at each of its increments."""
+
+    def __init__(self, folder: Path, guests: dict[VM, dict[str, bytearray]]) -> None:
+        self.folder = folder
+        self.guests = {vm: MemoryGuest(vm, disks) for vm, disks in guests.items()}
+        self.driver = MemoryDriver()
+        self.datastore = Datastore("mem", self.driver, plugins=[MemoryHypervisor(self.guests.values())])
+        self.images: dict[VM, Image] = {}
+        self.truth: dict[tuple[VM, int], dict[str, bytes]] = {}
+        self._runs = 0
+
+    @contextmanager
+    def context(self) -> Iterator[Context]:
+        self._runs += 1
+        folder = self.folder / f"run{self._runs}"
+        folder.mkdir()
+        with Context(folder) as ctx:
+            yield ctx
+
+    def backup(self, vm: VM = WEB) -> None:
+        def record(recorded: Recorded) -> None:
+            image = self.images.get(vm)
+            if image is None or recorded.run.type is Type.FULL:
+                image = Image(uuid=recorded.run.image, number=1, vm=vm, datastore="mem", state="open", increments=())
+            self.images[vm] = replace(image, increments=(*image.increments, recorded.increment))
+
+        self.truth[vm, len(self.images[vm].increments) if vm in self.images else 0] = {
+            name: bytes(data) for name, data in self.guests[vm].disks.items()
+        }
+        run = plan(self.images.get(vm), vm=vm, host="h", datastore="mem", settings={})
+        with self.context() as ctx:
+            run_backup(self.datastore, run, ctx, record=record)
+
+    def restore(self, number: int | None = None, vm: VM = WEB, **how: object) -> Restored:
+        to = self.folder / f"restored{self._runs}"
+        to.mkdir()
+        with self.context() as ctx:
+            return restore(
+                self.datastore, self.images[vm], number, ctx, target=lambda disk: to / f"{disk.id}.qcow2", **how
+            )
+
+    def kept(self, number: int, vm: VM = WEB) -> dict[str, bytes]:
+        return self.driver.kept[self.images[vm].increments[number].source.token][1]
+
+
+def raw(path: Path) -> bytes:
+    """What QEMU says a disk holds."""
+    check = subprocess.run(["qemu-img", "check", "-q", path], capture_output=True, text=True, check=False)
+    assert check.returncode == 0, check.stdout + check.stderr
+    out = path.with_suffix(".raw")
+    subprocess.run(["qemu-img", "convert", "-O", "raw", path, out], check=True)
+    return out.read_bytes()
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    random = Random(2)
+    site = Site(
+        tmp_path,
+        {
+            WEB: {"vda": bytearray(4 << 20), "vdb": bytearray(random.randbytes(1 << 20))},
+            DB: {"vda": bytearray(random.randbytes(4 << 20))},
+        },
+    )
+    guest = site.guests[WEB]
+    guest.write("vda", 100_000, random.randbytes(1 << 20))
+    site.backup()
+    guest.write("vda", 300_000, random.randbytes(70_000))
+    guest.write("vda", 131072, bytes(65536))
+    site.backup()
+    guest.write("vda", 5 << 20, b"the disk has grown")
+    guest.write("vdb", 0, bytes(1 << 20))
+    site.backup()
+    return site
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_every_increment_restores_to_what_the_guest_held(site: Site, number: int):
+    restored = site.restore(number)
+    assert restored.increment.id == number
+    for disk in restored.disks:
+        truth = site.truth[WEB, number][disk.id]
+        assert raw(disk.path) == truth.ljust(-(-len(truth) // 512) * 512, b"\0")
+        assert [one for one, _ in disk.layers] == list(range(number + 1))
+    assert restored.files == {"vm.xml": b"<domain><name>web1</name></domain>"}
+
+
+def test_one_disk_and_what_does_not_exist(site: Site):
+    assert [disk.id for disk in site.restore(2, disks=["vdb"]).disks] == ["vdb"]
+    with pytest.raises(NotFound, match="vdz"):
+        site.restore(2, disks=["vdz"])
+    with pytest.raises(NotFound, match="increment 9"):
+        site.restore(9)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_history_of_writes_zeros_and_growth(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
+    random = Random(data.draw(st.integers(0, 1 << 30)))
+    site = Site(tmp_path_factory.mktemp("any"), {WEB: {"vda": bytearray(data.draw(st.integers(1, 1 << 20)))}})
+    guest = site.guests[WEB]
+    count = data.draw(st.integers(1, 6))
+    for _ in range(count):
+        for _ in range(data.draw(st.integers(0, 4))):
+            size = len(guest.disks["vda"])
+            at, length = data.draw(st.integers(0, size - 1)), data.draw(st.integers(1, 200_000))
+            grows = data.draw(st.booleans()) and size < 3 << 20
+            length = length if grows else min(length, size - at)
+            guest.write("vda", at, bytes(length) if data.draw(st.booleans()) else random.randbytes(length))
+        site.backup()
+    number = data.draw(st.integers(0, count - 1))
+    disk = site.restore(number).disks[0]
+    truth = site.truth[WEB, number]["vda"]
+    assert raw(disk.path) == truth.ljust(-(-len(truth) // 512) * 512, b"\0")
+
+
+def swap(site: Site, one: str, other: str) -> None:
+    site.driver.kept[one], site.driver.kept[other] = site.driver.kept[other], site.driver.kept[one]
+
+
+def flip(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+DAMAGE = {
+    "a source is gone": (lambda s: s.driver.kept.pop(s.images[WEB].increments[1].source.token), SourceNotFound),
+    "a manifest is gone": (lambda s: s.kept(1).pop(NAME), IntegrityError),
+    "a disk is gone": (lambda s: s.kept(0).pop("disk.vda.qcow2"), IntegrityError),
+    "sums are gone": (lambda s: s.kept(0).pop("sums.vda"), IntegrityError),
+    "two increments are exchanged": (
+        lambda s: swap(s, s.images[WEB].increments[1].source.token, s.images[WEB].increments[2].source.token),
+        IntegrityError,
+    ),
+    "another VM's backup lies there": (
+        lambda s: (
+            s.backup(DB),
+            swap(s, s.images[WEB].increments[0].source.token, s.images[DB].increments[0].source.token),
+        ),
+        IntegrityError,
+    ),
+    "a byte of the data": (lambda s: s.kept(0).update({"disk.vda.qcow2": flip(s.kept(0)["disk.vda.qcow2"], -9)}), 0),
+    "a byte of the tables": (lambda s: s.kept(0).update({"disk.vda.qcow2": flip(s.kept(0)["disk.vda.qcow2"], 3)}), 0),
+    "a byte of the sums": (lambda s: s.kept(1).update({"sums.vda": flip(s.kept(1)["sums.vda"], 40)}), 0),
+    "a byte of the manifest": (lambda s: s.kept(1).update({NAME: flip(s.kept(1)[NAME], 300)}), 0),
+    "a byte of the definition": (lambda s: s.kept(2).update({"vm.xml": flip(s.kept(2)["vm.xml"], 3)}), 0),
+    "the disk is cut": (lambda s: s.kept(0).update({"disk.vda.qcow2": s.kept(0)["disk.vda.qcow2"][:-65536]}), 0),
+    "the disk goes on": (lambda s: s.kept(0).update({"disk.vda.qcow2": s.kept(0)["disk.vda.qcow2"] + b"x"}), 0),
+    "a manifest of 20 MiB": (lambda s: s.kept(0).update({NAME: b" " * (20 << 20)}), 0),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_is_noticed_and_leaves_no_file(site: Site, what: str):
+    harm, error = DAMAGE[what]
+    harm(site)
+    with pytest.raises(error or IntegrityError) as caught:
+        site.restore(2)
+    assert isinstance(caught.value, BackupError)
+    assert not list(site.folder.glob("restored*/*")), "nothing that failed is published or left"
+
+
+def test_increments_below_the_damage_still_restore(site: Site):
+    site.kept(2).pop("disk.vda.qcow2")
+    site.restore(1)
+
+
+def test_nothing_is_overwritten(site: Site):
+    to = site.folder / "there"
+    to.mkdir()
+    (to / "vdb.qcow2").write_text("precious")
+    with site.context() as ctx, pytest.raises(ConfigError, match=r"vdb\.qcow2 exists"):
+        restore(site.datastore, site.images[WEB], None, ctx, target=lambda disk: to / f"{disk.id}.qcow2")
+    assert [path.name for path in to.iterdir()] == ["vdb.qcow2"]
+    assert (to / "vdb.qcow2").read_text() == "precious"
+
+
+def test_a_name_taken_while_the_restore_ran_is_not_overwritten_either(site: Site):
+    to = site.folder / "race"
+    to.mkdir()
+
+    class Late:
+        def phase(self, name: str, total: int | None = None) -> None:
+            if name == "restore":
+                (to / "vdb.qcow2").write_text("precious")
+
+        def done(self, count: int) -> None:
+            pass
+
+    with Context(site.folder, progress=Late()) as ctx, pytest.raises(ConfigError, match=r"vdb\.qcow2 exists"):
+        restore(site.datastore, site.images[WEB], None, ctx, target=lambda disk: to / f"{disk.id}.qcow2")
+    assert [path.name for path in to.iterdir()] == ["vdb.qcow2"]
+    assert (to / "vdb.qcow2").read_text() == "precious"
+
+
+def test_a_cancelled_restore_leaves_nothing(site: Site):
+    to = site.folder / "cancelled"
+    to.mkdir()
+    with site.context() as ctx, pytest.raises(Cancelled):
+        ctx.cancel()
+        restore(site.datastore, site.images[WEB], None, ctx, target=lambda disk: to / f"{disk.id}.qcow2")
+    assert not list(to.iterdir())

@@ -1,0 +1,1 @@
+"""Host tooling for backupcore: command line, configuration, catalog, locks."""

@@ -1,0 +1,5 @@
+"""``python -m vmkeep``."""
+
+from vmkeep.cli.main import main
+
+main()

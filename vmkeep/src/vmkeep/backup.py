@@ -1,0 +1,153 @@
+"""Taking a backup: locks, the plan, the run, the record."""
+
+from __future__ import annotations
+
+import socket
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from backupcore import chain
+from backupcore.context import Context, Progress
+from backupcore.errors import BackupError, Cancelled, IncrementImpossible
+from backupcore.hypervisor import VMState
+from backupcore.model import BackupRun, Estimate, Image, Outcome, RunState, Type
+from backupcore.session import Recorded, run_backup
+from vmkeep import folders, interrupt, lock, settings
+from vmkeep.catalog import images, runs
+from vmkeep.workplace import Workplace
+
+__all__ = ["Planned", "Taken", "plan", "take"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """A backup that was taken and recorded; `image` is its image's number."""
+
+    recorded: Recorded
+    image: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """What a backup would do: the run, the image that it would add to (None: a new one), and what it would take."""
+
+    run: BackupRun
+    image: Image | None
+    estimate: Estimate
+
+
+def _settings(place: Workplace, found: VMState) -> dict[str, str]:
+    own = place.hypervisor.settings(found.vm)
+    chosen = settings.effective(own, place.config.defaults, found.vm.name)
+    settings.require_supported(chosen, found.vm.name)
+    return chosen
+
+
+def _run(
+    place: Workplace,
+    found: VMState,
+    datastore: str,
+    newest: Image | None,
+    retired: Sequence[str],
+    *,
+    reset: bool,
+) -> BackupRun:
+    run = chain.plan(
+        newest,
+        vm=found.vm,
+        host=socket.gethostname(),
+        datastore=datastore,
+        settings=_settings(place, found),
+        reset=reset,
+    )
+    return replace(run, spent=(*retired, *run.spent))
+
+
+def plan(place: Workplace, vm: str, *, datastore: str | None = None, reset: bool = False) -> Planned:
+    """What `take` would do now, without touching anything. Raises what it would raise before the guest is touched."""
+    name = place.config.datastore(datastore)
+    found = place.hypervisor.find(vm)
+    newest = images.newest(place.catalog_if_any, found.vm, name)
+    run = _run(place, found, name, newest, images.retired(place.catalog_if_any, found.vm), reset=reset)
+    try:
+        estimate = place.hypervisor.estimate(run)
+    except IncrementImpossible as error:
+        run = run.as_full(error.message)
+        estimate = place.hypervisor.estimate(run)
+    return Planned(run=run, image=newest if run.type is Type.INCREMENT else None, estimate=estimate)
+
+
+def take(
+    place: Workplace,
+    vm: str,
+    *,
+    datastore: str | None = None,
+    reset: bool = False,
+    progress: Progress | None = None,
+) -> Taken:
+    """Back a VM up. Every run that gets as far as the VM's lock is written down, whatever its end.
+
+    Errors: Busy if the VM is being backed up already; NotFound for the VM or the datastore; Cancelled after Ctrl-C or
+    SIGTERM, with the guest released; else what the hypervisor or the driver raised.
+    """
+    name = place.config.datastore(datastore)
+    store = place.datastore(name, hypervisor=True)
+    found = place.hypervisor.find(vm)
+    with ExitStack() as stack:
+        stack.enter_context(lock.vm_run(place.state, found.vm))
+        newest = _newest_locked(place, found, name, stack)
+        run = _run(place, found, name, newest, images.retired(place.catalog, found.vm), reset=reset)
+        runs.died(place.catalog, found.vm.uuid)
+        folders.sweep(place.state, found.vm, lambda dead, folder: _release(place, dead, folder))
+        runs.begin(place.catalog, run)
+        numbers: list[int] = []
+        with _written_down(place, run):
+            folder = stack.enter_context(folders.own(place.state, run))
+            ctx = Context(folder, progress=progress)
+            with interrupt.cancels(ctx), ctx:
+                recorded = run_backup(
+                    store, run, ctx, record=lambda done: numbers.append(runs.record(place.catalog, done))
+                )
+        return Taken(recorded=recorded, image=numbers[0])
+
+
+def _newest_locked(place: Workplace, found: VMState, datastore: str, stack: ExitStack) -> Image | None:
+    """The VM's newest image, with a shared lock: it must not be deleted while an increment is added to it."""
+    newest = images.newest(place.catalog, found.vm, datastore)
+    if newest:
+        stack.enter_context(lock.image_shared(place.state, newest))
+    # It may have been deleted between the two lines above; the lock keeps what is read now.
+    return images.newest(place.catalog, found.vm, datastore)
+
+
+def _release(place: Workplace, run: BackupRun, folder: Path) -> None:
+    """Release what a dead run held, in this process: `postbackup`, with the outcome that the catalog knows."""
+    if run.datastore not in place.config.datastores:
+        return
+    written = runs.increment_of(place.catalog, run.id)
+    outcome = Outcome(state=RunState.RECORDED if written else RunState.FAILED)
+    if written and written[1].point != run.point:  # it became a full in a new image after its folder was made
+        image, increment = written
+        run = replace(run.as_full(increment.reason), image=image.uuid, point=increment.point)
+    with Context(folder) as ctx:
+        errors = place.datastore(run.datastore, hypervisor=True).postbackup(run, outcome, ctx)
+    if errors:
+        raise errors[0]
+
+
+@contextmanager
+def _written_down(place: Workplace, run: BackupRun) -> Iterator[None]:
+    try:
+        yield
+    except BackupError as error:
+        state = RunState.CANCELLED if isinstance(error, Cancelled) else RunState.FAILED
+        runs.fail(place.catalog, run.id, state, kind=type(error).__name__, error=error.message)
+        raise
+    except BaseException as error:
+        trace = "".join(traceback.format_exception(error))
+        kind = type(error).__name__
+        runs.fail(place.catalog, run.id, RunState.FAILED, kind=kind, error=str(error), traceback=trace)
+        raise

@@ -1,0 +1,217 @@
+"""Images and their increments in the catalog."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, update
+
+from backupcore.errors import ConfigError, IntegrityError, NotFound
+from backupcore.model import VM, Disk, Image, Increment, SourceRef, Type
+from vmkeep.catalog import schema
+from vmkeep.catalog.database import Catalog
+
+if TYPE_CHECKING:
+    from backupcore.session import Recorded
+
+__all__ = ["close", "find", "last_dates", "newest", "record", "remove", "retired", "tokens", "where"]
+
+_PREFIX = 4  # hex digits: fewer would too easily be meant as a number
+
+
+def _increment(row: Any) -> Increment:
+    return Increment(
+        id=row.id,
+        pid=row.pid,
+        type=Type(row.type),
+        point=row.point,
+        source=SourceRef(row.source),
+        size=row.size,
+        date=datetime.fromisoformat(row.date),
+        consistency=row.consistency,
+        reason=row.reason,
+        digest=row.digest,
+        disks=tuple(Disk(**disk) for disk in json.loads(row.disks)),
+    )
+
+
+def _load(connection: Connection, *conditions: ColumnElement[bool]) -> list[Image]:
+    chains: dict[int, list[Increment]] = {}
+    rows = connection.execute(select(schema.images).where(*conditions).order_by(schema.images.c.number)).all()
+    numbers = [row.number for row in rows]
+    of_these = select(schema.increments).order_by(schema.increments.c.image, schema.increments.c.id)
+    if conditions:
+        of_these = of_these.where(schema.increments.c.image.in_(numbers))
+    for row in connection.execute(of_these):
+        chains.setdefault(row.image, []).append(_increment(row))
+    return [
+        Image(
+            uuid=row.uuid,
+            number=row.number,
+            vm=VM(uuid=row.vm_uuid, name=row.vm_name),
+            datastore=row.datastore,
+            state=row.state,
+            increments=tuple(chains.get(row.number, ())),
+            pinned=row.pinned,
+        )
+        for row in rows
+    ]
+
+
+def where(catalog: Catalog, *, vm: str | None = None, number: int | None = None) -> list[Image]:
+    """Every image, by number; with `vm` (a UUID or a name) only those of that VM, with `number` only that one."""
+    table = schema.images.c
+    conditions: list[ColumnElement[bool]] = []
+    if vm is not None:
+        conditions.append((table.vm_uuid == vm) | (table.vm_name == vm))
+    if number is not None:
+        conditions.append(table.number == number)
+    with catalog.reading() as connection:
+        return _load(connection, *conditions)
+
+
+def newest(catalog: Catalog, vm: VM, datastore: str) -> Image | None:
+    """The newest image of a VM in a datastore."""
+    table = schema.images.c
+    with catalog.reading() as connection:
+        number = connection.execute(
+            select(func.max(table.number)).where(table.vm_uuid == vm.uuid, table.datastore == datastore)
+        ).scalar()
+        return next(iter(_load(connection, table.number == number)), None) if number is not None else None
+
+
+def find(catalog: Catalog, reference: str) -> Image:
+    """The image of that number, UUID (with or without dashes), or unique prefix of one. NotFound otherwise."""
+    table = schema.images.c
+    digits = reference.replace("-", "").lower()
+    with catalog.reading() as connection:
+        if reference.isascii() and reference.isdigit() and len(reference) < 19:
+            found = _load(connection, table.number == int(reference))
+            if found:
+                return found[0]
+        if len(digits) >= _PREFIX and set(digits) <= set("0123456789abcdef"):
+            found = _load(connection, table.uuid.startswith(digits, autoescape=True))
+            if len(found) == 1:
+                return found[0]
+            if found:
+                numbers = ", ".join(str(image.number) for image in found)
+                raise ConfigError(f"{reference!r} could be any of the images {numbers}", "Give more digits.")
+        known = connection.execute(select(table.number).order_by(table.number.desc()).limit(5)).scalars().all()
+    newest_known = ", ".join(str(number) for number in known) or "none"
+    raise NotFound(f"no image {reference!r:.60}", f"The newest are: {newest_known}. See: vmkeep image list")
+
+
+def record(connection: Connection, recorded: Recorded) -> int:
+    """Write one increment down and return its image's number. A new image closes the one that was open before it."""
+    run, increment = recorded.run, recorded.increment
+    table = schema.images.c
+    row = connection.execute(select(schema.images).where(table.uuid == run.image)).one_or_none()
+    if row is None:
+        if increment.type is not Type.FULL:
+            raise IntegrityError(f"image {run.image} is not in the catalog any more; the increment has no parent")
+        connection.execute(
+            update(schema.images)
+            .where(table.vm_uuid == run.vm.uuid, table.datastore == run.datastore, table.state == "open")
+            .values(state="closed")
+        )
+        key = connection.execute(
+            insert(schema.images).values(
+                uuid=run.image,
+                vm_uuid=run.vm.uuid,
+                vm_name=run.vm.name,
+                datastore=run.datastore,
+                state="open",
+                pinned=False,
+            )
+        ).inserted_primary_key
+        number = int(key[0]) if key else 0
+    else:
+        number = int(row.number)
+        parent = connection.execute(
+            select(schema.increments.c.point).where(
+                schema.increments.c.image == number, schema.increments.c.id == increment.pid
+            )
+        ).scalar()
+        if row.state != "open" or run.parent is None or parent != run.parent.point:
+            raise IntegrityError(f"image {number} changed while an increment for it was taken")
+        # A VM that was renamed is shown by its name of today.
+        connection.execute(update(schema.images).where(table.number == number).values(vm_name=run.vm.name))
+    connection.execute(insert(schema.increments).values(_columns(number, recorded)))
+    connection.execute(delete(schema.retired).where(schema.retired.c.point.in_(run.spent)))
+    return number
+
+
+def _columns(number: int, recorded: Recorded) -> dict[str, object]:
+    increment = recorded.increment
+    disks = [
+        {"id": disk.id, "artifact": disk.artifact, "virtual_size": disk.virtual_size, "whole": disk.whole}
+        for disk in increment.disks
+    ]
+    return {
+        "image": number,
+        "id": increment.id,
+        "pid": increment.pid,
+        "type": increment.type.value,
+        "point": increment.point,
+        "source": increment.source.token,
+        "size": increment.size,
+        "date": increment.date.astimezone(UTC).isoformat(),
+        "consistency": increment.consistency,
+        "reason": increment.reason,
+        "digest": increment.digest,
+        "disks": json.dumps(disks),
+        "stored": recorded.stored,
+        "read": recorded.read,
+        "frozen_seconds": recorded.frozen_seconds,
+        "seconds": recorded.seconds,
+    }
+
+
+def remove(catalog: Catalog, image: Image) -> None:
+    """Forget an image and its increments. Its points are kept as retired until the VM's next recorded run."""
+    with catalog.writing() as connection:
+        known = set(connection.execute(select(schema.retired.c.point)).scalars())
+        points = [
+            {"point": increment.point, "vm_uuid": image.vm.uuid}
+            for increment in image.increments
+            if increment.point not in known
+        ]
+        if points:
+            connection.execute(insert(schema.retired), points)
+        connection.execute(delete(schema.increments).where(schema.increments.c.image == image.number))
+        connection.execute(delete(schema.images).where(schema.images.c.number == image.number))
+
+
+def close(catalog: Catalog, image: Image) -> None:
+    """Let no further increment be added to an image: part of it is about to go."""
+    with catalog.writing() as connection:
+        connection.execute(
+            update(schema.images)
+            .where(schema.images.c.number == image.number, schema.images.c.state == "open")
+            .values(state="closed")
+        )
+
+
+def retired(catalog: Catalog, vm: VM) -> Sequence[str]:
+    """Points of this VM whose images were deleted, and whose checkpoints it may still have."""
+    with catalog.reading() as connection:
+        query = select(schema.retired.c.point).where(schema.retired.c.vm_uuid == vm.uuid)
+        return connection.execute(query).scalars().all()
+
+
+def tokens(catalog: Catalog) -> Sequence[str]:
+    """The token of every source in the catalog."""
+    with catalog.reading() as connection:
+        return connection.execute(select(schema.increments.c.source)).scalars().all()
+
+
+def last_dates(catalog: Catalog) -> dict[str, datetime]:
+    """VM UUID -> the date of its newest backup."""
+    join = schema.images.join(schema.increments, schema.images.c.number == schema.increments.c.image)
+    query = select(schema.images.c.vm_uuid, func.max(schema.increments.c.date)).select_from(join)
+    with catalog.reading() as connection:
+        rows = connection.execute(query.group_by(schema.images.c.vm_uuid)).all()
+    return {uuid: datetime.fromisoformat(date) for uuid, date in rows}

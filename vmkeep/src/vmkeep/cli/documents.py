@@ -1,0 +1,189 @@
+"""The documents of ``--json``. Their keys are stable, and listed in docs/json.md."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from backupcore.model import Image, LeftOut
+from vmkeep.backup import Planned, Taken
+from vmkeep.catalog.runs import PastRun
+from vmkeep.cli.figures import iso
+from vmkeep.restore import Files
+from vmkeep.vms import Detail, Listing
+
+__all__ = ["backup", "config", "image", "images", "plan", "restore", "vm", "vms"]
+
+Document = dict[str, object]
+
+
+def _left_out(left: tuple[LeftOut, ...]) -> list[Document]:
+    return [{"id": one.id, "reason": one.reason} for one in left]
+
+
+def backup(taken: Taken) -> Document:
+    """``vmkeep backup``."""
+    recorded, run, increment = taken.recorded, taken.recorded.run, taken.recorded.increment
+    return {
+        "image": taken.image,
+        "image_uuid": run.image,
+        "increment": increment.id,
+        "type": increment.type.value,
+        "parent": increment.pid if increment.pid >= 0 else None,
+        "reason": increment.reason,
+        "point": increment.point,
+        "date": iso(increment.date),
+        "source": increment.source.token,
+        "vm": run.vm.name,
+        "uuid": run.vm.uuid,
+        "datastore": run.datastore,
+        "size": increment.size,
+        "stored": recorded.stored,
+        "read": recorded.read,
+        "consistency": increment.consistency,
+        "frozen_seconds": round(recorded.frozen_seconds, 3),
+        "seconds": round(recorded.seconds, 3),
+        "left_out": _left_out(recorded.left_out),
+        "warnings": list(recorded.warnings),
+    }
+
+
+def plan(planned: Planned) -> Document:
+    """``vmkeep backup --dry-run``."""
+    run, disks = planned.run, planned.estimate.disks
+    known = [disk.bytes for disk in disks if disk.bytes is not None]
+    return {
+        "image": planned.image.number if planned.image else None,
+        "increment": run.number,
+        "type": run.type.value,
+        "parent": run.number - 1 if run.parent else None,
+        "reason": run.reason,
+        "vm": run.vm.name,
+        "uuid": run.vm.uuid,
+        "datastore": run.datastore,
+        "size": sum(known) if len(known) == len(disks) else None,
+        "disks": [{"id": disk.id, "bytes": disk.bytes, "whole": disk.whole} for disk in disks],
+        "left_out": _left_out(planned.estimate.left_out),
+    }
+
+
+def image(found: Image, *, increments: bool) -> Document:
+    """``vmkeep image show``; without the increments, an entry of ``vmkeep image list``."""
+    date = found.increments[0].date if found.increments else None
+    document: Document = {
+        "id": found.number,
+        "image_uuid": found.uuid,
+        "name": f"{found.vm.name} {iso(date) or ''}".strip(),
+        "vm": found.vm.name,
+        "uuid": found.vm.uuid,
+        "datastore": found.datastore,
+        "state": found.state,
+        "date": iso(date),
+        "size": sum(increment.size for increment in found.increments),
+        "pinned": found.pinned,
+    }
+    if increments:
+        document["increments"] = [
+            {
+                "id": increment.id,
+                "pid": increment.pid,
+                "type": increment.type.letter,
+                "point": increment.point,
+                "size": increment.size,
+                "date": iso(increment.date),
+                "source": increment.source.token,
+                "consistency": increment.consistency,
+                "reason": increment.reason,
+            }
+            for increment in found.increments
+        ]
+    return document
+
+
+def images(found: list[Image]) -> list[Document]:
+    """``vmkeep image list``."""
+    return [image(one, increments=False) for one in found]
+
+
+def restore(files: Files, driver: str) -> Document:
+    """``vmkeep restore``; `driver` is the name of the datastore's driver."""
+    return {
+        "name": files.name,
+        "xml": str(files.definition) if files.definition else None,
+        "nvram": str(files.nvram) if files.nvram else None,
+        "increment": files.number,
+        "disks": [
+            {
+                "id": disk.id,
+                "path": str(disk.path),
+                "size": disk.virtual_size,
+                "from": f"{driver}://{files.image.datastore}/"
+                + ",".join(f"{number}:{source}" for number, source in disk.layers)
+                + f"//{disk.artifact}",
+            }
+            for disk in files.disks
+        ],
+    }
+
+
+def vms(found: list[Listing], now: datetime | None = None) -> list[Document]:
+    """``vmkeep vm list``."""
+    now = now or datetime.now(UTC)
+    return [
+        {
+            "name": one.found.vm.name,
+            "uuid": one.found.vm.uuid,
+            "state": one.found.state,
+            "last_backup": iso(one.last_backup),
+            "age_seconds": max(0, int((now - one.last_backup).total_seconds())) if one.last_backup else None,
+        }
+        for one in found
+    ]
+
+
+def config(detail: Detail) -> Document:
+    """What counts for a VM, as in ``[defaults]``."""
+    found: Document = {key.lower(): value for key, value in detail.settings.items()}
+    found["keep_last"] = int(detail.settings["KEEP_LAST"])
+    found["own"] = sorted(key.lower() for key in detail.own)
+    return found
+
+
+def vm(detail: Detail) -> Document:
+    """``vmkeep vm show``."""
+    return {
+        "name": detail.found.vm.name,
+        "uuid": detail.found.vm.uuid,
+        "state": detail.found.state,
+        "disks": [
+            {
+                "id": disk.id,
+                "path": disk.path,
+                "format": disk.format,
+                "size": disk.virtual_size,
+                "left_out": disk.left_out,
+            }
+            for disk in detail.found.disks
+        ],
+        "config": config(detail),
+        "images": [one.number for one in detail.images],
+        "chains": [
+            {"datastore": one.datastore, "image": one.number, "last_increment": one.increments[-1].id}
+            for one in detail.images
+            if one.state == "open" and one.increments
+        ],
+        "last_runs": [_run(one) for one in detail.last_runs],
+    }
+
+
+def _run(run: PastRun) -> Document:
+    return {
+        "id": run.id,
+        "datastore": run.datastore,
+        "type": run.type,
+        "state": run.state,
+        "started": iso(run.started),
+        "ended": iso(run.ended),
+        "image": run.image,
+        "increment": run.increment,
+        "error": {"class": run.error_class, "message": run.error} if run.error_class else None,
+    }

@@ -1,0 +1,95 @@
+"""The `vmkeep` program. Only what ``--help`` needs is imported here."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from backupcore.errors import BackupError
+from vmkeep.cli import exits
+from vmkeep.cli.asked import Asked, common
+from vmkeep.cli.lazy import LazyGroup
+
+__all__ = ["COMMANDS", "main", "run", "vmkeep"]
+
+COMMANDS = {
+    "backup": ("vmkeep.cli.backup:backup", "Back up a VM."),
+    "restore": ("vmkeep.cli.restore:restore", "Restore a backup's disks and definition to new files."),
+    "image": ("vmkeep.cli.image:image", "List, show and delete images (chains of backups)."),
+    "vm": ("vmkeep.cli.vm:vm", "List and show VMs; change their backup settings."),
+    "datastore": ("vmkeep.cli.datastore:datastore", "List and check datastores."),
+    "driver": ("vmkeep.cli.driver:driver", "List the installed drivers."),
+    "check": ("vmkeep.cli.check:check", "Is everything here that backups need?"),
+    "init": ("vmkeep.cli.init:init", "Write a commented configuration."),
+}
+
+_EPILOG = """\b
+Configuration: --config, else $VMKEEP_CONFIG, else /etc/vmkeep/config.toml
+(root) or ~/.config/vmkeep/config.toml.
+\b
+Shell completion: eval "$(_VMKEEP_COMPLETE=bash_source vmkeep)" in ~/.bashrc;
+zsh_source and fish_source for the others.
+"""
+
+
+def _version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value:
+        from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415 - 30 ms, for --version only
+
+        try:
+            click.echo(f"vmkeep {version('vmkeep')}")
+        except PackageNotFoundError:
+            click.echo("vmkeep (not installed)")
+        ctx.exit()
+
+
+@click.group(cls=LazyGroup, lazy=COMMANDS, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_version, help="Show the version.")
+@common
+def vmkeep() -> None:
+    """Back up and restore libvirt/KVM virtual machines."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code. Whatever goes wrong is told on stderr."""
+    asked = Asked(json="--json" in arguments)  # known also where the command line cannot be parsed
+    try:
+        answer = vmkeep.main(list(arguments), prog_name="vmkeep", standalone_mode=False, obj=asked)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has gone; the interpreter must not complain when it flushes stdout at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return exits.UNEXPECTED
+    except Exception as error:  # noqa: BLE001 - the last resort: whatever it is, a line instead of a traceback
+        return _told(error, asked)
+    return answer if isinstance(answer, int) else 0
+
+
+def _told(error: Exception, asked: Asked) -> int:
+    kind, hint, code = type(error).__name__, "", exits.code(error)
+    match error:
+        case BackupError():
+            message, hint = error.message, error.hint
+        case click.UsageError():
+            kind, message, code = "UsageError", error.format_message(), exits.USAGE
+            hint = f"See: {error.ctx.command_path if error.ctx else 'vmkeep'} --help"
+        case click.ClickException():
+            message, code = error.format_message(), exits.USAGE
+        case click.Abort():
+            kind, message, code = "Cancelled", "cancelled", exits.CANCELLED
+        case _:
+            message = f"unexpected {kind}: {error}"
+            hint = "" if asked.verbose else "This is a bug. -v shows where it happened."
+    if asked.verbose and not isinstance(error, click.ClickException | click.Abort):
+        import traceback  # noqa: PLC0415 - for -v only
+
+        traceback.print_exception(error)
+    return exits.tell(kind, message, hint, code, as_json=asked.json)
+
+
+def main() -> None:
+    """The entry point of the ``vmkeep`` script."""
+    sys.exit(run(sys.argv[1:]))

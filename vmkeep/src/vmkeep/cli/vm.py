@@ -1,0 +1,143 @@
+"""``vmkeep vm``."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import click
+
+from vmkeep import vms
+from vmkeep.cli import documents, output
+from vmkeep.cli.asked import Asked, common
+from vmkeep.cli.figures import age, date, size
+from vmkeep.cli.opening import workplace
+from vmkeep.settings import LEGAL
+
+__all__ = ["vm"]
+
+_RUNS_SHOWN = 5
+
+
+@click.group(short_help="List and show VMs; change their backup settings.")
+def vm() -> None:
+    """List and show VMs; change their backup settings."""
+
+
+@vm.command(name="list", short_help="List the VMs with the age of their last backup.")
+@common
+@click.pass_obj
+def list_(asked: Asked) -> None:
+    """List the VMs with the age of their last backup."""
+    found = vms.listing(workplace(asked))
+    if asked.json:
+        output.document(documents.vms(found))
+        return
+    now = datetime.now(UTC)
+    rows = [
+        (
+            one.found.vm.name,
+            one.found.state,
+            date(one.last_backup) if one.last_backup else "never",
+            age(max(0, int((now - one.last_backup).total_seconds()))) if one.last_backup else "-",
+            one.found.vm.uuid,
+        )
+        for one in found
+    ]
+    output.table(("VM", "STATE", "LAST BACKUP", "AGE", "UUID"), rows, right=("AGE",))
+
+
+@vm.command(short_help="Show a VM: disks, settings, images, last runs.")
+@click.argument("name", metavar="VM")
+@common
+@click.pass_obj
+def show(asked: Asked, name: str) -> None:
+    """Show VM (a name or a UUID): disks, settings, images, last runs."""
+    found = vms.detail(workplace(asked), name)
+    if asked.json:
+        output.document(documents.vm(found))
+        return
+    output.line(f"VM {found.found.vm.name} ({found.found.vm.uuid}), {found.found.state}")
+    output.line("")
+    output.table(
+        ("DISK", "SIZE", "FORMAT", "PATH", "LEFT OUT"),
+        [(disk.id, size(disk.virtual_size), disk.format, disk.path, disk.left_out) for disk in found.found.disks],
+        right=("SIZE",),
+    )
+    output.line("")
+    _show_settings(found)
+    output.line("")
+    output.table(
+        ("IMAGE", "DATASTORE", "STATE", "INCREMENTS", "LAST"),
+        [
+            (
+                str(one.number),
+                one.datastore,
+                one.state,
+                str(len(one.increments)),
+                date(one.increments[-1].date if one.increments else None),
+            )
+            for one in found.images
+        ],
+        right=("IMAGE", "INCREMENTS"),
+    )
+    output.line("")
+    output.table(
+        ("RUN", "DATASTORE", "TYPE", "STATE", "IMAGE", "ERROR"),
+        [
+            (
+                date(run.started),
+                run.datastore,
+                run.type,
+                run.state,
+                f"{run.image}/{run.increment}" if run.image else "-",
+                run.error or "",
+            )
+            for run in found.last_runs[:_RUNS_SHOWN]
+        ],
+    )
+
+
+def _show_settings(found: vms.Detail) -> None:
+    rows = [(key, value, "VM" if key in found.own else "default") for key, value in found.settings.items()]
+    output.table(("SETTING", "VALUE", "FROM"), rows)
+
+
+def _choice(key: str) -> click.Choice[str]:
+    return click.Choice(LEGAL[key], case_sensitive=False)
+
+
+@vm.command(short_help="Change a VM's backup settings.")
+@click.argument("name", metavar="VM")
+@click.option("--mode", type=_choice("MODE"), help="Every backup a full, or increments.")
+@click.option("--increment-mode", type=_choice("INCREMENT_MODE"), help="How changes are found.")
+@click.option("--fs-freeze", type=_choice("FS_FREEZE"), help="How the guest is brought to rest.")
+@click.option("--keep-last", type=click.IntRange(0, 999_999), metavar="N", help="How many backups to keep; 0: all.")
+@click.option("--backup-volatile", type=_choice("BACKUP_VOLATILE"), help="Also disks that a power-off empties.")
+@common
+@click.pass_obj
+def updateconf(
+    asked: Asked,
+    *,
+    name: str,
+    mode: str | None,
+    increment_mode: str | None,
+    fs_freeze: str | None,
+    keep_last: int | None,
+    backup_volatile: str | None,
+) -> None:
+    """Change the backup settings of VM; without options, show them. They are kept in the VM's own definition."""
+    given = {
+        "MODE": mode,
+        "INCREMENT_MODE": increment_mode,
+        "FS_FREEZE": fs_freeze,
+        "KEEP_LAST": None if keep_last is None else str(keep_last),
+        "BACKUP_VOLATILE": backup_volatile,
+    }
+    changes = {key: value for key, value in given.items() if value is not None}
+    found = vms.configure(workplace(asked), name, changes)
+    if asked.json:
+        output.document({"name": found.found.vm.name, "uuid": found.found.vm.uuid, "config": documents.config(found)})
+    elif not asked.quiet:
+        _show_settings(found)
+    if keep_last:
+        output.remark(asked, "KEEP_LAST is stored, but this version applies no retention yet: nothing is deleted")

@@ -1,0 +1,208 @@
+"""The configuration file: where it is, what may stand in it, and every mistake in it named at once.
+
+``--config``, else ``$VMKEEP_CONFIG``, else ``~/.config/vmkeep/config.toml`` for a user and ``/etc/vmkeep/config.toml``
+for root. Values are never echoed in errors: one of them may be a secret in the wrong place.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from backupcore import options, plugins
+from backupcore.errors import AccessDenied, BackupError, ConfigError, ContractViolation, NotFound, from_os_error
+
+__all__ = ["Config", "Defaults", "Host", "default_path", "load"]
+
+DatastoreName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+_PLUGIN = re.compile(r"[\w.]+:[\w.]+")
+
+
+def _home(system: str, user: str) -> Path:
+    return Path(system) if os.geteuid() == 0 else Path.home() / user
+
+
+def default_path() -> Path:
+    """Where the configuration lies unless ``--config`` says otherwise."""
+    named = os.environ.get("VMKEEP_CONFIG")
+    return Path(named) if named else _home("/etc/vmkeep/config.toml", ".config/vmkeep/config.toml")
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", hide_input_in_errors=True)
+
+
+class Host(_Table):
+    """``[host]``: where the VMs are, and where this host keeps its own things.
+
+    `hypervisor` is the entry-point name of the hypervisor plugin; `plugins` are site plugins, each ``module:attribute``
+    (an object with hookimpls, or a class of one). `scratch` defaults to a folder in `state`.
+    """
+
+    uri: str = Field(default_factory=lambda: "qemu:///system" if os.geteuid() == 0 else "qemu:///session")
+    state: Path = Field(default_factory=lambda: _home("/var/lib/vmkeep", ".local/state/vmkeep"))
+    scratch: Path = Field(default_factory=lambda data: data.get("state", Path("/nonexistent")) / "scratch")
+    hypervisor: str = "libvirt"
+    plugins: tuple[str, ...] = ()
+
+    @field_validator("state", "scratch")
+    @classmethod
+    def _absolute(cls, path: Path) -> Path:
+        path = path.expanduser()
+        if not path.is_absolute():
+            raise ValueError("must be an absolute path")
+        return path
+
+    @field_validator("plugins")
+    @classmethod
+    def _named(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(_PLUGIN.fullmatch(name) for name in names):
+            raise ValueError("each must be written module:attribute")
+        return names
+
+
+class Defaults(_Table):
+    """``[defaults]``: settings of VMs that say nothing themselves."""
+
+    mode: Literal["FULL", "INCREMENT"] | None = None
+    increment_mode: Literal["CBT", "SNAPSHOT"] | None = None
+    fs_freeze: Literal["NONE", "AGENT", "SUSPEND"] | None = None
+    keep_last: Annotated[int, Field(ge=0, le=999_999)] | None = None
+    backup_volatile: bool | None = None
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The same as settings: upper-case keys, values as a VM's metadata hold them."""
+        found: dict[str, str] = {}
+        for key, value in self.model_dump(exclude_none=True).items():
+            found[key.upper()] = {True: "YES", False: "NO"}[value] if isinstance(value, bool) else str(value)
+        return found
+
+
+class _File(_Table):
+    host: Host = Field(default_factory=Host)
+    defaults: Defaults = Field(default_factory=Defaults)
+    datastores: dict[DatastoreName, dict[str, Any]] = Field(default_factory=dict)
+
+
+class Config:
+    """A configuration that has been checked: `path`, `host`, `defaults` (settings), `datastores` (name -> options)."""
+
+    def __init__(self, path: Path, host: Host, defaults: Mapping[str, str], datastores: Mapping[str, Any]) -> None:
+        self.path = path
+        self.host = host
+        self.defaults = defaults
+        self.datastores: Mapping[str, Mapping[str, object]] = datastores
+
+    def datastore(self, name: str | None) -> str:
+        """The name of the datastore to use: `name` if it is configured, else the only one there is."""
+        if name is not None:
+            if name in self.datastores:
+                return name
+            raise NotFound(f"no datastore {name!r} in {self.path}", near(name, self.datastores))
+        if len(self.datastores) == 1:
+            return next(iter(self.datastores))
+        if not self.datastores:
+            raise ConfigError(f"no datastore is configured in {self.path}", "Add a [datastores.NAME] table there.")
+        raise ConfigError(
+            f"several datastores are configured: {', '.join(sorted(self.datastores))}", "Name one with -d DATASTORE."
+        )
+
+
+def near(name: str, known: Mapping[str, object]) -> str:
+    """A hint with the known names nearest to `name`."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    if close:
+        return f"Did you mean {' or '.join(close)}?"
+    return f"There is: {', '.join(sorted(known)) or 'none'}."
+
+
+def load(path: Path | None = None) -> Config:
+    """The checked configuration. ConfigError names every wrong key with the file; AccessDenied if it is unreadable."""
+    where = path or default_path()
+    try:
+        data = tomllib.loads(where.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no configuration at {where}", "Write one with: vmkeep init") from None
+    except PermissionError as error:
+        raise AccessDenied(f"the configuration {where} cannot be read", "Run as its owner, or use --config.") from error
+    except OSError as error:
+        raise from_os_error(error, f"the configuration {where}") from error
+    except UnicodeDecodeError:
+        raise ConfigError(f"{where}: not UTF-8 text", "Save the file as UTF-8.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{where}: not valid TOML: {error}", "Mend the file at the place named.") from None
+    wrong: list[str] = []
+    hints: list[str] = []
+    parsed = None
+    try:
+        # By way of JSON: as strict about types, but a string may stand for a path, as in TOML.
+        parsed = _File.model_validate_json(json.dumps(data, default=str))
+    except ValidationError as error:
+        found = error.errors(include_input=False, include_url=False, include_context=False)
+        wrong.append(options.problems([_renamed(one) for one in found], ""))
+        hints.extend(_meant(found))
+    for name, table in _tables(data):
+        _check_options(name, table, wrong, hints)
+    if wrong or parsed is None:
+        hint = " ".join(dict.fromkeys(hints)) or "Mend the keys named. A commented example: vmkeep init --config FILE"
+        raise ConfigError(f"{where}: {'; '.join(wrong)}", hint)
+    return Config(where, parsed.host, parsed.defaults.settings, parsed.datastores)
+
+
+def _renamed(error: Any) -> dict[str, Any]:
+    message = str(error["msg"]).removeprefix("Value error, ")
+    kind = "unexpected_keyword_argument" if error["type"] == "extra_forbidden" else error["type"]
+    return {**error, "type": kind, "msg": message, "loc": tuple(part for part in error["loc"] if part != "[key]")}
+
+
+def _meant(errors: Any) -> Iterator[str]:
+    known = {(): _File.model_fields, ("host",): Host.model_fields, ("defaults",): Defaults.model_fields}
+    for error in errors:
+        if error["type"] == "extra_forbidden":
+            names = [str(part) for part in error["loc"]]
+            near_keys = difflib.get_close_matches(names[-1], list(known.get(tuple(names[:-1]), ())), n=1, cutoff=0.6)
+            yield from (f"Did you mean {'.'.join([*names[:-1], key])}?" for key in near_keys)
+
+
+def _tables(data: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    tables = data.get("datastores")
+    for name, table in tables.items() if isinstance(tables, dict) else ():
+        if isinstance(table, dict):
+            yield name, table
+
+
+def _check_options(name: str, table: Mapping[str, Any], wrong: list[str], hints: list[str]) -> None:
+    where = f"datastores.{name}"
+    rest = {key: value for key, value in table.items() if key != "driver"}
+    driver = table.get("driver")
+    if not isinstance(driver, str):
+        wrong.append(f"{where}.driver: required, the name of a driver (vmkeep driver list)")
+        return
+    try:
+        options.build(plugins.load(plugins.DRIVERS, driver), rest, where=where)
+    except ContractViolation as error:
+        wrong.append(f"{where}.driver: {error.message}")
+    except ConfigError as error:
+        wrong.append(error.message if error.message.startswith(where) else f"{where}.driver: {error.message}")
+        hints.append(_option_hint(driver, rest, error))
+
+
+def _option_hint(driver: str, table: Mapping[str, Any], error: BackupError) -> str:
+    try:
+        known = list(getattr(plugins.load(plugins.DRIVERS, driver), "__dataclass_fields__", {}))
+    except ConfigError:
+        return error.hint
+    for key in table:
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        if key not in known and close:
+            return f"Did you mean {close[0]}?"
+    return error.hint

@@ -1,0 +1,173 @@
+"""The private folder of a run, and what dead runs left of theirs.
+
+``runs/<run ID>`` holds ``lock``, flocked as long as its process lives, and for a backup ``run.json``: enough to release
+in a fresh process what that run held.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from backupcore.errors import from_os_error
+from backupcore.model import VM, BackupRun, Disk, Link, SourceRef, Type, new_id
+
+__all__ = ["dump_run", "load_run", "own", "sweep"]
+
+log = logging.getLogger("vmkeep.folders")
+
+_GRACE = 600  # seconds; a folder without a lock file is being made, unless it is older than this
+
+
+@contextmanager
+def own(state: Path, run: BackupRun | None = None) -> Iterator[Path]:
+    """A new private folder for `run`, or for another verb that needs one. Removed at the end, whatever happens."""
+    runs = state / "runs"
+    folder = runs / (run.id if run else new_id())
+    try:
+        state.mkdir(mode=0o711, parents=True, exist_ok=True)
+        runs.mkdir(mode=0o700, exist_ok=True)
+        folder.mkdir(mode=0o700)
+        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise from_os_error(error, f"the folder of runs {runs}") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        if run:
+            temporary = folder / ".run.json"
+            temporary.write_text(dump_run(run))
+            temporary.rename(folder / "run.json")
+        yield folder
+    finally:
+        _remove(folder)
+        os.close(handle)
+
+
+def sweep(state: Path, vm: VM, release: Callable[[BackupRun, Path], None]) -> None:
+    """Clear away the folders of dead runs of `vm`, and of dead verbs that were no backup. The caller has the VM's lock.
+
+    `release` is called for each backup among them, with its folder, before that goes. What it raises is logged: the
+    next run tries again.
+    """
+    for folder in sorted((state / "runs").glob("*")):
+        if not _dead(folder):
+            continue
+        record = folder / "run.json"
+        if not record.exists():
+            _remove(folder)
+            continue
+        try:
+            run = load_run(record.read_text())
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            log.warning("%s cannot be read (%s); it is left alone", record, type(error).__name__)
+            continue
+        if run.vm.uuid != vm.uuid:
+            continue
+        try:
+            release(run, folder)
+        except Exception as error:  # noqa: BLE001 - the plugins' errors; the new run must go on, and says what is wrong
+            log.warning("what run %s left behind could not be released: %s", run.id, error)
+            continue
+        _remove(folder)
+
+
+def _dead(folder: Path) -> bool:
+    try:
+        handle = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return _old(folder)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(handle)
+    return True
+
+
+def _old(folder: Path) -> bool:
+    try:
+        return time.time() - folder.lstat().st_mtime > _GRACE
+    except FileNotFoundError:
+        return False  # its run has ended meanwhile
+
+
+def _remove(folder: Path) -> None:
+    # A view's process that was killed leaves a dead mount behind, and one that hangs a live one.
+    for place in _mounts_below(folder):
+        unmount = ["umount", "-l", place] if os.geteuid() == 0 else ["fusermount3", "-u", "-z", place]
+        try:
+            subprocess.run(unmount, check=True, capture_output=True, timeout=30)
+        except (OSError, subprocess.SubprocessError):
+            log.warning("%s is still mounted; its run's folder stays until the next run", place)
+            return
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        log.warning("the folder of a run could not be removed: %s", error)
+
+
+def _mounts_below(folder: Path) -> list[str]:
+    found = []
+    for line in Path("/proc/self/mounts").read_text(errors="surrogateescape").splitlines():
+        place = line.split(" ")[1].encode("utf-8", "surrogateescape").decode("unicode_escape")
+        if place.startswith(f"{folder}/"):
+            found.append(place)
+    return sorted(found, reverse=True)
+
+
+_SIMPLE = {f.name for f in fields(BackupRun)} - {"vm", "type", "parent", "builds_on", "spent", "settings", "date"}
+
+
+def dump_run(run: BackupRun) -> str:
+    """A run as JSON."""
+    parent = run.parent
+    return json.dumps(
+        {
+            **{name: getattr(run, name) for name in sorted(_SIMPLE)},
+            "vm": {"uuid": run.vm.uuid, "name": run.vm.name},
+            "type": run.type.value,
+            "parent": parent
+            and {
+                "point": parent.point,
+                "digest": parent.digest,
+                "disks": [{f.name: getattr(disk, f.name) for f in fields(Disk)} for disk in parent.disks],
+            },
+            "builds_on": [source.token for source in run.builds_on],
+            "spent": list(run.spent),
+            "settings": dict(run.settings),
+            "date": run.date.isoformat() if run.date else None,
+        }
+    )
+
+
+def load_run(text: str) -> BackupRun:
+    """The run that `dump_run` wrote. ValueError, KeyError or TypeError if it is none."""
+    found: dict[str, Any] = json.loads(text)
+    parent = found["parent"]
+    return BackupRun(
+        **{name: found[name] for name in _SIMPLE if name in found},
+        vm=VM(**found["vm"]),
+        type=Type(found["type"]),
+        parent=parent
+        and Link(point=parent["point"], digest=parent["digest"], disks=tuple(Disk(**disk) for disk in parent["disks"])),
+        builds_on=tuple(SourceRef(token) for token in found["builds_on"]),
+        spent=tuple(found["spent"]),
+        settings=found["settings"],
+        date=datetime.fromisoformat(found["date"]) if found["date"] else None,
+    )

@@ -1,0 +1,89 @@
+"""Locks between processes of this host: one per VM for runs, and one per image, shared or exclusive.
+
+They are flocks, so the kernel lets go of them when their process dies, however it dies. A lock file is never removed:
+a process that waits for the removed file and one that makes a new one would both hold "the" lock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from backupcore.errors import Busy, from_os_error
+from backupcore.model import VM, Image
+
+__all__ = ["image_exclusive", "image_shared", "vm_run"]
+
+
+def _open(state: Path, name: str) -> int:
+    folder = state / "locks"
+    try:
+        state.mkdir(mode=0o711, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise from_os_error(error, f"the lock folder {folder}") from error
+
+
+def _holder(handle: int) -> str:
+    try:
+        found = json.loads(os.pread(handle, 200, 0))
+        since = datetime.fromisoformat(found["since"]).astimezone()
+        return f" (process {int(found['process'])}, since {since:%Y-%m-%d %H:%M:%S})"
+    except (ValueError, KeyError, TypeError):
+        return ""  # its holder has locked it and not yet written who it is
+
+
+@contextmanager
+def vm_run(state: Path, vm: VM) -> Iterator[None]:
+    """Be the only run of this VM, by UUID, on this host. Busy at once if another one is."""
+    handle = _open(state, f"vm-{vm.uuid}")
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy(
+                f"a backup of VM {vm.name} is already running{_holder(handle)}", "Wait for its end, then run it again."
+            ) from None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps({"process": os.getpid(), "since": _now()}).encode(), 0)
+        yield
+        os.ftruncate(handle, 0)
+    finally:
+        os.close(handle)
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+@contextmanager
+def _image(state: Path, image: Image, how: int, doing: str) -> Iterator[None]:
+    handle = _open(state, f"image-{image.uuid}")
+    try:
+        try:
+            fcntl.flock(handle, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Busy(f"image {image.number} is in use: {doing}", "Wait for its end, then run it again.") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def image_shared(state: Path, image: Image) -> Iterator[None]:
+    """Keep an image from being deleted meanwhile, for a restore or while an increment is added. Busy at once."""
+    with _image(state, image, fcntl.LOCK_SH, "it is being deleted"):
+        yield
+
+
+@contextmanager
+def image_exclusive(state: Path, image: Image) -> Iterator[None]:
+    """Be the only one that works on an image, to delete it. Busy at once."""
+    with _image(state, image, fcntl.LOCK_EX, "a backup or a restore works with it"):
+        yield

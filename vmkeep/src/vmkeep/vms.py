@@ -1,0 +1,68 @@
+"""The VMs of this host with their backups, and their settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from backupcore.hypervisor import VMState
+from backupcore.model import Image
+from vmkeep import settings
+from vmkeep.catalog import images, runs
+from vmkeep.workplace import Workplace
+
+__all__ = ["Detail", "Listing", "configure", "detail", "listing"]
+
+_RUNS = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """One VM, and the date of its last backup that is still there."""
+
+    found: VMState
+    last_backup: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Detail:
+    """One VM with its settings (`own` are the keys that it sets itself), images and last runs."""
+
+    found: VMState
+    settings: Mapping[str, str]
+    own: frozenset[str]
+    images: tuple[Image, ...]
+    last_runs: tuple[runs.PastRun, ...]
+
+
+def listing(place: Workplace) -> list[Listing]:
+    """Every VM of the hypervisor, by name."""
+    dates = images.last_dates(place.catalog_if_any)
+    return [Listing(found=found, last_backup=dates.get(found.vm.uuid)) for found in place.hypervisor.vms()]
+
+
+def detail(place: Workplace, vm: str) -> Detail:
+    """One VM by name or UUID."""
+    found = place.hypervisor.find(vm)
+    own = place.hypervisor.settings(found.vm)
+    return Detail(
+        found=found,
+        settings=settings.effective(own, place.config.defaults, found.vm.name),
+        own=frozenset(own),
+        images=tuple(images.where(place.catalog_if_any, vm=found.vm.uuid)),
+        last_runs=tuple(runs.last(place.catalog_if_any, found.vm.uuid, _RUNS)),
+    )
+
+
+def configure(place: Workplace, vm: str, changes: Mapping[str, str]) -> Detail:
+    """Change some of a VM's own settings, and return what counts now.
+
+    ConfigError for a value that is not legal, UnsupportedOperation for one that this version cannot do.
+    """
+    found = place.hypervisor.find(vm)
+    settings.validate(changes, f"VM {found.vm.name}")
+    settings.require_supported(changes, found.vm.name)
+    if changes:
+        place.hypervisor.configure(found.vm, {**place.hypervisor.settings(found.vm), **changes})
+    return detail(place, found.vm.uuid)

@@ -1,0 +1,78 @@
+"""What a verb works with on this host, opened from the configuration when it is first needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+
+from backupcore.context import Context, Progress
+from backupcore.datastore import Datastore
+from backupcore.errors import ConfigError
+from backupcore.hypervisor import Hypervisor, open_hypervisor
+from vmkeep import folders, interrupt
+from vmkeep.catalog.database import Catalog
+from vmkeep.config import Config
+
+__all__ = ["Workplace"]
+
+
+class Workplace:
+    """The hypervisor, the catalog and the datastores of a configuration, each opened when it is first used."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @property
+    def state(self) -> Path:
+        """The folder of the catalog, the locks and the runs."""
+        return self.config.host.state
+
+    @cached_property
+    def hypervisor(self) -> Hypervisor:
+        """The hypervisor plugin. ConfigError if it is not installed."""
+        host = self.config.host
+        return open_hypervisor(host.hypervisor, uri=host.uri, scratch=host.scratch)
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        """The catalog, made if it does not exist."""
+        return Catalog.open(self.state / "catalog.sqlite")
+
+    @cached_property
+    def catalog_if_any(self) -> Catalog:
+        """The catalog, or an empty one in memory: for verbs that promise to touch nothing."""
+        return Catalog.open(self.state / "catalog.sqlite", create=False)
+
+    @cached_property
+    def site_plugins(self) -> tuple[object, ...]:
+        """The plugins of ``[host] plugins``."""
+        return tuple(_site_plugin(name) for name in self.config.host.plugins)
+
+    def datastore(self, name: str, *, hypervisor: bool = False) -> Datastore:
+        """An open datastore by its configured name; with the hypervisor's hooks where a backup needs them."""
+        plugins = (self.hypervisor if hypervisor else None, *self.site_plugins)
+        return Datastore.open(name, self.config.datastores[self.config.datastore(name)], plugins=plugins)
+
+    @contextmanager
+    def context(self, progress: Progress | None = None) -> Iterator[Context]:
+        """A context with a private folder for a verb that is no backup; Ctrl-C and SIGTERM cancel it."""
+        with folders.own(self.state) as folder:
+            ctx = Context(folder, progress=progress)
+            with interrupt.cancels(ctx), ctx:
+                yield ctx
+
+
+def _site_plugin(name: str) -> object:
+    module, _, attribute = name.partition(":")
+    try:
+        found: object = import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"the site plugin {name!r} cannot be loaded: {error}", "It must be importable: install it, or PYTHONPATH."
+        ) from error
+    return found() if isinstance(found, type) else found
