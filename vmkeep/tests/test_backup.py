@@ -6,7 +6,6 @@ import signal
 import sqlite3
 
 import pytest
-
 from kept_in_files import DB, WEB
 
 
