@@ -98,6 +98,8 @@ class HashedDisk(Artifact):
 
     def read_at(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset`, or what is left before `size`."""
+        if offset < 0:
+            raise ValueError(f"{length} bytes at {offset}")
         end = min(offset + length, self.size)
         if end <= offset:
             return b""

@@ -7,6 +7,7 @@ import mmap
 import os
 import struct
 import threading
+import weakref
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -51,11 +52,8 @@ class Table:
         self.path = path
         self._thread = threading.Condition()
         self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            self._map = mmap.mmap(self._file, 0)
-        except BaseException:
-            os.close(self._file)
-            raise
+        self._release = weakref.finalize(self, os.close, self._file)
+        self._map = mmap.mmap(self._file, 0)
         self.clusters = self._get(self._CLUSTERS_AT)
         if self._map[: len(_MAGIC)] != _MAGIC or len(self._map) != _HEADER + self.clusters * DIGEST:
             self.close()
@@ -182,7 +180,7 @@ class Table:
         with self._thread:
             if self._file >= 0:
                 self._map.close()
-                os.close(self._file)
+                self._release()
                 self._file = -1
 
     @contextmanager

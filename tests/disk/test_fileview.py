@@ -183,6 +183,19 @@ def test_all_files_at_once_by_slow_and_quick_readers(folder, tmp_path):
         view.check()
 
 
+def test_more_waiting_readers_than_fuse_has_threads_by_itself(folder, tmp_path):
+    backup = Backup(folder, *(f"vd{letter}" for letter in "abcdefghijklmno"), patience=5.0, size=MIB)
+    right = backup.right(tmp_path / "right")
+    with show(backup.artifacts, folder) as view, ThreadPoolExecutor(20) as pool:
+        start = time.monotonic()
+        waiting = [(name, pool.submit((view.path / name).read_bytes)) for name in right if "disk" not in name]
+        for name in right:
+            if "disk" in name:
+                assert (view.path / name).read_bytes() == right[name]
+        assert all(job.result(LIMIT) == right[name] for name, job in waiting)
+        assert time.monotonic() - start < 5
+
+
 def test_without_a_reader_of_the_disk_the_sums_read_it_after_a_second(folder, tmp_path):
     backup = Backup(folder, "vda", patience=1.0)
     with show(backup.artifacts, folder) as view:
@@ -347,6 +360,16 @@ def test_a_process_that_is_killed_fails_the_view(folder, tmp_path):
             (view.path / "manifest.json").read_bytes()
     with pytest.raises(BackupError, match="process of the file view ended"):
         view.check()
+
+
+def test_a_failure_of_what_follows_a_failure_is_logged(folder, caplog):
+    def on_failure(error):
+        raise LookupError("nobody to tell")
+
+    with show([Odd("a", 1, "bug")], folder, on_failure=on_failure) as view:
+        with pytest.raises(OSError, match="Input/output"):
+            (view.path / "a").read_bytes()
+        until(lambda: "nobody to tell" in caplog.text)
 
 
 def test_unmounted_by_somebody_else(folder):

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from backupcore.disk.extents import Kind
-from backupcore.errors import HypervisorError
+from backupcore.errors import HypervisorError, IncrementImpossible
 from backupcore.model import RunState
 
 MiB = 1 << 20
@@ -80,7 +80,7 @@ def test_artifacts_and_versions(lab, runs):
     assert b"<alias" not in definition, "the inactive definition"
 
 
-def test_full_of_a_raw_disk_beside_a_qcow2_one(lab, runs, same, tmp_path):
+def test_raw_disks(lab, runs, same, tmp_path):
     vm = lab.vm(["raw:16M", "qcow2:16M"])
     vm.io("vda", "write -P 0x41 3M 1M")
     vm.io("vdb", "write -P 0x42 5M 1M")
@@ -90,17 +90,19 @@ def test_full_of_a_raw_disk_beside_a_qcow2_one(lab, runs, same, tmp_path):
         layer = runs.keep(taken, tmp_path / "layer")
     same([layer], truth)
     assert vm.bitmaps() == {"vdb": [f"backupcore-{run.point}"]}
+    with pytest.raises(IncrementImpossible, match="disk vda is raw") as refused, runs.take(runs.run(vm, taken)):
+        pass
+    assert "qcow2" in refused.value.hint
 
 
-def test_only_raw_disks_and_untracked_runs_make_no_checkpoint(lab, runs):
-    for vm, tracked in ((lab.vm(["raw:8M"]), True), (lab.vm(["qcow2:8M"]), False)):
-        with runs.take(runs.run(vm, tracked=tracked)):
-            assert vm.job() != 0
-        vm.untouched()
+def test_an_untracked_run_makes_no_checkpoint(small, runs):
+    with runs.take(runs.run(small, tracked=False)):
+        assert small.job() != 0
+    small.untouched()
 
 
-def test_a_paused_vm(lab, runs, same, tmp_path):
-    vm = lab.vm(["qcow2:16M"])
+def test_a_paused_vm(small, runs, same, tmp_path):
+    vm = small
     vm.io("vda", "write -P 0x51 3M 1M")
     vm.domain.suspend()
     truth = vm.copy(tmp_path / "truth")
@@ -180,8 +182,8 @@ def test_the_guest_ends_while_its_disk_is_read(lab, runs):
         pass
 
 
-def test_a_failed_run_leaves_no_checkpoint_and_keeps_the_parent(lab, runs):
-    vm = lab.vm(["qcow2:8M"])
+def test_a_failed_run_leaves_no_checkpoint_and_keeps_the_parent(small, runs):
+    vm = small
     with runs.take(runs.run(vm)) as full:
         pass
     with runs.take(runs.run(vm, full, spent=(full.run.point,)), state=RunState.CANCELLED):

@@ -228,6 +228,13 @@ def _begin(domain: Domain, run: BackupRun, folder: RunFolder, seen: Look) -> dat
                 f"{error.message} (QEMU could not use {folder.path})",
                 "Is QEMU confined by AppArmor or SELinux? The scratch folder must be allowed there too.",
             ) from error
+        if "No such file or directory" in error.message and str(folder.path) in error.message:
+            # QEMU lives in a mount namespace of its own, made when the VM started.
+            raise HypervisorError(
+                f"{error.message} (the folder exists, but QEMU does not see it)",
+                f"If a file system was mounted at {folder.scratch} after the VM had started, restart the VM, or set "
+                "'scratch' in the configuration to another folder.",
+            ) from error
         raise
     return date
 
