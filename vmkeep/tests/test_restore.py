@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from pathlib import Path
 
@@ -149,6 +150,18 @@ def test_sources_are_shortened_until_they_are_unique():
     assert short("25f4b298aaaa", ["25f4b298aaaa", "6968545cbbbb"]) == "25f4b298"
     assert short("25f4b298aaaa", ["25f4b298aaaa", "25f4b298abbb"]) == "25f4b298aa"
     assert short("abc", ["abc", "abcd"]) == "abc"
+
+
+def test_a_signal_stops_a_restore_and_leaves_nothing(site, chain):
+    (site.store / "wait-restore").touch()
+    to = site.folder / "to"
+    child = site.start("restore", "1", "--to", str(to))
+    site.until((site.store / "waits").exists, "the restore")
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert (child.returncode, err.splitlines()[-1]) == (130, "vmkeep: cancelled")
+    assert names(to) == []
+    assert not list((site.state / "runs").iterdir())
 
 
 def test_no_image_can_be_deleted_while_it_is_restored(site, chain):
