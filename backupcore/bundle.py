@@ -46,7 +46,7 @@ class Bundle:
             artifact = by_name.pop(disk.artifact, None)
             if not isinstance(artifact, DiskArtifact) or disk.artifact != f"disk.{disk.id}.qcow2":
                 raise ContractViolation(f"prebackup names disk {disk.id}, but {disk.artifact} is no such artifact")
-            hashed = HashedDisk(artifact, ctx.folder / f"{run.point}.sums.{disk.id}")
+            hashed = HashedDisk(artifact, ctx.folder / f"{run.image}.sums.{disk.id}")
             self.disks[disk.id] = hashed
             self._layouts[disk.id] = artifact.layout
             self._sums[disk.id] = SumsArtifact(f"sums.{disk.id}", hashed)

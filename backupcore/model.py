@@ -261,7 +261,8 @@ class BackupRun:
     def as_full(self, reason: str) -> BackupRun:
         """The same run as a full in a new image, for this reason; the old chain's checkpoints are then spent.
 
-        The point stays: nothing has been taken for it yet, and whoever releases the run after a crash knows it by this.
+        The point stays: nothing was made under its name, since the guest was not touched yet, and whoever cleans up
+        after a run that was killed knows that name.
         """
         spent = self.spent + ((self.parent.point,) if self.parent else ())
         return replace(

@@ -24,6 +24,7 @@ if getattr(sys.modules.get("vmkeep"), "__file__", None) is None:
     sys.modules.pop("vmkeep", None)
 
 from kept_in_files import DB, WEB, load, save  # noqa: E402 - found by way of the path above
+
 from vmkeep.cli import main  # noqa: E402 - as above
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 from kept_in_files import WEB
-from vmkeep.catalog import images, runs
-from vmkeep.catalog.database import Catalog
 
 from backupcore.errors import BackupError, ConfigError, IntegrityError, UnsupportedOperation
 from backupcore.model import BackupRun, Disk, Increment, Link, SourceRef, Type, new_id
 from backupcore.session import Recorded
+from vmkeep.catalog import images, runs
+from vmkeep.catalog.database import Catalog
 
 DISKS = (Disk(id="vda", artifact="disk.vda.qcow2", virtual_size=1 << 20, whole=True),)
 

@@ -9,10 +9,10 @@ import subprocess
 import sys
 
 import pytest
-from vmkeep.cli import exits
-from vmkeep.cli.main import COMMANDS
 
 from backupcore import errors
+from vmkeep.cli import exits
+from vmkeep.cli.main import COMMANDS
 
 
 def test_help_imports_nothing_heavy(installed):

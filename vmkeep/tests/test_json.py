@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-from vmkeep.cli import documents, exits
 
 from backupcore.model import LeftOut
+from vmkeep.cli import documents, exits
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "json.md"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from kept_in_files import WEB
+
 from vmkeep.naming import file_name, short
 
 

@@ -132,8 +132,9 @@ def _release(place: Workplace, run: BackupRun, folder: Path, other: Datastore) -
     store = place.datastore(run.datastore, hypervisor=True) if run.datastore in place.config.datastores else other
     written = runs.increment_of(place.catalog, run.id)
     outcome = Outcome(state=RunState.RECORDED if written else RunState.FAILED)
-    if written and written[1].type is not run.type:  # it became a full in a new image after its folder was made
-        run = replace(run.as_full(written[1].reason), image=written[0].uuid)
+    if written and written[0].uuid != run.image:  # it became a full in a new image after its folder was made
+        image, increment = written
+        run = replace(run.as_full(increment.reason), image=image.uuid)
     with Context(folder) as ctx:
         errors = store.postbackup(run, outcome, ctx)
     if errors:
