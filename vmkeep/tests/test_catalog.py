@@ -140,7 +140,7 @@ from pathlib import Path
 from vmkeep.catalog import images, runs
 from vmkeep.catalog.database import Catalog
 print("ready", flush=True)
-for number in range(10):
+for number in range(5):
     sys.stdin.readline()
     Catalog.open(Path(sys.argv[1]).with_name(f"new{number}"))
     print("opened", flush=True)
@@ -167,7 +167,7 @@ def test_several_processes_open_a_new_catalog_and_write_at_once(tmp_path, instal
     ]
     for child in children:
         assert child.stdout.readline() == "ready\n"
-    for _ in range(10):
+    for _ in range(5):
         for child in children:
             child.stdin.write("\n")
             child.stdin.flush()
