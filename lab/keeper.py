@@ -1,8 +1,10 @@
-"""The parent of a libvirtd where no systemd runs: `python -m lab.keeper`, in a mount namespace of its own.
+"""The parent of a libvirtd where no systemd runs: `python -m lab.keeper`.
 
 It ends when it is told to (SIGTERM) or when libvirtd ends, and takes virtlogd and libvirtd with it. libvirtd's QEMU
 processes become its children when they detach, and it collects them at once: libvirt waits for a destroyed VM until
 the process is collected, and the first process of many containers takes seconds for that.
+
+With --hide-kvm it must run in a mount namespace of its own.
 """
 
 from __future__ import annotations
@@ -13,11 +15,11 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from types import FrameType
 
-from lab import kvm
 from lab.places import LAB
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
@@ -35,7 +37,7 @@ def _stop(_signal: int, _frame: FrameType | None) -> None:
 def main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     signal.signal(signal.SIGTERM, _stop)
-    if kvm.closed_to("libvirt-qemu"):
+    if "--hide-kvm" in sys.argv:
         _hide_kvm()
     children = []
     try:

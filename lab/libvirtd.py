@@ -23,6 +23,7 @@ from pathlib import Path
 
 import libvirt
 
+from lab import kvm
 from lab.places import LAB, ROOT, locked, vm_folder
 
 _PID_FILE = LAB / "keeper.pid"
@@ -105,8 +106,10 @@ def _silent() -> str | None:
 
 
 def _start() -> None:
-    # A mount namespace, so that the keeper can change libvirtd's view of /dev without touching the host's.
-    command = ["unshare", "--mount", "--propagation", "slave", sys.executable, "-m", "lab.keeper"]
+    command = [sys.executable, "-m", "lab.keeper"]
+    if kvm.closed_to("libvirt-qemu"):
+        # A mount namespace: the keeper changes libvirtd's view of /dev, and the host's must stay as it is.
+        command = ["unshare", "--mount", "--propagation", "slave", *command, "--hide-kvm"]
     with _LOG_FILE.open("w") as log:
         keeper = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True

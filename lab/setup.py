@@ -43,6 +43,7 @@ SYSTEM_PACKAGES = (
     "qemu-system-x86",
     "qemu-utils",
     "restic",
+    "rsync",
 )
 # Debian splits these from its python3; other builds of Python bring them along.
 DEBIAN_PYTHON_PACKAGES = ("python3-dev", "python3-venv")

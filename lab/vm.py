@@ -69,8 +69,10 @@ class VM:
         try:
             if os.geteuid() == 0:
                 os.chown(own, base.stat().st_uid, base.stat().st_gid)
+            # Copies that QEMU's user can reach; libvirt also changes the owner of what it is given.
+            if firmware is not None:
+                firmware = Firmware(_copied(firmware.code, own), firmware.variables)
             if kernel is not None:
-                # A copy that QEMU's user can reach; libvirt also changes the owner of what it is given.
                 kernel = Kernel(_copied(kernel.image, own), _copied(kernel.initramfs, own), kernel.arguments)
             made = [(disk, _make_disk(disk, own)) for disk in disks]
             xml = domain_xml(

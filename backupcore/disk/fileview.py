@@ -50,10 +50,13 @@ class View:
     `staged` is true where the files are copies.
     """
 
-    def __init__(self, path: Path, on_failure: Callable[[BackupError], None] | None = None) -> None:
+    def __init__(
+        self, path: Path, log: logging.Logger, on_failure: Callable[[BackupError], None] | None = None
+    ) -> None:
         self.path = path
         self.failed: BackupError | None = None
         self.staged = False
+        self._log = log
         self._on_failure = on_failure
         self._lock = threading.Lock()
 
@@ -68,7 +71,10 @@ class View:
                 return
             self.failed = error
         if self._on_failure:
-            self._on_failure(error)
+            try:
+                self._on_failure(error)
+            except Exception:  # noqa: BLE001 - its thread has more to hear from the view
+                self._log.warning("what should happen after a failed read failed", exc_info=True)
 
 
 @contextmanager
@@ -96,7 +102,7 @@ def show(
     if len(set(names)) != len(names):
         raise ContractViolation(f"artifacts of one name: {', '.join(sorted(names))}")
     path = Path(tempfile.mkdtemp(prefix="view-", dir=folder.resolve()))
-    view = View(path, on_failure)
+    view = View(path, log, on_failure)
     try:
         reason = _missing()
         if not reason:

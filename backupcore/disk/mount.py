@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from backupcore.model import Artifact
 
+_THREADS = 128  # reads that may wait at once
 _TIMEOUT = 3600  # seconds that the kernel may keep names and sizes: they never change
 
 
@@ -191,6 +192,9 @@ def main() -> None:
             "attr_timeout": _TIMEOUT,
             "entry_timeout": _TIMEOUT,
         }
+        if (mfusepy.fuse_version_major, mfusepy.fuse_version_minor) >= (3, 12):
+            # Its default became 10 then: that many waiting readers of sums would keep the disks from being read.
+            options["max_threads"] = _THREADS
         mfusepy.FUSE(Files(artifacts, messages, mounted), mountpoint, **options)
     except BaseException as error:  # noqa: BLE001 - libfuse says more on stderr, which the parent has
         if not mounted.is_set():

@@ -58,7 +58,7 @@ _SIMPLE_REPLY_MAGIC = 0x67446698
 _CHUNK_MAGIC = 0x668E33EF
 
 _FLAG_FIXED_NEWSTYLE, _FLAG_NO_ZEROES = 1, 2
-_FLAG_HAS_FLAGS, _FLAG_READ_ONLY, _FLAG_MULTI_CONN = 1, 2, 256
+_FLAG_HAS_FLAGS, _FLAG_READ_ONLY, _FLAG_SEND_DF, _FLAG_MULTI_CONN = 1, 2, 128, 256
 
 _OPT_GO, _OPT_STRUCTURED_REPLY, _OPT_SET_META_CONTEXT = 7, 8, 10
 _REP_ACK, _REP_INFO, _REP_META_CONTEXT = 1, 3, 4
@@ -77,6 +77,7 @@ _REP_ERRORS = {
 _INFO_EXPORT, _INFO_BLOCK_SIZE = 0, 3
 
 _CMD_READ, _CMD_DISC, _CMD_BLOCK_STATUS = 0, 2, 7
+_CMD_FLAG_DF = 4
 _CHUNK_DONE = 1
 _CHUNK_NONE, _CHUNK_DATA, _CHUNK_HOLE, _CHUNK_STATUS = 0, 1, 2, 5
 _CHUNK_IS_ERROR, _CHUNK_ERROR_OFFSET = 1 << 15, (1 << 15) | 2
@@ -92,6 +93,9 @@ _MAX_STATUS_PAYLOAD = 16 << 20  # QEMU sends at most 1 MiB, nbdkit 8 MiB; more i
 _MAX_TEXT = 65536  # of option replies and error messages: names are at most 4096 bytes
 _MAX_IN_FLIGHT = 64  # see Client._start
 _MAX_SOCKET_PATH = 107  # sun_path of sockaddr_un, less its NUL
+# A signal that arrives just before a system call blocks does not interrupt it, and Python runs the handler (which may
+# want to cancel, by closing this client) only when the call returns. So no wait is longer than this, in seconds.
+_LONGEST_WAIT = 1
 _ZEROS = memoryview(bytes(1 << 20))
 
 
@@ -224,6 +228,8 @@ class Client:
         try:
             export = _Handshake(self._socket, address, time.monotonic() + timeout).run(self.contexts)
             self._socket.settimeout(None)
+            # The kernel's timeout, not Python's: that one costs a poll() before every call.
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _LONGEST_WAIT, 0))
         except BaseException:  # whatever it was: a half-open connection hangs QEMU
             self._socket.close()
             raise
@@ -233,6 +239,9 @@ class Client:
         self.min_block = export.min_block
         self.max_request = export.max_request
         self._context_names = export.contexts
+        # Asked not to fragment, QEMU answers a failed read of the disk with its error. Otherwise it hangs up (seen with
+        # 7.2), and nobody learns which block is bad; it also looks up the holes of every read, which we have done.
+        self._read_flags = _CMD_FLAG_DF if export.flags & _FLAG_SEND_DF else 0
 
     def __enter__(self) -> Self:
         return self
@@ -360,7 +369,8 @@ class Client:
                 self._requests[request.cookie] = request
                 self._users += 1
             try:
-                self._socket.sendall(_REQUEST.pack(_REQUEST_MAGIC, 0, command, request.cookie, offset, length))
+                flags = self._read_flags if command == _CMD_READ else 0
+                self._socket.sendall(_REQUEST.pack(_REQUEST_MAGIC, flags, command, request.cookie, offset, length))
             except OSError as error:
                 self._fail(self._gone(error), error)
                 self._check_alive()
@@ -384,7 +394,7 @@ class Client:
                 self._check_alive()
                 if not self._receiving:
                     break
-                self._changed.wait()
+                self._changed.wait(_LONGEST_WAIT)
             self._receiving = True
             self._users += 1
         try:
@@ -532,7 +542,10 @@ class Client:
         while view:
             # MSG_WAITALL: the kernel fills the buffer in one call; a loop in Python would take the GIL for
             # each part.
-            count = self._socket.recv_into(view, 0, socket.MSG_WAITALL)
+            try:
+                count = self._socket.recv_into(view, 0, socket.MSG_WAITALL)
+            except BlockingIOError:  # nothing came for _LONGEST_WAIT
+                continue
             if count == 0:
                 raise ConnectionResetError("the server closed the connection")
             view = view[count:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -34,7 +35,7 @@ def extent_lists(draw, size=60):
 def test_coalesce_keeps_every_byte_and_leaves_no_neighbours_of_one_kind(extents):
     joined = list(coalesce(extents))
     assert as_bytes(joined, 60) == as_bytes(extents, 60)
-    assert all(a.end < b.offset or a.kind is not b.kind for a, b in zip(joined, joined[1:], strict=False))
+    assert all(a.end < b.offset or a.kind is not b.kind for a, b in pairwise(joined))
     assert all(extent.length > 0 for extent in joined)
 
 
@@ -48,8 +49,9 @@ def test_coalesce_keeps_every_byte_and_leaves_no_neighbours_of_one_kind(extents)
     ids=["order", "overlap", "negative"],
 )
 def test_what_is_no_list_of_extents_is_refused(extents):
-    with pytest.raises(ValueError, match="negative|overlaps"):
-        list(coalesce(extents))
+    for function in (coalesce, ExtentTable, lambda bad: to_clusters(bad, 100, 4)):
+        with pytest.raises(ValueError, match=r"negative|overlaps"):
+            list(function(extents))
 
 
 @given(extent_lists(), st.integers(50, 60), st.sampled_from([1, 4, 7, 16, 64]))

@@ -148,11 +148,20 @@ def test_any_range_of_any_size(folder, tmp_path):
             assert os.pread(file.fileno(), length, offset) == right[offset : offset + length]
 
 
+@pytest.mark.parametrize("length", [1000, 131072, 524288])
+def test_reads_come_in_the_size_of_the_reader(folder, length):
+    backup = Backup(folder, "vda")
+    with show(backup.artifacts, folder) as view, (view.path / "disk.vda.qcow2").open("rb", buffering=0) as file:
+        for count in (1, 2, 3):
+            assert len(file.read(length)) == length
+            assert backup.hashed[0].table.reads == count
+
+
 def test_one_file_at_a_time_in_every_order(folder, tmp_path):
     names = ["disk.vda.qcow2", "disk.vdb.qcow2", "sums.vda", "sums.vdb", "manifest.json"]
     orders = list(itertools.permutations(names))
     size = 5 * 65536 - 100
-    backups = [Backup(folder, "vda", "vdb", prefix=f"{n}.", size=size) for n in range(len(orders))]
+    backups = [Backup(folder, "vda", "vdb", prefix=f"{n}.", size=size, patience=0.004) for n in range(len(orders))]
     right = Backup(folder, "vda", "vdb", size=size).right(tmp_path / "right")
     with show([artifact for backup in backups for artifact in backup.artifacts], folder) as view:
         for number, order in enumerate(orders):
@@ -181,6 +190,19 @@ def test_all_files_at_once_by_slow_and_quick_readers(folder, tmp_path):
         for name, job in jobs:
             assert job.result(LIMIT) == right[name], name
         view.check()
+
+
+def test_more_waiting_readers_than_fuse_has_threads_by_itself(folder, tmp_path):
+    backup = Backup(folder, *(f"vd{letter}" for letter in "abcdefghijklmno"), patience=5.0, size=MIB)
+    right = backup.right(tmp_path / "right")
+    with show(backup.artifacts, folder) as view, ThreadPoolExecutor(20) as pool:
+        start = time.monotonic()
+        waiting = [(name, pool.submit((view.path / name).read_bytes)) for name in right if "disk" not in name]
+        for name in right:
+            if "disk" in name:
+                assert (view.path / name).read_bytes() == right[name]
+        assert all(job.result(LIMIT) == right[name] for name, job in waiting)
+        assert time.monotonic() - start < 5
 
 
 def test_without_a_reader_of_the_disk_the_sums_read_it_after_a_second(folder, tmp_path):
@@ -292,7 +314,7 @@ def test_whatever_goes_wrong_is_told(folder, act, kind, message):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, GeneratorExit])
 def test_a_block_that_raises_leaves_nothing(folder, error):
-    with pytest.raises(error), show([BytesArtifact("a", b"b")], folder) as view:  # noqa: PT012 - the block is the test
+    with pytest.raises(error), show([BytesArtifact("a", b"b")], folder) as view:
         assert (view.path / "a").read_bytes() == b"b"
         raise error
     assert view.failed is None
@@ -347,6 +369,16 @@ def test_a_process_that_is_killed_fails_the_view(folder, tmp_path):
             (view.path / "manifest.json").read_bytes()
     with pytest.raises(BackupError, match="process of the file view ended"):
         view.check()
+
+
+def test_a_failure_of_what_follows_a_failure_is_logged(folder, caplog):
+    def on_failure(error):
+        raise LookupError("nobody to tell")
+
+    with show([Odd("a", 1, "bug")], folder, on_failure=on_failure) as view:
+        with pytest.raises(OSError, match="Input/output"):
+            (view.path / "a").read_bytes()
+        until(lambda: "nobody to tell" in caplog.text)
 
 
 def test_unmounted_by_somebody_else(folder):

@@ -46,13 +46,13 @@ def noise(size: int, seed: int = 1) -> bytes:
 
 
 def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 # Real servers
 
 
-@pytest.mark.parametrize("size", [512, 1000, 65536 + 1, 3 * MIB + 513])
+@pytest.mark.parametrize("size", [513, 1000, 65536 + 1, 3 * MIB + 513])
 def test_raw_images_of_any_size(tmp_path, size):
     content = noise(size)
     image = tmp_path / "disk.raw"
@@ -317,11 +317,9 @@ def test_a_server_that_is_killed(big):
         buffer = bytearray(MIB)
         client.read_into(0, buffer)
         server.kill()
-        with pytest.raises(ConnectionLost, match=f"NBD export '' on {server.address.socket}.*lost"):
-            for _ in range(2):  # the first may still be answered from the socket's buffer
+        for _ in range(2):
+            with pytest.raises(ConnectionLost, match=f"NBD export '' on {server.address.socket}.*lost"):
                 client.read_into(0, buffer)
-        with pytest.raises(ConnectionLost, match="lost"):
-            client.read_into(0, buffer)
 
 
 def test_close_while_threads_read(big):
@@ -338,8 +336,8 @@ def test_close_while_threads_read(big):
                 try:
                     while True:
                         client.read_into(0, buffer)
-                except Exception as error:  # noqa: BLE001  # the test looks at the type
-                    seen.append(error)
+                except NbdError as error:
+                    seen.append(type(error))
 
             threads = [threading.Thread(target=work) for _ in range(3)]
             for thread in threads:
@@ -348,7 +346,7 @@ def test_close_while_threads_read(big):
             client.close()
             for thread in threads:
                 thread.join(LIMIT)
-            assert [type(error) for error in seen] == [ConnectionLost] * 3
+            assert seen == [ConnectionLost] * 3
         with Client(server.address) as client:  # every place of the server is free again
             assert client.read(0, 1)
     assert descriptors() == before
@@ -416,7 +414,7 @@ def dripping(wire):
     try:
         for byte in b"NBDMAGIC" * 100:
             wire.send(bytes([byte]))
-            time.sleep(0.02)
+            time.sleep(0.1)
     except OSError:
         return
     raise AssertionError("the client did not give up")
@@ -490,7 +488,7 @@ EXPORT = (INFO, struct.pack(">HQH", 0, SIZE, 3))
     [
         (silent, [], ConnectionLost, "did not finish the handshake in time"),
         (silent_after_greeting, [], ConnectionLost, "did not finish the handshake in time"),
-        (dripping, [], NbdError, "no NBD server|old NBD|in time"),
+        (dripping, [], ConnectionLost, "did not finish the handshake in time"),
         (wrong_magic, [], ProtocolError, "no NBD server"),
         (oldstyle, [], NbdError, "only the old NBD handshake"),
         (not_fixed, [], NbdError, "fixed newstyle"),
@@ -523,11 +521,11 @@ def test_handshakes_that_go_wrong(script, contexts, kind, message):
     before = descriptors()
     begin = time.monotonic()
     with ScriptedServer(script) as server, pytest.raises(NbdError, match=message) as caught:
-        Client(server.address, contexts, timeout=0.4)
+        Client(server.address, contexts, timeout=0.4 if "in time" in message else LIMIT)
     assert type(caught.value) is kind
     assert caught.value.connection_lost
     assert server.address.socket in str(caught.value)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < LIMIT / 2
     assert descriptors() == before
 
 
@@ -617,9 +615,13 @@ def test_a_block_status_answered_wrongly(answer):
 
     with ScriptedServer(script) as server:
         client = Client(server.address, list(NAMES.values()))
-        with pytest.raises(ProtocolError, match="the server broke the protocol"):
+
+        def ask_twice():
             for _ in range(2):
                 client.block_status(0, 1000)
+
+        with pytest.raises(ProtocolError, match="the server broke the protocol"):
+            ask_twice()
 
 
 # Replies that are unusual and right
@@ -725,32 +727,31 @@ def test_requests_keep_to_the_blocks_of_the_server():
 # The end
 
 
-def never_answers(wire):
-    wire.negotiate(SIZE)
-    request = wire.request()
-    wire.send(struct.pack(">IHHQI", 0x668E33EF, 0, wire_words.DATA, request.cookie, 108))
-    wire.send(request.offset.to_bytes(8), bytes(50))  # half a chunk
-    wire.request()
-    assert wire.ended()  # and no NBD_CMD_DISC, while requests are in flight
-
-
 def test_close_ends_the_calls_of_all_threads():
     seen = []
+    both_asked = threading.Event()
+
+    def script(wire):
+        wire.negotiate(SIZE)
+        request = wire.request()
+        wire.send(struct.pack(">IHHQI", 0x668E33EF, 0, wire_words.DATA, request.cookie, 108))
+        wire.send(request.offset.to_bytes(8), bytes(50))  # half a chunk
+        wire.request()
+        both_asked.set()
+        assert wire.ended()  # and no NBD_CMD_DISC, while requests are in flight
 
     def work():
         try:
             client.read(0, 100)
-        except Exception as error:  # noqa: BLE001  # the test looks at the type
+        except NbdError as error:
             seen.append(error)
 
-    with ScriptedServer(never_answers) as server:
+    with ScriptedServer(script) as server:
         client = Client(server.address)
         threads = [threading.Thread(target=work) for _ in range(2)]  # one receives, one waits for it
         for thread in threads:
             thread.start()
-        deadline = time.monotonic() + LIMIT
-        while len(client._requests) < 2 and time.monotonic() < deadline:
-            time.sleep(0.001)
+        assert both_asked.wait(LIMIT)
         client.close()
         for thread in threads:
             thread.join(LIMIT)
@@ -800,6 +801,25 @@ def test_a_server_that_dies_in_the_middle_of_a_chunk():
         with pytest.raises(ConnectionLost, match=f"'disk' on {server.address.socket}: the connection was lost"):
             client.read(0, 100)
         assert nbd.ConnectionLost.connection_lost
+
+
+def test_a_server_that_stalls_is_waited_for():
+    def script(wire):
+        wire.negotiate(SIZE)
+        for request in (wire.request(), wire.request()):
+            time.sleep(nbd._LONGEST_WAIT * 1.2)
+            wire.send(struct.pack(">IHHQI", 0x668E33EF, 1, wire_words.DATA, request.cookie, 108))
+            wire.send(request.offset.to_bytes(8), b"a" * 50)
+            time.sleep(nbd._LONGEST_WAIT * 1.2)
+            wire.send(b"b" * 50)
+        assert wire.request().command == wire_words.DISC
+
+    with ScriptedServer(script) as server, Client(server.address) as client:
+        one, two = bytearray(100), bytearray(100)
+        pending = client.submit(0, one), client.submit(100, two)
+        for request in pending:
+            request.result()
+        assert one == two == b"a" * 50 + b"b" * 50
 
 
 def test_the_socket_is_not_inherited_by_children(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -12,18 +13,19 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import libvirt
 import libvirt_qemu
 import pytest
+from backupcore_libvirt.plugin import Libvirt
 
 from backupcore.context import Context
 from backupcore.model import VM, BackupRun, Link, Outcome, Prepared, RunState, Type, new_id
-from backupcore_libvirt.plugin import Libvirt
 
-URI = "qemu:///system"
+URI = "qemu:///system" if os.geteuid() == 0 else "qemu:///session"
 MiB = 1 << 20
 
 
@@ -145,12 +147,14 @@ class Lab:
             images[f"vd{letter}"] = image
             elements += (
                 f"<disk type='file' device='disk'><driver name='qemu' type='{shape}' discard='unmap' {options}/>"
-                f"<source file='{image}'/><target dev='vd{letter}' bus='virtio'/></disk>"
+                f"<source file='{image}'/><target dev='vd{letter}' bus='virtio'/>"
+                f"<boot order='{len(images)}'/></disk>"  # SeaBIOS shows a guest only the disks that it may boot from
             )
         domain = self.connection.defineXML(
             f"<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory>"
             f"<os><type arch='x86_64' machine='q35'>hvm</type>{os_more}</os><features><acpi/></features>"
-            f"<devices>{elements}<controller type='usb' model='none'/><memballoon model='none'/>{more}</devices></domain>"
+            f"<devices>{elements}<controller type='usb' model='none'/><memballoon model='none'/>{more}</devices>"
+            "</domain>"
         )
         vm = SmallVM(domain, self.folder, images)
         self.made.append(vm)
@@ -159,7 +163,11 @@ class Lab:
         return vm
 
     def clean(self) -> None:
+        """Remove every VM and the folder."""
         for vm in self.made:
+            # Quicker than a graceful end, which writes bitmaps that nobody wants any more.
+            with contextlib.suppress(OSError):
+                os.kill(vm.pid(), signal.SIGKILL)
             with contextlib.suppress(libvirt.libvirtError):
                 vm.domain.destroy()
             with contextlib.suppress(libvirt.libvirtError):
@@ -170,24 +178,80 @@ class Lab:
                     | libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
                 )
         self.made.clear()
+        shutil.rmtree(self.folder)
+
+
+def new_lab(connection: libvirt.virConnect) -> Lab:
+    folder = Path(tempfile.mkdtemp(prefix="bclv-"))
+    folder.chmod(0o711)
+    return Lab(folder, connection)
 
 
 @pytest.fixture(scope="session")
-def daemon() -> Iterator[libvirt.virConnect]:
+def daemon(libvirt_uri: str) -> Iterator[libvirt.virConnect]:
     libvirt.registerErrorHandler(lambda *_: None, None)
-    connection = libvirt.open(URI)
+    connection = libvirt.open(libvirt_uri)
     yield connection
     connection.close()
 
 
+@pytest.fixture(scope="session")
+def cleaners() -> Iterator[ThreadPoolExecutor]:
+    """The end of a VM takes libvirt 2 s of waiting: that goes on beside the next tests."""
+    with ThreadPoolExecutor(4) as pool:
+        waiting: list[Future[None]] = []
+        pool.later = lambda job: waiting.append(pool.submit(job))  # type: ignore[attr-defined]
+        yield pool
+        for future in waiting:
+            future.result()
+
+
 @pytest.fixture
-def lab(daemon: libvirt.virConnect) -> Iterator[Lab]:
-    folder = Path(tempfile.mkdtemp(prefix="bclv-"))
-    folder.chmod(0o711)
-    made = Lab(folder, daemon)
+def lab(daemon: libvirt.virConnect, cleaners: ThreadPoolExecutor) -> Iterator[Lab]:
+    made = new_lab(daemon)
     yield made
+    cleaners.later(made.clean)  # type: ignore[attr-defined]  # set above
+
+
+@pytest.fixture(scope="session")
+def _shared(daemon: libvirt.virConnect) -> Iterator[SmallVM]:
+    made = new_lab(daemon)
+    yield made.vm(["qcow2:16M", "qcow2:8M"])
     made.clean()
-    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def small(_shared: SmallVM) -> Iterator[SmallVM]:
+    """A running VM with vda (16 MiB) and vdb (8 MiB), both qcow2, shared by the tests that leave it as it was."""
+    _shared.untouched()
+    yield _shared
+    for checkpoint in _shared.domain.listAllCheckpoints(0):
+        with contextlib.suppress(libvirt.libvirtError):
+            checkpoint.delete(0)
+    if _shared.domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
+        _shared.domain.resume()
+
+
+@pytest.fixture(name="wait_for")
+def _wait_for() -> Callable[..., None]:
+    return wait_for
+
+
+@pytest.fixture
+def tmpfs(lab: Lab) -> Iterator[Callable[[int], Path]]:
+    """Mounts a small file system: its size in MiB -> its folder."""
+    mounted: list[Path] = []
+
+    def mount(size: int) -> Path:
+        folder = lab.folder / f"tmpfs{len(mounted)}"
+        folder.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}m,mode=711", "bclv", str(folder)], check=True)
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture
@@ -272,10 +336,15 @@ def runs(hypervisor: Libvirt, tmp_path: Path) -> Runs:
 
 def restored(layers: Sequence[Path], target: Path) -> Path:
     """Layers, oldest first, put together by qemu-img alone, as raw."""
-    for below, above in zip(layers, layers[1:], strict=False):
+    for below, above in itertools.pairwise(layers):
         qemu_img("rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", below, above)
     qemu_img("convert", "-O", "raw", layers[-1], target)
     return target
+
+
+@pytest.fixture(name="restored")
+def _restored() -> Callable[[Sequence[Path], Path], Path]:
+    return restored
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from backupcore.errors import AccessDenied, BackupError, ConfigError, ContractVi
 
 __all__ = ["Config", "Defaults", "Host", "default_path", "load"]
 
-DatastoreName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
+DatastoreName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 _PLUGIN = re.compile(r"[\w.]+:[\w.]+")
 
 

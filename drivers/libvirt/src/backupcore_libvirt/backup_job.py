@@ -58,7 +58,7 @@ def left_behind(domain: Domain, scratch: Path) -> RunFolder | None:
     Busy where another job runs, or a run of ours that lives: at once, since libvirt itself would wait 30 s for it.
     """
     try:
-        if not domain.job_type():
+        if not domain.is_active() or not domain.job_type():
             return None
         operation = domain.job_operation()
     except HypervisorError as error:

@@ -97,36 +97,53 @@ def delete(domain: Domain, points: Sequence[str]) -> None:
     Children stay: other chains' checkpoints may hang below these in libvirt's tree. HypervisorError where one stays.
     """
     known = set(domain.checkpoints())
+    errors: list[HypervisorError] = []
     for name in (checkpoint_name(point) for point in points):
-        if name not in known:
-            continue
-        if not domain.is_active():
-            _delete_offline(domain, name)
-            continue
+        if name in known:
+            try:
+                _delete(domain, name)
+            except HypervisorError as error:  # the others can go all the same
+                errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def _delete(domain: Domain, name: str) -> None:
+    if domain.is_active():
         try:
             domain.delete_checkpoint(name)
         except HypervisorError:
-            if not domain.is_active():
-                _delete_offline(domain, name)
-            elif _has_bitmap(domain, name):
-                raise
-            else:
-                # The bitmap is gone already (a crash of QEMU), which libvirt takes for a failure.
-                domain.delete_checkpoint(name, metadata_only=True)
+            if domain.is_active():
+                if not _delete_in_pieces(domain, name):
+                    raise
+                return
+        else:
+            return
+    _delete_offline(domain, name)
 
 
-def _has_bitmap(domain: Domain, name: str) -> bool:
-    running = [disk for disk in source_disks(domain.live_xml()) if disk.format == "qcow2" and disk.index]
-    return any(bitmap.name == name for node in nodes(domain, running).values() for bitmap in node.bitmaps)
+def _delete_in_pieces(domain: Domain, name: str) -> bool:
+    """Delete a checkpoint that has lost a bitmap, which libvirt refuses to do; False if it has lost none."""
+    covered = _covered(domain, name)
+    running = [disk for disk in source_disks(domain.live_xml()) if disk.id in covered and not disk.left_out]
+    found = nodes(domain, running)
+    left = [node for node in found.values() if any(bitmap.name == name for bitmap in node.bitmaps)]
+    if len(left) == len(found):
+        return False
+    for node in left:
+        domain.query("block-dirty-bitmap-remove", node=node.name, name=name)
+    domain.delete_checkpoint(name, metadata_only=True)
+    return True
+
+
+def _covered(domain: Domain, name: str) -> set[str]:
+    listed = parse(domain.checkpoint_xml(name)).iterfind("./disks/disk")
+    return {entry.get("name", "") for entry in listed if entry.get("checkpoint") == "bitmap"}
 
 
 def _delete_offline(domain: Domain, name: str) -> None:
     # libvirt deletes bitmaps of running VMs only; for others it can just forget them, and they would stay in the image.
-    covered = {
-        entry.get("name")
-        for entry in parse(domain.checkpoint_xml(name)).iterfind("./disks/disk")
-        if entry.get("checkpoint") == "bitmap"
-    }
+    covered = _covered(domain, name)
     for disk in source_disks(domain.inactive_xml()):
         if disk.id in covered and disk.format == "qcow2" and disk.kind in ("file", "block"):
             _remove_bitmap(disk.path, name)

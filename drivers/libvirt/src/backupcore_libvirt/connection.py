@@ -254,7 +254,7 @@ class Domain:
             checkpoint.delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY if metadata_only else 0)
 
     def query(self, command: str, **arguments: object) -> Any:
-        """What QEMU's monitor answers to a query."""
+        """What QEMU's monitor answers to a command: queries, and the removal of bitmaps that libvirt cannot do."""
         request = json.dumps({"execute": command, "arguments": arguments})
         with self._calling(f"QEMU's {command}"):
             answer: Mapping[str, Any] = json.loads(libvirt_qemu.qemuMonitorCommand(self._domain, request, 0))

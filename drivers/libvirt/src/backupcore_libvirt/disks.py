@@ -97,8 +97,9 @@ class Bitmap:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A disk's top image as QEMU has it open. `compat` is "0.10" for qcow2 v2, "1.1" for v3, "" for raw."""
+    """A disk's top image as QEMU has it open, as `name`. `compat` is "0.10" for qcow2 v2, "1.1" for v3, "" for raw."""
 
+    name: str
     virtual_size: int
     compat: str
     bitmaps: tuple[Bitmap, ...]
@@ -121,6 +122,7 @@ def nodes(domain: Domain, disks: Sequence[SourceDisk]) -> dict[str, Node]:
         image: Mapping[str, Any] = node["image"]
         special: Mapping[str, Any] = image.get("format-specific", {}).get("data", {})
         found[disk.id] = Node(
+            name=str(node["node-name"]),
             virtual_size=int(image["virtual-size"]),
             compat=str(special.get("compat", "")) if disk.format == "qcow2" else "",
             bitmaps=tuple(

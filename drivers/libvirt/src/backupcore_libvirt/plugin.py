@@ -134,10 +134,10 @@ class Libvirt:
                 domain = None  # a transient VM that has ended, or one that was undefined: nothing of it is held
             if domain is not None:
                 end(domain, folder)
+            if strange := folder.remove():
+                ctx.log.warning("%s holds what no run puts there, and stays: %s", folder.path, ", ".join(strange))
+            if domain is not None:
                 checkpoint.delete(domain, run.spent if outcome.state is RunState.RECORDED else (run.point,))
-        strange = folder.remove()
-        if strange:
-            ctx.log.warning("%s holds what no run puts there, and stays: %s", folder.path, ", ".join(strange))
 
     def vms(self) -> Sequence[VMState]:
         """Every VM of this host, by name. HypervisorError if libvirt is away."""
@@ -227,6 +227,13 @@ def _begin(domain: Domain, run: BackupRun, folder: RunFolder, seen: Look) -> dat
             raise HypervisorError(
                 f"{error.message} (QEMU could not use {folder.path})",
                 "Is QEMU confined by AppArmor or SELinux? The scratch folder must be allowed there too.",
+            ) from error
+        if "No such file or directory" in error.message and str(folder.path) in error.message:
+            # QEMU lives in a mount namespace of its own, made when the VM started.
+            raise HypervisorError(
+                f"{error.message} (the folder exists, but QEMU does not see it)",
+                f"If a file system was mounted at {folder.scratch} after the VM had started, restart the VM, or set "
+                "'scratch' in the configuration to another folder.",
             ) from error
         raise
     return date

@@ -1,0 +1,229 @@
+"""What is refused, with its reason, and always before the guest is touched."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import libvirt
+import pytest
+from backupcore_libvirt.connection import Connection
+from backupcore_libvirt.plugin import Libvirt
+from backupcore_libvirt.versions import require
+
+from backupcore.errors import (
+    AccessDenied,
+    BackupError,
+    Busy,
+    HypervisorError,
+    IncrementImpossible,
+    NotFound,
+    TargetFull,
+    UnsupportedOperation,
+)
+from backupcore.model import VM, Outcome, RunState
+
+MiB = 1 << 20
+
+
+@pytest.fixture
+def refuse(runs):
+    """Asserts that prebackup and estimate refuse a run with this error, and returns it."""
+
+    def check(run, kind: type[BackupError], match: str, *, estimate: bool = True) -> BackupError:
+        if estimate:
+            with pytest.raises(kind, match=match):
+                runs.hypervisor.estimate(run)
+        with runs.context(run) as ctx:
+            with pytest.raises(kind, match=match) as refused:
+                runs.hypervisor.prebackup(run, ctx)
+            runs.hypervisor.postbackup(run, Outcome(state=RunState.FAILED), ctx)
+        assert not (runs.hypervisor.scratch / run.id).exists()
+        assert type(refused.value) is kind
+        return refused.value
+
+    return check
+
+
+def test_a_vm_that_is_off_or_unknown(lab, runs, refuse):
+    vm = lab.vm(start=False)
+    error = refuse(runs.run(vm), UnsupportedOperation, f"{vm.vm.name} is powered off")
+    assert f"virsh start {vm.vm.name}" in error.hint
+    gone = replace(runs.run(vm), vm=VM(uuid="00000000-0000-0000-0000-000000000001", name="gone"))
+    refuse(gone, NotFound, "00000000-0000")
+
+
+def test_qcow2_version_2(lab, runs, refuse):
+    vm = lab.vm(["qcow2:8M", "qcow2v2:8M"])
+    error = refuse(runs.run(vm), UnsupportedOperation, "disk vdb is qcow2 version 2")
+    assert f"compat=1.1 {vm.disks['vdb']}" in error.hint
+    vm.untouched()
+    with runs.take(runs.run(vm, tracked=False)):
+        pass
+
+
+def test_snapshots(small, runs, refuse):
+    snapshot = small.domain.snapshotCreateXML("<domainsnapshot><name>before</name></domainsnapshot>", 0)
+    try:
+        refuse(runs.run(small), UnsupportedOperation, r"has snapshots \(before\)")
+        small.untouched()
+        snapshot.delete(libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY)
+        refuse(runs.run(small), UnsupportedOperation, r"has snapshots \(before\)")  # one that only QEMU knows of
+    finally:
+        small.monitor("human-monitor-command", **{"command-line": "delvm before"})
+
+
+def test_a_job_of_somebody_else(small, runs, refuse, wait_for):
+    folder = small.folder / "foreign"
+    folder.mkdir(mode=0o777)
+    folder.chmod(0o777)
+    small.domain.backupBegin(
+        f"<domainbackup mode='pull'><server transport='unix' socket='{folder}/s'/>"
+        f"<disks><disk name='vda' type='file'><scratch file='{folder}/a'/></disk></disks></domainbackup>",
+        None,
+        0,
+    )
+    try:
+        refuse(runs.run(small), Busy, f"operation: backup, its socket is {folder}/s")
+    finally:
+        small.domain.abortJob()
+        wait_for(lambda: not small.job(), "the end of the job")
+    small.untouched()
+
+
+def test_an_increment_whose_parent_is_not_there(small, runs, refuse):
+    with runs.take(runs.run(small)) as full:
+        pass
+    small.domain.checkpointLookupByName(f"backupcore-{full.run.point}").delete(0)
+    refuse(runs.run(small, full), IncrementImpossible, f"does not know the checkpoint backupcore-{full.run.point}")
+    small.untouched()
+
+
+def test_the_second_disk_alone_has_lost_its_bitmap(small, runs, refuse):
+    with runs.take(runs.run(small)) as full:
+        pass
+    name = f"backupcore-{full.run.point}"
+    node = next(
+        n["node-name"] for n in small.monitor("query-named-block-nodes") if n["file"] == str(small.disks["vdb"])
+    )
+    small.monitor("block-dirty-bitmap-disable", node=node, name=name)
+    refuse(runs.run(small, full), IncrementImpossible, "on disk vdb is not recording")
+    small.monitor("block-dirty-bitmap-remove", node=node, name=name)
+    refuse(runs.run(small, full), IncrementImpossible, "missing on disk vdb")
+    assert small.checkpoints() == {name}
+    # A full goes on, and lets the old checkpoint go although half of it is missing.
+    with runs.take(runs.run(small, spent=(full.run.point,))) as taken:
+        pass
+    assert small.checkpoints() == {f"backupcore-{taken.run.point}"}
+    assert small.bitmaps() == {disk: [f"backupcore-{taken.run.point}"] for disk in ("vda", "vdb")}
+
+
+def test_bitmaps_after_a_restart_and_after_a_crash_of_qemu(lab, runs, refuse):
+    vm = lab.vm(["qcow2:8M", "qcow2:8M"])
+    with runs.take(runs.run(vm)) as old:
+        pass
+    vm.domain.destroy()
+    vm.domain.create()
+    with runs.take(runs.run(vm, old)) as new:  # what was closed cleanly works
+        pass
+    vm.kill()
+    vm.domain.create()
+    refuse(runs.run(vm, old), IncrementImpossible, "on disk vda is inconsistent; QEMU has probably crashed")
+    refuse(runs.run(vm, new), IncrementImpossible, "missing on disk vda; QEMU has probably crashed")
+    with runs.take(runs.run(vm, spent=(old.run.point, new.run.point))) as full:
+        pass
+    assert vm.checkpoints() == {f"backupcore-{full.run.point}"}
+    assert vm.bitmaps()["vdb"] == [f"backupcore-{full.run.point}"]
+
+
+def test_disks_that_were_added_or_have_shrunk(small, runs, refuse):
+    with runs.take(runs.run(small)) as full:
+        pass
+    first, second = full.prepared.disks
+    for disks, match in (
+        ((first,), "disk vdb was added"),
+        ((first, replace(second, virtual_size=9 * MiB)), f"disk vdb has shrunk from {9 * MiB} to {8 * MiB} bytes"),
+    ):
+        run = runs.run(small, full)
+        refuse(replace(run, parent=replace(run.parent, disks=disks)), IncrementImpossible, match)
+
+
+def test_another_image_under_the_same_target(lab, runs, refuse):
+    vm = lab.vm(["qcow2:8M"])
+    with runs.take(runs.run(vm)) as full:
+        pass
+    vm.domain.destroy()
+    image = vm.disks["vda"]
+    other = image.with_name("other.qcow2")
+    shutil.copy(image, other)  # with a bitmap that looks healthy
+    lab.connection.defineXML(vm.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE).replace(str(image), str(other)))
+    vm.domain.create()
+    refuse(runs.run(vm, full), IncrementImpossible, f"disk vda is now {other}, at the last backup it was {image}")
+
+
+def test_scratch_that_qemu_cannot_reach(lab, small, runs, refuse):
+    closed = lab.folder / "closed"
+    closed.mkdir(mode=0o700)
+    runs.hypervisor = Libvirt("qemu:///system", closed / "scratch")
+    error = refuse(runs.run(small), AccessDenied, f"libvirt-qemu .* cannot pass {closed},")
+    assert f"chmod o+x {closed}" in error.hint
+    runs.hypervisor = Libvirt("qemu:///system", lab.folder / ("long" * 12) / ("long" * 12))
+    refuse(runs.run(small), HypervisorError, "107 is the limit")
+    small.untouched()
+
+
+def test_scratch_without_room(lab, small, runs, refuse, tmpfs):
+    scratch = tmpfs(4)
+    (scratch / "ballast").write_bytes(bytes(4 * MiB - 600_000))
+    runs.hypervisor = Libvirt("qemu:///system", scratch)
+    refuse(runs.run(small), TargetFull, f"scratch folder {scratch}: 0 MiB are free")
+    (scratch / "ballast").unlink()
+    vm = lab.vm(["qcow2:8M"], options="error_policy='report'")
+    error = refuse(runs.run(vm), TargetFull, r"lose writes to vda \(error_policy='report'\)")
+    assert "error_policy" in error.hint
+    vm.untouched()
+
+
+def test_encrypted_disks_and_vms_without_disks(lab, runs, refuse, daemon):
+    vm = lab.vm([], more="<disk type='file' device='cdrom'><target dev='sda' bus='sata'/></disk>")
+    refuse(runs.run(vm), UnsupportedOperation, r"has no disk that a backup could hold \(sda: a CD-ROM\)")
+
+
+class OldConnection(Connection):
+    """A libvirt of another age, or one that does not offer backups."""
+
+    def __init__(self, uri: str, version: tuple[int, int, int], offered: str) -> None:
+        super().__init__(uri)
+        self._version = version
+        self._offered = offered
+
+    def libvirt_version(self) -> tuple[int, int, int]:
+        return self._version
+
+    def domain_capabilities(self, *_: str) -> str:
+        return f"<domainCapabilities><features><backup supported='{self._offered}'/></features></domainCapabilities>"
+
+
+@pytest.mark.parametrize(
+    ("version", "offered", "message"),
+    [
+        ((6, 0, 0), "yes", r"needs libvirt 7\.2\.0 and QEMU 5\.2\.0 at least; libvirt 6\.0\.0 and QEMU \d.* are here"),
+        ((7, 4, 0), "no", r"does not offer backups with checkpoints; libvirt 7\.4\.0 and QEMU \d.* are here"),
+    ],
+)
+def test_libvirt_that_is_too_old(small, version, offered, message):
+    with OldConnection("qemu:///system", version, offered) as connection:
+        domain = connection.domain(small.vm.uuid)
+        with pytest.raises(UnsupportedOperation, match=message):
+            require(connection, domain)
+
+
+def test_a_daemon_that_is_away(tmp_path: Path):
+    away = Libvirt(f"qemu+unix:///system?socket={tmp_path}/none", tmp_path)
+    with pytest.raises(HypervisorError, match="does not answer") as refused:
+        away.vms()
+    assert "systemctl start libvirtd" in refused.value.hint
+    findings = away.check()
+    assert [(finding.subject, finding.ok) for finding in findings] == [("libvirt", False)]
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,216 @@
+"""The release of the guest: after kill -9, beside somebody who is connected, and when scratch fills."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import libvirt
+import pytest
+from backupcore_libvirt import backup_job
+from backupcore_libvirt.clients import connected
+from backupcore_libvirt.plugin import Libvirt
+
+from backupcore.errors import Busy, HypervisorError, TargetFull
+from backupcore.model import Outcome, RunState
+
+MiB = 1 << 20
+
+PREBACKUP = """
+import sys, pathlib
+from backupcore.context import Context
+from backupcore.model import VM, BackupRun, Type
+from backupcore_libvirt.plugin import Libvirt
+scratch, folder, uuid, name, run, point = sys.argv[1:]
+run = BackupRun(id=run, vm=VM(uuid=uuid, name=name), host="here", datastore="nas", image="0" * 32, number=0,
+                point=point, type=Type.FULL)
+with Context(pathlib.Path(folder)) as ctx:
+    prepared = Libvirt("qemu:///system", pathlib.Path(scratch)).prebackup(run, ctx)
+    prepared.artifacts[0].read_at(0, prepared.artifacts[0].size)  # a connection that stays open
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def other_process(runs, tmp_path):
+    """Starts a process that has done prebackup and holds a connection; it is killed at the end."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(vm, run) -> subprocess.Popen[str]:
+        arguments = [runs.hypervisor.scratch, tmp_path, vm.vm.uuid, vm.vm.name, run.id, run.point]
+        process = subprocess.Popen(
+            [sys.executable, "-c", PREBACKUP, *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_run_that_was_killed_is_cleared_away_by_the_next_one(small, runs, other_process, caplog):
+    small.io("vda", "write -P 0x11 0 1M")
+    dead = runs.run(small)
+    process = other_process(small, dead)
+    with pytest.raises(Busy, match="another backup of this VM is running"), runs.take(runs.run(small)):
+        pass
+    assert small.job() != 0, "the living run was left alone"
+    assert connected(runs.hypervisor.scratch / dead.id / "nbd.sock") == 1
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert small.job() != 0
+    with caplog.at_level(logging.WARNING), runs.take(runs.run(small)) as taken:
+        assert not (runs.hypervisor.scratch / dead.id).exists()
+    assert f"a dead run ({dead.id})" in caplog.text
+    # Its checkpoint is the catalog's affair: what it stored may yet be adopted.
+    assert small.checkpoints() == {f"backupcore-{dead.point}", f"backupcore-{taken.run.point}"}
+    small.monitor("query-status")
+
+
+def test_postbackup_in_a_fresh_process_releases_all_and_can_be_repeated(small, runs, other_process):
+    small.io("vda", "write -P 0x11 0 1M")
+    dead = runs.run(small)
+    process = other_process(small, dead)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for _ in range(2):
+        with runs.context(replace(dead)) as ctx:
+            Libvirt("qemu:///system", runs.hypervisor.scratch).postbackup(dead, Outcome(state=RunState.FAILED), ctx)
+        (runs.folder / dead.id).rmdir()
+        small.untouched()
+        assert list(runs.hypervisor.scratch.iterdir()) == []
+
+
+def test_postbackup_where_prebackup_never_ran(lab, small, runs):
+    off = lab.vm(start=False)
+    for vm in (small, off):
+        run = runs.run(vm)
+        with runs.context(run) as ctx:
+            runs.hypervisor.postbackup(run, Outcome(state=RunState.FAILED), ctx)
+    gone = runs.run(off)
+    off.domain.undefine()
+    with runs.context(gone) as ctx:
+        runs.hypervisor.postbackup(gone, Outcome(state=RunState.FAILED), ctx)
+
+
+def test_the_job_is_not_aborted_while_somebody_is_connected(small, runs, monkeypatch):
+    monkeypatch.setattr(backup_job, "CLIENTS_LIMIT", 0.2)
+    run = runs.run(small)
+    path = runs.hypervisor.scratch / run.id / "nbd.sock"
+    with runs.context(run) as ctx:
+        runs.hypervisor.prebackup(run, ctx)
+        assert connected(path) == 0, "prebackup leaves no connection open"
+        with socket.socket(socket.AF_UNIX) as half_open:
+            half_open.connect(str(path))
+            assert half_open.recv(8) == b"NBDMAGIC"
+            assert connected(path) == 1
+            with pytest.raises(HypervisorError, match=r"1 connection\(s\)") as refused:
+                runs.hypervisor.postbackup(run, Outcome(state=RunState.FAILED), ctx)
+            assert "End the process" in refused.value.hint
+            assert small.job() != 0
+        runs.hypervisor.postbackup(run, Outcome(state=RunState.FAILED), ctx)
+    assert small.monitor("query-status")["running"]
+    small.untouched()
+
+
+def test_a_strange_file_in_the_folder_of_a_run_stays(small, runs, caplog, tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("x")
+    run = runs.run(small)
+    with runs.context(run) as ctx:
+        runs.hypervisor.prebackup(run, ctx)
+        (runs.hypervisor.scratch / run.id / "link.scratch").symlink_to(precious)
+        (runs.hypervisor.scratch / run.id / "disk.qcow2").write_text("y")
+        with caplog.at_level(logging.WARNING):
+            runs.hypervisor.postbackup(run, Outcome(state=RunState.FAILED), ctx)
+    assert "disk.qcow2" in caplog.text
+    assert sorted(p.name for p in (runs.hypervisor.scratch / run.id).iterdir()) == ["disk.qcow2", "link.scratch"]
+    assert precious.read_text() == "x"
+
+
+def test_the_folder_of_a_run_is_closed_to_others(small, runs):
+    with runs.take(runs.run(small)) as taken:
+        folder = runs.hypervisor.scratch / taken.run.id
+        found = folder.stat()
+        assert (found.st_mode & 0o777, found.st_uid) == (0o700, 64055 if os.geteuid() == 0 else os.geteuid())
+        assert runs.hypervisor.scratch.stat().st_mode & 0o777 == 0o711
+
+
+def test_the_run_is_given_up_before_scratch_is_full(lab, runs, tmpfs, wait_for):
+    runs.hypervisor = Libvirt("qemu:///system", tmpfs(40))  # before the VM: QEMU keeps the mounts of its start
+    vm = lab.vm(["qcow2:64M"])
+    vm.io("vda", "write -P 0x11 0 60M")
+
+    def fill() -> None:
+        with runs.take(runs.run(vm)) as taken:
+            for written in range(60):
+                vm.io("vda", f"write -P 0x12 {written}M 1M")  # fails if QEMU cannot save what was there
+                if taken.ctx.cancelled:
+                    break
+                time.sleep(0.02)
+            taken.ctx.check()
+
+    with pytest.raises(TargetFull, match=r"scratch folder .* is full"):
+        fill()
+    assert vm.domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
+    vm.untouched()
+
+
+def boot_sector(sectors: int) -> bytes:
+    """A guest that writes to its disk for ever: 64 sectors at a time by the BIOS, from sector 2048 to `sectors`."""
+    code = bytes.fromhex(
+        "31c0 8ed8"  # xor ax,ax; mov ds,ax
+        "be307c b443 30c0 b280 cd13"  # again: mov si,packet; mov ah,43h (write); xor al,al; mov dl,80h; int 13h
+        "6683 06 387c 40"  # add dword [sector], 64
+        f"6681 3e 387c {sectors.to_bytes(4, 'little').hex()} 72e4"  # cmp dword [sector], end; jb again
+        "66c7 06 387c 00080000 ebd9"  # mov dword [sector], 2048; jmp again
+    )
+    packet = bytes.fromhex("1000 4000 0080 0000 0008000000000000")  # size, 64 sectors, from 0000:8000, to sector 2048
+    return code.ljust(0x30, b"\0") + packet.ljust(510 - 0x30, b"\0") + b"\x55\xaa"
+
+
+def test_a_guest_that_was_stopped_by_full_scratch_goes_on(lab, runs, tmpfs, wait_for, tmp_path):
+    scratch = tmpfs(3)  # before the VM: QEMU keeps the mounts of its start
+    vm = lab.vm(["qcow2:16M"], start=False)
+    raw = tmp_path / "boot.raw"
+    raw.write_bytes(boot_sector(30_000).ljust(15 * MiB, b"\x11"))
+    subprocess.run(["qemu-img", "convert", "-O", "qcow2", str(raw), str(vm.disks["vda"])], check=True)
+    vm.domain.create()
+
+    def writes() -> int:
+        return int(vm.domain.blockStats("vda")[2])
+
+    wait_for(lambda: writes() > 50, "the guest writes", 30)
+    runs.hypervisor = Libvirt("qemu:///system", scratch)
+
+    def fill() -> None:
+        with runs.take(runs.run(vm)) as taken:
+            wait_for(lambda: taken.ctx.cancelled, "the run is given up")
+            wait_for(lambda: vm.domain.state() == [3, 5], "QEMU stops the guest")
+            taken.ctx.check()
+
+    with pytest.raises(TargetFull, match=r"scratch folder .* is full"):
+        fill()
+    assert vm.domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
+    before = writes()
+    wait_for(lambda: writes() > before + 50, "the guest writes again")
+    vm.untouched()
+    runs.hypervisor = Libvirt("qemu:///system", Path(lab.folder / "scratch"))
+    with runs.take(runs.run(vm)):
+        wait_for(lambda: writes() > before + 100, "the guest writes during a backup")

@@ -1,0 +1,167 @@
+"""A host of its own for every test: configuration, two VMs, a datastore, all in files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backupcore.model import VM
+from backupcore.testing.guest import MemoryGuest
+
+PLUGINS = Path(__file__).parent / "plugins"
+sys.path.insert(0, str(PLUGINS))
+# pytest names this module vmkeep.tests.conftest, after its path, and puts an empty package "vmkeep" in the way of ours.
+if getattr(sys.modules.get("vmkeep"), "__file__", None) is None:
+    sys.modules.pop("vmkeep", None)
+
+from kept_in_files import DB, WEB, load, save  # noqa: E402 - found by way of the path above
+
+from vmkeep.cli import main  # noqa: E402 - as above
+
+
+@dataclass
+class Told:
+    """What one command left: exit code, stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        assert self.code == 0, self.err
+        return json.loads(self.out)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        return json.loads(self.err.splitlines()[-1])["error"]
+
+
+@dataclass
+class Site:
+    """One host: where its things are, and `vmkeep` run on it."""
+
+    folder: Path
+    capture: Callable[[], tuple[str, str]]
+    paths: str
+    children: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "config.toml"
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "store"
+
+    @property
+    def state(self) -> Path:
+        return self.folder / "state"
+
+    @property
+    def guests(self) -> Path:
+        return self.folder / "guests"
+
+    def configure(self, *, extra: str = "", datastores: str | None = None) -> None:
+        table = f'[datastores.nas]\ndriver = "files"\npath = "{self.store}"\n' if datastores is None else datastores
+        self.config.write_text(
+            f'[host]\nuri = "file://{self.guests}"\nstate = "{self.state}"\nhypervisor = "files"\n{extra}\n{table}'
+        )
+
+    def write(self, vm: VM, disk: str, offset: int, data: bytes) -> None:
+        guests = load(self.guests)
+        for guest in guests:
+            if guest.vm.uuid == vm.uuid:
+                guest.write(disk, offset, data)
+        save(self.guests, guests)
+
+    def guest(self, vm: VM) -> MemoryGuest:
+        return next(guest for guest in load(self.guests) if guest.vm.uuid == vm.uuid)
+
+    def rename(self, vm: VM, name: str) -> None:
+        guests = load(self.guests)
+        for guest in guests:
+            if guest.vm.uuid == vm.uuid:
+                guest.vm = VM(uuid=vm.uuid, name=name)
+        save(self.guests, guests)
+
+    def run(self, *arguments: str) -> Told:
+        """`vmkeep` in this process."""
+        self.capture()
+        code = main.run(["--config", str(self.config), *arguments])
+        return Told(code, *self.capture())
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """`vmkeep` in a process of its own."""
+        child = subprocess.Popen(
+            [sys.executable, "-m", "vmkeep", *arguments],
+            env={**os.environ, "PYTHONPATH": self.paths, "VMKEEP_CONFIG": str(self.config)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.children.append(child)
+        return child
+
+    def process(self, *arguments: str) -> Told:
+        """`vmkeep` in a process of its own, to its end."""
+        child = self.start(*arguments)
+        out, err = child.communicate(timeout=60)
+        return Told(child.returncode, out, err)
+
+    def until(self, condition: Callable[[], object], what: str) -> None:
+        """Wait until `condition` holds, for a minute at most."""
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline, f"waited in vain for {what}"
+            assert self.children[-1].poll() is None, (
+                f"the process ended before {what}: {self.children[-1].communicate()}"
+            )
+            time.sleep(0.01)
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The test plugins as an installed distribution; returns the module path for other processes."""
+    folder = tmp_path_factory.mktemp("installed")
+    info = folder / "kept_in_files-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kept-in-files\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[backupcore.drivers]\nfiles = kept_in_files:FileDriver\nbroken = no_such_module_at_all:Driver\n"
+        "[backupcore.hypervisors]\nfiles = kept_in_files:FileHypervisor\n"
+    )
+    sys.path.insert(0, str(folder))
+    yield os.pathsep.join(path for path in sys.path if path)
+    sys.path.remove(str(folder))
+
+
+@pytest.fixture
+def site(tmp_path: Path, installed: str, capsys: pytest.CaptureFixture[str]) -> Iterator[Site]:
+    made = Site(tmp_path, lambda: tuple(capsys.readouterr()), installed)  # type: ignore[arg-type]  # a pair of str
+    made.store.mkdir()
+    made.configure()
+    mib = 1 << 20
+    save(
+        made.guests,
+        [
+            MemoryGuest(WEB, {"vda": bytearray(4 * mib), "vdb": bytearray(mib)}),
+            MemoryGuest(DB, {"vda": bytearray(mib)}),
+        ],
+    )
+    made.write(WEB, "vda", 70_000, b"first" * 100_000)
+    yield made
+    for child in made.children:
+        if child.poll() is None:
+            child.kill()
+        child.communicate()

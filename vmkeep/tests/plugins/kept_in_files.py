@@ -1,0 +1,174 @@
+"""A hypervisor and a driver that live in files, so that several processes of a test see the same VMs and backups.
+
+Both are real plugins, found by their entry points. A test makes them wait or fail by putting a file where they look.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Generator, Iterable, Sequence
+from pathlib import Path
+
+import backupcore
+from backupcore import hookimpl
+from backupcore.context import Context
+from backupcore.errors import HypervisorError, IncrementImpossible, SourceNotFound, TargetUnavailable
+from backupcore.hypervisor import VMState
+from backupcore.model import (
+    VM,
+    Artifact,
+    BackupRun,
+    BytesArtifact,
+    Listed,
+    Outcome,
+    Prepared,
+    SourceRef,
+    Stored,
+    Usage,
+    new_id,
+)
+from backupcore.testing.guest import MemoryGuest, MemoryHypervisor
+
+WEB = VM(uuid="11111111-1111-4111-8111-111111111111", name="web1")
+DB = VM(uuid="22222222-2222-4222-8222-222222222222", name="db1")
+
+
+def load(path: Path) -> list[MemoryGuest]:
+    return pickle.loads(path.read_bytes())
+
+
+def save(path: Path, guests: Iterable[MemoryGuest]) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_bytes(pickle.dumps(list(guests)))
+    temporary.rename(path)
+
+
+class FileHypervisor(MemoryHypervisor):
+    """`uri` is ``file://`` and the path of the pickled guests."""
+
+    def __init__(self, *, uri: str, scratch: Path) -> None:
+        self.path = Path(uri.removeprefix("file://"))
+        self.scratch = scratch
+        super().__init__([])
+
+    def read(self) -> None:
+        if not self.path.exists():
+            raise HypervisorError("the hypervisor is away", "Start it.")
+        self.guests = {guest.vm.uuid: guest for guest in load(self.path)}
+
+    @hookimpl
+    def prebackup(self, run: BackupRun, ctx: Context) -> Prepared | None:
+        self.read()
+        prepared = super().prebackup(run, ctx)
+        save(self.path, self.guests.values())
+        return prepared
+
+    @hookimpl
+    def postbackup(self, run: BackupRun, outcome: Outcome) -> None:
+        if self.path.with_name("die-in-release").exists():
+            os._exit(9)
+        self.read()
+        super().postbackup(run, outcome)
+        save(self.path, self.guests.values())
+        with self.path.with_name("released").open("a") as file:
+            file.write(f"{run.id} {outcome.state.value} {run.point}\n")
+        if self.path.with_name("fail-release").exists():
+            raise HypervisorError("the guest could not be released", "See to it.")
+
+    def vms(self) -> Sequence[VMState]:
+        self.read()
+        return super().vms()
+
+    def find(self, vm: str) -> VMState:
+        self.read()
+        return super().find(vm)
+
+    def configure(self, vm: VM, settings: dict[str, str]) -> None:
+        super().configure(vm, settings)
+        save(self.path, self.guests.values())
+
+
+@backupcore.driver
+class FileDriver:
+    """One folder per source. ``wait`` in its folder holds a backup up until it is gone or the run is cancelled."""
+
+    path: Path = backupcore.option("where the backups lie")
+    password_file: Path | None = backupcore.option("nothing is read from it", default=None)
+
+    @hookimpl
+    def prebackup(self, run: BackupRun) -> Prepared | None:
+        if not self.path.is_dir():
+            raise TargetUnavailable(f"{self.path} is away", "Bring it back.")
+        for source in run.builds_on:
+            if not (self.path / source.token).is_dir():
+                raise IncrementImpossible(f"source {source} is gone")
+        return None
+
+    @hookimpl
+    def backup(self, artifacts: Sequence[Artifact], run: BackupRun, ctx: Context) -> Stored:
+        waiting = self.path / "wait"
+        if waiting.exists():
+            (self.path / "waits").write_text(run.id)
+        while waiting.exists():
+            ctx.wait(0.02)
+        token = new_id()
+        folder = self.path / f".{token}"
+        folder.mkdir()
+        size = 0
+        for artifact in artifacts:
+            with artifact.open() as source, (folder / artifact.name).open("wb") as target:
+                shutil.copyfileobj(source, target)
+                size += target.tell()
+        (folder / ".labels").write_text(json.dumps(run.labels))
+        folder.rename(self.path / token)
+        if (self.path / "die").exists():
+            os._exit(9)
+        return Stored(source=SourceRef(token), stored=size)
+
+    @hookimpl
+    def restore(self, source: SourceRef, ctx: Context) -> Sequence[Artifact]:
+        if not (self.path / source.token).is_dir():
+            raise SourceNotFound(f"no source {source}")
+        while (self.path / "wait-restore").exists():
+            (self.path / "waits").touch()
+            ctx.wait(0.02)
+        files = [file for file in (self.path / source.token).iterdir() if file.name != ".labels"]
+        return [BytesArtifact(file.name, file.read_bytes()) for file in files]
+
+    @hookimpl
+    def delete(self, sources: Sequence[SourceRef]) -> bool:
+        if (self.path / "fail-delete").exists():
+            raise TargetUnavailable(f"{self.path} is away", "Bring it back.")
+        for source in sources:
+            shutil.rmtree(self.path / source.token, ignore_errors=True)
+            with (self.path / "deleted").open("a") as file:
+                file.write(f"{source}\n")
+        return True
+
+    @hookimpl
+    def sources(self) -> Iterable[Listed]:
+        for folder in self.path.glob("[!.]*/.labels"):
+            yield Listed(source=SourceRef(folder.parent.name), labels=json.loads(folder.read_text()))
+
+    @hookimpl
+    def check(self) -> bool:
+        if not self.path.is_dir():
+            raise TargetUnavailable(f"{self.path} is away", "Bring it back.")
+        return True
+
+    @hookimpl
+    def usage(self) -> Usage:
+        return Usage(used=sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file()))
+
+
+class Note:
+    """A site plugin: it notes, beside the datastore, which VM is being backed up."""
+
+    @hookimpl(wrapper=True)
+    def backup(self, run: BackupRun, ctx: Context) -> Generator[None, Stored, Stored]:
+        stored = yield
+        (ctx.folder.parent.parent.parent / "noted").write_text(run.vm.name)
+        return stored

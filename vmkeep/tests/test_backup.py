@@ -1,0 +1,211 @@
+"""``vmkeep backup``, with real plugins, a real catalog, and real processes."""
+
+from __future__ import annotations
+
+import signal
+import sqlite3
+
+import pytest
+from kept_in_files import DB, WEB
+
+
+def test_the_first_is_a_full_and_the_next_an_increment(site):
+    first = site.run("backup", "web1", "--json").json
+    assert (first["image"], first["increment"], first["type"], first["parent"]) == (1, 0, "FULL", None)
+    assert first["reason"] == "first backup of this VM in this datastore"
+    assert (site.store / first["source"] / "manifest.json").exists()
+    site.write(WEB, "vda", 1 << 20, b"second")
+    second = site.run("backup", WEB.uuid, "--json").json
+    assert (second["image"], second["increment"], second["type"], second["parent"]) == (1, 1, "INCREMENT", 0)
+    assert second["size"] < first["size"]
+    shown = site.run("image", "show", "1", "--json").json
+    assert [one["source"] for one in shown["increments"]] == [first["source"], second["source"]]
+    assert not list((site.state / "runs").iterdir())
+
+
+def test_reset_begins_a_new_image_and_closes_the_old_one(site):
+    site.run("backup", "web1")
+    reset = site.run("backup", "web1", "--reset", "--json").json
+    assert (reset["image"], reset["reason"]) == (2, "reset asked for")
+    assert [one["state"] for one in site.run("image", "list", "--json").json] == ["closed", "open"]
+
+
+def test_an_increment_that_is_impossible_becomes_a_full_with_the_reason(site):
+    first = site.run("backup", "web1", "--json").json
+    (site.store / first["source"]).rename(site.folder / "elsewhere")
+    second = site.run("backup", "web1", "--json").json
+    assert (second["image"], second["type"]) == (2, "FULL")
+    assert second["reason"] == f"source {first['source']} is gone"
+    runs = site.run("vm", "show", "web1", "--json").json["last_runs"]
+    assert [(run["type"], run["state"], run["image"]) for run in runs] == [
+        ("FULL", "recorded", 2),
+        ("FULL", "recorded", 1),
+    ]
+
+
+def test_a_dry_run_says_what_would_be_done_and_touches_nothing(site):
+    planned = site.run("backup", "web1", "--dry-run", "--json").json
+    assert (planned["type"], planned["image"], planned["size"]) == ("FULL", None, 5 << 20)
+    assert [disk["id"] for disk in planned["disks"]] == ["vda", "vdb"]
+    assert not site.state.exists()
+    assert not list(site.store.iterdir())
+    site.run("backup", "web1")
+    told = site.run("backup", "web1", "--dry-run")
+    assert "web1: INCREMENT backup would go into image 1 in nas" in told.out
+    assert not site.guest(WEB).busy
+
+
+def test_a_failed_run_is_written_down_and_leaves_nothing(site):
+    site.store.rmdir()
+    told = site.run("backup", "web1", "--json")
+    assert told.code == 5
+    assert told.out == ""
+    assert told.error == {
+        "class": "TargetUnavailable",
+        "message": f"{site.store} is away",
+        "hint": "Bring it back.",
+        "exit_code": 5,
+    }
+    run = site.run("vm", "show", "web1", "--json").json["last_runs"][0]
+    assert (run["state"], run["error"]["class"], run["image"]) == ("failed", "TargetUnavailable", None)
+    assert not list((site.state / "runs").iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_cancels_the_run_and_releases_the_guest(site, number):
+    (site.store / "wait").touch()
+    child = site.start("backup", "web1")
+    site.until((site.store / "waits").exists, "the backup")
+    assert site.guest(WEB).busy
+    child.send_signal(number)
+    child.send_signal(number)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert err.splitlines()[-1] == "vmkeep: cancelled"
+    assert "Traceback" not in err
+    assert not site.guest(WEB).busy
+    assert not list((site.state / "runs").iterdir())
+    assert site.run("vm", "show", "web1", "--json").json["last_runs"][0]["state"] == "cancelled"
+
+
+def test_a_second_backup_of_the_same_vm_is_busy_and_another_vm_is_not(site):
+    (site.store / "wait").touch()
+    child = site.start("backup", "web1")
+    site.until((site.store / "waits").exists, "the backup")
+    told = site.process("backup", "web1")
+    assert told.code == 10
+    assert told.err.startswith(f"vmkeep: a backup of VM web1 is already running (process {child.pid}, since 2")
+    (site.store / "wait").unlink()
+    assert site.process("backup", "db1").code == 0
+    child.communicate(timeout=60)
+    assert child.returncode == 0
+    assert {one["vm"] for one in site.run("image", "list", "--json").json} == {"web1", "db1"}
+
+
+def test_what_a_killed_run_held_is_released_by_the_next_run(site):
+    site.run("backup", "web1")
+    (site.store / "wait").touch()
+    child = site.start("backup", "web1")
+    site.until((site.store / "waits").exists, "the backup")
+    child.kill()
+    child.communicate()
+    (site.store / "wait").unlink()
+    left = (site.store / "waits").read_text()
+    assert [folder.name for folder in (site.state / "runs").iterdir()] == [left]
+    assert site.guest(WEB).busy == left
+    assert site.process("backup", "db1").code == 0
+    assert (site.state / "runs" / left).exists(), "another VM's run must leave it alone"
+    told = site.run("backup", "web1", "--json").json
+    assert (told["type"], told["increment"]) == ("INCREMENT", 1)
+    assert not list((site.state / "runs").iterdir())
+    assert f"{left} failed" in (site.guests.parent / "released").read_text()
+    states = [run["state"] for run in site.run("vm", "show", "web1", "--json").json["last_runs"]]
+    assert states == ["recorded", "failed", "recorded"]
+
+
+def test_a_killed_full_that_was_planned_as_an_increment_is_released_too(site):
+    first = site.run("backup", "web1", "--json").json
+    (site.store / first["source"]).rename(site.folder / "elsewhere")
+    (site.store / "wait").touch()
+    child = site.start("backup", "web1")
+    site.until((site.store / "waits").exists, "the backup")
+    child.kill()
+    child.communicate()
+    (site.store / "wait").unlink()
+    assert len(site.guest(WEB).checkpoints) == 2
+    new = site.run("backup", "web1", "--json").json
+    assert list(site.guest(WEB).checkpoints) == [new["point"]]
+
+
+def test_a_run_that_was_killed_after_its_record_keeps_its_checkpoint(site):
+    site.run("backup", "web1")
+    (site.guests.parent / "die-in-release").touch()
+    assert site.process("backup", "web1").code == 9
+    (site.guests.parent / "die-in-release").unlink()
+    assert len(list((site.state / "runs").iterdir())) == 1
+    third = site.run("backup", "web1", "--json").json
+    assert (third["type"], third["increment"]) == ("INCREMENT", 2)
+    assert " recorded " in (site.guests.parent / "released").read_text().splitlines()[1]
+
+
+def test_a_run_killed_after_it_was_stored_is_not_in_the_catalog_and_the_next_goes_on(site):
+    site.run("backup", "web1")
+    (site.store / "die").touch()
+    assert site.process("backup", "web1").code == 9
+    (site.store / "die").unlink()
+    assert site.run("backup", "web1", "--json").json["increment"] == 1
+    assert len(site.run("image", "show", "1", "--json").json["increments"]) == 2
+
+
+def test_a_release_that_fails_is_a_warning_and_the_backup_is_done(site):
+    (site.guests.parent / "fail-release").touch()
+    told = site.run("backup", "web1")
+    assert told.code == 3
+    assert "the backup is done, but afterwards: the guest could not be released" in told.err
+    assert len(site.run("image", "list", "--json").json) == 1
+
+
+def test_settings_come_from_the_vm_then_from_the_defaults(site):
+    site.configure(extra='[defaults]\nmode = "FULL"')
+    assert [site.run("backup", "web1", "--json").json["image"] for _ in range(2)] == [1, 2]
+    site.run("vm", "updateconf", "web1", "--mode", "INCREMENT")
+    assert site.run("backup", "web1", "--json").json["image"] == 3
+
+
+@pytest.mark.parametrize(("key", "value"), [("fs_freeze", "AGENT"), ("increment_mode", "SNAPSHOT")])
+def test_what_is_not_supported_is_refused_by_name(site, key, value):
+    site.configure(extra=f'[defaults]\n{key} = "{value}"')
+    for more in ((), ("--dry-run",)):
+        told = site.run("backup", "web1", *more)
+        assert told.code == 9
+        assert told.err.startswith(f"vmkeep: VM web1: {key.upper()}={value} is not supported by this version")
+    assert not list(site.store.iterdir())
+
+
+def test_the_datastore_must_be_named_where_there_are_several(site):
+    two = "".join(f'[datastores.{name}]\ndriver = "files"\npath = "{site.store}"\n' for name in ("nas", "cloud"))
+    site.configure(datastores=two)
+    told = site.run("backup", "web1")
+    assert told.code == 2
+    assert "several datastores are configured: cloud, nas" in told.err
+    told = site.run("backup", "web1", "-d", "clowd", "--json")
+    assert (told.code, told.error["hint"]) == (4, "Did you mean cloud?")
+    assert site.run("backup", "web1", "-d", "cloud", "--json").json["datastore"] == "cloud"
+    assert site.run("backup", "web1", "-d", "nas", "--json").json["type"] == "FULL"
+
+
+def test_checkpoints_of_a_deleted_image_go_with_the_next_run(site):
+    point = site.run("backup", "web1", "--json").json["point"]
+    site.run("image", "delete", "1", "--yes")
+    assert list(site.guest(WEB).checkpoints) == [point]
+    new = site.run("backup", "web1", "--json").json
+    assert new["image"] == 2
+    assert list(site.guest(WEB).checkpoints) == [new["point"]]
+    with sqlite3.connect(site.state / "catalog.sqlite") as catalog:
+        assert catalog.execute("SELECT count(*) FROM retired").fetchone() == (0,)
+
+
+def test_an_unknown_vm(site):
+    told = site.run("backup", "web2")
+    assert (told.code, told.err) == (4, "vmkeep: no VM web2\n")
+    assert DB.name not in told.out

@@ -1,0 +1,175 @@
+"""The catalog: versions, several processes at once, numbers, damage."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from kept_in_files import WEB
+
+from backupcore.errors import BackupError, ConfigError, IntegrityError, UnsupportedOperation
+from backupcore.model import BackupRun, Disk, Increment, Link, SourceRef, Type, new_id
+from backupcore.session import Recorded
+from vmkeep.catalog import images, runs
+from vmkeep.catalog.database import Catalog
+
+DISKS = (Disk(id="vda", artifact="disk.vda.qcow2", virtual_size=1 << 20, whole=True),)
+
+
+def recorded(parent: Recorded | None = None, *, datastore: str = "nas") -> Recorded:
+    number = parent.increment.id + 1 if parent else 0
+    kind = Type.INCREMENT if parent else Type.FULL
+    link = Link(point=parent.increment.point, digest=parent.increment.digest, disks=DISKS) if parent else None
+    run = BackupRun(
+        id=new_id(),
+        vm=WEB,
+        host="here",
+        datastore=datastore,
+        image=parent.run.image if parent else new_id(),
+        number=number,
+        point=new_id(),
+        type=kind,
+        parent=link,
+    )
+    increment = Increment(
+        id=number,
+        pid=number - 1,
+        type=kind,
+        point=run.point,
+        source=SourceRef(new_id()),
+        size=123,
+        date=datetime.now(UTC),
+        consistency="crash",
+        reason="" if parent else "first",
+        digest="0" * 64,
+        disks=DISKS,
+    )
+    return Recorded(run=run, increment=increment, stored=None, read=7, frozen_seconds=0.1, left_out=(), seconds=1.5)
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Catalog:
+    return Catalog.open(tmp_path / "state" / "catalog.sqlite")
+
+
+def test_what_was_recorded_is_read_back_equal(catalog):
+    first = recorded()
+    second = recorded(first)
+    assert [runs.record(catalog, one) for one in (first, second)] == [1, 1]
+    image = images.find(catalog, "1")
+    assert image.increments == (first.increment, second.increment)
+    assert (image.uuid, image.vm, image.state, image.pinned) == (first.run.image, WEB, "open", False)
+
+
+def test_one_image_is_open_per_vm_and_datastore(catalog):
+    for one in (recorded(), recorded(datastore="cloud"), recorded()):
+        runs.record(catalog, one)
+    assert [(image.datastore, image.state) for image in images.where(catalog)] == [
+        ("nas", "closed"),
+        ("cloud", "open"),
+        ("nas", "open"),
+    ]
+
+
+def test_an_increment_needs_the_parent_that_it_was_taken_against(catalog):
+    first = recorded()
+    orphan = recorded(first)
+    with pytest.raises(IntegrityError):
+        runs.record(catalog, orphan)
+    runs.record(catalog, first)
+    foreign = replace(orphan, run=replace(orphan.run, parent=replace(orphan.run.parent, point=new_id())))
+    with pytest.raises(IntegrityError):
+        runs.record(catalog, foreign)
+    runs.record(catalog, orphan)
+    with pytest.raises(IntegrityError):
+        runs.record(catalog, orphan)
+    runs.record(catalog, recorded())
+    with pytest.raises(IntegrityError):
+        runs.record(catalog, recorded(orphan))
+    assert len(images.find(catalog, "1").increments) == 2
+
+
+def test_an_ambiguous_prefix_is_refused(catalog):
+    for tail in "01":
+        one = recorded()
+        runs.record(catalog, replace(one, run=replace(one.run, image="abcdef" + tail * 26)))
+    with pytest.raises(ConfigError, match="any of the images 1, 2"):
+        images.find(catalog, "abcde")
+    assert images.find(catalog, "abcdef1").number == 2
+
+
+def test_a_newer_schema_is_refused_by_name(catalog, tmp_path):
+    path = tmp_path / "state" / "catalog.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    with pytest.raises(UnsupportedOperation, match=r"schema 99, this version of vmkeep knows 1"):
+        Catalog.open(path)
+
+
+def test_a_file_that_is_no_catalog_is_damage(tmp_path):
+    path = tmp_path / "catalog.sqlite"
+    path.write_bytes(b"no database at all" * 1000)
+    with pytest.raises(IntegrityError):
+        Catalog.open(path)
+
+
+def test_commits_are_synced_and_files_are_private(catalog, tmp_path):
+    with catalog.reading() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == 2
+    assert (tmp_path / "state" / "catalog.sqlite").stat().st_mode & 0o077 == 0
+
+
+def test_a_state_folder_that_cannot_be_is_one_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(BackupError) as caught:
+        Catalog.open(tmp_path / "file" / "catalog.sqlite")
+    assert str(tmp_path) in caught.value.message
+
+
+PROCESS = """
+import sys
+sys.path[:0] = sys.argv[2].split(":")
+import test_catalog
+from pathlib import Path
+from vmkeep.catalog import images, runs
+from vmkeep.catalog.database import Catalog
+print("ready", flush=True)
+sys.stdin.readline()
+catalog = Catalog.open(Path(sys.argv[1]))
+for _ in range(20):
+    one = test_catalog.recorded(datastore=sys.argv[3])
+    runs.begin(catalog, one.run)
+    runs.record(catalog, one)
+"""
+
+
+def test_several_processes_open_a_new_catalog_and_write_at_once(tmp_path, installed):
+    path = tmp_path / "state" / "catalog.sqlite"
+    paths = f"{Path(__file__).parent}:{installed}"
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(path), paths, f"store{number}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(3)
+    ]
+    for child in children:
+        assert child.stdout.readline() == "ready\n"
+    for child in children:
+        child.stdin.write("\n")
+        child.stdin.flush()
+    for child in children:
+        _, err = child.communicate(timeout=120)
+        assert (child.returncode, err) == (0, "")
+    found = images.where(Catalog.open(path))
+    assert [image.number for image in found] == list(range(1, 61))
+    assert sum(image.state == "open" for image in found) == 3

@@ -1,0 +1,78 @@
+"""``vmkeep image``: finding, showing, deleting."""
+
+from __future__ import annotations
+
+import pytest
+from kept_in_files import WEB
+
+
+@pytest.fixture
+def two(site):
+    """Two images: one closed with two increments, one open."""
+    return [site.run("backup", "web1", *more, "--json").json for more in ((), (), ("--reset",))]
+
+
+def test_the_table_of_increments(site, two):
+    told = site.run("image", "show", "1")
+    lines = [line.split() for line in told.out.splitlines() if line.strip()]
+    assert lines[0][:2] == ["Image", "1"]
+    assert lines[1][:3] == ["VM", "web1", f"({WEB.uuid})"]
+    assert lines[2][:6] == ["ID", "PID", "T", "SIZE", "DATE", "SOURCE"]
+    assert lines[4][:3] == ["0", "-1", "F"]
+    assert lines[5][:3] == ["1", "0", "I"]
+    assert two[1]["source"][:8] in lines[5]
+
+
+def test_an_id_is_a_number_a_uuid_or_a_unique_prefix(site, two):
+    uuid = two[2]["image_uuid"]
+    dashed = "-".join((uuid[:8], uuid[8:12], uuid[12:16], uuid[16:20], uuid[20:]))
+    for reference in ("2", uuid, dashed.upper(), uuid[:10]):
+        assert site.run("image", "show", reference, "--json").json["id"] == 2
+    for reference in ("3", "nonsense", "", "f" * 32, "99999999999999999999"):
+        told = site.run("image", "show", reference)
+        assert (told.code, "The newest are: 2, 1." in told.err) == (4, True)
+
+
+def test_the_list_can_be_limited_to_a_vm(site, two):
+    site.run("backup", "db1")
+    assert [one["id"] for one in site.run("image", "list", "--json").json] == [1, 2, 3]
+    assert [one["id"] for one in site.run("image", "list", "--vm", "db1", "--json").json] == [3]
+    assert [one["id"] for one in site.run("image", "list", "--vm", WEB.uuid, "--json").json] == [1, 2]
+
+
+def test_delete_goes_newest_first_and_numbers_are_never_reused(site, two):
+    site.run("image", "delete", "2", "--yes")
+    told = site.run("image", "delete", "1", "--yes", "--json")
+    expected = [two[1]["source"], two[0]["source"]]
+    assert told.json == {"id": 1, "image_uuid": two[0]["image_uuid"], "deleted": expected}
+    assert (site.store / "deleted").read_text().split() == [two[2]["source"], *expected]
+    assert site.run("image", "list", "--json").json == []
+    assert site.run("backup", "web1", "--json").json["image"] == 3
+
+
+def test_delete_asks_and_off_a_terminal_refuses(site, two):
+    told = site.process("image", "delete", "1")
+    assert (told.code, told.err.splitlines()[1]) == (2, "  Say --yes.")
+    assert len(site.run("image", "list", "--json").json) == 2
+
+
+def test_a_delete_that_fails_keeps_the_records_and_can_be_repeated(site, two):
+    (site.store / "fail-delete").touch()
+    assert site.run("image", "delete", "2", "--yes").code == 5
+    shown = site.run("image", "show", "2", "--json").json
+    assert (shown["state"], len(shown["increments"])) == ("closed", 1)
+    (site.store / "fail-delete").unlink()
+    assert site.run("backup", "web1", "--json").json["image"] == 3, "nothing is added to what is half deleted"
+    assert site.run("image", "delete", "2", "--yes").code == 0
+    assert site.run("image", "show", "2").code == 4
+
+
+def test_the_image_that_a_backup_adds_to_cannot_be_deleted(site, two):
+    (site.store / "wait").touch()
+    child = site.start("backup", "web1")
+    site.until((site.store / "waits").exists, "the backup")
+    assert site.run("image", "delete", "2", "--yes").code == 10
+    assert site.run("image", "delete", "1", "--yes").code == 0
+    (site.store / "wait").unlink()
+    child.communicate(timeout=60)
+    assert child.returncode == 0

@@ -1,0 +1,178 @@
+"""``vmkeep restore``: the bytes, the names, and that nothing is ever overwritten."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from kept_in_files import WEB
+
+from vmkeep.naming import file_name, short
+
+
+def raw(path: Path) -> bytes:
+    converted = path.with_suffix(".raw")
+    subprocess.run(["qemu-img", "convert", "-O", "raw", str(path), str(converted)], check=True)
+    return converted.read_bytes()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+@pytest.fixture
+def chain(site):
+    """Two increments and what the disks held at each."""
+    truths, sources = [], []
+    for number in range(2):
+        site.write(WEB, "vda", number << 20, f"increment {number}".encode())
+        sources.append(site.run("backup", "web1", "--json").json["source"])
+        truths.append({disk: bytes(data) for disk, data in site.guest(WEB).disks.items()})
+    return truths, sources
+
+
+def test_every_increment_comes_back_as_it_was(site, chain):
+    truths, sources = chain
+    for number in (1, 0):
+        to = site.folder / f"to{number}"
+        made = site.run("restore", "1", "--increment", str(number), "--to", str(to), "--json").json
+        base = f"web1-{sources[number][:8]}"
+        assert made["name"] == base
+        assert made["xml"] == str(to / f"{base}.xml")
+        assert made["increment"] == number
+        assert sorted(file.name for file in to.iterdir()) == sorted(
+            [f"{base}.xml", f"{base}-disk-vda.qcow2", f"{base}-disk-vdb.qcow2"]
+        )
+        for disk in made["disks"]:
+            assert raw(Path(disk["path"])) == truths[number][disk["id"]]
+            assert disk["size"] == len(truths[number][disk["id"]])
+        links = ",".join(f"{i}:{sources[i]}" for i in range(number + 1))
+        assert made["disks"][0]["from"] == f"files://nas/{links}//disk.vda.qcow2"
+    assert not list((site.state / "runs").iterdir())
+
+
+def test_the_last_increment_in_the_current_folder_is_the_default(site, chain, monkeypatch):
+    folder = site.folder / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    told = site.run("restore", "1", "--name", "copy")
+    assert told.code == 0, told.err
+    assert names(folder) == ["copy-disk-vda.qcow2", "copy-disk-vdb.qcow2", "copy.xml"]
+    assert told.out.splitlines()[-1] == f"Look it through, then: virsh define {folder}/copy.xml"
+    assert b"<name>copy</name>" in Path("copy.xml").read_bytes()
+
+
+@pytest.mark.parametrize("existing", ["copy-disk-vdb.qcow2", "copy.xml"])
+@pytest.mark.parametrize("dangling", [False, True])
+def test_nothing_is_overwritten(site, chain, existing, dangling):
+    to = site.folder / "to"
+    to.mkdir()
+    if dangling:
+        (to / existing).symlink_to(site.folder / "nowhere")
+    else:
+        (to / existing).write_text("precious")
+    told = site.run("restore", "1", "--to", str(to), "--name", "copy")
+    assert told.code == 2
+    assert f"{to / existing}: exists already" in told.err
+    assert names(to) == [existing]
+    assert not (site.folder / "nowhere").exists()
+
+
+def test_one_disk_comes_without_a_definition(site, chain):
+    to = site.folder / "to"
+    made = site.run("restore", "1", "--disk", "vdb", "--to", str(to), "--name", "one", "--json").json
+    assert made["xml"] is None
+    assert names(to) == ["one-disk-vdb.qcow2"]
+    told = site.run("restore", "1", "--disk", "vdx", "--to", str(to))
+    assert (told.code, "holds no disk vdx" in told.err) == (4, True)
+
+
+def test_damage_fails_and_leaves_nothing_behind(site, chain):
+    _, sources = chain
+    stored = site.store / sources[0] / "disk.vda.qcow2"
+    content = bytearray(stored.read_bytes())
+    content[-10] ^= 1
+    stored.write_bytes(content)
+    to = site.folder / "to"
+    told = site.run("restore", "1", "--to", str(to), "--json")
+    assert (told.code, told.error["class"], told.out) == (8, "IntegrityError", "")
+    assert names(to) == []
+
+
+def test_a_source_that_is_gone(site, chain):
+    _, sources = chain
+    (site.store / sources[0]).rename(site.folder / "elsewhere")
+    told = site.run("restore", "1", "--to", str(site.folder / "to"), "--json")
+    assert (told.code, told.error["class"]) == (4, "SourceNotFound")
+
+
+def test_unknown_image_and_increment(site, chain):
+    assert site.run("restore", "9").code == 4
+    told = site.run("restore", "1", "--increment", "7")
+    assert (told.code, told.err.splitlines()[1]) == (4, "  It has: 0, 1.")
+
+
+def test_disks_come_back_where_the_hypervisor_plugin_is_away(site, chain):
+    site.config.write_text(site.config.read_text().replace('hypervisor = "files"', 'hypervisor = "gone"'))
+    to = site.folder / "to"
+    told = site.run("restore", "1", "--to", str(to), "--name", "copy")
+    assert told.code == 0
+    assert "no definition was made: no plugin 'gone' is installed" in told.err
+    assert names(to) == ["copy-disk-vda.qcow2", "copy-disk-vdb.qcow2"]
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "-x", "new\nline"])
+def test_a_name_that_could_be_no_file_is_refused(site, chain, name):
+    told = site.run("restore", "1", f"--name={name}", "--to", str(site.folder / "to"))
+    assert told.code == 2
+    assert not (site.folder / "to").exists()
+
+
+def test_an_odd_vm_name_gives_safe_files(site, chain):
+    site.rename(WEB, "../-etc/\x1b[31m")
+    source = site.run("backup", WEB.uuid, "--json").json["source"]
+    made = site.run("restore", "1", "--to", str(site.folder / "to"), "--json").json
+    assert made["name"] == f"_._-etc__[31m-{source[:8]}"
+    assert all(Path(disk["path"]).parent == site.folder / "to" for disk in made["disks"])
+    assert "\x1b" not in site.run("image", "list").out
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("web1", "web1"), ("-x", "_x"), ("..", "_."), (".", "_"), ("", "_"), ("a/b", "a_b"), ("ü" * 200, "ü" * 75)],
+)
+def test_file_names(name, expected):
+    assert file_name(name) == expected
+
+
+def test_sources_are_shortened_until_they_are_unique():
+    assert short("25f4b298aaaa", ["25f4b298aaaa", "6968545cbbbb"]) == "25f4b298"
+    assert short("25f4b298aaaa", ["25f4b298aaaa", "25f4b298abbb"]) == "25f4b298aa"
+    assert short("abc", ["abc", "abcd"]) == "abc"
+
+
+def test_a_signal_stops_a_restore_and_leaves_nothing(site, chain):
+    (site.store / "wait-restore").touch()
+    to = site.folder / "to"
+    child = site.start("restore", "1", "--to", str(to))
+    site.until((site.store / "waits").exists, "the restore")
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert (child.returncode, err.splitlines()[-1]) == (130, "vmkeep: cancelled")
+    assert names(to) == []
+    assert not list((site.state / "runs").iterdir())
+
+
+def test_no_image_can_be_deleted_while_it_is_restored(site, chain):
+    (site.store / "wait-restore").touch()
+    child = site.start("restore", "1", "--to", str(site.folder / "to"))
+    site.until((site.store / "waits").exists, "the restore")
+    told = site.run("image", "delete", "1", "--yes")
+    assert (told.code, "image 1 is in use" in told.err) == (10, True)
+    other = site.start("restore", "1", "--to", str(site.folder / "other"))
+    (site.store / "wait-restore").unlink()
+    for process in (child, other):
+        process.communicate(timeout=60)
+        assert process.returncode == 0, "two restores may run at once"

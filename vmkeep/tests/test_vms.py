@@ -1,0 +1,122 @@
+"""``vmkeep vm``, ``datastore``, ``driver`` and ``check``."""
+
+from __future__ import annotations
+
+import pytest
+from kept_in_files import DB, WEB, load, save
+
+
+def test_the_list_shows_the_last_backup_and_never(site):
+    site.run("backup", "web1")
+    lines = [line.split() for line in site.run("vm", "list").out.splitlines()]
+    assert lines[2][:3] == ["db1", "running", "never"]
+    assert lines[3][0] == "web1"
+    db, web = site.run("vm", "list", "--json").json
+    assert (db["name"], db["last_backup"], db["age_seconds"]) == ("db1", None, None)
+    assert web["last_backup"].endswith("Z")
+    assert 0 <= web["age_seconds"] < 600
+
+
+def test_show_has_disks_settings_images_and_runs(site):
+    site.run("backup", "web1")
+    site.store.rename(site.folder / "away")
+    site.run("backup", "web1")
+    shown = site.run("vm", "show", WEB.uuid, "--json").json
+    assert [disk["id"] for disk in shown["disks"]] == ["vda", "vdb"]
+    assert shown["chains"] == [{"datastore": "nas", "image": 1, "last_increment": 0}]
+    assert [(run["state"], run["image"]) for run in shown["last_runs"]] == [("failed", None), ("recorded", 1)]
+    told = site.run("vm", "show", "web1")
+    assert "is away" in told.out
+    assert told.code == 0
+    assert site.run("vm", "show", "nobody").code == 4
+
+
+def test_updateconf_stores_shows_and_says_what_is_not_applied(site):
+    told = site.run("vm", "updateconf", "db1", "--mode", "full", "--keep-last", "3")
+    assert told.code == 0
+    assert told.err == "vmkeep: KEEP_LAST is stored, but this version applies no retention yet: nothing is deleted\n"
+    assert site.guest(DB).settings == {"MODE": "FULL", "KEEP_LAST": "3"}
+    config = site.run("vm", "updateconf", "db1", "--backup-volatile", "NO", "--json").json["config"]
+    assert config == {
+        "mode": "FULL",
+        "increment_mode": "CBT",
+        "fs_freeze": "NONE",
+        "keep_last": 3,
+        "backup_volatile": "NO",
+        "own": ["backup_volatile", "keep_last", "mode"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "code", "said"),
+    [
+        ("--mode", "SOMETIMES", 2, "'FULL', 'INCREMENT'"),
+        ("--keep-last", "-1", 2, "0<=x<=999999"),
+        ("--fs-freeze", "AGENT", 9, "VM db1: FS_FREEZE=AGENT is not supported"),
+        ("--increment-mode", "SNAPSHOT", 9, "VM db1: INCREMENT_MODE=SNAPSHOT is not supported"),
+    ],
+)
+def test_updateconf_refuses(site, option, value, code, said):
+    told = site.run("vm", "updateconf", "db1", option, value)
+    assert (told.code, said.lower() in told.err.lower()) == (code, True), told.err
+    assert site.guest(DB).settings == {}
+
+
+def test_settings_that_somebody_wrote_by_hand_are_checked(site):
+    guests = load(site.guests)
+    guests[0].settings = {"MODE": "Full", "MDOE": "FULL"}
+    save(site.guests, guests)
+    told = site.run("backup", "web1")
+    assert told.code == 2
+    assert "VM web1: MODE must be one of FULL, INCREMENT; 'MDOE' is no setting" in told.err
+
+
+def test_the_hypervisor_away(site):
+    site.guests.unlink()
+    assert site.run("vm", "list").code == 11
+    assert site.run("backup", "web1", "--json").error["class"] == "HypervisorError"
+
+
+def test_datastores_and_drivers(site):
+    site.run("backup", "web1")
+    listed = site.run("datastore", "list", "--json").json
+    assert [(one["name"], one["driver"], one["images"]) for one in listed] == [("nas", "files", 1)]
+    checked = site.run("datastore", "check", "nas", "--json").json
+    assert (checked["ok"], checked["total"]) == (True, None)
+    assert checked["used"] > 0
+    assert site.run("datastore", "check", "nax").err == "vmkeep: no datastore 'nax' in " + (
+        f"{site.config}\n  Did you mean nas?\n"
+    )
+    site.store.rename(site.folder / "away")
+    assert site.run("datastore", "check", "nas").code == 5
+    drivers = {one["name"]: one["package"] for one in site.run("driver", "list", "--json").json}
+    assert drivers["files"] == "kept-in-files 1.0"
+    assert "broken" in drivers, "it is listed without being loaded"
+
+
+def test_check_looks_at_everything_and_exits_with_the_first_failure(site):
+    assert site.run("check", "--json").json["ok"] is True
+    site.store.rename(site.folder / "away")
+    two = "".join(f'[datastores.{name}]\ndriver = "files"\npath = "{site.store}"\n' for name in ("nas", "cloud"))
+    site.configure(datastores=two)
+    told = site.run("check")
+    assert told.code == 5
+    assert [line.split(":")[0] for line in told.out.splitlines() if not line.startswith("  ")] == [
+        "ok      configuration",
+        "ok      state",
+        "ok      memory",
+        "failed  datastore nas",
+        "failed  datastore cloud",
+    ]
+    assert "  Bring it back." in told.out
+    site.config.write_text("[host")
+    assert site.run("check").code == 2
+
+
+def test_site_plugins_are_loaded_and_a_bad_one_is_named(site):
+    site.configure(extra='plugins = ["kept_in_files:Note"]')
+    assert site.run("backup", "web1").code == 0
+    assert (site.guests.parent / "noted").read_text() == "web1"
+    site.configure(extra='plugins = ["kept_in_files:Nothing"]')
+    told = site.run("backup", "web1")
+    assert (told.code, "the site plugin 'kept_in_files:Nothing' cannot be loaded" in told.err) == (2, True)
