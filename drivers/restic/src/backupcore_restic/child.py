@@ -23,7 +23,7 @@ from backupcore.errors import ConfigError
 
 __all__ = ["Child"]
 
-PATIENCE = 10.0
+PATIENCE = 5.0
 """Seconds that a program has to clean up after SIGINT (restic removes its lock) before it is killed."""
 
 TAIL = 16 << 10
@@ -58,6 +58,8 @@ class Child:
         self._code: int | None = None
         self.late = False
         """True once the limit of `within` has passed."""
+        self.release: Callable[[], None] | None = None
+        """Called after a SIGKILL. A process that waits in the kernel for a file of ours does not even end by that."""
 
         read, write = os.pipe()
         null = os.open(os.devnull, os.O_RDONLY)
@@ -127,9 +129,14 @@ class Child:
             if self._code is not None or self._killer is not None:
                 return
             self._signal(signal.SIGINT)
-            self._killer = threading.Timer(PATIENCE, self._signal, (signal.SIGKILL,))
+            self._killer = threading.Timer(PATIENCE, self._kill)
             self._killer.daemon = True
             self._killer.start()
+
+    def _kill(self) -> None:
+        self._signal(signal.SIGKILL)
+        if self.release:
+            self.release()
 
     def _signal(self, number: int) -> None:
         with suppress(ProcessLookupError):
@@ -146,6 +153,7 @@ class Child:
         for timer in (self._limit, self._killer):
             if timer is not None:
                 timer.cancel()
+                timer.join()  # it may be at work
         return self._code
 
     def __enter__(self) -> Child:

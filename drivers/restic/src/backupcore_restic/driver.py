@@ -6,6 +6,7 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -126,10 +127,15 @@ class Restic:
 
         what = f"backing up to {repository.name}"
         with (
-            show(artifacts, ctx.folder, log=ctx.log, on_failure=give_up) as view,
-            repository.start(arguments, view.path) as child,
+            ExitStack() as shown,
+            repository.start(
+                arguments,
+                (view := shown.enter_context(show(artifacts, ctx.folder, log=ctx.log, on_failure=give_up))).path,
+            ) as child,
             ctx.on_cancel(child.stop),
         ):
+            # A read that hangs, of a hypervisor that does, holds restic in the kernel until the view is gone.
+            child.release = shown.close
             running.append(child)
             if view.failed:  # before the line above
                 child.stop()
@@ -170,9 +176,12 @@ class Restic:
     @hookimpl
     def delete(self, sources: Sequence[SourceRef], ctx: Context) -> bool:
         """Forget the snapshots. Room comes back with ``restic prune``, which can lock the repository for an hour."""
-        wanted = [source.token for source in sources if is_id(source.token)]
-        if wanted:
-            Repository(self).forget(wanted, ctx)
+        repository = Repository(self)
+        wanted = {source.token for source in sources if is_id(source.token)}
+        try:
+            repository.forget(wanted, ctx)
+        except SourceNotFound:  # 0.14 does not mind one that is gone already; others may
+            repository.forget(wanted & repository.ids(ctx, self.timeout), ctx)
         return True
 
     @hookimpl

@@ -114,7 +114,7 @@ RULES = (
 
 # The last line but one of these is a Go stack: 0.14 prints one where it cannot write its lock.
 _NOISE = _text(
-    r"^$|is there a repository at the following location|the `unlock` command|^lock was created|^storage id|^warning:"
+    r"^$|the `unlock` command|^lock was created|^storage id|^warning:"
     r"|^usage|^exit status|\.go:\d+$|^github\.com/|^(main|runtime)\.|^unable to create lock in backend$"
 )
 _IN_URL = re.compile(r"(?<=//)[^/@\s]*:[^/\s]*@")  # up to the last @ of the authority: a password may hold one
@@ -139,13 +139,17 @@ def _lines(errors: str) -> list[str]:
                 said = document.get("message") or (inner.get("message") if isinstance(inner, dict) else inner) or line
             except (ValueError, AttributeError):
                 pass
-        lines += [part.strip().removeprefix("Fatal: ") for part in str(said).splitlines()]
+        # What follows the question is the location once more.
+        known, _, _ = str(said).partition("Is there a repository at the following location?")
+        lines += [part.strip() for part in known.splitlines() if not _NOISE.search(part.strip())]
     return lines
 
 
 def translate(code: int, errors: str, what: str, secrets: Iterable[str] = ()) -> BackupError:
     """The error for a restic that ended with `code` and wrote `errors`; `what` says what it was to do, and where."""
-    lines = [line for line in _lines(errors) if not _NOISE.search(line)]
+    # In plain text the question is a line of its own, and the location the one below.
+    lines = _lines(re.sub(r"(?m)^Is there a repository at the following location\?\n.*$", "", errors))
+    lines = [line.removeprefix("Fatal: ") for line in lines if line.startswith("Fatal: ")] or lines
     found = next((rule for rule in RULES if code in rule.codes), None)
     said = next((line for line in lines if found and found.text.search(line)), "")
     if found is None:

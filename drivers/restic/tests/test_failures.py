@@ -1,0 +1,244 @@
+"""What a real restic says when something is wrong, as the taxonomy; and that nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from backupcore_restic import Restic
+from restic_odd import BrokenArtifact, GatedArtifact, SlowArtifact
+
+from backupcore.context import Context
+from backupcore.errors import (
+    AccessDenied,
+    BackupError,
+    Busy,
+    Cancelled,
+    ConfigError,
+    HypervisorError,
+    TargetFull,
+    TargetUnavailable,
+)
+from backupcore.model import BackupRun, BytesArtifact, SourceRef
+
+Options = Callable[..., Restic]
+Kept = tuple[SourceRef, list[BytesArtifact]]
+Runs = Callable[..., BackupRun]
+Artifacts = Callable[..., list[BytesArtifact]]
+
+
+def names(folder: str, below: str) -> list[str]:
+    return os.listdir(Path(folder, below))
+
+
+def test_a_wrong_password_is_no_missing_repository(
+    options: Options, fresh: Restic, ctx: Context, make_run: Runs, tmp_path: Path
+) -> None:
+    (tmp_path / "wrong").write_text("guess\n")
+    wrong = options(fresh.repository, password_file=str(tmp_path / "wrong"))
+    before = {path: path.stat().st_mtime_ns for path in Path(fresh.repository).rglob("*")}
+    for call in (lambda: wrong.prebackup(make_run(), ctx), lambda: wrong.check(ctx)):
+        with pytest.raises(AccessDenied, match="wrong password") as caught:
+            call()
+        assert "password" in caught.value.hint
+    assert {path: path.stat().st_mtime_ns for path in Path(fresh.repository).rglob("*")} == before
+
+
+@pytest.mark.parametrize("how", [{"password_file": "/nowhere/at/all"}, {"password_command": "false"}])
+def test_a_password_that_cannot_be_had(options: Options, pristine: Path, ctx: Context, how: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"(?i)resolving password"):
+        options(pristine, **how).check(ctx)
+
+
+def test_a_password_command_that_hangs_is_given_up_with_its_children(
+    options: Options, shared: Restic, ctx: Context, running: Callable[[str], list[int]]
+) -> None:
+    started = time.monotonic()
+    with pytest.raises(TargetUnavailable, match="no answer in time"):
+        options(shared.repository, password_command="sleep 61", timeout=1).check(ctx)
+    assert time.monotonic() - started < 8
+    assert not running(shared.repository)
+
+
+def test_no_repository_is_said_and_nothing_is_created(
+    options: Options, ctx: Context, make_run: Runs, tmp_path: Path
+) -> None:
+    place = tmp_path / "none"
+    driver = options(place)
+    for call in (
+        lambda: driver.check(ctx),
+        lambda: driver.restore(SourceRef("0" * 64), ctx),
+        lambda: list(driver.sources(ctx)),
+        lambda: driver.delete([SourceRef("0" * 64)], ctx),
+        lambda: driver.prebackup(make_run(builds_on=(SourceRef("0" * 64),)), ctx),
+        lambda: options(place, init=False).prebackup(make_run(), ctx),
+    ):
+        with pytest.raises(TargetUnavailable, match="none"):
+            call()
+    assert not place.exists()
+
+
+def test_no_repository_is_created_among_other_files(
+    options: Options, ctx: Context, make_run: Runs, tmp_path: Path
+) -> None:
+    place = tmp_path / "used"
+    place.mkdir()
+    (place / "a file").touch()
+    with pytest.raises(TargetUnavailable, match="holds files"):
+        options(place).prebackup(make_run(), ctx)
+    with pytest.raises(TargetUnavailable, match="does not exist"):
+        options(tmp_path / "no" / "such").prebackup(make_run(), ctx)
+    assert os.listdir(place) == ["a file"]
+
+
+def test_a_server_that_is_away(options: Options, ctx: Context, make_run: Runs) -> None:
+    driver = options("rest:http://me:geh@eim@127.0.0.1:1/", timeout=20)
+    with pytest.raises(TargetUnavailable, match="refused") as caught:
+        driver.prebackup(make_run(), ctx)
+    for text in (str(caught.value), caught.value.hint, repr(driver)):
+        assert "eim" not in text
+
+
+def test_restic_is_not_installed(options: Options, pristine: Path, ctx: Context, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no-such-restic") as caught:
+        options(pristine, binary="no-such-restic").check(ctx)
+    assert "apt-get install restic" in caught.value.hint
+    (tmp_path / "broken").write_text("no program\n")
+    (tmp_path / "broken").chmod(0o755)
+    with pytest.raises(ConfigError, match="could not be started"):
+        options(pristine, binary=str(tmp_path / "broken")).check(ctx)
+
+
+def test_a_repository_that_another_restic_holds(
+    options: Options,
+    fresh: Restic,
+    ctx: Context,
+    make_run: Runs,
+    make_artifacts: Artifacts,
+    wait_for: Callable[..., None],
+) -> None:
+    source = fresh.backup(make_artifacts(1000), make_run(), ctx).source
+    environment = {
+        "RESTIC_REPOSITORY": fresh.repository,
+        "RESTIC_PASSWORD_FILE": str(fresh.password_file),
+        "PATH": os.environ["PATH"],
+    }
+    other = subprocess.Popen(["restic", "check", "--no-cache"], env=environment, stdout=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: any(len(name) == 64 for name in names(fresh.repository, "locks")))
+        other.send_signal(signal.SIGSTOP)
+        assert names(fresh.repository, "locks")  # it had not ended
+        with pytest.raises(Busy, match="locked exclusively by PID") as caught:
+            fresh.prebackup(make_run(), ctx)
+        assert "restic unlock" in caught.value.hint
+        with pytest.raises(Busy):
+            fresh.delete([source], ctx)
+        # What is kept can be read all the same.
+        manifest = next(one for one in fresh.restore(source, ctx) if one.name == "manifest.json")
+        assert manifest.open().read() == b'{"format": 1}'
+    finally:
+        other.kill()
+        other.wait()
+    # Its lock outlives it, and stops nothing: the process is gone.
+    assert names(fresh.repository, "locks")
+    fresh.prebackup(make_run(), ctx)
+    assert fresh.delete([source], ctx)
+    assert names(fresh.repository, "locks") == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", place], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"this user may not mount: {made.stderr}")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_a_full_and_then_a_read_only_repository(
+    options: Options, pristine: Path, small_disk: Path, ctx: Context, make_run: Runs, make_artifacts: Artifacts
+) -> None:
+    driver = options(shutil.copytree(pristine, small_disk / "repository"))
+    source = driver.backup(make_artifacts(1000), make_run(), ctx).source
+    with pytest.raises(TargetFull, match="no space left") as caught:
+        driver.backup(make_artifacts(20 << 20), make_run(), ctx)
+    assert "prune" in caught.value.hint
+    assert [one.source for one in driver.sources(ctx)] == [source]
+
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(AccessDenied, match="cannot be written"):
+        driver.prebackup(make_run(), ctx)
+    manifest = next(one for one in driver.restore(source, ctx) if one.name == "manifest.json")
+    assert manifest.open().read() == b'{"format": 1}'
+
+
+def test_damage_raises_from_the_read_that_meets_it(
+    fresh: Restic, ctx: Context, make_run: Runs, make_artifacts: Artifacts
+) -> None:
+    source = fresh.backup(make_artifacts(), make_run(), ctx).source
+    biggest = max(Path(fresh.repository, "data").rglob("*"), key=lambda path: path.stat().st_size)
+    biggest.chmod(0o600)
+    with biggest.open("r+b") as pack:
+        pack.seek(biggest.stat().st_size // 2)
+        pack.write(b"not what was there")
+    disk = next(one for one in fresh.restore(source, ctx) if one.name == "disk.vda.qcow2")
+    with disk.open() as stream, pytest.raises(BackupError):
+        stream.read()
+
+
+def test_a_read_that_fails_fails_the_backup_with_its_own_error(
+    fresh: Restic, ctx: Context, make_run: Runs, make_artifacts: Artifacts
+) -> None:
+    run = make_run()
+    broken = BrokenArtifact("disk.vdb.qcow2", 4 << 20)
+    with pytest.raises(HypervisorError, match="disk is gone"):
+        fresh.backup([broken, *make_artifacts()], run, ctx)
+    assert names(fresh.repository, "snapshots") == []
+    assert names(fresh.repository, "locks") == []
+    assert fresh.backup(make_artifacts(1000), make_run(), ctx)
+
+
+@pytest.mark.parametrize("kind", [SlowArtifact, GatedArtifact], ids=["slow", "hanging"])
+def test_cancelled_midway_leaves_nothing(
+    kind: type[SlowArtifact | GatedArtifact],
+    fresh: Restic,
+    ctx: Context,
+    make_run: Runs,
+    make_artifacts: Artifacts,
+    wait_for: Callable[..., None],
+    running: Callable[[str], list[int]],
+    tmp_path: Path,
+) -> None:
+    def cancel() -> None:
+        wait_for(lambda: (tmp_path / "reached").exists())
+        ctx.cancel()
+
+    thread = threading.Thread(target=cancel)
+    thread.start()
+    with pytest.raises(Cancelled):
+        fresh.backup([kind("disk.vdb.qcow2", 400 << 20, tmp_path), *make_artifacts()], make_run(), ctx)
+    thread.join()
+    assert not running(fresh.repository)
+    assert names(fresh.repository, "snapshots") == []
+    assert names(fresh.repository, "locks") == []
+    with pytest.raises(Cancelled):
+        fresh.prebackup(make_run(), ctx)
+
+
+def test_a_restore_can_be_cancelled(shared: Restic, kept: Kept, ctx: Context) -> None:
+    disk = next(one for one in shared.restore(kept[0], ctx) if one.name == "disk.vda.qcow2")
+    with disk.open() as stream:
+        assert stream.read(10)
+        ctx.cancel()
+        with pytest.raises(Cancelled):
+            stream.read()
