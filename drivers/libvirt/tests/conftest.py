@@ -56,6 +56,11 @@ class SmallVM(VM):
         request = json.dumps({"execute": command, "arguments": arguments})
         return json.loads(libvirt_qemu.qemuMonitorCommand(self.domain, request, 0))["return"]
 
+    def node(self, target: str) -> str:
+        """The name of a disk's top image among QEMU's block nodes."""
+        found = self.monitor("query-named-block-nodes", flat=True)
+        return next(node["node-name"] for node in found if node["file"] == str(self.disk(target)))
+
     def change(self, *pieces: tuple[str, str]) -> None:
         """Replace pieces of the stored definition."""
         text = self.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
