@@ -86,10 +86,7 @@ def test_backups_of_a_real_vm_are_restored_to_every_point(small, site, tmp_path,
 def test_an_increment_that_is_impossible_becomes_a_full_with_the_reason(small, site):
     site.backup(small)
     (old,) = small.checkpoints()
-    node = next(
-        node["node-name"] for node in small.monitor("query-named-block-nodes") if node["file"].endswith("vdb.qcow2")
-    )
-    small.monitor("block-dirty-bitmap-remove", node=node, name=old)
+    small.monitor("block-dirty-bitmap-remove", node=small.node("vdb"), name=old)
     recorded = site.backup(small)
     assert recorded.run.type is Type.FULL
     assert "bitmap of the last backup is missing on disk vdb" in recorded.increment.reason
