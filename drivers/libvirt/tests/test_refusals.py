@@ -20,7 +20,8 @@ from backupcore.errors import (
     UnsupportedOperation,
 )
 from backupcore.model import VM, Outcome, RunState
-from backupcore_libvirt.connection import Connection
+from backupcore_libvirt.backup_job import left_behind
+from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.plugin import Libvirt
 from backupcore_libvirt.versions import require
 
@@ -186,6 +187,25 @@ def test_scratch_without_room(lab, small, runs, refuse, tmpfs):
 def test_a_vm_without_disks(lab, runs, refuse):
     vm = lab.vm([], more="<disk type='file' device='cdrom'><target dev='sda' bus='sata'/></disk>")
     refuse(runs.run(vm), UnsupportedOperation, r"has no disk that a backup could hold \(sda: a CD-ROM\)")
+
+
+class StuckDomain(Domain):
+    """A VM whose libvirtd was killed while a backup began: libvirt has a job that QEMU knows nothing of."""
+
+    def __init__(self) -> None:
+        self.name = "stuck"
+
+    def is_active(self) -> bool:
+        return True
+
+    def job_type(self) -> int:
+        raise HypervisorError("VM stuck: job: internal error: backup job data missing")
+
+
+def test_a_job_that_libvirt_cannot_end_is_explained(tmp_path: Path):
+    with pytest.raises(HypervisorError, match="holds a backup job that no longer exists") as refused:
+        left_behind(StuckDomain(), tmp_path)
+    assert "/run/libvirt/qemu/stuck.xml" in refused.value.hint
 
 
 class OldConnection(Connection):
