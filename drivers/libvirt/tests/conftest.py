@@ -1,4 +1,4 @@
-"""Small VMs without an operating system, on the libvirtd of this host; their disks are written by QEMU's monitor."""
+"""VMs to back up, made by the lab, and what takes their backups the way the session does."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,13 +18,16 @@ from pathlib import Path
 import libvirt
 import libvirt_qemu
 import pytest
-from backupcore_libvirt.plugin import Libvirt
 
+from backupcore import model
 from backupcore.context import Context
-from backupcore.model import VM, BackupRun, Link, Outcome, Prepared, RunState, Type, new_id
+from backupcore.model import BackupRun, Link, Outcome, Prepared, RunState, Type, new_id
+from backupcore_libvirt.plugin import Libvirt
+from lab.domain_xml import DiskSpec, Firmware
+from lab.vm import VM
 
-URI = "qemu:///system" if os.geteuid() == 0 else "qemu:///session"
 MiB = 1 << 20
+_numbers = itertools.count(1)
 
 
 def qemu_img(*arguments: object) -> str:
@@ -44,48 +45,29 @@ def wait_for(condition: Callable[[], object], what: str, limit: float = 10.0) ->
         time.sleep(0.01)
 
 
-@dataclass
-class SmallVM:
-    """One VM; `disks` maps each target to its image."""
-
-    domain: libvirt.virDomain
-    folder: Path
-    disks: dict[str, Path]
+class SmallVM(VM):
+    """A VM of the lab, and what libvirt and QEMU hold of its backups."""
 
     @property
-    def vm(self) -> VM:
-        return VM(uuid=self.domain.UUIDString(), name=self.domain.name())
+    def identity(self) -> model.VM:
+        return model.VM(uuid=self.uuid, name=self.name)
 
     def monitor(self, command: str, **arguments: object) -> object:
-        answer = libvirt_qemu.qemuMonitorCommand(
-            self.domain, json.dumps({"execute": command, "arguments": arguments}), 0
-        )
-        return json.loads(answer)["return"]
+        request = json.dumps({"execute": command, "arguments": arguments})
+        return json.loads(libvirt_qemu.qemuMonitorCommand(self.domain, request, 0))["return"]
 
-    def io(self, disk: str, command: str) -> None:
-        """One command of qemu-io through the guest's own device, so that bitmaps see it."""
-        number = list(self.disks).index(disk)
-        device = f"/machine/peripheral/virtio-disk{number}/virtio-backend"
-        line = f'qemu-io -d {device} "{command}"'
-        said = libvirt_qemu.qemuMonitorCommand(self.domain, line, libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP)
-        assert "rror" not in said, said
-        assert "failed" not in said, said
+    def node(self, target: str) -> str:
+        """The name of a disk's top image among QEMU's block nodes."""
+        found = self.monitor("query-named-block-nodes", flat=True)
+        return next(node["node-name"] for node in found if node["file"] == str(self.disk(target)))
 
-    def copy(self, target: Path) -> dict[str, Path]:
-        """The truth: each disk as raw, by qemu-img, while the VM is suspended."""
-        target.mkdir(exist_ok=True)
-        running = self.domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
-        if running:
-            self.domain.suspend()
-        for disk in self.disks:
-            self.io(disk, "flush")
-        copies = {}
-        for disk, image in self.disks.items():
-            copies[disk] = target / f"{disk}.truth"
-            qemu_img("convert", "-U", "-O", "raw", image, copies[disk])
-        if running:
-            self.domain.resume()
-        return copies
+    def change(self, *pieces: tuple[str, str]) -> None:
+        """Replace pieces of the stored definition."""
+        text = self.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+        for old, new in pieces:
+            assert old in text
+            text = text.replace(old, new)
+        self.connection.defineXML(text)
 
     def checkpoints(self) -> set[str]:
         return {checkpoint.getName() for checkpoint in self.domain.listAllCheckpoints(0)}
@@ -94,21 +76,21 @@ class SmallVM:
         """The bitmaps on each qcow2 disk, as QEMU has them."""
         found = {}
         for node in self.monitor("query-named-block-nodes", flat=True):
-            for disk, image in self.disks.items():
-                if node["drv"] == "qcow2" and node["file"] == str(image):
-                    found[disk] = sorted(bitmap["name"] for bitmap in node.get("dirty-bitmaps", ()))
+            for target in self.targets():
+                if node["drv"] == "qcow2" and node["file"] == str(self.disk(target)):
+                    found[target] = sorted(bitmap["name"] for bitmap in node.get("dirty-bitmaps", ()))
         return found
 
     def job(self) -> int:
         return self.domain.jobInfo()[0]
 
-    def pid(self) -> int:
-        return int(Path(f"/run/libvirt/qemu/{self.domain.name()}.pid").read_text())
-
     def kill(self) -> None:
         """kill -9 of this VM's QEMU, and wait until libvirt knows."""
-        os.kill(self.pid(), signal.SIGKILL)
-        wait_for(lambda: not self.domain.isActive(), "libvirt notices the death of QEMU")
+        run = (
+            Path("/run/libvirt/qemu") if os.geteuid() == 0 else Path(os.environ["XDG_RUNTIME_DIR"], "libvirt/qemu/run")
+        )
+        os.kill(int((run / f"{self.name}.pid").read_text()), signal.SIGKILL)
+        wait_for(lambda: not self.active, "libvirt notices the death of QEMU")
 
     def untouched(self) -> None:
         """No trace of a backup: the guest was not touched."""
@@ -119,104 +101,79 @@ class SmallVM:
 
 @dataclass
 class Lab:
-    """Makes VMs in a folder that QEMU's user may pass, and removes them all."""
+    """Makes VMs with disks vda, vdb, … given as FORMAT:MEBIBYTES; `folder` is open to QEMU's user."""
 
+    prefix: str
     folder: Path
-    connection: libvirt.virConnect
     made: list[SmallVM] = field(default_factory=list)
 
     def vm(
         self,
-        disks: Sequence[str] = ("qcow2:64M",),
+        disks: Sequence[str] = ("qcow2:64",),
         *,
         start: bool = True,
         more: str = "",
-        os_more: str = "",
-        options: str = "",
+        driver: str = "",
+        content: Path | None = None,
+        firmware: Firmware | None = None,
     ) -> SmallVM:
-        """A VM. A disk is FORMAT:SIZE; `more` goes into its devices, `options` into each disk's driver element."""
-        name = f"bclv-{uuid.uuid4().hex[:8]}"
-        images: dict[str, Path] = {}
-        elements = ""
+        """A VM. `more` goes into its devices, `driver` into each disk's driver element, `content` onto its first disk.
+
+        `firmware` as in `lab.vm.VM.create`.
+        """
+        specs = []
         for letter, spec in zip("abcdef", disks, strict=False):
             shape, _, size = spec.partition(":")
-            image = self.folder / f"{name}-vd{letter}.{shape}"
-            compat = ["-o", "compat=0.10"] if shape == "qcow2v2" else []
-            shape = shape.removesuffix("v2")
-            qemu_img("create", "-q", "-f", shape, *compat, image, size)
-            images[f"vd{letter}"] = image
-            elements += (
-                f"<disk type='file' device='disk'><driver name='qemu' type='{shape}' discard='unmap' {options}/>"
-                f"<source file='{image}'/><target dev='vd{letter}' bus='virtio'/>"
-                f"<boot order='{len(images)}'/></disk>"  # SeaBIOS shows a guest only the disks that it may boot from
+            specs.append(
+                DiskSpec(
+                    target=f"vd{letter}",
+                    size=int(size) * MiB,
+                    format="raw" if shape == "raw" else "qcow2",
+                    compat="0.10" if shape == "qcow2v2" else "1.1",
+                    content=content if letter == "a" else None,
+                    driver=driver,
+                )
             )
-        domain = self.connection.defineXML(
-            f"<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory>"
-            f"<os><type arch='x86_64' machine='q35'>hvm</type>{os_more}</os><features><acpi/></features>"
-            f"<devices>{elements}<controller type='usb' model='none'/><memballoon model='none'/>{more}</devices>"
-            "</domain>"
-        )
-        vm = SmallVM(domain, self.folder, images)
+        name = f"{self.prefix}libvirt-{next(_numbers)}"
+        vm = SmallVM.create(name, specs, devices=more, firmware=firmware)
         self.made.append(vm)
         if start:
-            domain.create()
+            vm.start()
         return vm
 
     def clean(self) -> None:
-        """Remove every VM and the folder."""
+        """Remove every VM."""
         for vm in self.made:
-            # Quicker than a graceful end, which writes bitmaps that nobody wants any more.
-            with contextlib.suppress(OSError):
-                os.kill(vm.pid(), signal.SIGKILL)
-            with contextlib.suppress(libvirt.libvirtError):
-                vm.domain.destroy()
-            with contextlib.suppress(libvirt.libvirtError):
-                vm.domain.undefineFlags(
-                    libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
-                    | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
-                    | libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
-                    | libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
-                )
-        self.made.clear()
-        shutil.rmtree(self.folder)
-
-
-def new_lab(connection: libvirt.virConnect) -> Lab:
-    folder = Path(tempfile.mkdtemp(prefix="bclv-"))
-    folder.chmod(0o711)
-    return Lab(folder, connection)
+            vm.remove()
 
 
 @pytest.fixture(scope="session")
-def daemon(libvirt_uri: str) -> Iterator[libvirt.virConnect]:
-    libvirt.registerErrorHandler(lambda *_: None, None)
-    connection = libvirt.open(libvirt_uri)
-    yield connection
-    connection.close()
-
-
-@pytest.fixture(scope="session")
-def cleaners() -> Iterator[ThreadPoolExecutor]:
-    """The end of a VM takes libvirt 2 s of waiting: that goes on beside the next tests."""
+def cleaners() -> Iterator[Callable[[Callable[[], None]], None]]:
+    """Does a job beside the next tests: the end of a VM takes libvirt 2 s of waiting."""
     with ThreadPoolExecutor(4) as pool:
         waiting: list[Future[None]] = []
-        pool.later = lambda job: waiting.append(pool.submit(job))  # type: ignore[attr-defined]
-        yield pool
+        yield lambda job: waiting.append(pool.submit(job))
         for future in waiting:
             future.result()
 
 
 @pytest.fixture
-def lab(daemon: libvirt.virConnect, cleaners: ThreadPoolExecutor) -> Iterator[Lab]:
-    made = new_lab(daemon)
+def lab(
+    libvirt_uri: str,
+    qemu_tools: None,
+    vm_prefix: str,
+    vm_folder: Path,
+    cleaners: Callable[[Callable[[], None]], None],
+) -> Iterator[Lab]:
+    made = Lab(vm_prefix, vm_folder)
     yield made
-    cleaners.later(made.clean)  # type: ignore[attr-defined]  # set above
+    cleaners(made.clean)
 
 
 @pytest.fixture(scope="session")
-def _shared(daemon: libvirt.virConnect) -> Iterator[SmallVM]:
-    made = new_lab(daemon)
-    yield made.vm(["qcow2:16M", "qcow2:8M"])
+def _shared(libvirt_uri: str, qemu_tools: None, vm_prefix: str) -> Iterator[SmallVM]:
+    made = Lab(vm_prefix, Path("/nowhere"))
+    yield made.vm(["qcow2:16", "qcow2:8"])
     made.clean()
 
 
@@ -238,14 +195,21 @@ def _wait_for() -> Callable[..., None]:
 
 
 @pytest.fixture
-def tmpfs(lab: Lab) -> Iterator[Callable[[int], Path]]:
-    """Mounts a small file system: its size in MiB -> its folder."""
+def needs_root() -> None:
+    """For what only a privileged libvirt does: QEMU as another user, file systems of a given size."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+
+
+@pytest.fixture
+def tmpfs(needs_root: None, lab: Lab) -> Iterator[Callable[[int], Path]]:
+    """Mounts a small file system: its size in MiB -> its folder. QEMU sees it only if the VM starts afterwards."""
     mounted: list[Path] = []
 
     def mount(size: int) -> Path:
         folder = lab.folder / f"tmpfs{len(mounted)}"
         folder.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}m,mode=711", "bclv", str(folder)], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}m,mode=711", "scratch", str(folder)], check=True)
         mounted.append(folder)
         return folder
 
@@ -255,8 +219,8 @@ def tmpfs(lab: Lab) -> Iterator[Callable[[int], Path]]:
 
 
 @pytest.fixture
-def hypervisor(lab: Lab) -> Libvirt:
-    return Libvirt(URI, lab.folder / "scratch")
+def hypervisor(libvirt_uri: str, lab: Lab) -> Libvirt:
+    return Libvirt(libvirt_uri, lab.folder / "scratch")
 
 
 @dataclass
@@ -278,7 +242,7 @@ class Runs:
     def run(self, vm: SmallVM, parent: Taken | None = None, **more: object) -> BackupRun:
         return BackupRun(
             id=new_id(),
-            vm=vm.vm,
+            vm=vm.identity,
             host="here",
             datastore="nas",
             image="0" * 32,

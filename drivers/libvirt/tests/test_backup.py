@@ -18,7 +18,7 @@ MiB = 1 << 20
 
 
 def test_full_and_increments_equal_what_the_disks_held_at_one_instant(lab, runs, hypervisor, same, tmp_path):
-    vm = lab.vm(["qcow2:64M", "qcow2:33M"])
+    vm = lab.vm(["qcow2:64", "qcow2:33"])
     vm.io("vda", "write -P 0x11 0 8M")
     vm.io("vda", "write -P 0x12 30M 1M")
     vm.io("vdb", "write -P 0x13 32M 1M")
@@ -38,7 +38,7 @@ def test_full_and_increments_equal_what_the_disks_held_at_one_instant(lab, runs,
     for number, change in enumerate(changes):
         for disk, command in change:
             vm.io(disk, command)
-        truths.append(vm.copy(tmp_path / f"truth{number}"))
+        truths.append(vm.copy_truth(tmp_path / f"truth{number}"))
         run = runs.run(vm, parent, spent=tuple(r.point for r in taken_runs[:-1]))
         before = datetime.now(UTC)
         with runs.take(run) as taken:
@@ -82,11 +82,14 @@ def counting_guest() -> bytes:
 
 
 def test_all_disks_show_one_instant_of_a_guest_that_writes(lab, runs, restored, tmp_path, wait_for):
-    vm = lab.vm(["qcow2:4M", "qcow2:4M"], start=False)
-    raw = tmp_path / "boot.raw"
-    raw.write_bytes(counting_guest().ljust(4 * MiB, b"\0"))
-    subprocess.run(["qemu-img", "convert", "-O", "qcow2", str(raw), str(vm.disks["vda"])], check=True)
-    vm.domain.create()
+    boot = tmp_path / "boot.raw"
+    boot.write_bytes(counting_guest().ljust(MiB, b"\0"))
+    vm = lab.vm(["qcow2:4", "qcow2:4"], content=boot, start=False)
+    # SeaBIOS shows a guest only the disks that it may boot from.
+    targets = [f"<target dev='{disk}' bus='virtio'/>" for disk in ("vda", "vdb")]
+    orders = [(target, f"{target}<boot order='{order}'/>") for order, target in enumerate(targets, 1)]
+    vm.change(("<boot dev='hd'/>", ""), *orders)
+    vm.start()
     parent, layers, seen = None, [], 0
     for number in range(4):
         before = vm.domain.blockStats("vdb")[2]
@@ -104,7 +107,7 @@ def test_artifacts_versions_and_what_is_left_out(lab, runs, hypervisor):
     image = lab.folder / "shared.raw"
     image.write_bytes(bytes(MiB))
     vm = lab.vm(
-        ["qcow2:8M"],
+        ["qcow2:8"],
         more=f"""<graphics type='vnc' passwd='geheim'/>
         <disk type='file' device='cdrom'><target dev='sda' bus='sata'/><readonly/></disk>
         <disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{image}'/>
@@ -116,18 +119,18 @@ def test_artifacts_versions_and_what_is_left_out(lab, runs, hypervisor):
         definition = artifacts["vm.xml"].open().read()
         assert sorted(taken.prepared.versions) == ["backupcore-libvirt", "libvirt", "qemu"]
         assert {left.id: left.reason for left in taken.prepared.left_out} == {"sda": "a CD-ROM", "vdx": "read-only"}
-    assert ElementTree.fromstring(definition).findtext("name") == vm.vm.name
+    assert ElementTree.fromstring(definition).findtext("name") == vm.name
     assert b"geheim" not in definition
-    assert b"<alias" not in definition, "the inactive definition"
-    shown = {disk.id: disk for disk in hypervisor.find(vm.vm.name).disks}
+    assert b"<seclabel type='dynamic' model='dac'" not in definition, "the inactive definition"
+    shown = {disk.id: disk for disk in hypervisor.find(vm.name).disks}
     assert (shown["vda"].left_out, shown["vdx"].left_out) == ("", "read-only")
 
 
 def test_raw_disks(lab, runs, same, tmp_path):
-    vm = lab.vm(["raw:16M", "qcow2:16M"])
+    vm = lab.vm(["raw:16", "qcow2:16"])
     vm.io("vda", "write -P 0x41 3M 1M")
     vm.io("vdb", "write -P 0x42 5M 1M")
-    truth = vm.copy(tmp_path / "truth")
+    truth = vm.copy_truth(tmp_path / "truth")
     run = runs.run(vm)
     with runs.take(run) as taken:
         layer = runs.keep(taken, tmp_path / "layer")
@@ -148,7 +151,7 @@ def test_a_paused_vm(small, runs, same, tmp_path):
     vm = small
     vm.io("vda", "write -P 0x51 3M 1M")
     vm.domain.suspend()
-    truth = vm.copy(tmp_path / "truth")
+    truth = vm.copy_disks(tmp_path / "truth")
     with runs.take(runs.run(vm)) as taken:
         layer = runs.keep(taken, tmp_path / "layer")
         assert taken.prepared.consistency == "paused"
@@ -157,10 +160,10 @@ def test_a_paused_vm(small, runs, same, tmp_path):
 
 
 def test_a_disk_that_has_grown_and_one_with_a_bitmap_finer_than_a_cluster(lab, runs, same, tmp_path):
-    vm = lab.vm(["qcow2:16M", "qcow2:16M"], start=False)
-    small_clusters = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", str(vm.disks["vdb"]), "16M"]
+    vm = lab.vm(["qcow2:16", "qcow2:16"], start=False)
+    small_clusters = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", str(vm.disk("vdb")), "16M"]
     subprocess.run(small_clusters, check=True)
-    vm.domain.create()
+    vm.start()
     vm.io("vda", "write -P 0x61 15M 1M")
     vm.io("vdb", "write -P 0x71 0 4M")
     with runs.take(runs.run(vm)) as full:
@@ -169,7 +172,7 @@ def test_a_disk_that_has_grown_and_one_with_a_bitmap_finer_than_a_cluster(lab, r
     vm.io("vda", "write -P 0x62 39M 512k")
     vm.io("vdb", "write -z 72k 4k")
     vm.io("vdb", "write -P 0x72 100k 512")
-    truth = vm.copy(tmp_path / "truth")
+    truth = vm.copy_truth(tmp_path / "truth")
     with runs.take(runs.run(vm, full)) as taken:
         layers.append(runs.keep(taken, tmp_path / "layer1"))
     assert taken.prepared.disks[0].virtual_size == 40 * MiB + 512
@@ -177,21 +180,21 @@ def test_a_disk_that_has_grown_and_one_with_a_bitmap_finer_than_a_cluster(lab, r
 
 
 def test_the_guest_ends_while_its_disk_is_read(lab, runs, wait_for):
-    vm = lab.vm(["qcow2:64M"])
+    vm = lab.vm(["qcow2:64"])
     vm.io("vda", "write -P 0x11 0 32M")
     run = runs.run(vm)
     with runs.take(run, state=RunState.FAILED) as taken:
         stream: io.BufferedReader = taken.prepared.artifacts[0].open()
         stream.read(4 * MiB)
-        vm.domain.destroy()
+        vm.destroy()
         with pytest.raises(HypervisorError, match="connection"):
             stream.read()
         wait_for(lambda: taken.ctx.failure, "the watch notices")
-        assert f"VM {vm.vm.name} ended while its backup ran" in str(taken.ctx.failure)
+        assert f"VM {vm.name} ended while its backup ran" in str(taken.ctx.failure)
     assert vm.checkpoints() == set(), "the checkpoint went, although the VM is off"
-    info = subprocess.run(["qemu-img", "info", str(vm.disks["vda"])], capture_output=True, text=True, check=True).stdout
+    info = subprocess.run(["qemu-img", "info", str(vm.disk("vda"))], capture_output=True, text=True, check=True).stdout
     assert run.point not in info
-    vm.domain.create()
+    vm.start()
     vm.untouched()
     with runs.take(runs.run(vm)):
         pass

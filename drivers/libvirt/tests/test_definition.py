@@ -9,9 +9,10 @@ from xml.etree import ElementTree
 
 import libvirt
 import pytest
-from backupcore_libvirt.definition import restored_definition
 
 from backupcore.errors import ConfigError, HypervisorError, IntegrityError, UnsupportedOperation
+from backupcore_libvirt.definition import restored_definition
+from lab import kernel
 
 DISKS = {"vda": Path("/restored/a.qcow2")}
 
@@ -168,7 +169,7 @@ def test_a_name_that_no_vm_can_have():
 
 def test_a_restored_vm_can_be_defined_and_started(lab, hypervisor):
     vm = lab.vm(
-        ["qcow2:8M", "raw:8M"],
+        ["qcow2:8", "raw:8"],
         start=False,
         more="""<serial type='pty'><target port='0'/></serial><graphics type='vnc' port='5999' listen='127.0.0.1'/>
         <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
@@ -177,32 +178,28 @@ def test_a_restored_vm_can_be_defined_and_started(lab, hypervisor):
         </interface><controller type='scsi' model='virtio-scsi'/>""",
     )
     disks = {}
-    for disk in vm.disks:
+    for disk in vm.targets():
         disks[disk] = lab.folder / f"restored-{disk}.qcow2"
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(disks[disk]), "8M"], check=True)
-    name = f"{vm.vm.name}-again"
+    name = f"{vm.name}-again"
     stored = vm.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE).encode()
     text = hypervisor.definition(stored, name=name, disks=disks, nvram=None, no_ip=True, no_nic=False)
-    defined = lab.connection.defineXMLFlags(text.decode(), libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
-    lab.made.append(type(vm)(defined, lab.folder, disks))
+    defined = vm.connection.defineXMLFlags(text.decode(), libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
+    lab.made.append(type(vm)(libvirt.open(hypervisor.uri), defined, lab.folder / "again"))
     defined.create()
-    assert defined.UUIDString() != vm.vm.uuid
+    assert defined.UUIDString() != vm.uuid
     assert "52:54:00:aa:bb:cc" not in defined.XMLDesc()
     assert [disk.path for disk in hypervisor.find(name).disks] == [str(path) for path in disks.values()]
 
 
-def test_nvram_is_kept_and_restored(lab, runs, hypervisor):
-    # Any flash image serves: what counts is the file with the variables, not what boots.
-    code = lab.folder / "code.fd"
-    code.write_bytes(Path("/usr/share/seabios/bios-256k.bin").read_bytes())
-    template = lab.folder / "template.fd"
-    template.write_bytes(b"\x5a" * 65536)
-    nvram = lab.folder / "vars.fd"
-    firmware = f"<loader readonly='yes' type='pflash'>{code}</loader><nvram template='{template}'>{nvram}</nvram>"
-    vm = lab.vm(["qcow2:8M"], os_more=firmware)
+def test_the_nvram_of_a_uefi_vm_is_kept(lab, runs, hypervisor):
+    vm = lab.vm(["qcow2:8"], firmware=kernel.firmware())
+    nvram = Path(ElementTree.fromstring(vm.domain.XMLDesc()).findtext("os/nvram"))
     with runs.take(runs.run(vm)) as taken:
         artifact = next(a for a in taken.prepared.artifacts if a.name == "nvram")
-        assert artifact.open().read() == nvram.read_bytes() == b"\x5a" * 65536
+        kept = artifact.open().read()
+        assert len(kept) == nvram.stat().st_size
+        assert kept[40:44] == b"_FVH", "the signature of a firmware volume"
     moved = nvram.with_name("away")
     shutil.move(nvram, moved)
     with pytest.raises(HypervisorError, match=r"NVRAM .* is missing"), runs.take(runs.run(vm)):

@@ -6,45 +6,46 @@ import tomllib
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
-import backupcore_libvirt
 import libvirt
 import pytest
 
+import backupcore_libvirt
 from backupcore.errors import ConfigError, NotFound
 from backupcore.model import VM
+from backupcore_libvirt.plugin import Libvirt
 
 MiB = 1 << 20
 
 
 def test_vms_and_find(lab, small, hypervisor):
-    off = lab.vm(["qcow2:8M"], start=False)
+    off = lab.vm(["qcow2:8"], start=False)
     states = {state.vm.uuid: state for state in hypervisor.vms()}
-    assert states[off.vm.uuid].state == "off"
-    assert states[small.vm.uuid].state == "running"
+    assert states[off.uuid].state == "off"
+    assert states[small.uuid].state == "running"
     assert [state.vm.name for state in hypervisor.vms()] == sorted(state.vm.name for state in hypervisor.vms())
-    assert [(d.id, d.format, d.virtual_size) for d in states[small.vm.uuid].disks] == [
+    assert [(d.id, d.format, d.virtual_size) for d in states[small.uuid].disks] == [
         ("vda", "qcow2", 16 * MiB),
         ("vdb", "qcow2", 8 * MiB),
     ]
-    assert hypervisor.find(small.vm.name) == hypervisor.find(small.vm.uuid) == states[small.vm.uuid]
+    assert hypervisor.find(small.name) == hypervisor.find(small.uuid) == states[small.uuid]
     with pytest.raises(NotFound, match="no VM") as missing:
-        hypervisor.find(small.vm.name[:-1])
-    assert small.vm.name in missing.value.hint
+        hypervisor.find(small.name[:-1])
+    assert small.name in missing.value.hint
 
 
 def test_settings_of_running_and_stopped_vms_last(lab, small, hypervisor):
     vm = small
-    assert hypervisor.settings(vm.vm) == {}
-    hypervisor.configure(vm.vm, {"MODE": "FULL", "KEEP_LAST": "3 & <4>"})
-    assert hypervisor.settings(vm.vm) == {"MODE": "FULL", "KEEP_LAST": "3 & <4>"}
+    assert hypervisor.settings(vm.identity) == {}
+    hypervisor.configure(vm.identity, {"MODE": "FULL", "KEEP_LAST": "3 & <4>"})
+    assert hypervisor.settings(vm.identity) == {"MODE": "FULL", "KEEP_LAST": "3 & <4>"}
     for flags in (0, libvirt.VIR_DOMAIN_XML_INACTIVE):
         assert "urn:backupcore:vm:1" in vm.domain.XMLDesc(flags), "in the running and in the stored definition"
-    off = lab.vm(["qcow2:8M"], start=False)
-    hypervisor.configure(off.vm, {"MODE": "INCREMENT"})
-    assert hypervisor.settings(off.vm) == {"MODE": "INCREMENT"}
+    off = lab.vm(["qcow2:8"], start=False)
+    hypervisor.configure(off.identity, {"MODE": "INCREMENT"})
+    assert hypervisor.settings(off.identity) == {"MODE": "INCREMENT"}
     for wrong in ({"mode": "x"}, {"MODE": "a\nb"}):
         with pytest.raises(ConfigError):
-            hypervisor.configure(vm.vm, wrong)
+            hypervisor.configure(vm.identity, wrong)
     with pytest.raises(NotFound):
         hypervisor.settings(VM(uuid="00000000-0000-0000-0000-000000000001", name="gone"))
 
@@ -70,11 +71,16 @@ def test_check(hypervisor, lab):
     findings = {finding.subject: finding for finding in hypervisor.check()}
     assert all(finding.ok for finding in findings.values()), findings
     assert {"libvirt", "QEMU", "QEMU's user", "scratch folder"} <= set(findings)
-    lab.folder.chmod(0o700)
-    closed = {finding.subject: finding for finding in hypervisor.check()}["scratch folder"]
-    assert not closed.ok
-    assert str(lab.folder) in closed.detail
-    assert "chmod" in closed.hint
+
+
+def test_check_names_a_scratch_folder_that_qemu_cannot_reach(needs_root, hypervisor, lab):
+    closed = lab.folder / "closed"
+    closed.mkdir(mode=0o700)
+    findings = Libvirt(hypervisor.uri, closed / "scratch").check()
+    finding = next(finding for finding in findings if finding.subject == "scratch folder")
+    assert not finding.ok
+    assert str(closed) in finding.detail
+    assert "chmod" in finding.hint
 
 
 def test_the_entry_point_leads_to_the_plugin(tmp_path):

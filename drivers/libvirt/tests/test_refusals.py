@@ -8,9 +8,6 @@ from pathlib import Path
 
 import libvirt
 import pytest
-from backupcore_libvirt.connection import Connection
-from backupcore_libvirt.plugin import Libvirt
-from backupcore_libvirt.versions import require
 
 from backupcore.errors import (
     AccessDenied,
@@ -23,6 +20,10 @@ from backupcore.errors import (
     UnsupportedOperation,
 )
 from backupcore.model import VM, Outcome, RunState
+from backupcore_libvirt.backup_job import left_behind
+from backupcore_libvirt.connection import Connection, Domain
+from backupcore_libvirt.plugin import Libvirt
+from backupcore_libvirt.versions import require
 
 MiB = 1 << 20
 
@@ -48,16 +49,16 @@ def refuse(runs):
 
 def test_a_vm_that_is_off_or_unknown(lab, runs, refuse):
     vm = lab.vm(start=False)
-    error = refuse(runs.run(vm), UnsupportedOperation, f"{vm.vm.name} is powered off")
-    assert f"virsh start {vm.vm.name}" in error.hint
+    error = refuse(runs.run(vm), UnsupportedOperation, f"{vm.name} is powered off")
+    assert f"virsh start {vm.name}" in error.hint
     gone = replace(runs.run(vm), vm=VM(uuid="00000000-0000-0000-0000-000000000001", name="gone"))
     refuse(gone, NotFound, "00000000-0000")
 
 
 def test_qcow2_version_2(lab, runs, refuse):
-    vm = lab.vm(["qcow2:8M", "qcow2v2:8M"])
+    vm = lab.vm(["qcow2:8", "qcow2v2:8"])
     error = refuse(runs.run(vm), UnsupportedOperation, "disk vdb is qcow2 version 2")
-    assert f"compat=1.1 {vm.disks['vdb']}" in error.hint
+    assert f"compat=1.1 {vm.disk('vdb')}" in error.hint
     vm.untouched()
     with runs.take(runs.run(vm, tracked=False)):
         pass
@@ -76,7 +77,7 @@ def test_snapshots(small, runs, refuse):
 
 def test_a_job_of_somebody_else(small, runs, refuse, wait_for):
     folder = small.folder / "foreign"
-    folder.mkdir(mode=0o777)
+    folder.mkdir()
     folder.chmod(0o777)
     small.domain.backupBegin(
         f"<domainbackup mode='pull'><server transport='unix' socket='{folder}/s'/>"
@@ -104,9 +105,7 @@ def test_the_second_disk_alone_has_lost_its_bitmap(small, runs, refuse):
     with runs.take(runs.run(small)) as full:
         pass
     name = f"backupcore-{full.run.point}"
-    node = next(
-        n["node-name"] for n in small.monitor("query-named-block-nodes") if n["file"] == str(small.disks["vdb"])
-    )
+    node = next(n["node-name"] for n in small.monitor("query-named-block-nodes") if n["file"] == str(small.disk("vdb")))
     small.monitor("block-dirty-bitmap-disable", node=node, name=name)
     refuse(runs.run(small, full), IncrementImpossible, "on disk vdb is not recording")
     small.monitor("block-dirty-bitmap-remove", node=node, name=name)
@@ -120,15 +119,15 @@ def test_the_second_disk_alone_has_lost_its_bitmap(small, runs, refuse):
 
 
 def test_bitmaps_after_a_restart_and_after_a_crash_of_qemu(lab, runs, refuse):
-    vm = lab.vm(["qcow2:8M", "qcow2:8M"])
+    vm = lab.vm(["qcow2:8", "qcow2:8"])
     with runs.take(runs.run(vm)) as old:
         pass
-    vm.domain.destroy()
-    vm.domain.create()
+    vm.destroy()
+    vm.start()
     with runs.take(runs.run(vm, old)) as new:  # what was closed cleanly works
         pass
     vm.kill()
-    vm.domain.create()
+    vm.start()
     refuse(runs.run(vm, old), IncrementImpossible, "on disk vda is inconsistent; QEMU has probably crashed")
     refuse(runs.run(vm, new), IncrementImpossible, "missing on disk vda; QEMU has probably crashed")
     with runs.take(runs.run(vm, spent=(old.run.point, new.run.point))) as full:
@@ -150,25 +149,25 @@ def test_disks_that_were_added_or_have_shrunk(small, runs, refuse):
 
 
 def test_another_image_under_the_same_target(lab, runs, refuse):
-    vm = lab.vm(["qcow2:8M"])
+    vm = lab.vm(["qcow2:8"])
     with runs.take(runs.run(vm)) as full:
         pass
-    vm.domain.destroy()
-    image = vm.disks["vda"]
+    vm.destroy()
+    image = vm.disk("vda")
     other = image.with_name("other.qcow2")
     shutil.copy(image, other)  # with a bitmap that looks healthy
-    lab.connection.defineXML(vm.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE).replace(str(image), str(other)))
-    vm.domain.create()
+    vm.change((str(image), str(other)))
+    vm.start()
     refuse(runs.run(vm, full), IncrementImpossible, f"disk vda is now {other}, at the last backup it was {image}")
 
 
-def test_scratch_that_qemu_cannot_reach(lab, small, runs, refuse):
+def test_scratch_that_qemu_cannot_reach(needs_root, lab, small, runs, refuse):
     closed = lab.folder / "closed"
     closed.mkdir(mode=0o700)
-    runs.hypervisor = Libvirt("qemu:///system", closed / "scratch")
-    error = refuse(runs.run(small), AccessDenied, f"libvirt-qemu .* cannot pass {closed},")
+    runs.hypervisor = Libvirt(runs.hypervisor.uri, closed / "scratch")
+    error = refuse(runs.run(small), AccessDenied, f".* cannot pass {closed},")
     assert f"chmod o+x {closed}" in error.hint
-    runs.hypervisor = Libvirt("qemu:///system", lab.folder / ("long" * 12) / ("long" * 12))
+    runs.hypervisor = Libvirt(runs.hypervisor.uri, lab.folder / ("long" * 12) / ("long" * 12))
     refuse(runs.run(small), HypervisorError, "107 is the limit")
     small.untouched()
 
@@ -176,18 +175,37 @@ def test_scratch_that_qemu_cannot_reach(lab, small, runs, refuse):
 def test_scratch_without_room(lab, small, runs, refuse, tmpfs):
     scratch = tmpfs(4)
     (scratch / "ballast").write_bytes(bytes(4 * MiB - 600_000))
-    runs.hypervisor = Libvirt("qemu:///system", scratch)
+    runs.hypervisor = Libvirt(runs.hypervisor.uri, scratch)
     refuse(runs.run(small), TargetFull, f"scratch folder {scratch}: 0 MiB are free")
     (scratch / "ballast").unlink()
-    vm = lab.vm(["qcow2:8M"], options="error_policy='report'")
+    vm = lab.vm(["qcow2:8"], driver="error_policy='report'")
     error = refuse(runs.run(vm), TargetFull, r"lose writes to vda \(error_policy='report'\)")
     assert "error_policy" in error.hint
     vm.untouched()
 
 
-def test_encrypted_disks_and_vms_without_disks(lab, runs, refuse, daemon):
+def test_a_vm_without_disks(lab, runs, refuse):
     vm = lab.vm([], more="<disk type='file' device='cdrom'><target dev='sda' bus='sata'/></disk>")
     refuse(runs.run(vm), UnsupportedOperation, r"has no disk that a backup could hold \(sda: a CD-ROM\)")
+
+
+class StuckDomain(Domain):
+    """A VM whose libvirtd was killed while a backup began: libvirt has a job that QEMU knows nothing of."""
+
+    def __init__(self) -> None:
+        self.name = "stuck"
+
+    def is_active(self) -> bool:
+        return True
+
+    def job_type(self) -> int:
+        raise HypervisorError("VM stuck: job: internal error: backup job data missing")
+
+
+def test_a_job_that_libvirt_cannot_end_is_explained(tmp_path: Path):
+    with pytest.raises(HypervisorError, match="holds a backup job that no longer exists") as refused:
+        left_behind(StuckDomain(), tmp_path)
+    assert "/run/libvirt/qemu/stuck.xml" in refused.value.hint
 
 
 class OldConnection(Connection):
@@ -212,9 +230,9 @@ class OldConnection(Connection):
         ((7, 4, 0), "no", r"does not offer backups with checkpoints; libvirt 7\.4\.0 and QEMU \d.* are here"),
     ],
 )
-def test_libvirt_that_is_too_old(small, version, offered, message):
-    with OldConnection("qemu:///system", version, offered) as connection:
-        domain = connection.domain(small.vm.uuid)
+def test_libvirt_that_is_too_old(libvirt_uri, small, version, offered, message):
+    with OldConnection(libvirt_uri, version, offered) as connection:
+        domain = connection.domain(small.uuid)
         with pytest.raises(UnsupportedOperation, match=message):
             require(connection, domain)
 

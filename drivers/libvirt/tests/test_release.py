@@ -14,12 +14,12 @@ from pathlib import Path
 
 import libvirt
 import pytest
-from backupcore_libvirt import backup_job
-from backupcore_libvirt.clients import connected
-from backupcore_libvirt.plugin import Libvirt
 
 from backupcore.errors import Busy, HypervisorError, TargetFull
 from backupcore.model import Outcome, RunState
+from backupcore_libvirt import backup_job
+from backupcore_libvirt.clients import connected
+from backupcore_libvirt.plugin import Libvirt
 
 MiB = 1 << 20
 
@@ -28,11 +28,11 @@ import sys, pathlib
 from backupcore.context import Context
 from backupcore.model import VM, BackupRun, Type
 from backupcore_libvirt.plugin import Libvirt
-scratch, folder, uuid, name, run, point = sys.argv[1:]
+uri, scratch, folder, uuid, name, run, point = sys.argv[1:]
 run = BackupRun(id=run, vm=VM(uuid=uuid, name=name), host="here", datastore="nas", image="0" * 32, number=0,
                 point=point, type=Type.FULL)
 with Context(pathlib.Path(folder)) as ctx:
-    prepared = Libvirt("qemu:///system", pathlib.Path(scratch)).prebackup(run, ctx)
+    prepared = Libvirt(uri, pathlib.Path(scratch)).prebackup(run, ctx)
     prepared.artifacts[0].read_at(0, prepared.artifacts[0].size)  # a connection that stays open
     print("ready", flush=True)
     sys.stdin.read()
@@ -45,7 +45,7 @@ def other_process(runs, tmp_path):
     started: list[subprocess.Popen[str]] = []
 
     def start(vm, run) -> subprocess.Popen[str]:
-        arguments = [runs.hypervisor.scratch, tmp_path, vm.vm.uuid, vm.vm.name, run.id, run.point]
+        arguments = [runs.hypervisor.uri, runs.hypervisor.scratch, tmp_path, vm.uuid, vm.name, run.id, run.point]
         process = subprocess.Popen(
             [sys.executable, "-c", PREBACKUP, *map(str, arguments)],
             stdin=subprocess.PIPE,
@@ -91,7 +91,7 @@ def test_postbackup_in_a_fresh_process_releases_all_and_can_be_repeated(small, r
     process.wait()
     for _ in range(2):
         with runs.context(replace(dead)) as ctx:
-            Libvirt("qemu:///system", runs.hypervisor.scratch).postbackup(dead, Outcome(state=RunState.FAILED), ctx)
+            Libvirt(runs.hypervisor.uri, runs.hypervisor.scratch).postbackup(dead, Outcome(state=RunState.FAILED), ctx)
         (runs.folder / dead.id).rmdir()
         small.untouched()
         assert list(runs.hypervisor.scratch.iterdir()) == []
@@ -148,13 +148,13 @@ def test_the_folder_of_a_run_is_closed_to_others(small, runs):
     with runs.take(runs.run(small)) as taken:
         folder = runs.hypervisor.scratch / taken.run.id
         found = folder.stat()
-        assert (found.st_mode & 0o777, found.st_uid) == (0o700, 64055 if os.geteuid() == 0 else os.geteuid())
+        assert (found.st_mode & 0o777, found.st_uid) == (0o700, small.folder.stat().st_uid)
         assert runs.hypervisor.scratch.stat().st_mode & 0o777 == 0o711
 
 
 def test_the_run_is_given_up_before_scratch_is_full(lab, runs, tmpfs, wait_for):
-    runs.hypervisor = Libvirt("qemu:///system", tmpfs(40))  # before the VM: QEMU keeps the mounts of its start
-    vm = lab.vm(["qcow2:64M"])
+    runs.hypervisor = Libvirt(runs.hypervisor.uri, tmpfs(40))  # before the VM: QEMU keeps the mounts of its start
+    vm = lab.vm(["qcow2:64"])
     vm.io("vda", "write -P 0x11 0 60M")
 
     def fill() -> None:
@@ -187,17 +187,15 @@ def boot_sector(sectors: int) -> bytes:
 
 def test_a_guest_that_was_stopped_by_full_scratch_goes_on(lab, runs, tmpfs, wait_for, tmp_path):
     scratch = tmpfs(3)  # before the VM: QEMU keeps the mounts of its start
-    vm = lab.vm(["qcow2:16M"], start=False)
-    raw = tmp_path / "boot.raw"
-    raw.write_bytes(boot_sector(30_000).ljust(15 * MiB, b"\x11"))
-    subprocess.run(["qemu-img", "convert", "-O", "qcow2", str(raw), str(vm.disks["vda"])], check=True)
-    vm.domain.create()
+    boot = tmp_path / "boot.raw"
+    boot.write_bytes(boot_sector(30_000).ljust(15 * MiB, b"\x11"))
+    vm = lab.vm(["qcow2:16"], content=boot)
 
     def writes() -> int:
         return int(vm.domain.blockStats("vda")[2])
 
     wait_for(lambda: writes() > 50, "the guest writes", 30)
-    runs.hypervisor = Libvirt("qemu:///system", scratch)
+    runs.hypervisor = Libvirt(runs.hypervisor.uri, scratch)
 
     def fill() -> None:
         with runs.take(runs.run(vm)) as taken:
@@ -211,6 +209,6 @@ def test_a_guest_that_was_stopped_by_full_scratch_goes_on(lab, runs, tmpfs, wait
     before = writes()
     wait_for(lambda: writes() > before + 50, "the guest writes again")
     vm.untouched()
-    runs.hypervisor = Libvirt("qemu:///system", Path(lab.folder / "scratch"))
+    runs.hypervisor = Libvirt(runs.hypervisor.uri, Path(lab.folder / "scratch"))
     with runs.take(runs.run(vm)):
         wait_for(lambda: writes() > before + 100, "the guest writes during a backup")

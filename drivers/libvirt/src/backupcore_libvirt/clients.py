@@ -33,6 +33,6 @@ def wait_until_alone(socket: Path, limit: float) -> None:
         if time.monotonic() > deadline:
             raise HypervisorError(
                 f"{count} connection(s) to {socket} are still open; ending the backup job now could hang the guest",
-                "End the process that reads from there (the backup of this VM), then run: vmkeep recover",
+                "End the process that reads from there (a backup of this VM); the next backup then ends the job.",
             )
         time.sleep(0.01)

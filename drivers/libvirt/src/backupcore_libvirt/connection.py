@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Self
 
 import libvirt
-import libvirt_qemu  # type: ignore[import-untyped]  # publishes no types
+import libvirt_qemu
 
 from backupcore.errors import (
     AccessDenied,

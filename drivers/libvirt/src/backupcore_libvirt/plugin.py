@@ -170,7 +170,9 @@ class Libvirt:
             left_behind(domain, self.scratch)
             seen = look(connection, domain, run, self.scratch)
             if run.parent is None:
-                sizes = {disk.id: domain.block_sizes(disk.id)[1] for disk in seen.disks}
+                # libvirt cannot tell how much of a block device is in use.
+                files = [disk for disk in seen.disks if disk.kind != "block"]
+                sizes = {disk.id: domain.block_sizes(disk.id)[1] for disk in files}
             else:
                 name = checkpoint_name(run.parent.point)
                 listed = parse(domain.checkpoint_xml(name, size=True)).iterfind("./disks/disk")
