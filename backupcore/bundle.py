@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC
-from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from blake3 import blake3
 
-from backupcore.disk.qcow2 import CLUSTER, DiskArtifact, Layout
+from backupcore.disk.qcow2 import DiskArtifact, Layout
 from backupcore.disk.sums import HashedDisk, SumsArtifact
 from backupcore.errors import ContractViolation
 from backupcore.manifest import FORMAT, NAME, ManifestArtifact
@@ -38,7 +35,6 @@ class Bundle:
         by_name = {check_name(artifact.name): artifact for artifact in prepared.artifacts}
         if len(by_name) != len(prepared.artifacts) or NAME in by_name:
             raise ContractViolation("prebackup named an artifact twice")
-        self._ctx = ctx
         self.disks: dict[str, HashedDisk] = {}
         self._layouts: dict[str, Layout] = {}
         self._sums: dict[str, SumsArtifact] = {}
@@ -46,7 +42,7 @@ class Bundle:
             artifact = by_name.pop(disk.artifact, None)
             if not isinstance(artifact, DiskArtifact) or disk.artifact != f"disk.{disk.id}.qcow2":
                 raise ContractViolation(f"prebackup names disk {disk.id}, but {disk.artifact} is no such artifact")
-            hashed = HashedDisk(artifact, ctx.folder / f"{run.point}.sums.{disk.id}")
+            hashed = HashedDisk(artifact, ctx.folder / f"{run.image}.sums.{disk.id}")
             self.disks[disk.id] = hashed
             self._layouts[disk.id] = artifact.layout
             self._sums[disk.id] = SumsArtifact(f"sums.{disk.id}", hashed)
@@ -105,26 +101,6 @@ class Bundle:
         for disk in self.disks.values():
             if not disk.table.complete():
                 raise ContractViolation(f"the driver reported a backup, but has not read all of {disk.name}")
-
-    @contextmanager
-    def progress(self) -> Iterator[None]:
-        """Tell `ctx.progress` four times a second how many bytes of the disks were read."""
-        ended = Event()
-
-        def tell() -> None:
-            while not ended.wait(0.25):
-                self._ctx.progress.done(self.bytes_read)
-
-        total = sum(layout.clusters for layout in self._layouts.values()) * CLUSTER
-        self._ctx.progress.phase("backup", total)
-        thread = Thread(target=tell, name="progress", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-            self._ctx.progress.done(self.bytes_read)
 
     def close(self) -> None:
         """Close every connection to the VM's disks, for good: the hypervisor ends its job next."""

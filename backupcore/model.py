@@ -259,13 +259,16 @@ class BackupRun:
         }
 
     def as_full(self, reason: str) -> BackupRun:
-        """The same run as a full in a new image, for this reason; the old chain's checkpoints are then spent."""
+        """The same run as a full in a new image, for this reason; the old chain's checkpoints are then spent.
+
+        The point stays: nothing was made under its name, since the guest was not touched yet, and whoever cleans up
+        after a run that was killed knows that name.
+        """
         spent = self.spent + ((self.parent.point,) if self.parent else ())
         return replace(
             self,
             image=new_id(),
             number=0,
-            point=new_id(),
             type=Type.FULL,
             parent=None,
             reason=reason,

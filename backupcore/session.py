@@ -66,8 +66,8 @@ def _attempt(datastore: Datastore, run: BackupRun, ctx: Context, record: Callabl
         run = replace(run, date=prepared.date)
         bundle = Bundle(prepared, run, ctx)
         try:
-            with bundle.progress():
-                stored = datastore.backup(bundle.artifacts, run, ctx)
+            ctx.progress.phase("backup", bundle.size)
+            stored = datastore.backup(bundle.artifacts, run, ctx)
             outcome = replace(outcome, stored=stored)
             bundle.check_complete()
             digest = blake3(bundle.manifest.data()).hexdigest()

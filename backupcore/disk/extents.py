@@ -41,6 +41,10 @@ class Kind(enum.Enum):
     """Reads as zeros; need not be read."""
 
 
+# Looked up here once: `Kind.DATA` goes through the metaclass each time, and there may be millions of extents.
+_KINDS = _DATA, _ZERO = Kind.DATA, Kind.ZERO
+
+
 class Extent(NamedTuple):
     """`length` bytes from `offset` of one kind."""
 
@@ -59,25 +63,23 @@ def coalesce(extents: Iterable[Extent]) -> Iterator[Extent]:
 
     Raises ValueError where the input is out of order or overlaps.
     """
-    held: Extent | None = None
-    for extent in extents:
-        if extent.length <= 0:
-            if extent.length < 0:
-                raise ValueError(f"{extent} has a negative length")
+    start = end = 0
+    held: Kind | None = None
+    for offset, length, kind in extents:
+        if length <= 0:
+            if length < 0:
+                raise ValueError(f"the extent at {offset} has a negative length, {length}")
             continue
-        if held is None:
-            held = extent
+        if kind is held and offset == end:
+            end += length
             continue
-        end = held.offset + held.length
-        if extent.offset == end and extent.kind is held.kind:
-            held = Extent(held.offset, held.length + extent.length, held.kind)
-            continue
-        if extent.offset < end:
-            raise ValueError(f"{extent} overlaps or comes after {held}")
-        yield held
-        held = extent
+        if held is not None:
+            if offset < end:
+                raise ValueError(f"the extent at {offset} overlaps or precedes the one from {start} to {end}")
+            yield Extent(start, end - start, held)
+        start, end, held = offset, offset + length, kind
     if held is not None:
-        yield held
+        yield Extent(start, end - start, held)
 
 
 def intersect(extents: Iterable[Extent], ranges: Iterable[tuple[int, int]]) -> Iterator[Extent]:
@@ -128,13 +130,14 @@ def to_clusters(extents: Iterable[Extent], size: int, cluster: int = CLUSTER) ->
     The last extent may end past `size`, at the end of its cluster. Raises ValueError for extents past `size`,
     out of order or overlapping. Takes time by the number of extents, not of clusters.
     """
-    return coalesce(_clusters(coalesce(extents), size, cluster))
+    return coalesce(_clusters(extents, size, cluster))
 
 
 def _clusters(extents: Iterable[Extent], size: int, cluster: int) -> Iterator[Extent]:
     open_at = -1  # the cluster that is only known in part, the bytes of zeros seen in it, and whether data was seen
     zeros = 0
     data = False
+    last = 0  # the end of the extent before
 
     def closed() -> Extent:
         whole = zeros == min(cluster, size - open_at)
@@ -144,6 +147,9 @@ def _clusters(extents: Iterable[Extent], size: int, cluster: int) -> Iterator[Ex
         offset, end = first, first + length
         if offset < 0 or end > size:
             raise ValueError(f"bytes {offset} to {end} lie outside a disk of {size} bytes")
+        if offset < last or length < 0:
+            raise ValueError(f"the extent at {offset} overlaps or precedes the one that ends at {last}")
+        last = end
         while offset < end:
             start = offset - offset % cluster
             if open_at not in (-1, start):
@@ -159,7 +165,7 @@ def _clusters(extents: Iterable[Extent], size: int, cluster: int) -> Iterator[Ex
             if open_at == -1:
                 open_at, zeros, data = start, 0, False
             stop = min(end, start + cluster)
-            if kind is Kind.DATA:
+            if kind is _DATA:
                 data = True
             else:
                 zeros += stop - offset
@@ -181,7 +187,7 @@ class ExtentTable(Sequence[Extent]):
         for offset, length, kind in coalesce(extents):
             starts.append(offset)
             lengths.append(length)
-            kinds.append(kind is Kind.ZERO)
+            kinds.append(kind is _ZERO)
         self._starts, self._lengths, self._kinds = starts, lengths, kinds
 
     def __len__(self) -> int:
@@ -233,6 +239,3 @@ class ExtentTable(Sequence[Extent]):
                 return
             first, last = max(start, offset), min(start + self._lengths[index], end)
             yield Extent(first, last - first, _KINDS[self._kinds[index]])
-
-
-_KINDS = (Kind.DATA, Kind.ZERO)

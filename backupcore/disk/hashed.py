@@ -116,18 +116,18 @@ class HashedDisk(Artifact):
         """Read up to four blocks of the clusters [first, end) that have no digest, so that they have one."""
         last = -(-min(end, self._layout.clusters) // BLOCK)
         wanted = []
-        for block in range(first // BLOCK, last):
-            from_, to = block * BLOCK, min((block + 1) * BLOCK, self._layout.clusters)
+        for number in range(first // BLOCK, last):
+            from_, to = number * BLOCK, min((number + 1) * BLOCK, self._layout.clusters)
             if self.table.first_missing(from_, to) is not None:
-                wanted.append(block)
+                wanted.append(number)
             if len(wanted) == AHEAD:
                 break
         with self._lock:
-            blocks = [(number, self._want(number)) for number in wanted]
+            blocks = [self._want(number) for number in wanted]
             self._shrink()
-        for number, asked in blocks:
-            self._wait(number, asked)
-            asked.spent = True
+        for block in blocks:
+            self._wait(block)
+            block.spent = True
 
     def complete(self) -> None:
         """Read whatever has not been read yet, so that every cluster has its digest."""
@@ -159,7 +159,7 @@ class HashedDisk(Artifact):
                 for following in range(number + 1, min(through + 1, self._blocks)):
                     self._want(following)
                 self._shrink()
-            data = self._wait(number, block)
+            data = self._wait(block)
             from_, to = max(at - number * _BYTES, 0), min(end - number * _BYTES, len(data))
             block.spent = block.spent or to == len(data)
             yield data[from_:to]
@@ -169,7 +169,7 @@ class HashedDisk(Artifact):
         if self._closed:
             raise ContractViolation(f"{self.name} was read after it was closed")
         block = self._cache.get(number)
-        if block is None:
+        if block is None or (block.future.done() and block.future.exception()):
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(AHEAD, thread_name_prefix=f"read-{self.name}")
             block = self._cache[number] = _Block(self._pool.submit(self._read, number))
@@ -177,16 +177,11 @@ class HashedDisk(Artifact):
             self._cache.move_to_end(number)
         return block
 
-    def _wait(self, number: int, block: _Block) -> memoryview:
+    def _wait(self, block: _Block) -> memoryview:
         try:
             return block.future.result()
         except CancelledError:
             raise ContractViolation(f"{self.name} was read while it was closed") from None
-        except BaseException:
-            with self._lock:  # the next reader asks the disk again
-                if self._cache.get(number) is block:
-                    del self._cache[number]
-            raise
 
     def _shrink(self) -> None:
         """Drop blocks: those that were read to their end first. Called with the lock."""

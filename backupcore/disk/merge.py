@@ -15,20 +15,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import BinaryIO, Protocol
 
-from blake3 import blake3
-
 from backupcore.disk.extents import CLUSTER, Extent, ExtentTable, Kind, complement, intersect
 from backupcore.disk.geometry import clusters_of
 from backupcore.disk.qcow2 import Layout
 from backupcore.disk.stored import StoredDisk, read_exactly
+from backupcore.disk.table import DIGEST, digests
 from backupcore.errors import IntegrityError
 
 __all__ = ["Layer", "Target", "merge"]
 
-_DIGEST = 32
 _STEP = 16  # clusters read at once: 1 MiB, after which a cancel is looked for
 _BATCH = 4 * _STEP  # clusters that are checked and written in one go, while the next are being read
-_ZERO_CLUSTER = blake3(bytes(CLUSTER)).digest()
+_ZERO_CLUSTER = digests(memoryview(bytes(CLUSTER)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,8 +193,8 @@ def _copy(
         count = sum(clusters for _, clusters in places)
         offset = layout.data_offset + first * CLUSTER
         content = data.read_from(offset, count * CLUSTER, layer.name)
-        digests = sums.read_from(first * _DIGEST, count * _DIGEST, f"{layer.name}: the list of digests")
-        batch.append(_Read(content, digests, places))
+        expected = sums.read_from(first * DIGEST, count * DIGEST, f"{layer.name}: the list of digests")
+        batch.append(_Read(content, expected, places))
         if sum(len(read.data) for read in batch) >= _BATCH * CLUSTER:
             if writing:
                 writing.result()
@@ -205,7 +203,7 @@ def _copy(
     if writing:
         writing.result()
     _place(layer, batch, disk)
-    for feed, end, what in (data, layout.size, ""), (sums, layout.clusters * _DIGEST, ": the list of digests"):
+    for feed, end, what in (data, layout.size, ""), (sums, layout.clusters * DIGEST, ": the list of digests"):
         if feed.position == end and feed.read(1):
             raise IntegrityError(f"{layer.name}{what} goes on past its {end} bytes")
     rest = complement(intersect(layout.extents(), within), clusters_of(disk.size) * CLUSTER)
@@ -243,13 +241,13 @@ def _place(layer: Layer, batch: Sequence[_Read], disk: _Disk) -> None:
     """Check clusters against their digests, then give them to the disk."""
     for read in batch:
         view = memoryview(read.data)
-        digests = b"".join(blake3(view[at : at + CLUSTER]).digest() for at in range(0, len(view), CLUSTER))
-        if digests != read.sums:
-            raise _mismatch(layer, digests, read)
+        found = digests(view)
+        if found != read.sums:
+            raise _mismatch(layer, found, read)
         at = 0
         for offset, clusters in read.places:
             data = view[at * CLUSTER : (at + clusters) * CLUSTER]
-            sums = read.sums[at * _DIGEST : (at + clusters) * _DIGEST]
+            sums = read.sums[at * DIGEST : (at + clusters) * DIGEST]
             at += clusters
             if _ZERO_CLUSTER in sums:
                 _put_sparse(offset, data, sums, disk)
@@ -260,19 +258,19 @@ def _place(layer: Layer, batch: Sequence[_Read], disk: _Disk) -> None:
 def _put_sparse(offset: int, data: memoryview, sums: bytes, disk: _Disk) -> None:
     """Give the disk data of which some clusters are zeros, as their digests tell for nothing."""
     for at in range(0, len(data), CLUSTER):
-        index = at // CLUSTER * _DIGEST
-        if sums[index : index + _DIGEST] == _ZERO_CLUSTER:
+        index = at // CLUSTER * DIGEST
+        if sums[index : index + DIGEST] == _ZERO_CLUSTER:
             disk.zero(offset + at, CLUSTER)
         else:
             disk.write(offset + at, data[at : at + CLUSTER])
 
 
-def _mismatch(layer: Layer, digests: bytes, read: _Read) -> IntegrityError:
+def _mismatch(layer: Layer, found: bytes, read: _Read) -> IntegrityError:
     """The error that names the first cluster whose digest is wrong."""
     offsets = [offset + at * CLUSTER for offset, clusters in read.places for at in range(clusters)]
-    starts = range(0, len(digests), _DIGEST)
-    wrong = next(at for at in starts if digests[at : at + _DIGEST] != read.sums[at : at + _DIGEST])
+    starts = range(0, len(found), DIGEST)
+    wrong = next(at for at in starts if found[at : at + DIGEST] != read.sums[at : at + DIGEST])
     return IntegrityError(
-        f"{layer.name}: the {CLUSTER} bytes at the guest's offset {offsets[wrong // _DIGEST]} are not those backed up",
+        f"{layer.name}: the {CLUSTER} bytes at the guest's offset {offsets[wrong // DIGEST]} are not those backed up",
         "Restore an increment older than this one, or from another datastore.",
     )

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, Protocol
 from blake3 import blake3
 
 from backupcore.disk.extents import CLUSTER, Extent, ExtentTable, Kind
-from backupcore.disk.geometry import COPIED, ENTRIES, L2_SPAN, ZERO, Geometry, big_endian, clusters_of
+from backupcore.disk.geometry import COPIED, ENTRIES, L2_SPAN, ZERO, Geometry, clusters_of, row
 from backupcore.errors import HypervisorError
 from backupcore.model import Artifact, stream
 
@@ -141,25 +141,26 @@ class Layout:
         return self._l2_table(self._l2[index - place.l2])
 
     def _l1_cluster(self, index: int) -> bytes:
-        entries = array("Q", bytes(CLUSTER))
+        entries = bytearray(CLUSTER)
         first = index * ENTRIES
         low = bisect_left(self._l2, first)
         for position in range(low, bisect_left(self._l2, first + ENTRIES, low)):
-            entries[self._l2[position] - first] = COPIED | (self._geometry.l2 + position) * CLUSTER
-        return big_endian(entries)
+            at = (self._l2[position] - first) * 8
+            entries[at : at + 8] = row(COPIED | (self._geometry.l2 + position) * CLUSTER, 1)
+        return bytes(entries)
 
     def _l2_table(self, index: int) -> bytes:
         start = index * L2_SPAN
-        entries = array("Q", bytes(CLUSTER))
+        entries = bytearray(CLUSTER)
         target = COPIED | (self.data_offset + self.index(start) * CLUSTER)
         for offset, length, kind in self._extents.within(start, L2_SPAN):
-            low, count = (offset - start) // CLUSTER, length // CLUSTER
+            low, count = (offset - start) // CLUSTER * 8, length // CLUSTER
             if kind is Kind.ZERO:
-                entries[low : low + count] = array("Q", (ZERO,)) * count
+                entries[low : low + count * 8] = ZERO.to_bytes(8, "big") * count
             else:
-                entries[low : low + count] = array("Q", range(target, target + length, CLUSTER))
+                entries[low : low + count * 8] = row(target, count)
                 target += length
-        return big_endian(entries)
+        return bytes(entries)
 
 
 class BlockReader(Protocol):

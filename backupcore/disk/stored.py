@@ -16,7 +16,7 @@ from typing import Protocol
 from blake3 import blake3
 
 from backupcore.disk.extents import CLUSTER, Extent, Kind
-from backupcore.disk.geometry import COPIED, ENTRIES, HEADER, L2_SPAN, MAGIC, ZERO, Geometry, big_endian, clusters_of
+from backupcore.disk.geometry import COPIED, ENTRIES, HEADER, L2_SPAN, MAGIC, ZERO, Geometry, clusters_of, row
 from backupcore.disk.qcow2 import Layout
 from backupcore.errors import IntegrityError, UnsupportedOperation
 
@@ -139,7 +139,7 @@ class StoredDisk:
         """The extents of one L2 table whose first cluster is at the guest offset `start`."""
         target = COPIED | self._next_data
         left = min(ENTRIES, self._place.clusters - self._next_data // CLUSTER)
-        data = big_endian(array("Q", range(target, target + left * CLUSTER, CLUSTER)))  # all that may come, in order
+        data = row(target, left)  # all that may come, in order
         used = index = 0
         while index < entries:
             offset = start + index * CLUSTER

@@ -71,7 +71,7 @@ class SumsArtifact(Artifact):
             elif time.monotonic() - since >= self._patience * (10 if table.reads else 1):
                 self._alone_at = table.reads
             else:
-                table.wait(_POLL)
+                table.wait(min(_POLL, self._patience / 4))
 
 
 class Checker:

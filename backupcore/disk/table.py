@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-import mmap
 import os
-import struct
 import threading
 import weakref
 from contextlib import contextmanager
@@ -41,9 +39,9 @@ def digests(buffer: memoryview) -> bytes:
 class Table:
     """A file with the digest of each data cluster of one disk, in file order; zeros where there is none yet.
 
-    The file is mapped shared: the process of a file view and its parent see the same digests and counters, also when
-    one of them was killed. It takes 0.05 % of the data and is paged by the system, never held in memory as a whole.
-    Safe from several threads and several processes. The layout is private: it lives as long as one run.
+    The process of a file view and its parent use the same file, so they see the same digests and counters, also when
+    one of them was killed. It takes 0.05 % of the data and is never held in memory: mapped, the 512 MiB of a disk of
+    1 TiB would count as ours. Safe from several threads and processes. The format is private to one run.
     """
 
     _MAGIC_AT, _CLUSTERS_AT, _RECORDED_AT, _READS_AT, _BYTES_AT = range(0, 40, 8)
@@ -53,9 +51,9 @@ class Table:
         self._thread = threading.Condition()
         self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self._release = weakref.finalize(self, os.close, self._file)
-        self._map = mmap.mmap(self._file, 0)
-        self.clusters = self._get(self._CLUSTERS_AT)
-        if self._map[: len(_MAGIC)] != _MAGIC or len(self._map) != _HEADER + self.clusters * DIGEST:
+        magic = os.pread(self._file, _HEADER, 0).ljust(_HEADER)[: len(_MAGIC)]
+        self.clusters = self._get(self._CLUSTERS_AT) if magic == _MAGIC else -1
+        if os.fstat(self._file).st_size != _HEADER + self.clusters * DIGEST:
             self.close()
             raise ContractViolation(f"{path} is no table of sums")
 
@@ -65,9 +63,9 @@ class Table:
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
-                # Reserved, not sparse: a full file system would kill the process (SIGBUS) at a write to the map.
+                # Reserved, not sparse: no backup should fail near its end for want of so little room.
                 os.posix_fallocate(file, 0, _HEADER + clusters * DIGEST)
-                os.pwrite(file, _MAGIC + struct.pack("<Q", clusters), 0)
+                os.pwrite(file, _MAGIC + clusters.to_bytes(8, "little"), 0)
             except BaseException:
                 path.unlink()
                 raise
@@ -99,7 +97,8 @@ class Table:
 
     def complete(self) -> bool:
         """True once every cluster has its digest."""
-        return self.recorded == self.clusters
+        # A process that was killed between the two has written digests, but not counted them.
+        return self.recorded == self.clusters or self.first_missing(0, self.clusters) is None
 
     def touch(self) -> None:
         """Move `reads`."""
@@ -113,11 +112,11 @@ class Table:
         cluster that changed between two reads means that what was stored belongs to no instant.
         """
         start = _HEADER + first * DIGEST
-        if first < 0 or len(new) % DIGEST or start + len(new) > len(self._map):
+        if first < 0 or len(new) % DIGEST or first + len(new) // DIGEST > self.clusters:
             raise ValueError(f"{len(new)} bytes of digests at cluster {first} of {self.clusters}")
         with self._locked():
             self._add(self._BYTES_AT, count)
-            old = self._map[start : start + len(new)]
+            old = os.pread(self._file, len(new), start)
             if old == new:
                 return
             fresh = 0
@@ -126,7 +125,7 @@ class Table:
                     fresh += 1
                 elif old[at : at + DIGEST] != new[at : at + DIGEST]:
                     raise IntegrityError(f"data cluster {first + at // DIGEST} changed between two reads of the disk")
-            self._map[start : start + len(new)] = new
+            os.pwrite(self._file, new, start)
             self._add(self._RECORDED_AT, fresh)
 
     def first_missing(self, first: int, end: int) -> int | None:
@@ -176,10 +175,9 @@ class Table:
             self._thread.wait(seconds)
 
     def close(self) -> None:
-        """Unmap and close the file; it stays on disk. A second call does nothing."""
+        """Close the file; it stays on disk. A second call does nothing."""
         with self._thread:
             if self._file >= 0:
-                self._map.close()
                 self._release()
                 self._file = -1
 
@@ -199,11 +197,10 @@ class Table:
     def _slice(self, first: int, count: int) -> bytes:
         start = _HEADER + first * DIGEST
         with self._locked():  # a digest that another process is just writing would be read in half
-            return self._map[start : start + count * DIGEST]
+            return os.pread(self._file, count * DIGEST, start)
 
     def _get(self, at: int) -> int:
-        number: int = struct.unpack_from("<Q", self._map, at)[0]
-        return number
+        return int.from_bytes(os.pread(self._file, 8, at), "little")
 
     def _add(self, at: int, count: int) -> None:
-        struct.pack_into("<Q", self._map, at, self._get(at) + count)
+        os.pwrite(self._file, (self._get(at) + count).to_bytes(8, "little"), at)

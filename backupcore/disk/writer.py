@@ -8,13 +8,14 @@ zeros, and nothing takes it for a disk.
 from __future__ import annotations
 
 import os
+import struct
 from array import array
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from backupcore.disk.extents import CLUSTER
-from backupcore.disk.geometry import COPIED, ENTRIES, L2_SPAN, Geometry, big_endian, clusters_of, header, table
+from backupcore.disk.geometry import COPIED, ENTRIES, L2_SPAN, Geometry, clusters_of, header, row, table
 from backupcore.errors import from_os_error
 
 __all__ = ["DiskWriter"]
@@ -110,8 +111,7 @@ class DiskWriter:
             place = self._tables[index] * CLUSTER + first * 8
             if any(os.pread(self._fd, count * 8, place)):
                 raise ValueError(f"clusters of {end - offset} bytes at {offset} are there already")
-            entries = array("Q", range(COPIED | target, COPIED | target + count * CLUSTER, CLUSTER))
-            self._put(place, big_endian(entries))
+            self._put(place, row(COPIED | target, count))
             target += count * CLUSTER
         self._put(self._end * CLUSTER, data)
         self._end = target // CLUSTER
@@ -121,8 +121,8 @@ class DiskWriter:
         blocks = l1 + clusters_of(self._geometry.l1_entries * 8)  # ... of refcounts, with their table behind them
         place = Geometry.around(self.virtual_size, self._end - 1)  # how many; the places differ from a layout's
         refcount_table = blocks + place.refcount_blocks
-        entries = array("Q", (COPIED | cluster * CLUSTER if cluster else 0 for cluster in self._tables))
-        self._put(l1 * CLUSTER, big_endian(entries))
+        entries = (COPIED | cluster * CLUSTER if cluster else 0 for cluster in self._tables)
+        self._put(l1 * CLUSTER, struct.pack(f">{len(self._tables)}Q", *entries))
         for index in range(place.refcount_blocks):
             self._put((blocks + index) * CLUSTER, place.refcount_block(index))
         for index in range(place.refcount_table):

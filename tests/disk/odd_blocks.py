@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -89,21 +88,6 @@ class Hanging(MemoryBlocks):
 
     def close(self) -> None:
         self.closed.set()
-
-
-class Slow(MemoryBlocks):
-    """Takes `seconds` for every read."""
-
-    def __init__(self, data: bytes, seconds: float) -> None:
-        super().__init__(data)
-        self.seconds = seconds
-
-    def connect(self) -> Slow:
-        return self
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        time.sleep(self.seconds)
-        super().read_into(offset, buffer)
 
 
 class Murderous(MemoryBlocks):

@@ -66,9 +66,9 @@ class Wire:
 
     def option(self) -> int:
         """The number of the next option; its data is thrown away."""
-        magic, option, length = struct.unpack(">QII", self.receive(16))
-        assert magic == OPTION_MAGIC
-        self.receive(length)
+        assert int.from_bytes(self.receive(8)) == OPTION_MAGIC
+        option = int.from_bytes(self.receive(4))
+        self.receive(int.from_bytes(self.receive(4)))
         return option
 
     def reply(self, option: int, kind: int, payload: bytes = b"") -> None:

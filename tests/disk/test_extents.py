@@ -49,8 +49,9 @@ def test_coalesce_keeps_every_byte_and_leaves_no_neighbours_of_one_kind(extents)
     ids=["order", "overlap", "negative"],
 )
 def test_what_is_no_list_of_extents_is_refused(extents):
-    with pytest.raises(ValueError, match=r"negative|overlaps"):
-        list(coalesce(extents))
+    for function in (coalesce, ExtentTable, lambda bad: to_clusters(bad, 100, 4)):
+        with pytest.raises(ValueError, match=r"negative|overlaps"):
+            list(function(extents))
 
 
 @given(extent_lists(), st.integers(50, 60), st.sampled_from([1, 4, 7, 16, 64]))

@@ -148,11 +148,20 @@ def test_any_range_of_any_size(folder, tmp_path):
             assert os.pread(file.fileno(), length, offset) == right[offset : offset + length]
 
 
+@pytest.mark.parametrize("length", [1000, 131072, 524288])
+def test_reads_come_in_the_size_of_the_reader(folder, length):
+    backup = Backup(folder, "vda")
+    with show(backup.artifacts, folder) as view, (view.path / "disk.vda.qcow2").open("rb", buffering=0) as file:
+        for count in (1, 2, 3):
+            assert len(file.read(length)) == length
+            assert backup.hashed[0].table.reads == count
+
+
 def test_one_file_at_a_time_in_every_order(folder, tmp_path):
     names = ["disk.vda.qcow2", "disk.vdb.qcow2", "sums.vda", "sums.vdb", "manifest.json"]
     orders = list(itertools.permutations(names))
     size = 5 * 65536 - 100
-    backups = [Backup(folder, "vda", "vdb", prefix=f"{n}.", size=size) for n in range(len(orders))]
+    backups = [Backup(folder, "vda", "vdb", prefix=f"{n}.", size=size, patience=0.004) for n in range(len(orders))]
     right = Backup(folder, "vda", "vdb", size=size).right(tmp_path / "right")
     with show([artifact for backup in backups for artifact in backup.artifacts], folder) as view:
         for number, order in enumerate(orders):
@@ -305,7 +314,7 @@ def test_whatever_goes_wrong_is_told(folder, act, kind, message):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, GeneratorExit])
 def test_a_block_that_raises_leaves_nothing(folder, error):
-    with pytest.raises(error), show([BytesArtifact("a", b"b")], folder) as view:  # noqa: PT012 - the block is the test
+    with pytest.raises(error), show([BytesArtifact("a", b"b")], folder) as view:
         assert (view.path / "a").read_bytes() == b"b"
         raise error
     assert view.failed is None

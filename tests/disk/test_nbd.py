@@ -521,11 +521,11 @@ def test_handshakes_that_go_wrong(script, contexts, kind, message):
     before = descriptors()
     begin = time.monotonic()
     with ScriptedServer(script) as server, pytest.raises(NbdError, match=message) as caught:
-        Client(server.address, contexts, timeout=0.4)
+        Client(server.address, contexts, timeout=0.4 if "in time" in message else LIMIT)
     assert type(caught.value) is kind
     assert caught.value.connection_lost
     assert server.address.socket in str(caught.value)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < LIMIT / 2
     assert descriptors() == before
 
 
@@ -806,9 +806,8 @@ def test_a_server_that_dies_in_the_middle_of_a_chunk():
 def test_a_server_that_stalls_is_waited_for():
     def script(wire):
         wire.negotiate(SIZE)
-        for _ in range(2):
-            request = wire.request()
-            time.sleep(nbd._LONGEST_WAIT * 0.6)
+        for request in (wire.request(), wire.request()):
+            time.sleep(nbd._LONGEST_WAIT * 1.2)
             wire.send(struct.pack(">IHHQI", 0x668E33EF, 1, wire_words.DATA, request.cookie, 108))
             wire.send(request.offset.to_bytes(8), b"a" * 50)
             time.sleep(nbd._LONGEST_WAIT * 1.2)

@@ -23,10 +23,9 @@ sys.path.insert(0, str(PLUGINS))
 if getattr(sys.modules.get("vmkeep"), "__file__", None) is None:
     sys.modules.pop("vmkeep", None)
 
-import vmkeep  # noqa: E402 - as above
 from kept_in_files import DB, WEB, load, save  # noqa: E402 - found by way of the path above
 
-assert vmkeep.__file__, "vmkeep is not installed"
+from vmkeep.cli import main  # noqa: E402 - as above
 
 
 @dataclass
@@ -97,10 +96,8 @@ class Site:
 
     def run(self, *arguments: str) -> Told:
         """`vmkeep` in this process."""
-        from vmkeep.cli.main import run
-
         self.capture()
-        code = run(["--config", str(self.config), *arguments])
+        code = main.run(["--config", str(self.config), *arguments])
         return Told(code, *self.capture())
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:

@@ -6,7 +6,6 @@ import signal
 import sqlite3
 
 import pytest
-
 from kept_in_files import DB, WEB
 
 
@@ -72,7 +71,7 @@ def test_a_failed_run_is_written_down_and_leaves_nothing(site):
     assert not list((site.state / "runs").iterdir())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_cancels_the_run_and_releases_the_guest(site, number):
     (site.store / "wait").touch()
     child = site.start("backup", "web1")
@@ -122,6 +121,31 @@ def test_what_a_killed_run_held_is_released_by_the_next_run(site):
     assert f"{left} failed" in (site.guests.parent / "released").read_text()
     states = [run["state"] for run in site.run("vm", "show", "web1", "--json").json["last_runs"]]
     assert states == ["recorded", "failed", "recorded"]
+
+
+def test_a_killed_full_that_was_planned_as_an_increment_is_released_too(site):
+    first = site.run("backup", "web1", "--json").json
+    (site.store / first["source"]).rename(site.folder / "elsewhere")
+    (site.store / "wait").touch()
+    child = site.start("backup", "web1")
+    site.until((site.store / "waits").exists, "the backup")
+    child.kill()
+    child.communicate()
+    (site.store / "wait").unlink()
+    assert len(site.guest(WEB).checkpoints) == 2
+    new = site.run("backup", "web1", "--json").json
+    assert list(site.guest(WEB).checkpoints) == [new["point"]]
+
+
+def test_a_run_that_was_killed_after_its_record_keeps_its_checkpoint(site):
+    site.run("backup", "web1")
+    (site.guests.parent / "die-in-release").touch()
+    assert site.process("backup", "web1").code == 9
+    (site.guests.parent / "die-in-release").unlink()
+    assert len(list((site.state / "runs").iterdir())) == 1
+    third = site.run("backup", "web1", "--json").json
+    assert (third["type"], third["increment"]) == ("INCREMENT", 2)
+    assert " recorded " in (site.guests.parent / "released").read_text().splitlines()[1]
 
 
 def test_a_run_killed_after_it_was_stored_is_not_in_the_catalog_and_the_next_goes_on(site):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -78,7 +79,7 @@ def test_relative_folders_are_refused_and_home_is_expanded(site):
     assert "host.state: must be an absolute path" in wrong(site, '[host]\nstate = "here"')
     site.config.write_text('[host]\nstate = "~/vmkeep"')
     found = config.load(site.config).host
-    assert str(found.state) == os.path.expanduser("~/vmkeep")
+    assert found.state == Path.home() / "vmkeep"
     assert found.scratch == found.state / "scratch"
 
 
@@ -95,8 +96,8 @@ def test_the_environment_and_the_default_path(site, monkeypatch):
     monkeypatch.setenv("VMKEEP_CONFIG", str(site.config))
     assert config.default_path() == site.config
     monkeypatch.delenv("VMKEEP_CONFIG")
-    expected = "/etc/vmkeep/config.toml" if os.geteuid() == 0 else os.path.expanduser("~/.config/vmkeep/config.toml")
-    assert str(config.default_path()) == expected
+    user = Path.home() / ".config/vmkeep/config.toml"
+    assert config.default_path() == (user if os.geteuid() else Path("/etc/vmkeep/config.toml"))
 
 
 def test_init_writes_a_configuration_that_loads_and_never_overwrites(site):

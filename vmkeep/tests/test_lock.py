@@ -47,9 +47,9 @@ def held_elsewhere(what, tmp_path, installed):
 
 def test_a_vm_is_busy_at_once_by_name_process_and_time(tmp_path, installed):
     with held_elsewhere("vm_run", tmp_path, installed) as child:
-        with pytest.raises(Busy, match=rf"VM web1 is already running \(process {child.pid}, since \d"):
-            with lock.vm_run(tmp_path, WEB):
-                pass
+        said = rf"VM web1 is already running \(process {child.pid}, since \d"
+        with pytest.raises(Busy, match=said), lock.vm_run(tmp_path, WEB):
+            pass
         with lock.vm_run(tmp_path, DB):
             pass
     with lock.vm_run(tmp_path, WEB):
@@ -62,6 +62,9 @@ def test_an_image_is_shared_by_readers_and_taken_by_one_alone(tmp_path, installe
             pass
         with pytest.raises(Busy, match="image 7 is in use"), lock.image_exclusive(tmp_path, IMAGE):
             pass
-    with held_elsewhere("image_exclusive", tmp_path, installed):
-        with pytest.raises(Busy, match="being deleted"), lock.image_shared(tmp_path, IMAGE):
-            pass
+    with (
+        held_elsewhere("image_exclusive", tmp_path, installed),
+        pytest.raises(Busy, match="being deleted"),
+        lock.image_shared(tmp_path, IMAGE),
+    ):
+        pass

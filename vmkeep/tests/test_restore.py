@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -16,6 +16,10 @@ def raw(path: Path) -> bytes:
     converted = path.with_suffix(".raw")
     subprocess.run(["qemu-img", "convert", "-O", "raw", str(path), str(converted)], check=True)
     return converted.read_bytes()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
 
 
 @pytest.fixture
@@ -55,7 +59,7 @@ def test_the_last_increment_in_the_current_folder_is_the_default(site, chain, mo
     monkeypatch.chdir(folder)
     told = site.run("restore", "1", "--name", "copy")
     assert told.code == 0, told.err
-    assert sorted(os.listdir()) == ["copy-disk-vda.qcow2", "copy-disk-vdb.qcow2", "copy.xml"]
+    assert names(folder) == ["copy-disk-vda.qcow2", "copy-disk-vdb.qcow2", "copy.xml"]
     assert told.out.splitlines()[-1] == f"Look it through, then: virsh define {folder}/copy.xml"
     assert b"<name>copy</name>" in Path("copy.xml").read_bytes()
 
@@ -72,7 +76,7 @@ def test_nothing_is_overwritten(site, chain, existing, dangling):
     told = site.run("restore", "1", "--to", str(to), "--name", "copy")
     assert told.code == 2
     assert f"{to / existing}: exists already" in told.err
-    assert os.listdir(to) == [existing]
+    assert names(to) == [existing]
     assert not (site.folder / "nowhere").exists()
 
 
@@ -80,7 +84,7 @@ def test_one_disk_comes_without_a_definition(site, chain):
     to = site.folder / "to"
     made = site.run("restore", "1", "--disk", "vdb", "--to", str(to), "--name", "one", "--json").json
     assert made["xml"] is None
-    assert os.listdir(to) == ["one-disk-vdb.qcow2"]
+    assert names(to) == ["one-disk-vdb.qcow2"]
     told = site.run("restore", "1", "--disk", "vdx", "--to", str(to))
     assert (told.code, "holds no disk vdx" in told.err) == (4, True)
 
@@ -94,7 +98,7 @@ def test_damage_fails_and_leaves_nothing_behind(site, chain):
     to = site.folder / "to"
     told = site.run("restore", "1", "--to", str(to), "--json")
     assert (told.code, told.error["class"], told.out) == (8, "IntegrityError", "")
-    assert os.listdir(to) == []
+    assert names(to) == []
 
 
 def test_a_source_that_is_gone(site, chain):
@@ -116,7 +120,7 @@ def test_disks_come_back_where_the_hypervisor_plugin_is_away(site, chain):
     told = site.run("restore", "1", "--to", str(to), "--name", "copy")
     assert told.code == 0
     assert "no definition was made: no plugin 'gone' is installed" in told.err
-    assert sorted(os.listdir(to)) == ["copy-disk-vda.qcow2", "copy-disk-vdb.qcow2"]
+    assert names(to) == ["copy-disk-vda.qcow2", "copy-disk-vdb.qcow2"]
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "-x", "new\nline"])
@@ -147,6 +151,18 @@ def test_sources_are_shortened_until_they_are_unique():
     assert short("25f4b298aaaa", ["25f4b298aaaa", "6968545cbbbb"]) == "25f4b298"
     assert short("25f4b298aaaa", ["25f4b298aaaa", "25f4b298abbb"]) == "25f4b298aa"
     assert short("abc", ["abc", "abcd"]) == "abc"
+
+
+def test_a_signal_stops_a_restore_and_leaves_nothing(site, chain):
+    (site.store / "wait-restore").touch()
+    to = site.folder / "to"
+    child = site.start("restore", "1", "--to", str(to))
+    site.until((site.store / "waits").exists, "the restore")
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert (child.returncode, err.splitlines()[-1]) == (130, "vmkeep: cancelled")
+    assert names(to) == []
+    assert not list((site.state / "runs").iterdir())
 
 
 def test_no_image_can_be_deleted_while_it_is_restored(site, chain):

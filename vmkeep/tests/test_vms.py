@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from kept_in_files import DB, WEB
+from kept_in_files import DB, WEB, load, save
 
 
 def test_the_list_shows_the_last_backup_and_never(site):
@@ -63,8 +63,6 @@ def test_updateconf_refuses(site, option, value, code, said):
 
 
 def test_settings_that_somebody_wrote_by_hand_are_checked(site):
-    from kept_in_files import load, save
-
     guests = load(site.guests)
     guests[0].settings = {"MODE": "Full", "MDOE": "FULL"}
     save(site.guests, guests)

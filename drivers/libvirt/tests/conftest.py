@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -19,10 +20,10 @@ from pathlib import Path
 import libvirt
 import libvirt_qemu
 import pytest
+from backupcore_libvirt.plugin import Libvirt
 
 from backupcore.context import Context
 from backupcore.model import VM, BackupRun, Link, Outcome, Prepared, RunState, Type, new_id
-from backupcore_libvirt.plugin import Libvirt
 
 URI = "qemu:///system" if os.geteuid() == 0 else "qemu:///session"
 MiB = 1 << 20
@@ -146,12 +147,14 @@ class Lab:
             images[f"vd{letter}"] = image
             elements += (
                 f"<disk type='file' device='disk'><driver name='qemu' type='{shape}' discard='unmap' {options}/>"
-                f"<source file='{image}'/><target dev='vd{letter}' bus='virtio'/></disk>"
+                f"<source file='{image}'/><target dev='vd{letter}' bus='virtio'/>"
+                f"<boot order='{len(images)}'/></disk>"  # SeaBIOS shows a guest only the disks that it may boot from
             )
         domain = self.connection.defineXML(
             f"<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory>"
             f"<os><type arch='x86_64' machine='q35'>hvm</type>{os_more}</os><features><acpi/></features>"
-            f"<devices>{elements}<controller type='usb' model='none'/><memballoon model='none'/>{more}</devices></domain>"
+            f"<devices>{elements}<controller type='usb' model='none'/><memballoon model='none'/>{more}</devices>"
+            "</domain>"
         )
         vm = SmallVM(domain, self.folder, images)
         self.made.append(vm)
@@ -333,10 +336,15 @@ def runs(hypervisor: Libvirt, tmp_path: Path) -> Runs:
 
 def restored(layers: Sequence[Path], target: Path) -> Path:
     """Layers, oldest first, put together by qemu-img alone, as raw."""
-    for below, above in zip(layers, layers[1:], strict=False):
+    for below, above in itertools.pairwise(layers):
         qemu_img("rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", below, above)
     qemu_img("convert", "-O", "raw", layers[-1], target)
     return target
+
+
+@pytest.fixture(name="restored")
+def _restored() -> Callable[[Sequence[Path], Path], Path]:
+    return restored
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import subprocess
 from datetime import UTC, datetime
 from xml.etree import ElementTree
 
+import libvirt
 import pytest
 
 from backupcore.disk.extents import Kind
@@ -68,16 +69,58 @@ def test_full_and_increments_equal_what_the_disks_held_at_one_instant(lab, runs,
     assert sum(e.length for e in layout.extents() if e.kind is Kind.DATA) <= MiB + 5 * 65536
 
 
-def test_artifacts_and_versions(lab, runs):
-    vm = lab.vm(["qcow2:8M"], more="<graphics type='vnc' passwd='geheim'/>")
+def counting_guest() -> bytes:
+    """A boot sector that counts, and writes each number to the first disk, then to the second, for ever."""
+    code = bytes.fromhex(
+        "31c0 8ed8"  # xor ax,ax; mov ds,ax
+        "66ff 06 0080"  # again: inc dword [8000h]
+        "be307c b443 30c0 b280 cd13"  # mov si,packet; mov ah,43h (write); xor al,al; mov dl,80h; int 13h
+        "be307c b443 30c0 b281 cd13 ebe3"  # the same with dl,81h; jmp again
+    )
+    packet = bytes.fromhex("1000 0100 0080 0000 0008000000000000")  # size, 1 sector, from 0000:8000, to sector 2048
+    return code.ljust(0x30, b"\0") + packet.ljust(510 - 0x30, b"\0") + b"\x55\xaa"
+
+
+def test_all_disks_show_one_instant_of_a_guest_that_writes(lab, runs, restored, tmp_path, wait_for):
+    vm = lab.vm(["qcow2:4M", "qcow2:4M"], start=False)
+    raw = tmp_path / "boot.raw"
+    raw.write_bytes(counting_guest().ljust(4 * MiB, b"\0"))
+    subprocess.run(["qemu-img", "convert", "-O", "qcow2", str(raw), str(vm.disks["vda"])], check=True)
+    vm.domain.create()
+    parent, layers, seen = None, [], 0
+    for number in range(4):
+        before = vm.domain.blockStats("vdb")[2]
+        wait_for(lambda before=before: vm.domain.blockStats("vdb")[2] > before + 10, "the guest writes", 30)
+        with runs.take(runs.run(vm, parent)) as parent:
+            layers.append(runs.keep(parent, tmp_path / f"layer{number}"))
+        files = [restored([layer[disk] for layer in layers], tmp_path / disk) for disk in ("vda", "vdb")]
+        first, second = (int.from_bytes(file.read_bytes()[MiB : MiB + 4], "little") for file in files)
+        assert first - second in (0, 1), "the second disk is at most one write behind the first"
+        assert second > seen
+        seen = second
+
+
+def test_artifacts_versions_and_what_is_left_out(lab, runs, hypervisor):
+    image = lab.folder / "shared.raw"
+    image.write_bytes(bytes(MiB))
+    vm = lab.vm(
+        ["qcow2:8M"],
+        more=f"""<graphics type='vnc' passwd='geheim'/>
+        <disk type='file' device='cdrom'><target dev='sda' bus='sata'/><readonly/></disk>
+        <disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{image}'/>
+        <target dev='vdx' bus='virtio'/><readonly/></disk>""",
+    )
     with runs.take(runs.run(vm)) as taken:
         artifacts = {artifact.name: artifact for artifact in taken.prepared.artifacts}
         assert sorted(artifacts) == ["disk.vda.qcow2", "vm.xml"]
         definition = artifacts["vm.xml"].open().read()
         assert sorted(taken.prepared.versions) == ["backupcore-libvirt", "libvirt", "qemu"]
+        assert {left.id: left.reason for left in taken.prepared.left_out} == {"sda": "a CD-ROM", "vdx": "read-only"}
     assert ElementTree.fromstring(definition).findtext("name") == vm.vm.name
     assert b"geheim" not in definition
     assert b"<alias" not in definition, "the inactive definition"
+    shown = {disk.id: disk for disk in hypervisor.find(vm.vm.name).disks}
+    assert (shown["vda"].left_out, shown["vdx"].left_out) == ("", "read-only")
 
 
 def test_raw_disks(lab, runs, same, tmp_path):
@@ -113,13 +156,19 @@ def test_a_paused_vm(small, runs, same, tmp_path):
     assert vm.domain.state()[0] == 3, "still paused"
 
 
-def test_a_disk_that_has_grown(lab, runs, same, tmp_path):
-    vm = lab.vm(["qcow2:16M"])
+def test_a_disk_that_has_grown_and_one_with_a_bitmap_finer_than_a_cluster(lab, runs, same, tmp_path):
+    vm = lab.vm(["qcow2:16M", "qcow2:16M"], start=False)
+    small_clusters = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", str(vm.disks["vdb"]), "16M"]
+    subprocess.run(small_clusters, check=True)
+    vm.domain.create()
     vm.io("vda", "write -P 0x61 15M 1M")
+    vm.io("vdb", "write -P 0x71 0 4M")
     with runs.take(runs.run(vm)) as full:
         layers = [runs.keep(full, tmp_path / "layer0")]
-    vm.domain.blockResize("vda", 40 * MiB + 512, 1)
+    vm.domain.blockResize("vda", 40 * MiB + 512, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
     vm.io("vda", "write -P 0x62 39M 512k")
+    vm.io("vdb", "write -z 72k 4k")
+    vm.io("vdb", "write -P 0x72 100k 512")
     truth = vm.copy(tmp_path / "truth")
     with runs.take(runs.run(vm, full)) as taken:
         layers.append(runs.keep(taken, tmp_path / "layer1"))
@@ -127,40 +176,7 @@ def test_a_disk_that_has_grown(lab, runs, same, tmp_path):
     same(layers, truth)
 
 
-def test_a_bitmap_finer_than_a_cluster_and_a_small_cluster_size(lab, runs, same, tmp_path):
-    vm = lab.vm(["qcow2:16M"], start=False)
-    subprocess.run(
-        ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", str(vm.disks["vda"]), "16M"], check=True
-    )
-    vm.domain.create()
-    vm.io("vda", "write -P 0x71 0 4M")
-    with runs.take(runs.run(vm)) as full:
-        layers = [runs.keep(full, tmp_path / "layer0")]
-    vm.io("vda", "write -z 72k 4k")
-    vm.io("vda", "write -P 0x72 100k 512")
-    truth = vm.copy(tmp_path / "truth")
-    with runs.take(runs.run(vm, full)) as taken:
-        layers.append(runs.keep(taken, tmp_path / "layer1"))
-    same(layers, truth)
-
-
-def test_left_out_disks_are_named(lab, runs, hypervisor):
-    image = lab.folder / "shared.raw"
-    image.write_bytes(bytes(MiB))
-    vm = lab.vm(
-        ["qcow2:8M"],
-        more=f"""<disk type='file' device='cdrom'><target dev='sda' bus='sata'/><readonly/></disk>
-        <disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{image}'/>
-        <target dev='vdx' bus='virtio'/><readonly/></disk>""",
-    )
-    with runs.take(runs.run(vm)) as taken:
-        assert [disk.id for disk in taken.prepared.disks] == ["vda"]
-        assert {left.id: left.reason for left in taken.prepared.left_out} == {"sda": "a CD-ROM", "vdx": "read-only"}
-    shown = {disk.id: disk for disk in hypervisor.find(vm.vm.name).disks}
-    assert (shown["vda"].left_out, shown["vdx"].left_out) == ("", "read-only")
-
-
-def test_the_guest_ends_while_its_disk_is_read(lab, runs):
+def test_the_guest_ends_while_its_disk_is_read(lab, runs, wait_for):
     vm = lab.vm(["qcow2:64M"])
     vm.io("vda", "write -P 0x11 0 32M")
     run = runs.run(vm)
@@ -169,13 +185,12 @@ def test_the_guest_ends_while_its_disk_is_read(lab, runs):
         stream.read(4 * MiB)
         vm.domain.destroy()
         with pytest.raises(HypervisorError, match="connection"):
-            while stream.read(MiB):
-                pass
+            stream.read()
+        wait_for(lambda: taken.ctx.failure, "the watch notices")
+        assert f"VM {vm.vm.name} ended while its backup ran" in str(taken.ctx.failure)
     assert vm.checkpoints() == set(), "the checkpoint went, although the VM is off"
-    assert (
-        run.point
-        not in subprocess.run(["qemu-img", "info", str(vm.disks["vda"])], capture_output=True, text=True).stdout
-    )
+    info = subprocess.run(["qemu-img", "info", str(vm.disks["vda"])], capture_output=True, text=True, check=True).stdout
+    assert run.point not in info
     vm.domain.create()
     vm.untouched()
     with runs.take(runs.run(vm)):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import libvirt
 import pytest
+from backupcore_libvirt.connection import Connection
+from backupcore_libvirt.plugin import Libvirt
+from backupcore_libvirt.versions import require
 
 from backupcore.errors import (
     AccessDenied,
@@ -21,9 +23,6 @@ from backupcore.errors import (
     UnsupportedOperation,
 )
 from backupcore.model import VM, Outcome, RunState
-from backupcore_libvirt.connection import Connection
-from backupcore_libvirt.plugin import Libvirt
-from backupcore_libvirt.versions import require
 
 MiB = 1 << 20
 
@@ -105,7 +104,9 @@ def test_the_second_disk_alone_has_lost_its_bitmap(small, runs, refuse):
     with runs.take(runs.run(small)) as full:
         pass
     name = f"backupcore-{full.run.point}"
-    node = next(n["node-name"] for n in small.monitor("query-named-block-nodes") if n["file"] == str(small.disks["vdb"]))
+    node = next(
+        n["node-name"] for n in small.monitor("query-named-block-nodes") if n["file"] == str(small.disks["vdb"])
+    )
     small.monitor("block-dirty-bitmap-disable", node=node, name=name)
     refuse(runs.run(small, full), IncrementImpossible, "on disk vdb is not recording")
     small.monitor("block-dirty-bitmap-remove", node=node, name=name)
@@ -225,4 +226,4 @@ def test_a_daemon_that_is_away(tmp_path: Path):
     assert "systemctl start libvirtd" in refused.value.hint
     findings = away.check()
     assert [(finding.subject, finding.ok) for finding in findings] == [("libvirt", False)]
-    assert os.listdir(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []

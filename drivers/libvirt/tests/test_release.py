@@ -14,12 +14,12 @@ from pathlib import Path
 
 import libvirt
 import pytest
-
-from backupcore.errors import Busy, HypervisorError, TargetFull
-from backupcore.model import Outcome, RunState
 from backupcore_libvirt import backup_job
 from backupcore_libvirt.clients import connected
 from backupcore_libvirt.plugin import Libvirt
+
+from backupcore.errors import Busy, HypervisorError, TargetFull
+from backupcore.model import Outcome, RunState
 
 MiB = 1 << 20
 
@@ -29,8 +29,8 @@ from backupcore.context import Context
 from backupcore.model import VM, BackupRun, Type
 from backupcore_libvirt.plugin import Libvirt
 scratch, folder, uuid, name, run, point = sys.argv[1:]
-run = BackupRun(id=run, vm=VM(uuid=uuid, name=name), host="here", datastore="nas", image="0" * 32, number=0, point=point,
-                type=Type.FULL)
+run = BackupRun(id=run, vm=VM(uuid=uuid, name=name), host="here", datastore="nas", image="0" * 32, number=0,
+                point=point, type=Type.FULL)
 with Context(pathlib.Path(folder)) as ctx:
     prepared = Libvirt("qemu:///system", pathlib.Path(scratch)).prebackup(run, ctx)
     prepared.artifacts[0].read_at(0, prepared.artifacts[0].size)  # a connection that stays open
@@ -65,11 +65,13 @@ def other_process(runs, tmp_path):
 
 
 def test_a_run_that_was_killed_is_cleared_away_by_the_next_one(small, runs, other_process, caplog):
+    small.io("vda", "write -P 0x11 0 1M")
     dead = runs.run(small)
     process = other_process(small, dead)
     with pytest.raises(Busy, match="another backup of this VM is running"), runs.take(runs.run(small)):
         pass
     assert small.job() != 0, "the living run was left alone"
+    assert connected(runs.hypervisor.scratch / dead.id / "nbd.sock") == 1
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert small.job() != 0
@@ -82,6 +84,7 @@ def test_a_run_that_was_killed_is_cleared_away_by_the_next_one(small, runs, othe
 
 
 def test_postbackup_in_a_fresh_process_releases_all_and_can_be_repeated(small, runs, other_process):
+    small.io("vda", "write -P 0x11 0 1M")
     dead = runs.run(small)
     process = other_process(small, dead)
     process.send_signal(signal.SIGKILL)
@@ -153,13 +156,18 @@ def test_the_run_is_given_up_before_scratch_is_full(lab, runs, tmpfs, wait_for):
     runs.hypervisor = Libvirt("qemu:///system", tmpfs(40))  # before the VM: QEMU keeps the mounts of its start
     vm = lab.vm(["qcow2:64M"])
     vm.io("vda", "write -P 0x11 0 60M")
-    with pytest.raises(TargetFull, match=r"scratch folder .* is full"), runs.take(runs.run(vm)) as taken:
-        for written in range(60):
-            vm.io("vda", f"write -P 0x12 {written}M 1M")  # fails if QEMU cannot save what was there
-            if taken.ctx.cancelled:
-                break
-            time.sleep(0.02)
-        taken.ctx.check()
+
+    def fill() -> None:
+        with runs.take(runs.run(vm)) as taken:
+            for written in range(60):
+                vm.io("vda", f"write -P 0x12 {written}M 1M")  # fails if QEMU cannot save what was there
+                if taken.ctx.cancelled:
+                    break
+                time.sleep(0.02)
+            taken.ctx.check()
+
+    with pytest.raises(TargetFull, match=r"scratch folder .* is full"):
+        fill()
     assert vm.domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
     vm.untouched()
 
@@ -168,7 +176,7 @@ def boot_sector(sectors: int) -> bytes:
     """A guest that writes to its disk for ever: 64 sectors at a time by the BIOS, from sector 2048 to `sectors`."""
     code = bytes.fromhex(
         "31c0 8ed8"  # xor ax,ax; mov ds,ax
-        "be307c b443 30c0 b280 cd13"  # again: mov si,packet; mov ah,43h (extended write); xor al,al; mov dl,80h; int 13h
+        "be307c b443 30c0 b280 cd13"  # again: mov si,packet; mov ah,43h (write); xor al,al; mov dl,80h; int 13h
         "6683 06 387c 40"  # add dword [sector], 64
         f"6681 3e 387c {sectors.to_bytes(4, 'little').hex()} 72e4"  # cmp dword [sector], end; jb again
         "66c7 06 387c 00080000 ebd9"  # mov dword [sector], 2048; jmp again
@@ -179,9 +187,9 @@ def boot_sector(sectors: int) -> bytes:
 
 def test_a_guest_that_was_stopped_by_full_scratch_goes_on(lab, runs, tmpfs, wait_for, tmp_path):
     scratch = tmpfs(3)  # before the VM: QEMU keeps the mounts of its start
-    vm = lab.vm(["qcow2:64M"], start=False)
+    vm = lab.vm(["qcow2:16M"], start=False)
     raw = tmp_path / "boot.raw"
-    raw.write_bytes(boot_sector(120_000).ljust(60 * MiB, b"\x11"))
+    raw.write_bytes(boot_sector(30_000).ljust(15 * MiB, b"\x11"))
     subprocess.run(["qemu-img", "convert", "-O", "qcow2", str(raw), str(vm.disks["vda"])], check=True)
     vm.domain.create()
 
@@ -190,10 +198,15 @@ def test_a_guest_that_was_stopped_by_full_scratch_goes_on(lab, runs, tmpfs, wait
 
     wait_for(lambda: writes() > 50, "the guest writes", 30)
     runs.hypervisor = Libvirt("qemu:///system", scratch)
-    with pytest.raises(TargetFull, match=r"scratch folder .* is full"), runs.take(runs.run(vm)) as taken:
-        wait_for(lambda: taken.ctx.cancelled, "the run is given up")
-        wait_for(lambda: vm.domain.state() == [3, 5], "QEMU stops the guest")
-        taken.ctx.check()
+
+    def fill() -> None:
+        with runs.take(runs.run(vm)) as taken:
+            wait_for(lambda: taken.ctx.cancelled, "the run is given up")
+            wait_for(lambda: vm.domain.state() == [3, 5], "QEMU stops the guest")
+            taken.ctx.check()
+
+    with pytest.raises(TargetFull, match=r"scratch folder .* is full"):
+        fill()
     assert vm.domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
     before = writes()
     wait_for(lambda: writes() > before + 50, "the guest writes again")

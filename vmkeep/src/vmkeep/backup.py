@@ -11,6 +11,7 @@ from pathlib import Path
 
 from backupcore import chain
 from backupcore.context import Context, Progress
+from backupcore.datastore import Datastore
 from backupcore.errors import BackupError, Cancelled, IncrementImpossible
 from backupcore.hypervisor import VMState
 from backupcore.model import BackupRun, Estimate, Image, Outcome, RunState, Type
@@ -101,7 +102,7 @@ def take(
         newest = _newest_locked(place, found, name, stack)
         run = _run(place, found, name, newest, images.retired(place.catalog, found.vm), reset=reset)
         runs.died(place.catalog, found.vm.uuid)
-        folders.sweep(place.state, found.vm, lambda dead, folder: _release(place, dead, folder))
+        folders.sweep(place.state, found.vm, lambda dead, folder: _release(place, dead, folder, store))
         runs.begin(place.catalog, run)
         numbers: list[int] = []
         with _written_down(place, run):
@@ -123,17 +124,19 @@ def _newest_locked(place: Workplace, found: VMState, datastore: str, stack: Exit
     return images.newest(place.catalog, found.vm, datastore)
 
 
-def _release(place: Workplace, run: BackupRun, folder: Path) -> None:
-    """Release what a dead run held, in this process: `postbackup`, with the outcome that the catalog knows."""
-    if run.datastore not in place.config.datastores:
-        return
+def _release(place: Workplace, run: BackupRun, folder: Path, other: Datastore) -> None:
+    """Release what a dead run held, in this process: `postbackup`, with the outcome that the catalog knows.
+
+    Where its datastore is not configured any more, by way of the `other` one: the guest must be released all the same.
+    """
+    store = place.datastore(run.datastore, hypervisor=True) if run.datastore in place.config.datastores else other
     written = runs.increment_of(place.catalog, run.id)
     outcome = Outcome(state=RunState.RECORDED if written else RunState.FAILED)
-    if written and written[1].point != run.point:  # it became a full in a new image after its folder was made
+    if written and written[0].uuid != run.image:  # it became a full in a new image after its folder was made
         image, increment = written
-        run = replace(run.as_full(increment.reason), image=image.uuid, point=increment.point)
+        run = replace(run.as_full(increment.reason), image=image.uuid)
     with Context(folder) as ctx:
-        errors = place.datastore(run.datastore, hypervisor=True).postbackup(run, outcome, ctx)
+        errors = store.postbackup(run, outcome, ctx)
     if errors:
         raise errors[0]
 

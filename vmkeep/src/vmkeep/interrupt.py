@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM stop a run through its context, from a thread of their own."""
+"""Ctrl-C, SIGTERM and the end of the terminal stop a run through its context, from a thread of their own."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from backupcore.context import Context
 
 __all__ = ["cancels"]
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
 def cancels(ctx: Context) -> Iterator[None]:
-    """While the block runs, SIGINT and SIGTERM cancel `ctx`. Main thread only.
+    """While the block runs, SIGINT, SIGTERM and SIGHUP cancel `ctx`. Main thread only.
 
     Callbacks take locks that the main thread may hold at that moment, so they must not run in a signal handler, which
     runs on top of the main thread; and where that waits in a C call (libvirt), a Python handler would not run at all.
@@ -32,7 +32,9 @@ def cancels(ctx: Context) -> Iterator[None]:
                 ctx.cancel()
 
     thread = threading.Thread(target=wait, name="vmkeep-interrupt", daemon=True)
-    before = {number: signal.signal(number, _nothing) for number in _SIGNALS}
+    # nohup ignores SIGHUP on purpose. A shell ignores SIGINT of its background jobs, but who sends one means it.
+    ours = [number for number in _SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, _nothing) for number in ours}
     wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     thread.start()
     try:

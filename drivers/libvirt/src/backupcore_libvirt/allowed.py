@@ -15,8 +15,8 @@ __all__ = ["DEVICES", "DISK", "DOMAIN", "INTERFACE", "OS", "Allowed"]
 class Allowed:
     """What may be taken over from one element.
 
-    `only` maps an attribute to its permitted values ("" is one that is absent), `texts` are the permitted texts; an
-    element with another value is dropped as a whole.
+    `only` maps an attribute to its permitted values ("" is one that is absent), `texts` are the permitted texts, and
+    `needs` the children without which it means nothing; an element that fails one of them is dropped as a whole.
     """
 
     attributes: tuple[str, ...] = ()
@@ -24,6 +24,7 @@ class Allowed:
     children: Mapping[str, Allowed] = field(default_factory=dict)
     only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     texts: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
 
 
 def _of(attributes: str = "", **children: Allowed) -> Allowed:
@@ -181,6 +182,7 @@ DEVICES: Mapping[str, Allowed] = {
         attributes=("type",),
         only={"type": ("unix", "spicevmc", "pty")},
         children={"target": Allowed(attributes=("type", "name"), only={"type": ("virtio",)}), "address": _ADDRESS},
+        needs=("target",),
     ),
     "redirdev": Allowed(attributes=("bus", "type"), only={"type": ("spicevmc",)}, children={"address": _ADDRESS}),
     "hub": _of("type", address=_ADDRESS),
@@ -190,19 +192,27 @@ DEVICES: Mapping[str, Allowed] = {
         children={"address": _ADDRESS},
     ),
     "memballoon": _of("model autodeflate freePageReporting", stats=_of("period"), address=_ADDRESS),
-    "rng": _of(
-        "model",
-        rate=_of("period bytes"),
-        backend=Allowed(
-            attributes=("model",),
-            text=True,
-            only={"model": ("random", "builtin")},
-            texts=("", "/dev/urandom", "/dev/random"),
-        ),
-        address=_ADDRESS,
+    "rng": Allowed(
+        attributes=("model",),
+        children={
+            "rate": _of("period bytes"),
+            "backend": Allowed(
+                attributes=("model",),
+                text=True,
+                only={"model": ("random", "builtin")},
+                texts=("", "/dev/urandom", "/dev/random"),
+            ),
+            "address": _ADDRESS,
+        },
+        needs=("backend",),
     ),
-    "tpm": _of(
-        "model", backend=Allowed(attributes=("type", "version"), only={"type": ("emulator",)}), address=_ADDRESS
+    "tpm": Allowed(
+        attributes=("model",),
+        children={
+            "backend": Allowed(attributes=("type", "version"), only={"type": ("emulator",)}),
+            "address": _ADDRESS,
+        },
+        needs=("backend",),
     ),
     "panic": _of("model", address=_ADDRESS),
     "iommu": _of("model", driver=_of("intremap caching_mode eim iotlb aw_bits"), address=_ADDRESS),

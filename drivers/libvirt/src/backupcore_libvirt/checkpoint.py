@@ -97,19 +97,29 @@ def delete(domain: Domain, points: Sequence[str]) -> None:
     Children stay: other chains' checkpoints may hang below these in libvirt's tree. HypervisorError where one stays.
     """
     known = set(domain.checkpoints())
+    errors: list[HypervisorError] = []
     for name in (checkpoint_name(point) for point in points):
-        if name not in known:
-            continue
-        if not domain.is_active():
-            _delete_offline(domain, name)
-            continue
+        if name in known:
+            try:
+                _delete(domain, name)
+            except HypervisorError as error:  # the others can go all the same
+                errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def _delete(domain: Domain, name: str) -> None:
+    if domain.is_active():
         try:
             domain.delete_checkpoint(name)
         except HypervisorError:
-            if not domain.is_active():
-                _delete_offline(domain, name)
-            elif not _delete_in_pieces(domain, name):
-                raise
+            if domain.is_active():
+                if not _delete_in_pieces(domain, name):
+                    raise
+                return
+        else:
+            return
+    _delete_offline(domain, name)
 
 
 def _delete_in_pieces(domain: Domain, name: str) -> bool:

@@ -85,7 +85,7 @@ def _carry(element: Element, allowed: Allowed) -> Element | None:
         below = allowed.children.get(child.tag)
         if below is not None and (carried := _carry(child, below)) is not None:
             copied.append(carried)
-    return copied
+    return None if any(copied.find(need) is None for need in allowed.needs) else copied
 
 
 def _carry_settings(root: Element, result: Element) -> None:
@@ -134,6 +134,8 @@ def _devices(root: Element, disks: Mapping[str, Path], *, no_ip: bool, no_nic: b
             if not no_nic and (interface := _carry(device, INTERFACE)) is not None:
                 result.append(_without_addresses(interface) if no_ip else interface)
         elif device.tag in DEVICES and (copied := _carry(device, DEVICES[device.tag])) is not None:
+            if device.tag == "graphics":
+                copied.set("autoport", "yes")  # the stored port may be taken, by the original VM for one
             result.append(copied)
     if missing:
         raise IntegrityError(f"the stored definition has no disk {', '.join(sorted(missing))}")

@@ -97,7 +97,7 @@ class Bitmap:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A disk's top image as QEMU has it open, under `name`. `compat` is "0.10" for qcow2 v2, "1.1" for v3, "" for raw."""
+    """A disk's top image as QEMU has it open, as `name`. `compat` is "0.10" for qcow2 v2, "1.1" for v3, "" for raw."""
 
     name: str
     virtual_size: int

@@ -21,9 +21,7 @@ def findings(uri: str, scratch: Path) -> Sequence[Finding]:
         with Connection(uri) as connection:
             libvirt = connection.libvirt_version()
             return [
-                Finding(
-                    subject="libvirt", ok=libvirt >= LIBVIRT, detail=f"{text(libvirt)} at {uri}", hint=_need(LIBVIRT)
-                ),
+                _version("libvirt", libvirt, LIBVIRT, f" at {uri}"),
                 _qemu(connection),
                 *_folders(connection, scratch),
             ]
@@ -31,16 +29,18 @@ def findings(uri: str, scratch: Path) -> Sequence[Finding]:
         return [Finding(subject="libvirt", ok=False, detail=error.message, hint=error.hint)]
 
 
-def _need(version: tuple[int, int, int]) -> str:
-    return f"{text(version)} or newer is needed."
+def _version(subject: str, found: tuple[int, int, int], needed: tuple[int, int, int], where: str = "") -> Finding:
+    ok = found >= needed
+    return Finding(
+        subject=subject, ok=ok, detail=text(found) + where, hint="" if ok else f"{text(needed)} or newer is needed."
+    )
 
 
 def _qemu(connection: Connection) -> Finding:
     try:
-        qemu = connection.qemu_version()
+        return _version("QEMU", connection.qemu_version(), QEMU)
     except BackupError as error:
         return Finding(subject="QEMU", ok=False, detail=error.message, hint="Install QEMU.")
-    return Finding(subject="QEMU", ok=qemu >= QEMU, detail=text(qemu), hint=_need(QEMU))
 
 
 def _folders(connection: Connection, scratch: Path) -> list[Finding]:

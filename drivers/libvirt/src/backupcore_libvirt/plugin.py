@@ -134,10 +134,10 @@ class Libvirt:
                 domain = None  # a transient VM that has ended, or one that was undefined: nothing of it is held
             if domain is not None:
                 end(domain, folder)
+            if strange := folder.remove():
+                ctx.log.warning("%s holds what no run puts there, and stays: %s", folder.path, ", ".join(strange))
+            if domain is not None:
                 checkpoint.delete(domain, run.spent if outcome.state is RunState.RECORDED else (run.point,))
-        strange = folder.remove()
-        if strange:
-            ctx.log.warning("%s holds what no run puts there, and stays: %s", folder.path, ", ".join(strange))
 
     def vms(self) -> Sequence[VMState]:
         """Every VM of this host, by name. HypervisorError if libvirt is away."""

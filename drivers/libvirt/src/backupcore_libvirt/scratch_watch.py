@@ -10,14 +10,15 @@ import threading
 import time
 
 from backupcore.context import Context
-from backupcore.errors import BackupError, HypervisorError, TargetFull
-from backupcore_libvirt.connection import IO_ERROR, PAUSED, Connection
+from backupcore.errors import BackupError, HypervisorError, NotFound, TargetFull
+from backupcore_libvirt.connection import IO_ERROR, OFF, PAUSED, Connection
 from backupcore_libvirt.folder import RunFolder, scratch_room
 
 __all__ = ["ScratchWatch", "watch"]
 
 FREE_EVERY = 0.1  # seconds; a guest that overwrites 2 GB/s takes 200 MiB of the reserve in one interval
 STATE_EVERY = 0.5
+STOP_LIMIT = 10.0  # a libvirt that hangs must not hold up the release
 
 
 class ScratchWatch(threading.Thread):
@@ -37,7 +38,7 @@ class ScratchWatch(threading.Thread):
         self._stop_asked.set()
         # ctx.fail runs the callbacks of the run in this thread, and one of them may release the guest.
         if threading.current_thread() is not self:
-            self.join()
+            self.join(STOP_LIMIT)
 
     def run(self) -> None:
         """Look until asked to stop, or until there is something to fail for."""
@@ -51,10 +52,16 @@ class ScratchWatch(threading.Thread):
                         self._fail(f"{free >> 20} MiB are left of the reserve of {kept >> 20} MiB")
                         return
                     if time.monotonic() >= state_due:
-                        if domain.state() == (PAUSED, IO_ERROR):
+                        state = domain.state()
+                        if state[0] in OFF:
+                            self._ctx.fail(self._ended())
+                            return
+                        if state == (PAUSED, IO_ERROR):
                             self._fail("QEMU has stopped the guest after an I/O error; ending the backup lets it go on")
                             return
                         state_due = time.monotonic() + STATE_EVERY
+        except NotFound:
+            self._ctx.fail(self._ended())
         except (BackupError, OSError) as error:
             if not self._stop_asked.is_set():
                 self._ctx.fail(
@@ -62,6 +69,12 @@ class ScratchWatch(threading.Thread):
                     if isinstance(error, BackupError)
                     else HypervisorError(f"scratch folder {self.folder.scratch} cannot be watched: {error}")
                 )
+
+    def _ended(self) -> HypervisorError:
+        return HypervisorError(
+            f"VM {self._vm} ended while its backup ran; its disks cannot be read any further",
+            "Start the VM, then run it again.",
+        )
 
     def _fail(self, why: str) -> None:
         self._ctx.fail(

@@ -37,7 +37,7 @@ def code(error: BaseException) -> int:
 
 def one_line(text: str) -> str:
     """`text` on one line, without control characters: names in it may come from a guest's owner or a datastore."""
-    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+    return "".join(letter if letter.isprintable() else " " if letter.isspace() else "?" for letter in text)
 
 
 def tell(kind: str, message: str, hint: str, exit_code: int, *, as_json: bool) -> int:
@@ -46,7 +46,7 @@ def tell(kind: str, message: str, hint: str, exit_code: int, *, as_json: bool) -
         error = {"class": kind, "message": message, "hint": hint, "exit_code": exit_code}
         print(json.dumps({"error": error}), file=sys.stderr)  # noqa: T201 - the last line of stderr, for scripts
         return exit_code
-    print(f"vmkeep: {one_line(message)}", file=sys.stderr)  # noqa: T201 - the one place that tells of errors
+    print(f"vmkeep: {one_line(message.strip())}", file=sys.stderr)  # noqa: T201 - the one place that tells of errors
     if hint:
-        print(f"  {one_line(hint)}", file=sys.stderr)  # noqa: T201 - as above
+        print(f"  {one_line(hint.strip())}", file=sys.stderr)  # noqa: T201 - as above
     return exit_code

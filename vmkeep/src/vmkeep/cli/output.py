@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -44,4 +45,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
         made.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
         made.add_row(*(Text(one_line(cell)) for cell in row))
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else _WIDE).print(made)
+    if sys.stdout.isatty():
+        Console().print(made)
+        return
+    plain = io.StringIO()
+    Console(file=plain, width=_WIDE).print(made)
+    click.echo("\n".join(text.rstrip() for text in plain.getvalue().splitlines()))

@@ -26,8 +26,12 @@ class _Lines:
 
     def __init__(self, subject: str) -> None:
         self._subject = subject
+        self._name = ""
 
     def phase(self, name: str, total: int | None = None) -> None:
+        if name == self._name:
+            return  # the driver counts the same phase in its own way
+        self._name = name
         how_much = f" ({size(total)})" if total else ""
         click.echo(one_line(f"vmkeep: {self._subject}: {name}{how_much}"), err=True)
 

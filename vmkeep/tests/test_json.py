@@ -1,0 +1,68 @@
+"""docs/json.md lists the keys that the commands print: all of them, and no others."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from backupcore.model import LeftOut
+from vmkeep.cli import documents, exits
+
+PAGE = Path(__file__).parent.parent.parent / "docs" / "json.md"
+
+
+def documented() -> dict[str, set[str]]:
+    sections = re.split(r"^## vmkeep ", PAGE.read_text(), flags=re.MULTILINE)[1:]
+    found = {}
+    for section in sections:
+        title, _, body = section.partition("\n")
+        rows = [line.split("|")[1] for line in body.splitlines() if line.startswith("| `")]
+        found[title.strip()] = {key for row in rows for key in re.findall(r"`([^`]+)`", row)}
+    return found
+
+
+def keys(document: object, before: str = "") -> set[str]:
+    """Every key of a document, written as on the page."""
+    if isinstance(document, dict):
+        prefix = f"{before}." if before else ""
+        return {f"{prefix}{key}" for key in document} | {
+            inner for key, value in document.items() for inner in keys(value, f"{prefix}{key}")
+        }
+    if isinstance(document, list):
+        return {inner for value in document for inner in keys(value, f"{before}[]")}
+    return set()
+
+
+@pytest.fixture
+def printed(site):
+    """Every command's document."""
+    found = {"backup --dry-run": site.run("backup", "web1", "--dry-run", "--json").json}
+    found["backup"] = site.run("backup", "web1", "--json").json
+    site.store.rename(site.folder / "away")
+    site.run("backup", "web1")
+    (site.folder / "away").rename(site.store)
+    for command in ("image list", "image show 1", "vm list", "vm show web1", "vm updateconf web1", "check"):
+        found[" ".join(command.split()[:2])] = site.run(*command.split(), "--json").json
+    found["restore"] = site.run("restore", "1", "--to", str(site.folder / "to"), "--json").json
+    for command in ("datastore list", "datastore check nas", "driver list", "image delete 1 --yes"):
+        found[" ".join(command.split()[:2])] = site.run(*command.split(), "--json").json
+    site.config.unlink()
+    found["init"] = site.run("init", "--json").json
+    return found
+
+
+def test_the_page_lists_exactly_the_keys_that_are_printed(printed):
+    # What this host has nothing of: disks that are left out.
+    assert documents._left_out((LeftOut(id="sda", reason="a CD"),)) == [{"id": "sda", "reason": "a CD"}]
+    never_here = {"left_out[].id", "left_out[].reason"}
+    page = documented()
+    assert set(page) == set(printed)
+    for command, document in printed.items():
+        assert keys(document) | (never_here & page[command]) == page[command], command
+
+
+def test_the_page_lists_every_exit_code():
+    listed = {int(number) for number in re.findall(r"^\| (\d+) \|", PAGE.read_text(), flags=re.MULTILINE)}
+    assert listed == {0, exits.USAGE, exits.WARNING, exits.CANCELLED, *exits.CODES.values()}
