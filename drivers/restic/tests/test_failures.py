@@ -224,11 +224,13 @@ def test_cancelled_midway_leaves_nothing(
         wait_for((tmp_path / "reached").exists)
         ctx.cancel()
 
+    started = time.monotonic()
     thread = threading.Thread(target=cancel)
     thread.start()
     with pytest.raises(Cancelled):
         fresh.backup([kind("disk.vdb.qcow2", 400 << 20, tmp_path), *make_artifacts()], make_run(), ctx)
     thread.join()
+    assert time.monotonic() - started < 40  # a hanging read gives up by itself after 60 s
     assert not running(fresh.repository)
     assert names(fresh.repository, "snapshots") == []
     assert names(fresh.repository, "locks") == []
