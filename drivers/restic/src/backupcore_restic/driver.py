@@ -126,40 +126,26 @@ class Restic:
                 child.stop()
 
         what = f"backing up to {repository.name}"
-        with (
-            ExitStack() as shown,
-            repository.start(
-                arguments,
-                (view := shown.enter_context(show(artifacts, ctx.folder, log=ctx.log, on_failure=give_up))).path,
-            ) as child,
-            ctx.on_cancel(child.stop),
-        ):
-            # A read that hangs, of a hypervisor that does, holds restic in the kernel until the view is gone.
-            child.release = shown.close
-            running.append(child)
-            if view.failed:  # before the line above
-                child.stop()
-            summary = _follow(child, ctx)
-            code = child.wait()
+        with ExitStack() as shown:
+            view = shown.enter_context(show(artifacts, ctx.folder, log=ctx.log, on_failure=give_up))
+            with repository.start(arguments, view.path) as child, ctx.on_cancel(child.stop):
+                # A read that hangs, of a hypervisor that does, holds restic in the kernel until the view is gone.
+                child.release = shown.close
+                running.append(child)
+                if view.failed:  # before the line above
+                    child.stop()
+                summary = _follow(child, ctx)
+                code = child.wait()
             ctx.check()
             view.check()
             if code:
                 raise repository.failed(child, code, what)
-            self._agree(summary, artifacts, what)
+        _agree(summary, artifacts, what)
         snapshot = repository.full_id(str(summary.get("snapshot_id", "")), point_tag(run.point), ctx)
         if snapshot is None:
             raise IntegrityError(f"{what}: restic does not list the snapshot that it says it saved")
         added = summary.get("data_added_packed", summary.get("data_added"))
         return Stored(source=SourceRef(snapshot), stored=added if isinstance(added, int) else None)
-
-    @staticmethod
-    def _agree(summary: dict[str, Any], artifacts: Sequence[Artifact], what: str) -> None:
-        files, size = summary.get("total_files_processed"), summary.get("total_bytes_processed")
-        if (files, size) != (len(artifacts), sum(artifact.size for artifact in artifacts)):
-            raise IntegrityError(
-                f"{what}: restic saved {files} files with {size} bytes,"
-                f" not the {len(artifacts)} with {sum(artifact.size for artifact in artifacts)} that it was shown"
-            )
 
     @hookimpl
     def restore(self, source: SourceRef, ctx: Context) -> Sequence[Artifact]:
@@ -248,6 +234,15 @@ def _follow(child: Child, ctx: Context) -> dict[str, Any]:
     if summary:
         ctx.progress.done(int(summary.get("total_bytes_processed", 0)))
     return summary
+
+
+def _agree(summary: dict[str, Any], artifacts: Sequence[Artifact], what: str) -> None:
+    saved = (summary.get("total_files_processed"), summary.get("total_bytes_processed"))
+    shown = (len(artifacts), sum(artifact.size for artifact in artifacts))
+    if saved != shown:
+        raise IntegrityError(
+            f"{what}: restic saved {saved[0]} files of {saved[1]} bytes; it was shown {shown[0]} of {shown[1]}"
+        )
 
 
 def _listed(snapshot: dict[str, Any]) -> Listed:
