@@ -88,11 +88,14 @@ class Restic:
         if gone:
             raise IncrementImpossible(f"snapshot {gone[0][:8]}, which it builds on, is no longer in {repository.name}")
 
-    def _create(self, repository: Repository, ctx: Context, error: NoRepository) -> None:
+    def _check_creatable(self, repository: Repository, error: NoRepository) -> None:
         if not self.init:
             raise TargetUnavailable(error.message, "Create it with restic init, or set init = true.") from error
         if repository.folder:
             creatable(repository.folder)
+
+    def _create(self, repository: Repository, ctx: Context, error: NoRepository) -> None:
+        self._check_creatable(repository, error)
         ctx.log.info("creating a restic repository in %s", repository.name)
         repository.ask(["init"], "creating a restic repository in", ctx, limit=self.timeout)
 
@@ -102,7 +105,6 @@ class Restic:
         repository = Repository(self)
         tags = to_tags(run.labels)
         arguments = ["backup", "--json", "--force", f"--host={run.vm.name}", *(f"--tag={tag}" for tag in tags), "."]
-        ctx.progress.phase("backup", sum(artifact.size for artifact in artifacts))
         try:
             try:
                 return self._save(repository, arguments, artifacts, run, ctx)
@@ -182,12 +184,20 @@ class Restic:
 
     @hookimpl
     def check(self, ctx: Context) -> bool:
-        """Read the repository's configuration, for which the password is needed."""
+        """Read the repository's configuration, for which the password is needed.
+
+        A repository that the first backup would create is well, too: a host is checked before its first backup.
+        """
         self._warn(ctx)
+        repository = Repository(self)
         try:
-            Repository(self).ask(["--no-lock", "cat", "config"], "opening", ctx, limit=self.timeout)
+            repository.ask(["--no-lock", "cat", "config"], "opening", ctx, limit=self.timeout)
         except NoRepository as error:
-            raise TargetUnavailable(error.message, "The first backup creates it." if self.init else "") from error
+            self._check_creatable(repository, error)
+            ctx.log.warning(
+                "%s holds no repository yet; the first backup creates it. If there were backups: is it mounted?",
+                repository.name,
+            )
         return True
 
     @hookimpl
