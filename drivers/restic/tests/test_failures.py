@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from backupcore_restic import Restic
 from restic_odd import BrokenArtifact, GatedArtifact, SlowArtifact
 
 from backupcore.context import Context
@@ -27,6 +26,7 @@ from backupcore.errors import (
     TargetUnavailable,
 )
 from backupcore.model import BackupRun, BytesArtifact, SourceRef
+from backupcore_restic import Restic
 
 Options = Callable[..., Restic]
 Kept = tuple[SourceRef, list[BytesArtifact]]

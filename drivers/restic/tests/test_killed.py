@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from backupcore_restic import Restic
 from restic_odd import GatedArtifact
 
 from backupcore.context import Context
 from backupcore.disk.fileview import unmount_below
 from backupcore.model import BackupRun, BytesArtifact
+from backupcore_restic import Restic
 
 
 def test_killed_midway(

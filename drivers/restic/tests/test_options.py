@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from backupcore_restic import Restic
-from backupcore_restic.place import creatable, unmounted
 
 from backupcore.context import Context
 from backupcore.errors import AccessDenied, BackupError, Busy, ConfigError, TargetUnavailable
 from backupcore.model import BackupRun, BytesArtifact, SourceRef
 from backupcore.options import build
+from backupcore_restic import Restic
+from backupcore_restic.place import creatable, unmounted
 
 Options = Callable[..., Restic]
 

@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from backupcore_restic import Restic
-from backupcore_restic.tags import from_tags, to_tags
 
 from backupcore.context import Context, Progress
 from backupcore.errors import IncrementImpossible, SourceNotFound
 from backupcore.model import BackupRun, BytesArtifact, SourceRef
+from backupcore_restic import Restic
+from backupcore_restic.tags import from_tags, to_tags
 
 Kept = tuple[SourceRef, list[BytesArtifact]]
 Runs = Callable[..., BackupRun]

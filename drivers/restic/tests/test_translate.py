@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-from backupcore_restic.failures import NoRepository, redact, translate
 
 from backupcore.errors import (
     AccessDenied,
@@ -18,6 +17,7 @@ from backupcore.errors import (
     TargetUnavailable,
     UnsupportedOperation,
 )
+from backupcore_restic.failures import NoRepository, redact, translate
 
 QUESTION = "Is there a repository at the following location?\n/srv/backups\n"
 NO_WRITE = "open /srv/backups/locks/6f4b: read-only file system\ngithub.com/restic/restic/internal/backend.Save\n\t"
