@@ -35,7 +35,6 @@ class MakeVM(Protocol):
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "soak: takes long; run by 'make soak' only")
     if not hasattr(config, "workerinput"):
         config.stash[_LIBVIRTD_WAS_OURS] = _libvirtd_started_here()
 
