@@ -78,8 +78,8 @@ def backup(artifacts: Sequence[Artifact], run: BackupRun, ctx: Context) -> Store
     needed; but read every byte of each once at least, since the core takes its digests on the way. ``sums.*`` and
     ``manifest.json`` are ready once the disks were read; a read of them waits, and never for ever.
 
-    Store `run.labels` beside the source, in a form that `sources` can return. Tell ``ctx.progress.done`` now and then how
-    many bytes of the artifacts are stored; the core has told their total.
+    Store `run.labels` beside the source, in a form that `sources` can return. Tell ``ctx.progress.done`` now and then
+    how many bytes of the artifacts are stored; the core has told their total.
 
     Raise Cancelled soon after `ctx.cancelled`; leave nothing restorable and no child behind. Errors: TargetUnavailable,
     TargetFull, AccessDenied, or what a read of an artifact raised, unchanged.

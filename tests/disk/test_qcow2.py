@@ -140,7 +140,8 @@ def test_runs_and_index_agree_with_counting(disk: tuple[int, list[Extent]], data
     ]
     assert all(one[0] + one[1] < two[0] for one, two in pairwise(runs))
     assert all(offset + length <= size for offset, length in runs)
-    for offset in (data.draw(st.integers(0, clusters(size))) * CLUSTER, *offsets[:3]):
+    inside = [at for e in found for at in range(e.offset, e.end, CLUSTER)][:20]
+    for offset in (data.draw(st.integers(0, clusters(size))) * CLUSTER, *inside):
         assert layout.index(offset) == sum(at < offset for at in offsets)
     with pytest.raises(ValueError, match="clusters"):
         list(layout.runs(first, len(offsets) - first + 1))
@@ -157,7 +158,7 @@ def test_runs_and_index_agree_with_counting(disk: tuple[int, list[Extent]], data
     ],
 )
 def test_extents_that_are_no_clusters_of_the_disk_are_refused(found: list[Extent]):
-    with pytest.raises(ValueError, match=r"whole clusters|comes after"):
+    with pytest.raises(ValueError, match=r"whole clusters|after|overlap"):
         Layout(CLUSTER + 512, found)
 
 
@@ -170,6 +171,15 @@ def test_sizes_that_cannot_be_are_refused():
     with pytest.raises(UnsupportedOperation, match="a backup of"):
         Layout(2 << 50, [Extent(0, 2 << 50, Kind.DATA)])
     assert Layout(2 << 50, []).clusters == 0
+
+
+def test_what_lies_past_the_end_of_the_disk_is_zeros_whatever_the_buffer_held():
+    artifact = DiskArtifact("d", Layout(700, [Extent(0, CLUSTER, Kind.DATA)]), MemoryBlocks(b"x" * 700))
+    buffer = bytearray(b"old " * (CLUSTER // 4))
+    artifact.read_clusters(0, 1, memoryview(buffer))
+    assert buffer == b"x" * 700 + bytes(CLUSTER - 700)
+    with pytest.raises(ValueError, match="a buffer of 65536 bytes for 2 clusters"):
+        artifact.read_clusters(0, 2, memoryview(buffer))
 
 
 # One connection, closed for ever

@@ -22,7 +22,7 @@ from tests.disk.layers import SPAN, Made, extents, make, sizes
 from tests.disk.qemu_nbd import run
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-soak = settings(quick, max_examples=20000)
+soak = settings(quick, max_examples=5000)
 
 layers = sizes.flatmap(lambda size: st.builds(make, st.just(size), extents(size)))
 

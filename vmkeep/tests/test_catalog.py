@@ -140,7 +140,10 @@ from pathlib import Path
 from vmkeep.catalog import images, runs
 from vmkeep.catalog.database import Catalog
 print("ready", flush=True)
-sys.stdin.readline()
+for number in range(5):
+    sys.stdin.readline()
+    Catalog.open(Path(sys.argv[1]).with_name(f"new{number}"))
+    print("opened", flush=True)
 catalog = Catalog.open(Path(sys.argv[1]))
 for _ in range(20):
     one = test_catalog.recorded(datastore=sys.argv[3])
@@ -164,9 +167,12 @@ def test_several_processes_open_a_new_catalog_and_write_at_once(tmp_path, instal
     ]
     for child in children:
         assert child.stdout.readline() == "ready\n"
-    for child in children:
-        child.stdin.write("\n")
-        child.stdin.flush()
+    for _ in range(5):
+        for child in children:
+            child.stdin.write("\n")
+            child.stdin.flush()
+        for child in children:
+            assert child.stdout.readline() == "opened\n", child.communicate()
     for child in children:
         _, err = child.communicate(timeout=120)
         assert (child.returncode, err) == (0, "")

@@ -56,6 +56,10 @@ def test_every_error_has_its_exit_code():
     }
 
 
+def test_what_is_printed_is_one_line_without_control_characters():
+    assert exits.one_line("web\x1b[31m\nGrün\x00\u202e") == "web?[31m Grün??"
+
+
 @pytest.mark.parametrize(
     "arguments", [["bakup", "x"], ["backup"], ["backup", "x", "--what"], ["restore", "1", "--increment", "x"]]
 )

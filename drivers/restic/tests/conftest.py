@@ -12,11 +12,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from backupcore_restic import Restic
 
 from backupcore.context import Context
 from backupcore.model import VM, BackupRun, BytesArtifact, SourceRef, Type, new_id
 from backupcore.options import build
+from backupcore_restic import Restic
 
 # Artifacts are unpickled by the file view's process, which can import what lies on our path.
 sys.path.insert(0, str(Path(__file__).parent))

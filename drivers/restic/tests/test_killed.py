@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import signal
 import subprocess
@@ -11,13 +10,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from backupcore_restic import Restic
 from restic_odd import GatedArtifact
 
 from backupcore.context import Context
 from backupcore.disk.fileview import unmount_below
 from backupcore.model import BackupRun, BytesArtifact
-
+from backupcore_restic import Restic
 
 
 def test_killed_midway(
@@ -46,15 +44,15 @@ def test_killed_midway(
         pickle.dump(sys.path, ours.stdin)
         pickle.dump((fresh, artifacts, replace(make_run(), settings={}), folder), ours.stdin)
         ours.stdin.close()
-        wait_for(lambda: (tmp_path / "reached").exists())
+        wait_for((tmp_path / "reached").exists)
         assert running(fresh.repository)
-        assert os.listdir(Path(fresh.repository, "locks"))
+        assert any(Path(fresh.repository, "locks").iterdir())
     finally:
         ours.send_signal(signal.SIGKILL)
         ours.wait()
     wait_for(lambda: not running(fresh.repository))
-    assert os.listdir(Path(fresh.repository, "locks")) == []
-    assert os.listdir(Path(fresh.repository, "snapshots")) == []
+    assert not any(Path(fresh.repository, "locks").iterdir())
+    assert not any(Path(fresh.repository, "snapshots").iterdir())
     unmount_below(folder)
 
     run = make_run()

@@ -6,15 +6,16 @@ import json
 import pickle
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from backupcore_restic import Restic
-from backupcore_restic.tags import from_tags, to_tags
 
 from backupcore.context import Context, Progress
 from backupcore.errors import IncrementImpossible, SourceNotFound
 from backupcore.model import BackupRun, BytesArtifact, SourceRef
+from backupcore_restic import Restic
+from backupcore_restic.tags import from_tags, to_tags
 
 Kept = tuple[SourceRef, list[BytesArtifact]]
 Runs = Callable[..., BackupRun]
@@ -97,6 +98,15 @@ def test_a_stream_closed_early_leaves_no_restic(shared: Restic, kept: Kept, ctx:
     assert not running(shared.repository)
     with pytest.raises(ValueError, match="closed"):
         second.read(1)
+
+
+def test_a_stream_outlives_the_thread_that_opened_it(shared: Restic, kept: Kept, ctx: Context) -> None:
+    # The kernel's death signal goes by the thread that forked, not by the process.
+    disk = next(one for one in shared.restore(kept[0], ctx) if one.name == "disk.vda.qcow2")
+    with ThreadPoolExecutor(1) as pool:
+        stream = pool.submit(disk.open).result()
+    with stream:
+        assert stream.read() == kept[1][0].data
 
 
 @pytest.mark.parametrize(

@@ -39,11 +39,13 @@ def own(state: Path, run: BackupRun | None = None) -> Iterator[Path]:
         state.mkdir(mode=0o711, parents=True, exist_ok=True)
         runs.mkdir(mode=0o700, exist_ok=True)
         folder.mkdir(mode=0o700)
-        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        # It gets its name when it is locked: another process that sweeps must not find it free in between.
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        (folder / ".lock").rename(folder / "lock")
     except OSError as error:
         raise from_os_error(error, f"the folder of runs {runs}") from error
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
         if run:
             temporary = folder / ".run.json"
             temporary.write_text(dump_run(run))

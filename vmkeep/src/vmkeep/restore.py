@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -95,6 +95,7 @@ def _require_free(paths: Sequence[Path]) -> None:
 @contextmanager
 def _staging(names: Names) -> Iterator[Path]:
     """A hidden folder beside the final files, so that publishing them is a rename within one file system."""
+    there = names.folder.exists()
     try:
         names.folder.mkdir(parents=True, exist_ok=True)
         staged = names.folder / f".{names.base}.{secrets.token_hex(4)}.part"
@@ -105,6 +106,9 @@ def _staging(names: Names) -> Iterator[Path]:
         yield staged
     finally:
         shutil.rmtree(staged)
+        if not there:
+            with suppress(OSError):  # not empty: the restore went well
+                names.folder.rmdir()
 
 
 def _publish(

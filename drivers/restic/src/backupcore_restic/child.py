@@ -51,11 +51,14 @@ class Child:
                 f"the program {command[0]} is not installed, or not executable",
                 "Install it (Debian, Ubuntu: apt-get install restic), or name it by the option binary.",
             ) from None
-        self._tail = bytearray()
+        # Memory, and no pipe: a Go program dies at its first word on a broken stderr. restic says a word when it gets
+        # SIGINT, before it removes its lock; so it would leave the lock whenever we are killed.
+        self._errors = os.memfd_create("stderr")
         self._lock = threading.Lock()
         self._killer: threading.Timer | None = None
         self._limit: threading.Timer | None = None
         self._code: int | None = None
+        self._said: str | None = None
         self.late = False
         """True once the limit of `within` has passed."""
         self.release: Callable[[], None] | None = None
@@ -68,13 +71,11 @@ class Child:
             fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE)
 
         def start() -> Any:
-            return program(
+            return program(  # type: ignore[call-overload]  # sh takes a file descriptor for _in; its types do not say
                 *command[1:],
                 _in=null,
                 _out=write,
-                _err=self._keep,
-                _err_bufsize=4096,
-                _decode_errors="replace",
+                _err=self._errors,
                 _env=dict(environment),
                 _cwd=str(folder) if folder else None,
                 _new_session=True,
@@ -88,10 +89,12 @@ class Child:
             self._process: Any = _forker.submit(start).result()
         except sh.ForkException as error:
             os.close(read)
+            os.close(self._errors)
             reason = str(error).strip().splitlines()[-1]  # above it stands the child's traceback
             raise ConfigError(f"{command[0]} could not be started: {reason}") from None
         except BaseException:
             os.close(read)
+            os.close(self._errors)
             raise
         finally:
             os.close(write)
@@ -106,11 +109,15 @@ class Child:
     @property
     def errors(self) -> str:
         """The last that it wrote to stderr."""
-        return self._tail.decode(errors="replace")
+        if self._said is None:
+            size = os.fstat(self._errors).st_size
+            return os.pread(self._errors, TAIL, max(0, size - TAIL)).decode(errors="replace")
+        return self._said
 
-    def _keep(self, text: str | bytes) -> None:
-        self._tail += text.encode() if isinstance(text, str) else text
-        del self._tail[:-TAIL]
+    def _close(self) -> None:
+        if self._said is None:
+            self._said = self.errors
+            os.close(self._errors)
 
     def within(self, seconds: float) -> None:
         """Stop it unless it ends within so many seconds."""
@@ -167,6 +174,7 @@ class Child:
         self.output.close()  # a writer blocked on a full pipe ends, too
         if self._code is None:
             self.wait()
+        self._close()
 
 
 def _before_exec(parent: int) -> Callable[[], None]:

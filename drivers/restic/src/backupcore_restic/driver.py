@@ -88,11 +88,14 @@ class Restic:
         if gone:
             raise IncrementImpossible(f"snapshot {gone[0][:8]}, which it builds on, is no longer in {repository.name}")
 
-    def _create(self, repository: Repository, ctx: Context, error: NoRepository) -> None:
+    def _check_creatable(self, repository: Repository, error: NoRepository) -> None:
         if not self.init:
             raise TargetUnavailable(error.message, "Create it with restic init, or set init = true.") from error
         if repository.folder:
             creatable(repository.folder)
+
+    def _create(self, repository: Repository, ctx: Context, error: NoRepository) -> None:
+        self._check_creatable(repository, error)
         ctx.log.info("creating a restic repository in %s", repository.name)
         repository.ask(["init"], "creating a restic repository in", ctx, limit=self.timeout)
 
@@ -102,7 +105,6 @@ class Restic:
         repository = Repository(self)
         tags = to_tags(run.labels)
         arguments = ["backup", "--json", "--force", f"--host={run.vm.name}", *(f"--tag={tag}" for tag in tags), "."]
-        ctx.progress.phase("backup", sum(artifact.size for artifact in artifacts))
         try:
             try:
                 return self._save(repository, arguments, artifacts, run, ctx)
@@ -126,40 +128,26 @@ class Restic:
                 child.stop()
 
         what = f"backing up to {repository.name}"
-        with (
-            ExitStack() as shown,
-            repository.start(
-                arguments,
-                (view := shown.enter_context(show(artifacts, ctx.folder, log=ctx.log, on_failure=give_up))).path,
-            ) as child,
-            ctx.on_cancel(child.stop),
-        ):
-            # A read that hangs, of a hypervisor that does, holds restic in the kernel until the view is gone.
-            child.release = shown.close
-            running.append(child)
-            if view.failed:  # before the line above
-                child.stop()
-            summary = _follow(child, ctx)
-            code = child.wait()
+        with ExitStack() as shown:
+            view = shown.enter_context(show(artifacts, ctx.folder, log=ctx.log, on_failure=give_up))
+            with repository.start(arguments, view.path) as child, ctx.on_cancel(child.stop):
+                # A read that hangs, of a hypervisor that does, holds restic in the kernel until the view is gone.
+                child.release = shown.close
+                running.append(child)
+                if view.failed:  # before the line above
+                    child.stop()
+                summary = _follow(child, ctx)
+                code = child.wait()
             ctx.check()
             view.check()
             if code:
                 raise repository.failed(child, code, what)
-            self._agree(summary, artifacts, what)
+        _agree(summary, artifacts, what)
         snapshot = repository.full_id(str(summary.get("snapshot_id", "")), point_tag(run.point), ctx)
         if snapshot is None:
             raise IntegrityError(f"{what}: restic does not list the snapshot that it says it saved")
         added = summary.get("data_added_packed", summary.get("data_added"))
         return Stored(source=SourceRef(snapshot), stored=added if isinstance(added, int) else None)
-
-    @staticmethod
-    def _agree(summary: dict[str, Any], artifacts: Sequence[Artifact], what: str) -> None:
-        files, size = summary.get("total_files_processed"), summary.get("total_bytes_processed")
-        if (files, size) != (len(artifacts), sum(artifact.size for artifact in artifacts)):
-            raise IntegrityError(
-                f"{what}: restic saved {files} files with {size} bytes,"
-                f" not the {len(artifacts)} with {sum(artifact.size for artifact in artifacts)} that it was shown"
-            )
 
     @hookimpl
     def restore(self, source: SourceRef, ctx: Context) -> Sequence[Artifact]:
@@ -196,12 +184,20 @@ class Restic:
 
     @hookimpl
     def check(self, ctx: Context) -> bool:
-        """Read the repository's configuration, for which the password is needed."""
+        """Read the repository's configuration, for which the password is needed.
+
+        A repository that the first backup would create is well, too: a host is checked before its first backup.
+        """
         self._warn(ctx)
+        repository = Repository(self)
         try:
-            Repository(self).ask(["--no-lock", "cat", "config"], "opening", ctx, limit=self.timeout)
+            repository.ask(["--no-lock", "cat", "config"], "opening", ctx, limit=self.timeout)
         except NoRepository as error:
-            raise TargetUnavailable(error.message, "The first backup creates it." if self.init else "") from error
+            self._check_creatable(repository, error)
+            ctx.log.warning(
+                "%s holds no repository yet; the first backup creates it. If there were backups: is it mounted?",
+                repository.name,
+            )
         return True
 
     @hookimpl
@@ -248,6 +244,15 @@ def _follow(child: Child, ctx: Context) -> dict[str, Any]:
     if summary:
         ctx.progress.done(int(summary.get("total_bytes_processed", 0)))
     return summary
+
+
+def _agree(summary: dict[str, Any], artifacts: Sequence[Artifact], what: str) -> None:
+    saved = (summary.get("total_files_processed"), summary.get("total_bytes_processed"))
+    shown = (len(artifacts), sum(artifact.size for artifact in artifacts))
+    if saved != shown:
+        raise IntegrityError(
+            f"{what}: restic saved {saved[0]} files of {saved[1]} bytes; it was shown {shown[0]} of {shown[1]}"
+        )
 
 
 def _listed(snapshot: dict[str, Any]) -> Listed:

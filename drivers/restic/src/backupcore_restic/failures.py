@@ -148,15 +148,19 @@ def _lines(errors: str) -> list[str]:
 def translate(code: int, errors: str, what: str, secrets: Iterable[str] = ()) -> BackupError:
     """The error for a restic that ended with `code` and wrote `errors`; `what` says what it was to do, and where."""
     # In plain text the question is a line of its own, and the location the one below.
-    lines = _lines(re.sub(r"(?m)^Is there a repository at the following location\?\n.*$", "", errors))
-    lines = [line.removeprefix("Fatal: ") for line in lines if line.startswith("Fatal: ")] or lines
+    said = _lines(re.sub(r"(?m)^Is there a repository at the following location\?\n.*$", "", errors))
+    lines = [line.removeprefix("Fatal: ") for line in said]
     found = next((rule for rule in RULES if code in rule.codes), None)
-    said = next((line for line in lines if found and found.text.search(line)), "")
     if found is None:
-        found, said = next(((rule, line) for rule in RULES for line in lines if rule.text.search(line)), (None, ""))
-    # Of an ssh that fails restic itself knows only that it ended.
-    said = said or next((line for line in lines if line.startswith("subprocess ")), "")
-    reason = said or (lines[-1] if lines else f"ended by signal {-code}" if code < 0 else f"exit code {code}")
+        found = next((rule for rule in RULES for line in lines if rule.text.search(line)), None)
+    best = (
+        *(line for line in lines if found and found.text.search(line)),
+        *(line for line in lines if line.startswith("subprocess ")),  # restic knows only that its ssh has ended
+        *(line.removeprefix("Fatal: ") for line in said if line.startswith("Fatal: ")),
+        *lines[-1:],
+        f"ended by signal {-code}" if code < 0 else f"exit code {code}",
+    )
+    reason = best[0]
     message = redact(f"{what}: {reason:.500}", secrets)
     if found is None:
         return TargetUnavailable(message)

@@ -1,0 +1,217 @@
+"""The options: what is refused, what reaches restic, and what must never show."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from backupcore.context import Context
+from backupcore.errors import AccessDenied, BackupError, Busy, ConfigError, TargetUnavailable
+from backupcore.model import BackupRun, BytesArtifact, SourceRef
+from backupcore.options import build
+from backupcore_restic import Restic
+from backupcore_restic.place import creatable, unmounted
+
+Options = Callable[..., Restic]
+
+
+class OtherRestic:
+    """A program in restic's place: it writes down how it was called, and answers as a version that is not installed.
+
+    `answers` maps words of the command line to a shell command; the first that occurs counts.
+    """
+
+    def __init__(self, folder: Path, answers: dict[str, str]) -> None:
+        self.program = folder / "restic"
+        self._calls = folder / "calls"
+        self._environment = folder / "environment"
+        cases = "".join(f'  *" {words} "*) {answer};;\n' for words, answer in answers.items())
+        self.program.write_text(
+            f'#!/bin/sh\necho "$@" >> {shlex.quote(str(self._calls))}\n'
+            f"env > {shlex.quote(str(self._environment))}\n"
+            f'case " $* " in\n{cases}esac\n'
+        )
+        self.program.chmod(0o755)
+
+    @property
+    def calls(self) -> list[str]:
+        return self._calls.read_text().splitlines()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return dict(line.split("=", 1) for line in self._environment.read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"repository": "/x"}, "exactly one of password_file and password_command"),
+        ({"repository": "/x", "password_file": "/p", "password_command": "c"}, "exactly one"),
+        ({"repository": "", "password_file": "/p"}, "repository"),
+        ({"repository": "/x", "password_file": "/p", "pack_size": 3}, "pack_size"),
+        ({"repository": "/x", "password_file": "/p", "limit_upload": -1}, "limit_upload"),
+        ({"repository": "/x", "password_file": "/p", "compression": "best"}, "compression"),
+        ({"repository": "/x", "password_file": "/p", "pasword": "geheim"}, "pasword"),
+    ],
+)
+def test_wrong_options_are_named(table: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        build(Restic, table)
+    assert "geheim" not in str(caught.value)
+
+
+def test_what_reaches_restic(
+    options: Options, ctx: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, password: Path
+) -> None:
+    fake = OtherRestic(tmp_path, {})
+    (tmp_path / "cloud").write_text(
+        "# for S3\nexport AWS_ACCESS_KEY_ID=AKIA123456\nAWS_SECRET_ACCESS_KEY='geheim 1'\n\n"
+    )
+    for name in ("RESTIC_REPOSITORY_FILE", "RESTIC_PASSWORD", "RESTIC_PASSWORD_COMMAND", "AWS_PROFILE", "OF_OURS"):
+        monkeypatch.setenv(name, "of the user's shell")
+    monkeypatch.delenv("HOME", raising=False)
+    driver = options(
+        "s3:https://me:geheim@nas/bucket",
+        binary=str(fake.program),
+        environment_file=str(tmp_path / "cloud"),
+        compression="max",
+        limit_upload=100,
+        limit_download=200,
+        pack_size=64,
+        read_concurrency=4,
+        cache="off",
+    )
+    assert driver.check(ctx)
+    assert fake.calls == ["--limit-upload=100 --limit-download=200 --no-cache --no-lock cat config"]
+    seen = fake.environment
+    assert seen.pop("HOME").startswith("/")
+    assert {key: value for key, value in seen.items() if key.startswith(("RESTIC_", "AWS_", "OF_"))} == {
+        "RESTIC_REPOSITORY": "s3:https://me:geheim@nas/bucket",
+        "RESTIC_PASSWORD_FILE": str(password),
+        "RESTIC_COMPRESSION": "max",
+        "RESTIC_PACK_SIZE": "64",
+        "RESTIC_READ_CONCURRENCY": "4",
+        "RESTIC_PROGRESS_FPS": "4",
+        "AWS_ACCESS_KEY_ID": "AKIA123456",
+        "AWS_SECRET_ACCESS_KEY": "geheim 1",
+    }
+    assert "geheim" not in repr(driver)
+
+
+@pytest.mark.parametrize("line", ["RESTIC_PASSWORD=geheim", "RESTIC_REPOSITORY=/x", "just words: geheim"])
+def test_an_environment_file_that_is_wrong(
+    options: Options, pristine: Path, ctx: Context, tmp_path: Path, line: str
+) -> None:
+    (tmp_path / "cloud").write_text(f"A=1\n{line}\n")
+    with pytest.raises(ConfigError, match="line 2") as caught:
+        options(pristine, environment_file=str(tmp_path / "cloud")).check(ctx)
+    assert "geheim" not in str(caught.value)
+    with pytest.raises(TargetUnavailable, match="environment file"):
+        options(pristine, environment_file=str(tmp_path / "none")).check(ctx)
+
+
+def test_secrets_that_anybody_can_read_are_pointed_out(
+    options: Options, shared: Restic, ctx: Context, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "open").write_text("correct horse\n")
+    (tmp_path / "open").chmod(0o644)
+    assert options(shared.repository, password_file=str(tmp_path / "open")).check(ctx)
+    assert "can be read by everybody" in caplog.text
+    assert "horse" not in caplog.text
+
+
+def test_a_relative_repository_is_that_of_the_caller(
+    options: Options, shared: Restic, ctx: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(shared.repository).parent)
+    assert options("repository").check(ctx)
+    assert options("local:repository").check(ctx)
+
+
+def test_the_newest_restic(
+    options: Options,
+    ctx: Context,
+    tmp_path: Path,
+    make_run: Callable[..., BackupRun],
+    make_artifacts: Callable[..., list[BytesArtifact]],
+) -> None:
+    artifacts = make_artifacts(1000)
+    size = sum(one.size for one in artifacts)
+    snapshot = "ab" * 32
+    fake = OtherRestic(
+        tmp_path,
+        {
+            "list snapshots": "echo 'Fatal: repository does not exist: …' >&2; exit 10",
+            "cat config": "echo 'Fatal: wrong password' >&2; exit 12",
+            "forget": "echo 'unable to create lock in backend: repository is already locked' >&2; exit 11",
+            "unlock": "exit 0",
+            "init": "exit 0",
+            "backup": 'cat ./* > /dev/null; echo \'{"message_type":"summary","total_files_processed":5,'
+            f'"total_bytes_processed":{size},"data_added":900,"data_added_packed":700,"snapshot_id":"{snapshot}"}}\'',
+            "snapshots": f'echo \'[{{"id":"{snapshot}","tags":["backupcore","point=1"],'
+            '"summary":{"total_bytes_processed":5}}]\'',
+            "find": f'echo \'[{{"matches":[{{"path":"/manifest.json","type":"file"}}],"snapshot":"{snapshot}"}}]\'',
+            "ls": f'echo \'{{"message_type":"snapshot","id":"{snapshot}"}}\'; '
+            'echo \'{"message_type":"node","name":"manifest.json","type":"file","path":"/manifest.json","size":13}\'',
+            "dump": "echo torn; exit 1",
+        },
+    )
+    driver = options(tmp_path / "repository", binary=str(fake.program))
+    driver.prebackup(make_run(), ctx)
+    assert [call.split()[-1] for call in fake.calls] == ["snapshots", "init"]
+    stored = driver.backup(artifacts, make_run(), ctx)
+    assert (stored.source.token, stored.stored) == (snapshot, 700)
+    assert [(one.source, one.size, dict(one.labels)) for one in driver.sources(ctx)] == [
+        (stored.source, 5, {"point": "1"})
+    ]
+    with pytest.raises(AccessDenied):
+        driver.check(ctx)
+    with pytest.raises(Busy):
+        driver.delete([stored.source], ctx)
+    [manifest] = driver.restore(SourceRef(snapshot), ctx)
+    with manifest.open() as stream, pytest.raises(TargetUnavailable):
+        stream.read()
+
+
+def test_a_summary_that_misses_a_file_fails_the_backup(
+    options: Options,
+    ctx: Context,
+    tmp_path: Path,
+    make_run: Callable[..., BackupRun],
+    make_artifacts: Callable[..., list[BytesArtifact]],
+) -> None:
+    snapshot = "cd" * 32
+    fake = OtherRestic(
+        tmp_path,
+        {
+            "backup": f'echo \'{{"message_type":"summary","total_files_processed":4,"snapshot_id":"{snapshot}"}}\'',
+            "snapshots": f'echo \'[{{"id":"{snapshot}"}}]\'',
+        },
+    )
+    with pytest.raises(BackupError, match="4 files"):
+        options(tmp_path / "repository", binary=str(fake.program)).backup(make_artifacts(1000), make_run(), ctx)
+    assert fake.calls[-1] == f"forget {snapshot}"
+
+
+def test_a_repository_is_not_created_where_a_disk_should_be_mounted(tmp_path: Path) -> None:
+    fstab = tmp_path / "fstab"
+    place = tmp_path / "a disk"
+    place.mkdir()
+    fstab.write_text(
+        "# a comment\nUUID=1 / ext4 defaults 0 1\nUUID=2 none swap sw 0 0\n"
+        f"nas:/x {tmp_path}/a\\040disk nfs defaults 0 0\n"
+    )
+    assert unmounted(place / "repository", fstab) == place
+    assert unmounted(tmp_path / "another", fstab) is None
+    for folder in (place, place / "repository"):
+        with pytest.raises(TargetUnavailable, match="nothing is mounted"):
+            creatable(folder, fstab)
+    fstab.write_text("proc /proc proc defaults 0 0\n")
+    assert unmounted(Path("/proc/x"), fstab) is None
+    creatable(place, fstab)
+    shutil.rmtree(place)
+    creatable(place, fstab)
