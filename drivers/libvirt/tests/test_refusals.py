@@ -20,7 +20,7 @@ from backupcore.errors import (
     UnsupportedOperation,
 )
 from backupcore.model import VM, Outcome, RunState
-from backupcore_libvirt.backup_job import left_behind
+from backupcore_libvirt import backup_job
 from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.plugin import Libvirt
 from backupcore_libvirt.versions import require
@@ -202,9 +202,10 @@ class StuckDomain(Domain):
         raise HypervisorError("VM stuck: job: internal error: backup job data missing")
 
 
-def test_a_job_that_libvirt_cannot_end_is_explained(tmp_path: Path):
+def test_a_job_that_libvirt_cannot_end_is_explained(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(backup_job, "BEGIN_LIMIT", 0.1)
     with pytest.raises(HypervisorError, match="holds a backup job that no longer exists") as refused:
-        left_behind(StuckDomain(), tmp_path)
+        backup_job.left_behind(StuckDomain(), tmp_path)
     assert "/run/libvirt/qemu/stuck.xml" in refused.value.hint
 
 

@@ -19,6 +19,7 @@ from backupcore.errors import Busy, HypervisorError, TargetFull
 from backupcore.model import Outcome, RunState
 from backupcore_libvirt import backup_job
 from backupcore_libvirt.clients import connected
+from backupcore_libvirt.folder import Owner, RunFolder
 from backupcore_libvirt.plugin import Libvirt
 
 MiB = 1 << 20
@@ -44,7 +45,7 @@ def other_process(runs, tmp_path):
     """Starts a process that has done prebackup and holds a connection; it is killed at the end."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(vm, run) -> subprocess.Popen[str]:
+    def start(vm, run, *, ready: bool = True) -> subprocess.Popen[str]:
         arguments = [runs.hypervisor.uri, runs.hypervisor.scratch, tmp_path, vm.uuid, vm.name, run.id, run.point]
         process = subprocess.Popen(
             [sys.executable, "-c", PREBACKUP, *map(str, arguments)],
@@ -55,7 +56,7 @@ def other_process(runs, tmp_path):
         )
         started.append(process)
         assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+        assert not ready or process.stdout.readline() == "ready\n"
         return process
 
     yield start
@@ -95,6 +96,34 @@ def test_postbackup_in_a_fresh_process_releases_all_and_can_be_repeated(small, r
         (runs.folder / dead.id).rmdir()
         small.untouched()
         assert list(runs.hypervisor.scratch.iterdir()) == []
+
+
+def test_a_run_killed_at_any_moment_of_prebackup(small, runs, other_process, wait_for):
+    small.io("vda", "write -P 0x11 0 1M")
+    spent = []
+    for milliseconds in (0, 30, 60, 120, 250):  # since its folder appeared: before, in and after the call that begins
+        dead = runs.run(small)
+        process = other_process(small, dead, ready=False)
+        wait_for((runs.hypervisor.scratch / dead.id).exists, "the folder of the run")
+        time.sleep(milliseconds / 1000)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        with runs.take(runs.run(small, spent=(*spent, dead.point))) as taken:
+            assert taken.prepared.artifacts[0].read_at(0, 1)
+        spent = [taken.run.point]
+        assert list(runs.hypervisor.scratch.iterdir()) == []
+        assert small.checkpoints() == {f"backupcore-{taken.run.point}"}
+
+
+def test_the_folder_of_a_run_that_was_killed_before_it_had_a_job_goes(small, runs, hypervisor):
+    folder = RunFolder(hypervisor.scratch, "0" * 32)
+    os.close(folder.make(Owner(os.geteuid(), os.getegid()), small.uuid))
+    other = RunFolder(hypervisor.scratch, "1" * 32)
+    lock = other.make(Owner(os.geteuid(), os.getegid()), small.uuid)  # of a run that lives
+    with runs.take(runs.run(small)):
+        assert not folder.path.exists()
+        assert other.path.exists()
+    os.close(lock)
 
 
 def test_postbackup_where_prebackup_never_ran(lab, small, runs):

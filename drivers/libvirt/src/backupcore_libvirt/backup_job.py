@@ -8,13 +8,15 @@ from pathlib import Path
 from xml.etree.ElementTree import Element, SubElement, tostring
 
 from backupcore.errors import BackupError, Busy, HypervisorError, NotFound
-from backupcore_libvirt.clients import connected, wait_until_alone
+from backupcore_libvirt.clients import wait_until_alone
 from backupcore_libvirt.connection import BACKUP, IO_ERROR, NO_JOB, PAUSED, Domain, code_of
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.xml import parse
 
 __all__ = ["backup_xml", "bitmap_name", "end", "left_behind", "running_socket"]
 
+BEGIN_LIMIT = 10.0
+ORPHANS_LIMIT = 3.0
 CLIENTS_LIMIT = 10.0
 END_LIMIT = 60.0
 _OPERATIONS = ("", "start", "save", "restore", "migration", "migration", "snapshot", "revert", "dump", "backup")
@@ -57,19 +59,9 @@ def left_behind(domain: Domain, scratch: Path) -> RunFolder | None:
 
     Busy where another job runs, or a run of ours that lives: at once, since libvirt itself would wait 30 s for it.
     """
-    try:
-        if not domain.is_active() or not domain.job_type():
-            return None
-        operation = domain.job_operation()
-    except HypervisorError as error:
-        if "backup job data missing" not in error.message:
-            raise
-        # libvirtd was killed while it began a backup: nothing in its API gets rid of that job.
-        raise HypervisorError(
-            f"VM {domain.name}: libvirt holds a backup job that no longer exists ({error.message})",
-            "libvirtd was killed while a backup began. Power the VM off and restart libvirtd; or stop libvirtd, remove "
-            f"the line \"<job type='none' async='backup' …/>\" from /run/libvirt/qemu/{domain.name}.xml and start it.",
-        ) from error
+    if not domain.is_active() or not _job_type(domain):
+        return None
+    operation = domain.job_operation()
     socket = running_socket(domain) if operation in (0, BACKUP) else None
     folder = RunFolder.of_socket(scratch, socket) if socket else None
     if folder is None:
@@ -79,12 +71,39 @@ def left_behind(domain: Domain, scratch: Path) -> RunFolder | None:
             f"VM {domain.name}: another job is running (operation: {what}{holder})",
             "Wait until it has ended ('virsh domjobinfo' shows it), then run it again.",
         )
-    if folder.is_in_use() or connected(folder.socket):
-        raise Busy(
-            f"VM {domain.name}: another backup of this VM is running (its socket is {folder.socket})",
-            "Wait until it has ended, then run it again.",
-        )
+    busy = Busy(
+        f"VM {domain.name}: another backup of this VM is running (its socket is {folder.socket})",
+        "Wait until it has ended, then run it again.",
+    )
+    if folder.is_in_use():
+        raise busy
+    try:
+        # The children of a run that was killed end a moment later, and QEMU notices that later still.
+        wait_until_alone(folder.socket, ORPHANS_LIMIT)
+    except HypervisorError as error:
+        raise busy from error
     return folder
+
+
+def _job_type(domain: Domain) -> int:
+    """The kind of job that runs, 0 if none; a backup that is just beginning is waited for."""
+    deadline = time.monotonic() + BEGIN_LIMIT
+    while True:
+        try:
+            return domain.job_type()
+        except HypervisorError as error:
+            # What libvirt says while a backup begins: for some tenths of a second, and no longer.
+            if "backup job data missing" not in error.message:
+                raise
+            if time.monotonic() > deadline:
+                # libvirtd was killed in that time: nothing in its API gets rid of that job.
+                raise HypervisorError(
+                    f"VM {domain.name}: libvirt holds a backup job that no longer exists ({error.message})",
+                    "libvirtd was killed while a backup began. Power the VM off and restart libvirtd; or stop it, "
+                    "remove the line \"<job type='none' async='backup' …/>\" from "
+                    f"/run/libvirt/qemu/{domain.name}.xml and start it.",
+                ) from error
+        time.sleep(0.02)
 
 
 def end(domain: Domain, folder: RunFolder) -> None:
@@ -95,6 +114,8 @@ def end(domain: Domain, folder: RunFolder) -> None:
     end.
     """
     started = folder.path.exists()
+    if domain.is_active():
+        _job_type(domain)  # a job that is just beginning has no socket yet: wait for it
     if running_socket(domain) == str(folder.socket):
         wait_until_alone(folder.socket, CLIENTS_LIMIT)
         domain.abort_job()

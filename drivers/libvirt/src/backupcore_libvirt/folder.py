@@ -18,7 +18,7 @@ from pathlib import Path
 
 from backupcore.errors import AccessDenied, HypervisorError, TargetFull, from_os_error
 
-__all__ = ["Owner", "RunFolder", "check_scratch", "require_room", "reserve", "scratch_room"]
+__all__ = ["Owner", "RunFolder", "check_scratch", "dead_folders", "require_room", "reserve", "scratch_room"]
 
 _KNOWN = re.compile(r"nbd\.sock|lock|[A-Za-z0-9_.-]+\.scratch")
 _RUN = re.compile(r"[0-9a-f]{32}")
@@ -134,8 +134,10 @@ class RunFolder:
         """Where a disk's scratch file goes."""
         return self.path / f"{disk}.scratch"
 
-    def make(self, owner: Owner) -> int:
+    def make(self, owner: Owner, vm: str) -> int:
         """Create it for `owner`, locked by this process; the result is the lock's file descriptor.
+
+        The lock says which VM (its UUID) the run is of, for `dead_folders`.
 
         AccessDenied, TargetFull. What an earlier try of the same run left is removed first.
         """
@@ -148,6 +150,7 @@ class RunFolder:
             raise from_os_error(error, f"scratch folder {self.scratch}") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.write(lock, vm.encode())
             if owner.uid != os.geteuid():
                 os.chown(self.path, owner.uid, owner.gid, follow_symlinks=False)
         except OSError as error:
@@ -194,3 +197,18 @@ class RunFolder:
         if not strange:
             self.path.rmdir()
         return strange
+
+
+def dead_folders(scratch: Path, vm: str) -> list[RunFolder]:
+    """The folders that dead runs of this VM (its UUID) have left, killed before or after they had a job."""
+    found = []
+    for path in scratch.iterdir() if scratch.is_dir() else ():
+        if _RUN.fullmatch(path.name):
+            folder = RunFolder(scratch, path.name)
+            try:
+                of = (path / "lock").read_text(errors="replace")
+            except OSError:
+                continue  # killed before it had a lock, or one that is just being removed
+            if of == vm and not folder.is_in_use():
+                found.append(folder)
+    return found

@@ -43,7 +43,7 @@ from backupcore_libvirt.definition import restored_definition
 from backupcore_libvirt.disks import source_disks
 from backupcore_libvirt.export import artifact
 from backupcore_libvirt.findings import findings
-from backupcore_libvirt.folder import RunFolder
+from backupcore_libvirt.folder import RunFolder, dead_folders
 from backupcore_libvirt.look import Look, look
 from backupcore_libvirt.nvram import read_nvram
 from backupcore_libvirt.scratch_watch import ScratchWatch, watch
@@ -82,10 +82,11 @@ class Libvirt:
         if dead is not None:
             ctx.log.warning("VM %s: ending the backup job that a dead run (%s) has left", domain.name, dead.run)
             end(domain, dead)
-            dead.remove()
+        for left in dead_folders(self.scratch, domain.uuid):
+            left.remove()
         seen = look(connection, domain, run, self.scratch)
         folder = RunFolder(self.scratch, run.id)
-        lock = folder.make(seen.owner)
+        lock = folder.make(seen.owner, domain.uuid)
         ctx.stack.callback(os.close, lock)
         ctx.check()
         date = _begin(domain, run, folder, seen)
