@@ -73,7 +73,8 @@ def test_no_repository_is_said_and_nothing_is_created(
     place = tmp_path / "none"
     driver = options(place)
     for call in (
-        lambda: driver.check(ctx),
+        lambda: options(place, init=False).check(ctx),
+        lambda: options(tmp_path / "none" / "deep").check(ctx),
         lambda: driver.restore(SourceRef("0" * 64), ctx),
         lambda: list(driver.sources(ctx)),
         lambda: driver.delete([SourceRef("0" * 64)], ctx),
@@ -82,6 +83,7 @@ def test_no_repository_is_said_and_nothing_is_created(
     ):
         with pytest.raises(TargetUnavailable, match="none"):
             call()
+    assert driver.check(ctx), "all is ready for the first backup, which creates it"
     assert not place.exists()
 
 

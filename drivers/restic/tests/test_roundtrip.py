@@ -57,7 +57,7 @@ def test_backup_lists_and_restores_what_it_was_given(
     assert stored.stored is not None
     assert stored.stored >= 3 << 20
     total = sum(one.size for one in artifacts)
-    assert heard.phases == [("backup", total)]
+    assert not heard.phases, "the core has told the total"
     assert heard.counts[-1] == total
 
     listed = {one.source: one for one in shared.sources(ctx)}
