@@ -63,20 +63,20 @@ def ensure() -> str:
 
 def started_here() -> bool:
     """Whether the libvirtd that answers was started by `ensure` (of any process of this checkout)."""
-    return _keeper() is not None
+    return keeper() is not None
 
 
 def stop() -> None:
     """Stop the libvirtd and virtlogd that `ensure` started; does nothing where they were not ours."""
     with locked("libvirtd"):
-        keeper = _keeper()
-        if keeper is None:
+        process = keeper()
+        if process is None:
             return
-        os.kill(keeper, signal.SIGTERM)
+        os.kill(process, signal.SIGTERM)
         deadline = time.monotonic() + _STOP_SECONDS
-        while _keeper() is not None:
+        while keeper() is not None:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"libvirtd (below process {keeper}) did not stop in {_STOP_SECONDS} s")
+                raise TimeoutError(f"libvirtd (below process {process}) did not stop in {_STOP_SECONDS} s")
             time.sleep(0.05)
         _PID_FILE.unlink(missing_ok=True)
 
@@ -111,20 +111,23 @@ def _start() -> None:
         # A mount namespace: the keeper changes libvirtd's view of /dev, and the host's must stay as it is.
         command = ["unshare", "--mount", "--propagation", "slave", *command, "--hide-kvm"]
     with _LOG_FILE.open("w") as log:
-        keeper = subprocess.Popen(
+        child = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
-    _PID_FILE.write_text(f"{keeper.pid}\n")
+    _PID_FILE.write_text(f"{child.pid}\n")
     deadline = time.monotonic() + _START_SECONDS
     while (reason := _silent()) is not None:
-        if keeper.poll() is not None or time.monotonic() > deadline:
-            keeper.terminate()
+        if child.poll() is not None or time.monotonic() > deadline:
+            child.terminate()
             raise LibvirtMissing(f"libvirtd could not be started: {reason}\n{_LOG_FILE.read_text()[-2000:]}")
         time.sleep(0.05)
 
 
-def _keeper() -> int | None:
-    """The keeper's process ID while it runs. A recorded ID may have gone to another process: its command decides."""
+def keeper() -> int | None:
+    """The process ID of the parent of our libvirtd (`lab.keeper`) while it runs; else None.
+
+    A recorded ID may have gone to another process: its command decides.
+    """
     try:
         pid = int(_PID_FILE.read_text())
         command = Path(f"/proc/{pid}/cmdline").read_bytes()

@@ -23,6 +23,7 @@ from backupcore import model
 from backupcore.context import Context
 from backupcore.model import BackupRun, Link, Outcome, Prepared, RunState, Type, new_id
 from backupcore_libvirt.plugin import Libvirt
+from lab import graft
 from lab.domain_xml import DiskSpec, Firmware
 from lab.vm import VM
 
@@ -209,13 +210,13 @@ def tmpfs(needs_root: None, lab: Lab) -> Iterator[Callable[[int], Path]]:
     def mount(size: int) -> Path:
         folder = lab.folder / f"tmpfs{len(mounted)}"
         folder.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}m,mode=711", "scratch", str(folder)], check=True)
+        graft.mount_tmpfs(folder, size)
         mounted.append(folder)
         return folder
 
     yield mount
     for folder in mounted:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
+        graft.unmount(folder)
 
 
 @pytest.fixture
