@@ -125,6 +125,11 @@ class _Watched(Artifact):
             self._ctx.check()
         return self._inner.read_at(offset, length)
 
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        if self._ctx is not None:
+            self._ctx.check()
+        return self._inner.read_into(offset, buffer)
+
     def close(self) -> None:
         self._inner.close()
 

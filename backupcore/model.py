@@ -121,6 +121,16 @@ class Artifact(abc.ABC):
         """Exactly `length` bytes from `offset`, or what is left of them before `size`."""
         raise ContractViolation(f"artifact {self.name} is not seekable")
 
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        """`read_at` straight into `buffer`: how many bytes it got, fewer than it holds at the end only."""
+        data = self.read_at(offset, len(buffer))
+        if len(data) > len(buffer):
+            raise ContractViolation(
+                f"{self.name} gave {len(data)} of {len(buffer)} bytes at {offset} of {self.size}", "It must give fewer."
+            )
+        buffer[: len(data)] = data
+        return len(data)
+
     def close(self) -> None:  # noqa: B027 - most artifacts hold nothing to let go of
         """Let go of connections. The giver calls it when the backup hook has returned; reads fail from then on."""
 
@@ -139,10 +149,9 @@ class ArtifactStream(io.RawIOBase):
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]  # Buffer has no length
         """Fill `buffer` with the next bytes and return how many; 0 at the end."""
-        data = self._artifact.read_at(self._offset, len(buffer))
-        buffer[: len(data)] = data
-        self._offset += len(data)
-        return len(data)
+        count = self._artifact.read_into(self._offset, memoryview(buffer))
+        self._offset += count
+        return count
 
     def tell(self) -> int:
         """The offset of the next byte."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict, deque
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from backupcore.disk.table import CLUSTER, Table, digests
@@ -27,6 +27,7 @@ _BYTES = BLOCK * CLUSTER
 _SPENT = 8  # blocks kept while any of them has been read to its end
 _MOST = 32  # blocks kept at most: several readers at different places
 _STREAMS = 8  # sequential readers that are told apart
+_TOUCH = 0.05  # seconds between two moves of the table's counter of reads
 
 
 class _Layout(Protocol):
@@ -46,24 +47,31 @@ class _Disk(Protocol):
     name: str
     layout: Any
 
-    def read_clusters(self, first: int, count: int, buffer: memoryview) -> None: ...
+    def submit_clusters(self, first: int, count: int, buffer: memoryview) -> list[Any]: ...
     def close(self) -> None: ...
 
 
 class _Block:
-    """One block, read or being read. `spent` once a reader has had its last byte."""
+    """One block: asked for, under way, then either `data` or `error`.
 
-    __slots__ = ("future", "spent")
+    `spent` once a reader has had its last byte; `users` are copying from it, so its memory cannot be used again.
+    """
 
-    def __init__(self, future: Future[memoryview]) -> None:
-        self.future = future
+    __slots__ = ("data", "error", "number", "spent", "users")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.data: memoryview | None = None
+        self.error: BaseException | None = None
         self.spent = False
+        self.users = 0
 
 
 class HashedDisk(Artifact):
     """The same bytes as the disk artifact, each cluster hashed into the table of sums as it passes.
 
-    The disk is read in blocks of 1 MiB, four of them ahead of a sequential reader, and a few stay in memory, so that
+    The disk is read in blocks of 1 MiB by one thread, which has four requests under way and hashes what has come; that
+    keeps the connection busy and costs fewer changes of thread than a pool. A few blocks stay in memory, so that
     small and unaligned reads do not read the disk twice. Safe from several threads, at different places at once. When
     pickled it takes the disk's address and layout and the table's path along; both sides then fill the same table.
 
@@ -78,10 +86,13 @@ class HashedDisk(Artifact):
         self.size = self._layout.size
         self.table = Table.open(table_path) if table_path.exists() else Table.create(table_path, self._layout.clusters)
         self._blocks = -(-self._layout.clusters // BLOCK)
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()  # guards all below
         self._cache: OrderedDict[int, _Block] = OrderedDict()
+        self._wanted: deque[_Block] = deque()
+        self._memory: list[memoryview] = []  # of blocks that were dropped: fresh memory costs a page fault per 4 KiB
         self._streams: deque[int] = deque(maxlen=_STREAMS)  # the next offset of each, the one last heard of at the end
-        self._pool: ThreadPoolExecutor | None = None
+        self._reader: threading.Thread | None = None
+        self._touched = 0.0
         self._closed = False
 
     def __reduce__(self) -> tuple[type[HashedDisk], tuple[_Disk, Path]]:
@@ -98,19 +109,24 @@ class HashedDisk(Artifact):
 
     def read_at(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes from `offset`, or what is left before `size`."""
-        if offset < 0:
-            raise ValueError(f"{length} bytes at {offset}")
-        end = min(offset + length, self.size)
+        buffer = bytearray(max(0, min(length, self.size - offset)))
+        self.read_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        """`read_at` straight into `buffer`."""
+        end = min(offset + len(buffer), self.size)
         if end <= offset:
-            return b""
-        self.table.touch()
-        pieces: list[bytes | memoryview] = []
+            return 0
+        self._touch()
         start = self._layout.data_offset
+        done = 0
         if offset < start:
-            pieces.append(self._layout.tables(offset, min(end, start) - offset))
+            done = min(end, start) - offset
+            buffer[:done] = self._layout.tables(offset, done)
         if end > start:
-            pieces.extend(self._data(max(offset - start, 0), end - start, ahead=self._is_sequential(offset, end)))
-        return b"".join(pieces)
+            self._copy(max(offset - start, 0), end - start, buffer[done:], ahead=self._is_sequential(offset, end))
+        return end - offset
 
     def load(self, first: int, end: int) -> None:
         """Read up to four blocks of the clusters [first, end) that have no digest, so that they have one."""
@@ -122,12 +138,10 @@ class HashedDisk(Artifact):
                 wanted.append(number)
             if len(wanted) == AHEAD:
                 break
-        with self._lock:
-            blocks = [self._want(number) for number in wanted]
-            self._shrink()
-        for block in blocks:
-            self._wait(block)
-            block.spent = True
+        with self._changed:
+            for block in [self._want(number) for number in wanted]:
+                self._wait(block)
+                block.spent = True
 
     def complete(self) -> None:
         """Read whatever has not been read yet, so that every cluster has its digest."""
@@ -137,78 +151,139 @@ class HashedDisk(Artifact):
             self.load(first, self._layout.clusters)
 
     def close(self) -> None:
-        """Let go of the connection and the threads, for good; reads that are under way fail. The table stays."""
-        with self._lock:
+        """Let go of the connection and the thread, for good; reads that are under way fail. The table stays."""
+        with self._changed:
             self._closed = True
-            pool, self._pool = self._pool, None
-        if pool:
-            pool.shutdown(wait=False, cancel_futures=True)
-        self._disk.close()  # before the threads are awaited: it ends the reads that they wait for
-        if pool:
-            pool.shutdown(wait=True)
-        with self._lock:
+            self._changed.notify_all()
+        self._disk.close()  # before the thread is awaited: it ends the read that the thread waits for
+        if self._reader is not None:
+            self._reader.join()
+        with self._changed:
             self._cache.clear()
+            self._memory.clear()
 
-    def _data(self, at: int, end: int, *, ahead: bool) -> Iterator[memoryview]:
-        """The bytes [at, end) of the data, in pieces; blocks of this read are fetched while the first is awaited."""
+    def _touch(self) -> None:
+        # The counter tells others that somebody reads; it need not count every read, and each costs system calls.
+        now = time.monotonic()
+        if now - self._touched > _TOUCH:
+            self._touched = now
+            self.table.touch()
+
+    def _copy(self, at: int, end: int, buffer: memoryview, *, ahead: bool) -> None:
+        """Copy the bytes [at, end) of the data; blocks of this read are fetched while the first is awaited."""
         last = (end - 1) // _BYTES
         for number in range(at // _BYTES, last + 1):
             through = number + AHEAD if ahead else min(number + AHEAD, last)
-            with self._lock:
+            with self._changed:
                 block = self._want(number)
                 for following in range(number + 1, min(through + 1, self._blocks)):
                     self._want(following)
                 self._shrink()
-            data = self._wait(block)
+                data = self._wait(block)
+                block.users += 1
             from_, to = max(at - number * _BYTES, 0), min(end - number * _BYTES, len(data))
-            block.spent = block.spent or to == len(data)
-            yield data[from_:to]
+            buffer[: to - from_] = data[from_:to]
+            buffer = buffer[to - from_ :]
+            with self._changed:
+                block.users -= 1
+                block.spent = block.spent or to == len(data)
 
     def _want(self, number: int) -> _Block:
         """The block of that number, asked for if it is not here. Called with the lock."""
         if self._closed:
             raise ContractViolation(f"{self.name} was read after it was closed")
         block = self._cache.get(number)
-        if block is None or (block.future.done() and block.future.exception()):
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(AHEAD, thread_name_prefix=f"read-{self.name}")
-            block = self._cache[number] = _Block(self._pool.submit(self._read, number))
+        if block is None:
+            block = self._cache[number] = _Block(number)
+            self._wanted.append(block)
+            if self._reader is None:
+                self._reader = threading.Thread(target=self._run, name=f"read-{self.name}", daemon=True)
+                self._reader.start()
+            self._changed.notify_all()
         else:
             self._cache.move_to_end(number)
         return block
 
     def _wait(self, block: _Block) -> memoryview:
-        try:
-            return block.future.result()
-        except CancelledError:
-            raise ContractViolation(f"{self.name} was read while it was closed") from None
+        """The data of a block, once they are there. Called with the lock, which it lets go of meanwhile."""
+        while block.data is None:
+            if block.error is not None:
+                raise block.error
+            if self._closed:
+                raise ContractViolation(f"{self.name} was read while it was closed")
+            self._changed.wait()
+        return block.data
 
     def _shrink(self) -> None:
         """Drop blocks: those that were read to their end first. Called with the lock."""
         for most, any_ in ((_SPENT, False), (_MOST, True)):
-            for number in [n for n, block in self._cache.items() if block.future.done() and (block.spent or any_)]:
+            if len(self._cache) <= most:
+                return
+            for number, block in list(self._cache.items()):
                 if len(self._cache) <= most:
                     break
-                del self._cache[number]
+                if block.data is not None and (block.spent or any_):
+                    del self._cache[number]
+                    if not block.users and len(block.data) == _BYTES and len(self._memory) < AHEAD:
+                        self._memory.append(block.data)
 
-    def _read(self, number: int) -> memoryview:
-        """Read one block from the disk and record its digests; runs in the pool."""
+    def _run(self) -> None:
+        """Read what is wanted, in the order in which it was asked for; the thread's whole life."""
+        under_way: deque[tuple[_Block, memoryview, list[Any]]] = deque()
+        while True:
+            with self._changed:
+                while not (self._wanted or under_way or self._closed):
+                    self._changed.wait()
+                if self._closed:
+                    return
+                fresh = [self._wanted.popleft() for _ in range(min(len(self._wanted), AHEAD - len(under_way)))]
+            for block in fresh:
+                try:
+                    under_way.append((block, *self._submit(block.number)))
+                except BaseException as error:  # noqa: BLE001 - whoever waits for the block raises it
+                    self._answer(block, error)
+            if under_way:
+                block, data, pending = under_way.popleft()
+                try:
+                    for part in pending:
+                        part.result()
+                    self._record(block.number, data)
+                except BaseException as error:  # noqa: BLE001 - as above
+                    self._answer(block, error)
+                else:
+                    self._answer(block, data)
+
+    def _submit(self, number: int) -> tuple[memoryview, list[Any]]:
         first = number * BLOCK
         count = min(BLOCK, self._layout.clusters - first)
-        data = memoryview(bytearray(count * CLUSTER))
-        self._disk.read_clusters(first, count, data)
+        with self._changed:
+            whole = count == BLOCK and self._memory
+            data = self._memory.pop() if whole else memoryview(bytearray(count * CLUSTER))
+        return data, self._disk.submit_clusters(first, count, data)
+
+    def _record(self, number: int, data: memoryview) -> None:
+        first = number * BLOCK
         asked = len(data)
         if number == self._blocks - 1:  # the last cluster may end past the guest's disk
-            asked = sum(length for _, length in self._layout.runs(first, count))
+            asked = sum(length for _, length in self._layout.runs(first, asked // CLUSTER))
         try:
             self.table.record(first, digests(data), asked)
         except IntegrityError as error:
             raise IntegrityError(f"{self.name}: {error.message}") from error
-        return data.toreadonly()
+
+    def _answer(self, block: _Block, answer: memoryview | BaseException) -> None:
+        with self._changed:
+            if isinstance(answer, memoryview):
+                block.data = answer
+            else:
+                block.error = answer
+                if self._cache.get(block.number) is block:
+                    del self._cache[block.number]  # the next reader asks the disk again
+            self._changed.notify_all()
 
     def _is_sequential(self, offset: int, end: int) -> bool:
         """Whether this read goes on where an earlier one ended, give or take one block (several may be in flight)."""
-        with self._lock:
+        with self._changed:
             for following in self._streams:
                 if abs(offset - following) <= _BYTES:
                     self._streams.remove(following)

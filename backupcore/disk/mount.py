@@ -77,15 +77,20 @@ class Files:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         return self._find(path)
 
-    def read(self, _path: str, size: int, offset: int, handle: int) -> bytes:
-        """The bytes asked for, or EIO once any read has failed."""
+    def read_into(self, handle: int, offset: int, buffer: memoryview) -> int:
+        """Fill `buffer` with the bytes from `offset` on and return how many, or EIO once any read has failed."""
         artifact = self._artifacts[handle]
         if not self._failed:
             try:
-                return _exactly(artifact, offset, max(0, min(size, artifact.size - offset)))
+                return _exactly(artifact, offset, buffer[: max(0, min(len(buffer), artifact.size - offset))])
             except BaseException as error:  # noqa: BLE001 - whatever it is: the parent hears of it, the reader gets EIO
                 self._fail(artifact.name, error)
         raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def read(self, _path: str, size: int, offset: int, handle: int) -> bytes:
+        """What tells mfusepy that files can be read; reads themselves go to `read_into`."""
+        buffer = bytearray(size)
+        return bytes(buffer[: self.read_into(handle, offset, memoryview(buffer))])
 
     def _find(self, path: str) -> int:
         try:
@@ -116,11 +121,11 @@ class Messages:
                 pass
 
 
-def _exactly(artifact: Artifact, offset: int, length: int) -> bytes:
-    data = artifact.read_at(offset, length)
-    if len(data) != length:
-        raise ContractViolation(f"{artifact.name} gave {len(data)} of {length} bytes at {offset} of {artifact.size}")
-    return data
+def _exactly(artifact: Artifact, offset: int, buffer: memoryview) -> int:
+    count = artifact.read_into(offset, buffer)
+    if count != len(buffer):
+        raise ContractViolation(f"{artifact.name} gave {count} of {len(buffer)} bytes at {offset} of {artifact.size}")
+    return count
 
 
 def _presentable(name: str, error: BaseException) -> BackupError:
@@ -195,7 +200,16 @@ def main() -> None:
         if (mfusepy.fuse_version_major, mfusepy.fuse_version_minor) >= (3, 12):
             # Its default became 10 then: that many waiting readers of sums would keep the disks from being read.
             options["max_threads"] = _THREADS
-        mfusepy.FUSE(Files(artifacts, messages, mounted), mountpoint, **options)
+        files = Files(artifacts, messages, mounted)
+
+        class Mount(mfusepy.FUSE):  # type: ignore[misc]  # mfusepy publishes no types
+            """A FUSE whose reads go straight into libfuse's buffer; mfusepy's own take bytes and copy them."""
+
+            def read(self, _path: bytes, buffer: Any, size: int, offset: int, info: Any) -> int:
+                place = (ctypes.c_ubyte * size).from_address(ctypes.addressof(buffer.contents))
+                return files.read_into(info.contents.fh, offset, memoryview(place).cast("B"))
+
+        Mount(files, mountpoint, **options)
     except BaseException as error:  # noqa: BLE001 - libfuse says more on stderr, which the parent has
         if not mounted.is_set():
             messages.send("refused", f"{type(error).__name__}: {error}")

@@ -163,11 +163,21 @@ class Layout:
         return bytes(entries)
 
 
+class Pending(Protocol):
+    """A read under way; `backupcore.disk.nbd.Pending` is one."""
+
+    def result(self) -> None:
+        """Return once the buffer is filled, or raise what ended the read."""
+
+
 class BlockReader(Protocol):
     """An open connection to a guest's disk; `backupcore.disk.nbd.Client` is one. Its methods may run in any threads."""
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes from `offset` on, or raise."""
+
+    def submit(self, offset: int, buffer: memoryview) -> Pending:
+        """Begin to fill `buffer` with the bytes from `offset` on; it is the reader's until the result is there."""
 
     def close(self) -> None:
         """End the connection; reads that wait end with an error."""
@@ -178,6 +188,17 @@ class Blocks(Protocol):
 
     def connect(self) -> BlockReader:
         """A new connection."""
+
+
+class _Later:
+    """A read that is done when its result is asked for."""
+
+    def __init__(self, reader: MemoryBlocks, offset: int, buffer: memoryview) -> None:
+        self._read = reader, offset, buffer
+
+    def result(self) -> None:
+        reader, offset, buffer = self._read
+        reader.read_into(offset, buffer)
 
 
 class MemoryBlocks:
@@ -196,6 +217,10 @@ class MemoryBlocks:
         if not 0 <= offset <= end <= len(self._data):
             raise ValueError(f"bytes {offset} to {end} of a disk of {len(self._data)} bytes")
         buffer[:] = memoryview(self._data)[offset:end]
+
+    def submit(self, offset: int, buffer: memoryview) -> Pending:
+        """`read_into`, once the result is asked for."""
+        return _Later(self, offset, buffer)
 
     def close(self) -> None:
         """Nothing to let go of."""
@@ -249,14 +274,21 @@ class DiskArtifact(Artifact):
 
         What lies past the end of the disk in its last cluster is zeros.
         """
+        for pending in self.submit_clusters(first, count, buffer):
+            pending.result()
+
+    def submit_clusters(self, first: int, count: int, buffer: memoryview) -> list[Pending]:
+        """Begin to read as `read_clusters` does: `buffer` is filled when all results are there."""
         if len(buffer) != count * CLUSTER:
             raise ValueError(f"a buffer of {len(buffer)} bytes for {count} clusters")
         reader = self._connection()
         done = 0
+        under_way = []
         for offset, length in self.layout.runs(first, count):
-            reader.read_into(offset, buffer[done : done + length])
+            under_way.append(reader.submit(offset, buffer[done : done + length]))
             done += length
         buffer[done:] = bytes(len(buffer) - done)
+        return under_way
 
     def close(self) -> None:
         """End the connection, for ever: it waits for one that is being made, and no further one can be made.

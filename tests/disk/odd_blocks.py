@@ -130,6 +130,23 @@ class Digests(Artifact):
         return "".join(sums.digest().hex() for sums in self._sums).encode()[offset : offset + length]
 
 
+class Noted(Artifact):
+    """Zeros; writes down the length of every read."""
+
+    def __init__(self, name: str, size: int, note: Path) -> None:
+        self.name = name
+        self.size = size
+        self._note = note
+
+    def open(self) -> BinaryIO:
+        return stream(self)
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        with self._note.open("a") as note:
+            note.write(f"{length}\n")
+        return bytes(length)
+
+
 class Odd(Artifact):
     """Does what `act` says when it is read: "short", "long", "bug", "os", "custom"; "unpickle" when it is unpickled."""
 
