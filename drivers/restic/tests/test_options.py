@@ -15,6 +15,7 @@ from backupcore.model import BackupRun, BytesArtifact, SourceRef
 from backupcore.options import build
 from backupcore_restic import Restic
 from backupcore_restic.place import creatable, unmounted
+from backupcore_restic.repository import Repository, in_memory
 
 Options = Callable[..., Restic]
 
@@ -100,6 +101,18 @@ def test_what_reaches_restic(
         "AWS_SECRET_ACCESS_KEY": "geheim 1",
     }
     assert "geheim" not in repr(driver)
+
+
+def test_packs_under_way_lie_in_memory_only_where_there_is_room(
+    options: Options, pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert in_memory(tmp_path) is None, "a folder of a disk is no memory"
+    assert in_memory(tmp_path / "none") is None
+    monkeypatch.delenv("TMPDIR", raising=False)
+    expected = in_memory()
+    assert Repository(options(pristine)).environment()[0].get("TMPDIR") == (str(expected) if expected else None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert Repository(options(pristine)).environment()[0]["TMPDIR"] == str(tmp_path)
 
 
 @pytest.mark.parametrize("line", ["RESTIC_PASSWORD=geheim", "RESTIC_REPOSITORY=/x", "just words: geheim"])

@@ -33,6 +33,9 @@ __all__ = ["Repository", "is_id"]
 ANSWER = 256 << 20
 """Bytes that restic may answer with: a listing of some 400,000 snapshots."""
 
+MEMORY = 2 << 30
+"""Bytes that must be free in memory for restic's packs to go there."""
+
 CLEAN_UP = 60.0
 """Seconds for what is tidied up after a failure."""
 
@@ -46,6 +49,20 @@ _OWNED = ("RESTIC_REPOSITORY", "RESTIC_REPOSITORY_FILE")
 _OWNED_PREFIX = "RESTIC_PASSWORD"
 _SCHEME = re.compile(r"(s3|sftp|rest|b2|azure|gs|swift|rclone):")
 _ID = re.compile(r"[0-9a-f]{64}")
+
+
+def in_memory(folder: Path = Path("/dev/shm")) -> Path | None:  # noqa: S108 - restic unlinks its files there at once
+    """A folder in memory for the packs that restic is filling, if there is one with room for them.
+
+    restic 0.14 writes every pack to $TMPDIR before it copies it to the repository, so on a disk a backup would write
+    all its bytes twice. Some ten packs are there at a time (16 MiB each, 128 MiB at most).
+    """
+    try:
+        room = os.statvfs(folder)
+    except OSError:
+        return None
+    fits = room.f_bavail * room.f_frsize >= MEMORY and os.access(folder, os.W_OK | os.X_OK)
+    return folder if fits and folder.is_mount() else None
 
 
 def is_id(token: str) -> bool:
@@ -77,6 +94,8 @@ class Repository:
         options = self._options
         result = {key: os.environ[key] for key in _INHERITED if key in os.environ}
         result.setdefault("PATH", os.defpath)
+        if "TMPDIR" not in result and (temporary := in_memory()) is not None:
+            result["TMPDIR"] = str(temporary)
         if "HOME" not in result:  # cron and systemd may set none: restic would find no cache, ssh no keys
             result["HOME"] = pwd.getpwuid(os.getuid()).pw_dir
         extra = _read_environment(options.environment_file) if options.environment_file else {}
