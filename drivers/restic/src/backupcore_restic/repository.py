@@ -178,14 +178,30 @@ class Repository:
 
     def ids(self, ctx: Context, limit: float) -> set[str]:
         """The IDs of all snapshots. Takes a lock, so that a target that takes no writes is noticed."""
+        self._require_writable()
+        listed = self.write(["list", "snapshots"], "opening the restic repository", ctx, limit=limit)
+        return {line for line in listed.decode(errors="replace").split() if is_id(line)}
+
+    def ids_in_folder(self) -> set[str] | None:
+        """The same, read from the repository's folder without its password; None if it is no folder of this host.
+
+        One file for each snapshot, named by its ID (restic's doc/design.rst, "Repository Layout").
+        """
+        if self.folder is None or not (self.folder / "config").is_file():
+            return None
+        self._require_writable()
+        try:
+            return {path.name for path in (self.folder / "snapshots").iterdir() if is_id(path.name)}
+        except OSError:
+            return None  # restic says what is wrong
+
+    def _require_writable(self) -> None:
         locks = self.folder / "locks" if self.folder else None
         if locks and locks.is_dir() and not os.access(locks, os.W_OK):
             # restic 0.14 tries for 45 s before it gives up on this
             raise AccessDenied(
                 f"{self.name} cannot be written to", "Check its owner, and whether it is mounted read-only."
             )
-        listed = self.write(["list", "snapshots"], "opening the restic repository", ctx, limit=limit)
-        return {line for line in listed.decode(errors="replace").split() if is_id(line)}
 
     def snapshots(self, tag: str, ctx: Context | None, limit: float | None = None) -> list[dict[str, Any]]:
         """The snapshots with this tag, as restic describes them."""
