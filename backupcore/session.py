@@ -67,7 +67,8 @@ def _attempt(datastore: Datastore, run: BackupRun, ctx: Context, record: Callabl
         bundle = Bundle(prepared, run, ctx)
         try:
             ctx.progress.phase("backup", bundle.size)
-            stored = datastore.backup(bundle.artifacts, run, ctx)
+            with ctx.on_cancel(bundle.close):  # a read that hangs in this process ends by nothing else
+                stored = datastore.backup(bundle.artifacts, run, ctx)
             outcome = replace(outcome, stored=stored)
             bundle.check_complete()
             digest = blake3(bundle.manifest.data()).hexdigest()
@@ -99,12 +100,12 @@ def _attempt(datastore: Datastore, run: BackupRun, ctx: Context, record: Callabl
         record(recorded)
         outcome = replace(outcome, state=RunState.RECORDED)
     except BaseException as error:
-        if ctx.failure is not None and error is not ctx.failure:
-            outcome = replace(outcome, error=ctx.failure)
-            raise ctx.failure from error
-        state = RunState.CANCELLED if isinstance(error, Cancelled | KeyboardInterrupt) else RunState.FAILED
-        outcome = replace(outcome, state=state, error=error)
-        raise
+        ended_by = _ended_by(error, ctx)
+        state = RunState.CANCELLED if isinstance(ended_by, Cancelled | KeyboardInterrupt) else RunState.FAILED
+        outcome = replace(outcome, state=state, error=ended_by)
+        if ended_by is error:
+            raise
+        raise ended_by from error
     finally:
         ctx.progress.phase("release")
         errors = datastore.postbackup(run, outcome, ctx)
@@ -113,3 +114,12 @@ def _attempt(datastore: Datastore, run: BackupRun, ctx: Context, record: Callabl
         seconds=time.monotonic() - started,
         warnings=tuple(f"{error} {error.hint}".strip() for error in errors),
     )
+
+
+def _ended_by(error: BaseException, ctx: Context) -> BaseException:
+    """What ended the run: a watcher's error or the user's wish to stop, before what broke because of them."""
+    if ctx.failure is not None:
+        return ctx.failure
+    if ctx.cancelled and not isinstance(error, Cancelled):
+        return Cancelled("cancelled")
+    return error

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from threading import Timer
 
 import pytest
 from blake3 import blake3
@@ -17,6 +18,7 @@ from backupcore import hookimpl, run_backup
 from backupcore.chain import plan
 from backupcore.context import Context
 from backupcore.datastore import Datastore
+from backupcore.disk.qcow2 import DiskArtifact
 from backupcore.errors import (
     BackupError,
     Cancelled,
@@ -33,6 +35,7 @@ from backupcore.model import VM, Image, Outcome, RunState, SourceRef, Stored, Ty
 from backupcore.session import Recorded
 from backupcore.testing.guest import MemoryGuest, MemoryHypervisor
 from backupcore.testing.memory import MemoryDriver
+from tests.disk.odd_blocks import Hanging
 
 WEB = VM(uuid="7d1c1a4e-0000-4000-8000-000000000001", name="web1")
 MIB = 1 << 20
@@ -335,6 +338,29 @@ def test_a_cancelled_run_stops_at_the_next_read(site: Site):
         site.backup(Cancelling())
     assert site.outcomes[-1].state is RunState.CANCELLED
     assert not site.driver.kept
+
+
+def test_a_cancel_ends_a_read_that_hangs(site: Site):
+    """The guest's disk does not answer any more: a driver that reads in this process must not wait for ever."""
+
+    class Stuck(MemoryHypervisor):
+        @hookimpl
+        def prebackup(self, run, ctx):
+            prepared = MemoryHypervisor.prebackup(self, run, ctx)
+            layout = prepared.artifacts[1].layout
+            stuck = DiskArtifact(prepared.artifacts[1].name, layout, Hanging(b""))
+            return replace(prepared, artifacts=(prepared.artifacts[0], stuck, *prepared.artifacts[2:]))
+
+    class Patient(MemoryDriver):
+        @hookimpl
+        def backup(self, artifacts, run, ctx):
+            Timer(0.2, ctx.cancel).start()
+            return MemoryDriver.backup(self, artifacts, run, ctx)
+
+    site.hypervisor = Stuck([site.guest])
+    with pytest.raises(Cancelled):
+        site.backup(Patient())
+    assert site.outcomes[-1].state is RunState.CANCELLED
 
 
 def test_manifest_refuses_what_is_none():
