@@ -137,7 +137,8 @@ def _account(taken: list[dict[str, Any]]) -> None:
     print(
         f"\n{len(taken)} backups: {size(sum(one['size'] for one in taken))} kept, "
         f"{size(sum(one['read'] for one in taken))} read from the disks, {sum(one['seconds'] for one in taken):.1f} s; "
-        f"the guest was frozen for {sum(one['frozen_seconds'] for one in taken):.2f} s in all."
+        f"they froze the guest for {sum(one['frozen_seconds'] for one in taken):.2f} s in all.\n"
+        "(The consistency is 'paused' since the truth plugin holds the guest still while QEMU's tools copy its disks.)"
     )
 
 
