@@ -126,6 +126,16 @@ def test_the_folder_of_a_run_that_was_killed_before_it_had_a_job_goes(small, run
     os.close(lock)
 
 
+@pytest.mark.parametrize("lock", [None, ""], ids=["no lock", "a lock that names no VM"])
+def test_a_folder_whose_run_was_killed_while_it_made_it_goes(lock, small, runs, hypervisor):
+    folder = hypervisor.scratch / ("0" * 32)
+    folder.mkdir(parents=True)
+    if lock is not None:
+        (folder / "lock").write_text(lock)
+    with runs.take(runs.run(small)):
+        assert not folder.exists()
+
+
 def test_postbackup_where_prebackup_never_ran(lab, small, runs):
     off = lab.vm(start=False)
     for vm in (small, off):

@@ -13,6 +13,8 @@ import re
 import shutil
 import stat
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,14 +145,13 @@ class RunFolder:
         """
         try:
             self.scratch.mkdir(mode=0o711, parents=True, exist_ok=True)
-            self.remove()
-            self.path.mkdir(mode=0o700)
-            lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            with _changing(self.scratch):
+                self._remove()
+                self.path.mkdir(mode=0o700)
+                lock = self._locked(vm)
         except OSError as error:
             raise from_os_error(error, f"scratch folder {self.scratch}") from error
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.write(lock, vm.encode())
             if owner.uid != os.geteuid():
                 os.chown(self.path, owner.uid, owner.gid, follow_symlinks=False)
         except OSError as error:
@@ -162,6 +163,16 @@ class RunFolder:
                 f"QEMU runs as {owner} and cannot write to {self.path}",
                 "Set 'scratch' in the configuration to a folder on a file system that this user can write to.",
             )
+        return lock
+
+    def _locked(self, vm: str) -> int:
+        lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.write(lock, vm.encode())
+        except OSError:
+            os.close(lock)
+            raise
         return lock
 
     def is_in_use(self) -> bool:
@@ -180,6 +191,12 @@ class RunFolder:
 
     def remove(self) -> list[str]:
         """Remove what a run puts there, and the folder; the result names what was strange, and therefore stays."""
+        if not self.path.exists():
+            return []
+        with _changing(self.scratch):
+            return self._remove()
+
+    def _remove(self) -> list[str]:
         try:
             folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
@@ -200,15 +217,38 @@ class RunFolder:
 
 
 def dead_folders(scratch: Path, vm: str) -> list[RunFolder]:
-    """The folders that dead runs of this VM (its UUID) have left, killed before or after they had a job."""
+    """The folders that dead runs of this VM (its UUID) have left, killed before or after they had a job.
+
+    A folder whose lock names no VM is a dead run's too, of whichever VM: it was killed while it made or removed it.
+    """
+    if not scratch.is_dir():
+        return []
     found = []
-    for path in scratch.iterdir() if scratch.is_dir() else ():
-        if _RUN.fullmatch(path.name):
+    with _changing(scratch):
+        for path in scratch.iterdir():
+            if not _RUN.fullmatch(path.name):
+                continue
             folder = RunFolder(scratch, path.name)
             try:
                 of = (path / "lock").read_text(errors="replace")
+            except FileNotFoundError:
+                of = ""
             except OSError:
-                continue  # killed before it had a lock, or one that is just being removed
-            if of == vm and not folder.is_in_use():
+                continue  # not ours to read
+            if of in (vm, "") and not folder.is_in_use():
                 found.append(folder)
     return found
+
+
+@contextmanager
+def _changing(scratch: Path) -> Iterator[None]:
+    """Be the only one that makes, removes or looks for run folders here, so that a folder without a lock is a dead
+
+    run's, and not one that is just being made.
+    """
+    handle = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

@@ -132,7 +132,8 @@ class Repository:
     def failed(self, child: Child, code: int, what: str) -> BackupError:
         """The error for a child that ended with `code`."""
         error = translate(code, child.errors, what, self.environment()[1])
-        if child.late and type(error) is TargetUnavailable:
+        if child.late:
+            # Whatever it says now is about the signal that ended it, or a child of its own.
             return TargetUnavailable(
                 f"{error.message} (given up: no answer in time)", "Is it up, and reachable from here?"
             )
