@@ -1,0 +1,97 @@
+"""A multipart upload: parts in any order, from any threads; nothing is there before `complete`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from backupcore.errors import BackupError, IntegrityError, TargetUnavailable
+from backupcore_s3.bucket import Bucket, crc32
+from backupcore_s3.failures import code
+
+__all__ = ["Upload"]
+
+_DAMAGED = {"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}
+_AGAIN = 3  # times that a part which arrived damaged is sent; botocore does not repeat such a request
+
+
+class Upload:
+    """An upload to `key` that the store knows, until it is completed or aborted."""
+
+    def __init__(self, bucket: Bucket, key: str, check: Callable[[], None]) -> None:
+        self.key = key
+        self._bucket = bucket
+        self._check = check
+        self._parts: dict[int, dict[str, Any]] = {}  # every thread writes under a number of its own
+        self._checksums = False
+        self.id = bucket.checked(self._create)["UploadId"]
+
+    def _create(self, with_checksums: bool) -> Any:
+        more = {"ChecksumAlgorithm": "CRC32"} if with_checksums else {}
+        how = self._bucket.how(self.key)
+        answer = self._bucket.call("create_multipart_upload", f"writing {self.key}", Key=self.key, **how, **more)
+        self._checksums = with_checksums
+        return answer
+
+    def send(self, number: int, fill: Callable[[], memoryview]) -> None:
+        """One part out of memory; `fill` reads it, again where it did not arrive as it was sent."""
+        for left in reversed(range(_AGAIN)):
+            data = fill()
+            more = {"ChecksumCRC32": crc32(data)} if self._checksums else {}
+            try:
+                self._part(number, self._bucket.body(data, self._check), more)
+            except BackupError as error:
+                if code(error) not in _DAMAGED or not left:
+                    raise
+            else:
+                return
+
+    def stream(self, number: int, body: Any) -> None:
+        """One part that does not fit into memory, read while it is sent."""
+        self._part(number, body, {"ChecksumAlgorithm": "CRC32"} if self._checksums else {})
+
+    def _part(self, number: int, body: Any, more: dict[str, str]) -> None:
+        what = f"writing part {number} of {self.key}"
+        answer = self._bucket.call(
+            "upload_part", what, Key=self.key, UploadId=self.id, PartNumber=number, Body=body, **more
+        )
+        self._done(number, answer)
+
+    def copy(self, number: int, key: str, offset: int, length: int) -> None:
+        """One part that the store copies out of another object, on its own side."""
+        bucket = self._bucket
+        answer = bucket.call(
+            "upload_part_copy",
+            f"copying part {number} of {self.key}",
+            Key=self.key,
+            UploadId=self.id,
+            PartNumber=number,
+            CopySource={"Bucket": bucket.options.bucket, "Key": bucket.prefix + key},
+            CopySourceRange=f"bytes={offset}-{offset + length - 1}",
+        )
+        self._done(number, answer["CopyPartResult"])
+
+    def _done(self, number: int, answer: Any) -> None:
+        part = {"PartNumber": number, "ETag": answer["ETag"]}
+        if self._checksums and "ChecksumCRC32" in answer:
+            part["ChecksumCRC32"] = answer["ChecksumCRC32"]
+        self._parts[number] = part
+
+    def complete(self, size: int) -> None:
+        """Make the object, of `size` bytes, out of the parts."""
+        parts = [self._parts[number] for number in sorted(self._parts)]
+        what = f"completing {self.key}"
+        try:
+            self._bucket.call(
+                "complete_multipart_upload", what, Key=self.key, UploadId=self.id, MultipartUpload={"Parts": parts}
+            )
+        except TargetUnavailable as error:
+            # botocore sends it again where no answer came; the first one may have done its work.
+            if code(error) != "NoSuchUpload":
+                raise
+        found = self._bucket.head(self.key)
+        if found is None or found["ContentLength"] != size:
+            raise IntegrityError(
+                f"{self._bucket.name}: {what}: the store has {found and found['ContentLength']} of its {size} bytes",
+                "Run it again.",
+            )

@@ -1,0 +1,121 @@
+"""A real S3 server for tests: SeaweedFS, with every port on this host's loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+__all__ = ["ACCESS_KEY", "SECRET_KEY", "SeaweedFS"]
+
+ACCESS_KEY = "lab"
+SECRET_KEY = "lab-secret"
+_START = 120.0  # seconds on a loaded machine; 3 on an idle one
+
+
+class SeaweedFS:
+    """A server that runs until `stop`, or until the ``with`` block is left; its data lie in a folder of its own.
+
+    It knows one identity (`ACCESS_KEY`, `SECRET_KEY`) and no bucket.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="seaweedfs-", dir=folder))
+        identity = {
+            "name": "lab",
+            "credentials": [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}],
+            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+        }
+        (self.folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        for _ in range(5):  # a port that was free may be taken before the server has it
+            if self._started():
+                return
+        self.stop()
+        raise RuntimeError(f"SeaweedFS does not start: {(self.folder / 'log').read_text()[-2000:]}")
+
+    def _started(self) -> bool:
+        self.port, *others = free_ports(8)
+        names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
+        command = [
+            str(Path(sys.executable).parent / "weed"),
+            "-logtostderr",
+            "server",
+            f"-dir={self.folder}",
+            "-ip=127.0.0.1",
+            "-ip.bind=127.0.0.1",
+            *(f"-{name}={port}" for name, port in zip(names, others, strict=False)),
+            "-master.volumeSizeLimitMB=1024",
+            "-volume.max=0",
+            "-filer",
+            "-s3",
+            f"-s3.port={self.port}",
+            f"-s3.port.grpc={others[-1]}",
+            "-s3.port.iceberg=0",
+            "-s3.iam=false",
+            f"-s3.config={self.folder / 's3.json'}",
+        ]
+        with (self.folder / "log").open("w") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder, env=_environment()
+            )
+        end = time.monotonic() + _START
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                urllib.request.urlopen(self.url, timeout=5)
+            except urllib.error.HTTPError:  # it asks who we are
+                return True
+            except OSError:
+                time.sleep(0.05)
+        self._kill()
+        return False
+
+    @property
+    def url(self) -> str:
+        """The endpoint."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def credentials(self, path: Path, *, key: str = ACCESS_KEY, secret: str = SECRET_KEY) -> Path:
+        """Write an AWS credentials file to `path`."""
+        path.touch(mode=0o600)
+        path.write_text(f"[default]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\n")
+        return path
+
+    def _kill(self) -> None:
+        self.process.kill()  # it takes half a minute to end by itself
+        self.process.wait()
+
+    def stop(self) -> None:
+        """End it, and remove its data."""
+        self._kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self) -> SeaweedFS:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback that nobody listens on."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def _environment() -> dict[str, str]:
+    # It would take the AWS_* variables of whoever runs the tests for identities of its own.
+    return {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
