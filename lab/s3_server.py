@@ -52,8 +52,8 @@ class SeaweedFS:
             "-ip=127.0.0.1",
             "-ip.bind=127.0.0.1",
             *(f"-{name}={port}" for name, port in zip(names, others, strict=False)),
-            "-master.volumeSizeLimitMB=1024",
-            "-volume.max=0",
+            "-master.volumeSizeLimitMB=128",
+            "-volume.max=2000",  # every bucket takes 7
             "-filer",
             "-s3",
             f"-s3.port={self.port}",
