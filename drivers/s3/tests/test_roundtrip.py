@@ -122,7 +122,9 @@ def test_ranges_from_any_threads(driver: S3, ctx: Context, make_run: Runs, make_
 
 def test_disks_are_read_once_and_before_what_waits_for_them(driver: S3, ctx: Context, make_run: Runs) -> None:
     # A parted disk and a small one; 'sums' and the manifest sort before and between them.
-    disks = [InOrder(BytesArtifact(f"disk.{name}.qcow2", os.urandom(size))) for name, size in (("vda", 40 << 20), ("vdb", 9))]
+    disks = [
+        InOrder(BytesArtifact(f"disk.{name}.qcow2", os.urandom(size))) for name, size in (("vda", 40 << 20), ("vdb", 9))
+    ]
     sums = [InOrder(BytesArtifact(f"sums.{name}", bytes(32)), *disks) for name in ("vda", "vdb")]
     manifest = InOrder(BytesArtifact("manifest.json", b"{}"), *disks, *sums)
     artifacts = sorted([*disks, *sums, manifest], key=lambda one: one.name)
@@ -154,7 +156,14 @@ def test_a_giver_that_lies_about_its_size_leaves_nothing(
 
 @pytest.mark.parametrize(
     "token",
-    ["latest", "a", "0" * 65, "00000000-0000-0000-0000-000000000000." + "f" * 32, "..".join("ab"), "A" * 36 + "." + "0" * 32],
+    [
+        "latest",
+        "a",
+        "0" * 65,
+        "00000000-0000-0000-0000-000000000000." + "f" * 32,
+        "..".join("ab"),
+        "A" * 36 + "." + "0" * 32,
+    ],
 )
 def test_a_token_is_never_interpreted(driver: S3, ctx: Context, token: str) -> None:
     with pytest.raises(SourceNotFound):
@@ -213,8 +222,8 @@ def test_labels_survive_a_copy_without_metadata(
     source = driver.backup(make_artifacts(10), run, ctx).source
     labels = run.labels
     manifest = (
-        f'{{"vm": {{"uuid": "{labels["vm"]}"}}, "image": "{labels["image"]}", "number": 0, "point": "{labels["point"]}",'
-        f' "parent": null, "type": "FULL", "date": "2026-01-02T03:04:05.000+00:00"}}'
+        f'{{"vm": {{"uuid": "{labels["vm"]}"}}, "image": "{labels["image"]}", "number": 0,'
+        f' "point": "{labels["point"]}", "parent": null, "type": "FULL", "date": "2026-01-02T03:04:05.000+00:00"}}'
     ).encode()
     key = f"backups/{source.token.replace('.', '/')}/manifest.json"
     client.put_object(Bucket=bucket, Key=key, Body=manifest)

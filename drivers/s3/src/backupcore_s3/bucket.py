@@ -71,6 +71,11 @@ class Bucket:
         return f"bucket {self.options.bucket}{where}"
 
     @property
+    def is_encrypted(self) -> bool:
+        """Whether requests travel by TLS."""
+        return urlsplit(self.options.endpoint_url).scheme != "http"
+
+    @property
     def client(self) -> Any:
         """boto3's client, made at the first use."""
         with self._lock:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from backupcore import Context, driver, hookimpl, option
 from backupcore.errors import ConfigError
-from backupcore.model import Artifact, BackupRun, Listed, SourceRef, Stored, Usage
+from backupcore.model import Artifact, BackupRun, Listed, Merge, SourceRef, Stored, Usage
 
 if TYPE_CHECKING:
     from backupcore_s3.store import Store
@@ -95,6 +95,11 @@ class S3:
     def backup(self, artifacts: Sequence[Artifact], run: BackupRun, ctx: Context) -> Stored:
         """Disks in parts, straight from the artifacts; the manifest last, and only if there is none yet."""
         return self._store.backup(artifacts, run, ctx)
+
+    @hookimpl
+    def flatten(self, merge: Merge, run: BackupRun, ctx: Context) -> Stored | None:
+        """The store copies on its own side: next to nothing passes through this host."""
+        return self._store.flatten(merge, run, ctx)
 
     @hookimpl
     def restore(self, source: SourceRef, ctx: Context) -> Sequence[Artifact]:

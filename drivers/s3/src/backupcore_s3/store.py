@@ -8,12 +8,14 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from backupcore.errors import AccessDenied, BackupError, IncrementImpossible, SourceNotFound
-from backupcore.model import Artifact, BackupRun, Listed, SourceRef, Stored, Usage
+from backupcore.model import Artifact, BackupRun, Listed, Merge, SourceRef, Stored, Usage
 from backupcore_s3.bucket import Bucket
 from backupcore_s3.crew import Crew
 from backupcore_s3.failures import code, is_unknown_to_server
+from backupcore_s3.flatten import assemble, cannot_copy, cut, totals
 from backupcore_s3.keys import MANIFEST, UNFINISHED, Place
 from backupcore_s3.labels import from_manifest, from_metadata
+from backupcore_s3.parts import LARGEST, LEAST, MOST
 from backupcore_s3.stored import StoredArtifact
 from backupcore_s3.unfinished import is_dead
 from backupcore_s3.writer import Writer, clear
@@ -76,6 +78,34 @@ class Store:
     def backup(self, artifacts: Sequence[Artifact], run: BackupRun, ctx: Context) -> Stored:
         """Everything but the manifest, then the manifest."""
         return self._write(run, ctx, artifacts, lambda writer: writer.keep(_rest(artifacts)))
+
+    def flatten(self, merge: Merge, run: BackupRun, ctx: Context) -> Stored | None:
+        """The same, with disks that the store puts together; None where it cannot, or where too little is copied."""
+        disks = [artifact for artifact in merge.artifacts if artifact.name.startswith("disk.")]
+        for disk in disks:
+            ctx.check()
+            needed = totals(cut(merge.pieces(disk), disk.size))
+            if disk.size > LARGEST or needed.parts > MOST or needed.joined > max(disk.size // 2, LEAST):
+                ctx.log.info("%s: %s is in too many pieces for the store to copy", self.bucket.name, disk.name)
+                return None
+        sizes = {
+            (source.token, artifact.name): artifact.size
+            for source in merge.sources
+            for artifact in self.restore(source, ctx)
+        }
+
+        def put_together(writer: Writer) -> None:
+            for disk in disks:
+                assemble(writer, disk, cut(merge.pieces(disk), disk.size), sizes, ctx)
+            writer.keep([artifact for artifact in _rest(merge.artifacts) if artifact not in disks])
+
+        try:
+            return self._write(run, ctx, merge.artifacts, put_together)
+        except BackupError as error:
+            if not cannot_copy(error):
+                raise
+            ctx.log.info("%s cannot copy on its own side: %s", self.bucket.name, error)
+            return None
 
     def _write(
         self, run: BackupRun, ctx: Context, artifacts: Sequence[Artifact], disks: Callable[[Writer], object]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from backupcore.errors import BackupError, IntegrityError, TargetUnavailable
+from backupcore_s3.body import Body
 from backupcore_s3.bucket import Bucket, crc32
 from backupcore_s3.failures import code
 
@@ -18,13 +19,13 @@ _AGAIN = 3  # times that a part which arrived damaged is sent; botocore does not
 class Upload:
     """An upload to `key` that the store knows, until it is completed or aborted."""
 
-    def __init__(self, bucket: Bucket, key: str, check: Callable[[], None]) -> None:
+    def __init__(self, bucket: Bucket, key: str, check: Callable[[], None], *, checksums: bool = True) -> None:
         self.key = key
         self._bucket = bucket
         self._check = check
         self._parts: dict[int, dict[str, Any]] = {}  # every thread writes under a number of its own
         self._checksums = False
-        self.id = bucket.checked(self._create)["UploadId"]
+        self.id = (bucket.checked(self._create) if checksums else self._create(False))["UploadId"]
 
     def _create(self, with_checksums: bool) -> Any:
         more = {"ChecksumAlgorithm": "CRC32"} if with_checksums else {}
@@ -46,11 +47,11 @@ class Upload:
             else:
                 return
 
-    def stream(self, number: int, body: Any) -> None:
-        """One part that does not fit into memory, read while it is sent."""
+    def stream(self, number: int, body: Body) -> None:
+        """One part that does not fit into memory, read while it is sent; its checksum follows behind it."""
         self._part(number, body, {"ChecksumAlgorithm": "CRC32"} if self._checksums else {})
 
-    def _part(self, number: int, body: Any, more: dict[str, str]) -> None:
+    def _part(self, number: int, body: Body | bytes, more: dict[str, str]) -> None:
         what = f"writing part {number} of {self.key}"
         answer = self._bucket.call(
             "upload_part", what, Key=self.key, UploadId=self.id, PartNumber=number, Body=body, **more

@@ -51,9 +51,9 @@ class Writer:
             self._done += length
             self._ctx.progress.done(self._done)
 
-    def begin(self, name: str) -> Upload:
+    def begin(self, name: str, *, checksums: bool = True) -> Upload:
         """A multipart upload of one artifact, which `discard` aborts."""
-        upload = Upload(self.bucket, self.place.key(name), self._ctx.check)
+        upload = Upload(self.bucket, self.place.key(name), self._ctx.check, checksums=checksums)
         self.uploads.append(upload)
         return upload
 
@@ -71,10 +71,15 @@ class Writer:
         self.crew.work(self._whole(artifact) for artifact in small)
         for artifact, cut in cuts:
             if cut.size > cut.part:
-                upload = self.begin(artifact.name)
-                self.crew.work(self._parts(artifact, cut, upload), cut.workers)
-                _require_end(artifact)
-                self.end(artifact, upload)
+                self.keep_in_parts(artifact, cut)
+
+    def keep_in_parts(self, artifact: Artifact, cut: Cut) -> None:
+        """Write one artifact as it is cut."""
+        # Over plain HTTP a checksum has to be known before the part is sent, so the guest's disk would be read twice.
+        upload = self.begin(artifact.name, checksums=cut.in_memory or self.bucket.is_encrypted)
+        self.crew.work(self._parts(artifact, cut, upload), cut.workers)
+        _require_end(artifact)
+        self.end(artifact, upload)
 
     def _whole(self, artifact: Artifact) -> Callable[[], None]:
         def put() -> None:
