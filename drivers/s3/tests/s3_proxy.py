@@ -99,6 +99,10 @@ class Proxy:
         body = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
         self._rule(pattern, lambda _: Answer(status, [("Content-Type", "application/xml")], body), times)
 
+    def pretend(self, pattern: str) -> None:
+        """Say that it was done, and do nothing."""
+        self._rule(pattern, lambda _: Answer(200, [("ETag", '"0"')], b""), 1 << 30)
+
     def refuse_header(self, pattern: str, header: str, status: int, code: str) -> None:
         """Answer so where the request has a header that begins like this."""
         body = f"<Error><Code>{code}</Code><Message>A header is not known</Message></Error>".encode()
