@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from backupcore.testing import DriverKit, MemoryDriver, Target
+from backupcore.testing.memory import CopyingMemoryDriver
 from tests.testing.folder import Folder, tamper
 
 
@@ -13,6 +14,13 @@ class TestMemory(DriverKit):
     @classmethod
     def target(cls) -> Target:
         return Target(driver=MemoryDriver())
+
+
+class TestCopyingMemory(DriverKit):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def target(cls) -> Target:
+        return Target(driver=CopyingMemoryDriver())
 
 
 class TestFolder(DriverKit):
