@@ -29,7 +29,7 @@ from backupcore.model import (
 )
 from backupcore.testing.given import Made
 from backupcore.testing.life import NoVM, digest, keep
-from backupcore.testing.processes import below, wait_for
+from backupcore.testing.processes import below, survivors
 from backupcore.testing.target import Target
 
 __all__ = ["Bench", "Failed", "Kept", "NotApplicable"]
@@ -248,11 +248,11 @@ class Bench:
 
     @contextmanager
     def no_children(self, what: str) -> Iterator[None]:
-        """Failed if a process that was started in the block outlives it by 20 seconds."""
+        """Failed if a process that was started in the block outlives it for long."""
         before = below()
         yield
-        if not wait_for(lambda: not below() - before, 20):
-            raise Failed(f"{what}: processes are left behind: {', '.join(str(pid) for pid, _ in below() - before)}")
+        if left := survivors(below() - before, self.target.patience):
+            raise Failed(f"{what}: processes are left behind: {', '.join(map(str, left))}")
 
 
 class _Heard(logging.Handler):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 
 from backupcore.errors import BackupError, Cancelled, HypervisorError
@@ -78,10 +79,12 @@ def cancelled(bench: Bench) -> None:
 def _cancel(bench: Bench, vm: VM, at: int, place: str) -> None:
     held = Held(Made("disk.vda.qcow2", SIZE), at, bench.place())
     ended = threading.Event()
+    asked: list[float] = []
     with bench.context() as ctx:
 
         def stop() -> None:
             if processes.wait_for(lambda: held.reached or ended.is_set()):
+                asked.append(time.monotonic())
                 ctx.cancel()
             held.let_go()
 
@@ -93,6 +96,9 @@ def _cancel(bench: Bench, vm: VM, at: int, place: str) -> None:
         finally:
             ended.set()
             thread.join()
+    took = time.monotonic() - asked[0]
+    if took > bench.target.patience:
+        raise Failed(f"a backup that is cancelled at {place} ended {took:.0f} s later")
 
 
 def no_child_survives(bench: Bench) -> None:

@@ -58,9 +58,8 @@ def _kill(bench: Bench, vm: VM, held: Held, rest: Sequence[Artifact]) -> None:
             child.kill()
             child.wait()
             _close(child)
-        if not processes.wait_for(lambda: not any(map(processes.alive, family)), 30):
-            left = ", ".join(str(one[0]) for one in family if processes.alive(one))
-            raise Failed(f"processes outlive the backup that was killed: {left}")
+        if left := processes.survivors(family, bench.target.patience):
+            raise Failed(f"processes outlive the backup that was killed: {', '.join(map(str, left))}")
     _release(bench, run)
 
 
