@@ -12,6 +12,8 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 
 __all__ = ["ACCESS_KEY", "SECRET_KEY", "SeaweedFS"]
@@ -24,7 +26,8 @@ _START = 120.0  # seconds on a loaded machine; 3 on an idle one
 class SeaweedFS:
     """A server that runs until `stop`, or until the ``with`` block is left; its data lie in a folder of its own.
 
-    It knows one identity (`ACCESS_KEY`, `SECRET_KEY`) and no bucket.
+    It knows one identity (`ACCESS_KEY`, `SECRET_KEY`) and no bucket. It is reached by HTTP at `url`, and by TLS at
+    `tls_url`, with a certificate that only `ca_file` vouches for.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -35,6 +38,8 @@ class SeaweedFS:
             "actions": ["Admin", "Read", "Write", "List", "Tagging"],
         }
         (self.folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        self.ca_file = self.folder / "certificate.pem"
+        make_certificate(self.ca_file, self.folder / "key.pem")
         for _ in range(5):  # a port that was free may be taken before the server has it
             if self._started():
                 return
@@ -42,7 +47,7 @@ class SeaweedFS:
         raise RuntimeError(f"SeaweedFS does not start: {(self.folder / 'log').read_text()[-2000:]}")
 
     def _started(self) -> bool:
-        self.port, *others = free_ports(8)
+        self.port, self.tls_port, *others = free_ports(9)
         names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
         command = [
             str(Path(sys.executable).parent / "weed"),
@@ -57,6 +62,9 @@ class SeaweedFS:
             "-filer",
             "-s3",
             f"-s3.port={self.port}",
+            f"-s3.port.https={self.tls_port}",
+            f"-s3.cert.file={self.ca_file}",
+            f"-s3.key.file={self.folder / 'key.pem'}",
             f"-s3.port.grpc={others[-1]}",
             "-s3.port.iceberg=0",
             "-s3.iam=false",
@@ -82,6 +90,11 @@ class SeaweedFS:
         """The endpoint."""
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def tls_url(self) -> str:
+        """The endpoint, by TLS."""
+        return f"https://127.0.0.1:{self.tls_port}"
+
     def credentials(self, path: Path, *, key: str = ACCESS_KEY, secret: str = SECRET_KEY) -> Path:
         """Write an AWS credentials file to `path`."""
         path.touch(mode=0o600)
@@ -102,6 +115,35 @@ class SeaweedFS:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def make_certificate(certificate: Path, key: Path) -> None:
+    """A certificate for the loopback that is its own authority."""
+    from cryptography import x509  # noqa: PLC0415 - moto brings it; nothing else of the lab needs it
+    from cryptography.hazmat.primitives import hashes, serialization  # noqa: PLC0415 - as above
+    from cryptography.hazmat.primitives.asymmetric import ec  # noqa: PLC0415 - as above
+
+    secret = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "lab")])
+    now = datetime.now(UTC)
+    signed = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(secret.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(secret, hashes.SHA256())
+    )
+    certificate.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    key.write_bytes(
+        secret.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    )
 
 
 def free_ports(count: int) -> list[int]:

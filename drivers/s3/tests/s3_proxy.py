@@ -99,6 +99,14 @@ class Proxy:
         body = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
         self._rule(pattern, lambda _: Answer(status, [("Content-Type", "application/xml")], body), times)
 
+    def listen(self, heard: Callable[[Request], None]) -> None:
+        """Call `heard` with every request."""
+
+        def act(request: Request) -> None:
+            heard(request)
+
+        self._rule("", act, 1 << 30)
+
     def pretend(self, pattern: str) -> None:
         """Say that it was done, and do nothing."""
         self._rule(pattern, lambda _: Answer(200, [("ETag", '"0"')], b""), 1 << 30)

@@ -45,8 +45,8 @@ def proxy(seaweed: SeaweedFS) -> Iterator[Proxy]:
 
 @pytest.fixture
 def through(options: Options, bucket: str, proxy: Proxy) -> S3:
-    """A driver that reaches the server by way of the proxy."""
-    return options(bucket, endpoint_url=proxy.url, retries=3, timeout=30)
+    """A driver that reaches the server by way of the proxy, with parts of 10 MiB."""
+    return options(bucket, endpoint_url=proxy.url, retries=3, timeout=30, concurrency=16)
 
 
 def restored(driver: S3, source: SourceRef, ctx: Context) -> bytes:
@@ -82,7 +82,7 @@ def test_what_passes_is_tried_again(
         proxy.answer(pattern, 503, "SlowDown", "Please reduce your request rate.", times=2)
     else:
         getattr(proxy, trouble)(pattern)
-    run, artifacts = make_run(), make_artifacts(34 * MiB)
+    run, artifacts = make_run(), make_artifacts(11 * MiB)
     source = through.backup(artifacts, run, ctx).source
     assert restored(through, source, ctx) == artifacts[0].data
     assert [(one.source, one.labels) for one in through.sources(ctx)] == [(source, run.labels)]
@@ -91,10 +91,10 @@ def test_what_passes_is_tried_again(
 def test_a_store_that_stays_busy(
     options: Options, bucket: str, proxy: Proxy, ctx: Context, make_run: Runs, make_artifacts: Artifacts, client: Any
 ) -> None:
-    driver = options(bucket, endpoint_url=proxy.url, retries=1)
+    driver = options(bucket, endpoint_url=proxy.url, retries=1, concurrency=16)
     proxy.answer(PARTS, 503, "SlowDown", "Please reduce your request rate.")
     with pytest.raises(TargetUnavailable, match="reduce your request rate") as caught:
-        driver.backup(make_artifacts(34 * MiB), make_run(), ctx)
+        driver.backup(make_artifacts(11 * MiB), make_run(), ctx)
     assert "concurrency" in caught.value.hint
     assert nothing_left(client, bucket)
 
@@ -104,14 +104,14 @@ def test_bytes_that_always_arrive_damaged(
 ) -> None:
     proxy.damage(PARTS, times=1000)
     with pytest.raises(BackupError, match="BadDigest"):
-        through.backup(make_artifacts(34 * MiB), make_run(), ctx)
+        through.backup(make_artifacts(11 * MiB), make_run(), ctx)
     assert nothing_left(client, bucket)
 
 
 def test_a_read_that_breaks_off_goes_on(
     through: S3, proxy: Proxy, ctx: Context, make_run: Runs, make_artifacts: Artifacts
 ) -> None:
-    artifacts = make_artifacts(20 * MiB)
+    artifacts = make_artifacts(12 * MiB)
     source = through.backup(artifacts, make_run(), ctx).source
     proxy.cut_answer(r"GET .*/disk.vda.qcow2", 3 * MiB, times=2)
     assert restored(through, source, ctx) == artifacts[0].data
@@ -204,21 +204,21 @@ def test_a_server_that_is_away(options: Options, bucket: str, ctx: Context, make
         assert "endpoint_url" in caught.value.hint
 
 
-@pytest.mark.parametrize("at", [0, 1, 20 * MiB, 40 * MiB - 1])
+@pytest.mark.parametrize("at", [0, 1, 11 * MiB, 21 * MiB - 1])
 def test_a_giver_that_fails(
     driver: S3, ctx: Context, make_run: Runs, make_artifacts: Artifacts, client: Any, bucket: str, at: int
 ) -> None:
-    disk = CallingArtifact("disk.vda.qcow2", 40 * MiB, at, broken)
+    disk = CallingArtifact("disk.vda.qcow2", 21 * MiB, at, broken)
     with pytest.raises(HypervisorError, match="the guest's disk is gone"):
         driver.backup([disk, *make_artifacts(1)[1:]], make_run(), ctx)
     assert nothing_left(client, bucket)
 
 
-@pytest.mark.parametrize("at", [0, 20 * MiB, 40 * MiB - 1])
+@pytest.mark.parametrize("at", [0, 11 * MiB, 21 * MiB - 1])
 def test_a_cancel(
     driver: S3, ctx: Context, make_run: Runs, make_artifacts: Artifacts, client: Any, bucket: str, at: int
 ) -> None:
-    disk = CallingArtifact("disk.vda.qcow2", 40 * MiB, at, ctx.cancel)
+    disk = CallingArtifact("disk.vda.qcow2", 21 * MiB, at, ctx.cancel)
     with pytest.raises(Cancelled):
         driver.backup([disk, *make_artifacts(1)[1:]], make_run(), ctx)
     assert nothing_left(client, bucket)
@@ -243,7 +243,7 @@ def test_a_cancel_while_the_server_hangs(
 
     def work() -> None:
         try:
-            through.backup(make_artifacts(34 * MiB), make_run(), ctx)
+            through.backup(make_artifacts(11 * MiB), make_run(), ctx)
         except BackupError as error:
             errors.append(error)
 
@@ -262,7 +262,7 @@ def test_a_server_that_knows_no_checksums(
     through: S3, proxy: Proxy, ctx: Context, make_run: Runs, make_artifacts: Artifacts
 ) -> None:
     proxy.refuse_header("", "x-amz-checksum-", 501, "NotImplemented")
-    artifacts = make_artifacts(34 * MiB)
+    artifacts = make_artifacts(11 * MiB)
     source = through.backup(artifacts, make_run(), ctx).source
     assert restored(through, source, ctx) == artifacts[0].data
 

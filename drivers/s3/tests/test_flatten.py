@@ -64,10 +64,10 @@ def proxy(seaweed: SeaweedFS) -> Iterator[Proxy]:
 def chain(
     driver: S3, ctx: Context, make_run: Runs, make_artifacts: Artifacts
 ) -> tuple[BackupRun, dict[SourceRef, bytes]]:
-    """A full of 30 MiB and two increments of 8."""
+    """A full of 13 MiB and two increments of 7."""
     run = make_run()
     kept = {}
-    for size in (30 * MiB, 8 * MiB, 8 * MiB):
+    for size in (13 * MiB, 7 * MiB, 7 * MiB):
         artifacts = make_artifacts(size)
         kept[driver.backup(artifacts, run, ctx).source] = artifacts[0].data
     return run, kept
@@ -76,14 +76,14 @@ def chain(
 def merged(kept: dict[SourceRef, bytes]) -> MadeMerge:
     """New tables, the full's data as they lie, and what wins of the increments: long runs, islands, a short end."""
     full, first, second = kept
-    islands = [copy(second, place, 64 << 10) for place in range(6 * MiB, 8 * MiB, 128 << 10)]
+    islands = [copy(second, place, 64 << 10) for place in range(5 * MiB, 7 * MiB, 128 << 10)]
     pieces = [
         Literal(data=os.urandom(256 << 10)),
         Literal(data=b""),
-        copy(full, 128 << 10, 10 * MiB),
-        copy(full, (128 << 10) + 10 * MiB, 19 * MiB),  # follows the one before: one run
-        copy(first, 64 << 10, 7 * MiB),
-        copy(second, 0, 6 * MiB),
+        copy(full, 128 << 10, 4 * MiB),
+        copy(full, (128 << 10) + 4 * MiB, 8 * MiB),  # follows the one before: one run
+        copy(first, 64 << 10, 6 * MiB),
+        copy(second, 0, 5 * MiB),
         *islands,
         copy(first, 0, 1),
     ]
@@ -95,7 +95,7 @@ def test_the_store_copies(
 ) -> None:
     run, kept = chain
     merge = merged(kept)
-    through = options(bucket, endpoint_url=proxy.url)
+    through = options(bucket, endpoint_url=proxy.url, concurrency=2)
     stored = through.flatten(merge, run, ctx)
     assert stored is not None
     assert stored.source not in kept
@@ -149,22 +149,22 @@ def test_a_failure_is_no_way_out(
 def test_too_many_pieces_are_left_to_the_core(driver: S3, ctx: Context, chain: Any) -> None:
     run, kept = chain
     full = next(iter(kept))
-    islands = [copy(full, place, 64 << 10) for place in range(0, 28 * MiB, 128 << 10)]
+    islands = [copy(full, place, 64 << 10) for place in range(0, 12 * MiB, 128 << 10)]
     assert driver.flatten(MadeMerge(kept, islands), run, ctx) is None
 
 
 def test_what_is_no_part_of_the_merge_is_never_copied(driver: S3, ctx: Context, chain: Any, make_run: Runs) -> None:
     run, kept = chain
     full, _, second = kept
-    for wrong in (copy(second, 0, 9 * MiB), copy(second, 0, 6 * MiB)):
-        merge = MadeMerge(kept, [copy(full, 0, 20 * MiB), wrong])
+    for wrong in (copy(second, 0, 8 * MiB), copy(second, 0, 6 * MiB)):
+        merge = MadeMerge(kept, [copy(full, 0, 12 * MiB), wrong])
         if wrong.length == 6 * MiB:
             merge.sources.remove(second)
-        merge.artifacts[0] = BytesArtifact("disk.vda.qcow2", bytes(20 * MiB + wrong.length))
+        merge.artifacts[0] = BytesArtifact("disk.vda.qcow2", bytes(12 * MiB + wrong.length))
         with pytest.raises(ContractViolation, match="a merge wants"):
             driver.flatten(merge, run, ctx)
     gone = SourceRef(f"{run.vm.uuid}.{'0' * 32}")
-    merge = MadeMerge(kept, [copy(full, 0, 20 * MiB)])
+    merge = MadeMerge(kept, [copy(full, 0, 12 * MiB)])
     merge.sources.append(gone)
     with pytest.raises(SourceNotFound):
         driver.flatten(merge, run, ctx)

@@ -58,6 +58,7 @@ class TestSeaweedFS(DriverKit):
         return target(seaweed.url, credentials)
 
 
+@pytest.mark.soak
 class TestAmazonsSemantics(DriverKit):
     tidy = False
 
