@@ -45,7 +45,7 @@ def proxy(seaweed: SeaweedFS) -> Iterator[Proxy]:
 
 @pytest.fixture
 def through(options: Options, bucket: str, proxy: Proxy) -> S3:
-    """A driver that reaches the server by way of the proxy, with parts of 10 MiB."""
+    """A driver that reaches the server by way of the proxy, with parts of 8 MiB."""
     return options(bucket, endpoint_url=proxy.url, retries=3, timeout=30, concurrency=16)
 
 

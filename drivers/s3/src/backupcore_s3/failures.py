@@ -80,7 +80,7 @@ RULES = (
             " ObjectLocked WORMProtected XMinioObjectLocked KMS.AccessDeniedException KMS.DisabledException"
             " Forbidden 401 403"
         ),
-        "Check what the access key may do with this bucket and prefix; drivers/s3/README.md lists what is needed.",
+        "Check what the access key may do here; the README of backupcore-s3 lists what is needed.",
     ),
     Rule(
         TargetFull,

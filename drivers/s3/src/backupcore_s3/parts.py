@@ -22,7 +22,7 @@ LARGEST = 5 << 40
 
 _USUAL = 16 * MiB
 _SMALL = 8 * MiB
-_MEMORY = 160 * MiB  # for parts on their way; with Python and boto3 the process stays under 300 MiB
+_MEMORY = 128 * MiB  # for parts on their way; with Python and boto3 the process stays under 300 MiB
 _IN_MEMORY = 64 * MiB  # parts up to here: at least two of them fit
 
 

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 __all__ = ["StoredArtifact"]
 
 RANGE = 8 << 20
-"""Bytes of one request of a sequential reader."""
+"""Bytes of one request of a sequential reader, where its requests are few."""
+
+_MEMORY = 64 << 20  # bytes that are fetched ahead of it
 
 _LOOK = 0.1  # seconds between two looks at whether the run is cancelled
 
@@ -62,7 +64,8 @@ class _Ahead(io.RawIOBase):
     def __init__(self, artifact: StoredArtifact, workers: int) -> None:
         super().__init__()
         self._artifact = artifact
-        self._ranges = -(-artifact.size // RANGE)
+        self._range = min(RANGE, _MEMORY // workers)
+        self._ranges = -(-artifact.size // self._range)
         self._workers = min(workers, self._ranges)
         self._offset = 0
         self._changed = threading.Condition()  # guards all below
@@ -81,7 +84,7 @@ class _Ahead(io.RawIOBase):
         self._artifact.check()
         if self._offset >= self._artifact.size:
             return 0
-        number, at = divmod(self._offset, RANGE)
+        number, at = divmod(self._offset, self._range)
         data = memoryview(self._get(number))
         count = min(len(buffer), len(data) - at)
         buffer[:count] = data[at : at + count]
@@ -118,8 +121,9 @@ class _Ahead(io.RawIOBase):
                 number = self._next
                 self._next += 1
             found: bytearray | BaseException
+            offset = number * self._range
             try:
-                found = self._artifact.fetch(number * RANGE, min(RANGE, self._artifact.size - number * RANGE))
+                found = self._artifact.fetch(offset, min(self._range, self._artifact.size - offset))
             except BaseException as error:  # noqa: BLE001 - raised by the reader when it comes there
                 found = error
             with self._changed:

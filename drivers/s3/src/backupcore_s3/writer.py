@@ -22,7 +22,9 @@ from backupcore_s3.upload import Upload
 if TYPE_CHECKING:
     from backupcore import Context
 
-__all__ = ["Writer"]
+__all__ = ["Writer", "clear"]
+
+_STEP = 1 << 20  # read from an artifact at once
 
 
 class Writer:
@@ -195,7 +197,8 @@ def read_exactly(artifact: Artifact, offset: int, buffer: memoryview) -> None:
     """Fill `buffer` from the artifact's bytes; ContractViolation if it has fewer than it said."""
     done = 0
     while done < len(buffer):
-        count = artifact.read_into(offset + done, buffer[done:])
+        # In small steps: where an artifact makes bytes of what it reads, malloc keeps as much again for each thread.
+        count = artifact.read_into(offset + done, buffer[done : done + _STEP])
         if count <= 0:
             raise ContractViolation(f"artifact {artifact.name} ends at {offset + done} of its {artifact.size} bytes")
         done += count
