@@ -66,6 +66,7 @@ def test_what_reaches_boto3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     )
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "of the user's shell")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "of the user's shell")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.delenv("AWS_DEFAULT_REGION", raising=False)
 
     def made(**table: object) -> object:
@@ -81,6 +82,7 @@ def test_what_reaches_boto3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert who(made()) == "of the user's shell"
     assert made(**file, profile="other").meta.region_name == "eu-north-1"  # type: ignore[attr-defined]
     assert made(**file).meta.region_name == "us-east-1"  # type: ignore[attr-defined]
+    assert made(**file).meta.endpoint_url == "https://s3.amazonaws.com"  # type: ignore[attr-defined]
     config = made(**file, region="eu-west-1", path_style=True, retries=3, timeout=7).meta.config  # type: ignore[attr-defined]
     assert config.region_name == "eu-west-1"
     assert config.s3["addressing_style"] == "path"

@@ -61,6 +61,7 @@ def _connect(options: S3, pace: Pace, *, hurry: bool) -> Any:
             read_timeout=10 if hurry else options.timeout,
             retries={"mode": "standard", "total_max_attempts": 2 if hurry else options.retries + 1},
             max_pool_connections=CONNECTIONS,
+            ignore_configured_endpoint_urls=True,  # AWS_ENDPOINT_URL of a shell must not send backups elsewhere
             s3={
                 "addressing_style": "path" if options.path_style else "auto",
                 # Our checksum is in a signed header, and TLS protects the rest; hashing all again costs a core.

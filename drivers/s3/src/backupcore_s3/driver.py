@@ -21,7 +21,7 @@ __all__ = ["S3"]
 
 _EXTRA = (
     *("ACL", "GrantFullControl", "GrantRead", "GrantReadACP", "GrantWriteACP", "Tagging", "RequestPayer"),
-    *("ExpectedBucketOwner", "SSEKMSEncryptionContext", "ObjectLockLegalHoldStatus"),
+    *("ExpectedBucketOwner", "SSEKMSEncryptionContext"),
 )
 _ARCHIVES = ("GLACIER", "DEEP_ARCHIVE")
 
