@@ -143,6 +143,17 @@ class Proxy:
         """Let the server do it, and break the connection before its answer."""
         self._rule(pattern, lambda _: None, times, after=lambda _: None)
 
+    def lose_answer_and_forget(self, pattern: str, status: int, code: str) -> None:
+        """Let the server do it once, and break the connection before its answer; answer this to all that follow."""
+        body = f"<Error><Code>{code}</Code><Message>Already done</Message></Error>".encode()
+        asked: list[str] = []
+
+        def act(request: Request) -> Answer | None:
+            asked.append(request.line)
+            return Answer(status, [("Content-Type", "application/xml")], body) if len(asked) > 1 else None
+
+        self._rule(pattern, act, 1 << 30, after=lambda _: None)
+
     def lose_request(self, pattern: str, times: int = 1) -> None:
         """Break the connection when the request has come."""
 

@@ -22,10 +22,12 @@ from backupcore_s3.keys import clean_prefix
 if TYPE_CHECKING:
     from backupcore_s3.driver import S3
 
-__all__ = ["Bucket", "Object", "crc32"]
+__all__ = ["Bucket", "Object", "again_if_damaged", "crc32"]
 
 _PIECE = 1 << 20  # read from a response at once
 _AGAIN = 5  # times that a response which breaks off is gone on with; botocore repeats requests, not their answers
+_DAMAGED = {"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}
+_SENT = 3  # times that what arrived damaged is sent in all; botocore does not repeat such a request
 _BROKEN = (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError)
 
 T = TypeVar("T")
@@ -42,6 +44,17 @@ class Object:
 def crc32(data: bytes | memoryview) -> str:
     """The checksum as S3 writes it."""
     return base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
+
+
+def again_if_damaged(attempt: Callable[[], T]) -> T:
+    """What `attempt` returns; tried again where the store says that bytes did not arrive as they were sent."""
+    for _ in range(_SENT - 1):
+        try:
+            return attempt()
+        except BackupError as error:
+            if code(error) not in _DAMAGED:
+                raise
+    return attempt()
 
 
 class Bucket:
@@ -141,7 +154,7 @@ class Bucket:
             body = self.body(data, check)
             return self.call("put_object", f"writing {key}", Body=body, **arguments, **more)
 
-        return self.checked(attempt)
+        return again_if_damaged(lambda: self.checked(attempt))
 
     def body(self, data: bytes | memoryview, check: Callable[[], None]) -> Body | bytes:
         """Bytes in memory, to be sent."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from backupcore.errors import BackupError, ContractViolation
@@ -168,8 +169,7 @@ def assemble(
             upload.send(number, lambda: data)
         writer.count(part.size)
 
-    numbered = enumerate(parts, 1)
-    writer.crew.work(lambda one=one: send(*one) for one in numbered)  # type: ignore[misc]  # mypy cannot infer a lambda with a default
+    writer.crew.work(partial(send, number, part) for number, part in enumerate(parts, 1))
     writer.end(artifact, upload)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -146,7 +147,7 @@ class Store:
                 labels[place] = found
 
         crew = Crew(_SMALL_REQUESTS, ctx.check)
-        crew.work((lambda place=place: look(place) for place in complete), len(complete))  # type: ignore[misc]  # as above
+        crew.work((partial(look, place) for place in complete), len(complete))
         return [
             Listed(
                 source=place.source,
@@ -184,8 +185,8 @@ class Store:
         """All locks are looked at before anything is touched; then of each source the manifest first."""
         places = [place for place in (Place.of_token(source.token) for source in sources) if place]
         crew = Crew(_SMALL_REQUESTS, ctx.check)
-        crew.work((lambda place=place: self._require_unlocked(place) for place in places), len(places))  # type: ignore[misc]  # as above
-        crew.work((lambda place=place: self._remove(place) for place in places), len(places))  # type: ignore[misc]  # as above
+        crew.work((partial(self._require_unlocked, place) for place in places), len(places))
+        crew.work((partial(self._remove, place) for place in places), len(places))
         return True
 
     def _require_unlocked(self, place: Place) -> None:

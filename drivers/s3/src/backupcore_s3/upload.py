@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from backupcore.errors import BackupError, IntegrityError, TargetUnavailable
+from backupcore.errors import IntegrityError, TargetUnavailable
 from backupcore_s3.body import Body
-from backupcore_s3.bucket import Bucket, crc32
+from backupcore_s3.bucket import Bucket, again_if_damaged, crc32
 from backupcore_s3.failures import code
 
 __all__ = ["Upload"]
-
-_DAMAGED = {"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}
-_AGAIN = 3  # times that a part which arrived damaged is sent; botocore does not repeat such a request
 
 
 class Upload:
@@ -36,20 +33,18 @@ class Upload:
 
     def send(self, number: int, fill: Callable[[], memoryview]) -> None:
         """One part out of memory; `fill` reads it, again where it did not arrive as it was sent."""
-        for left in reversed(range(_AGAIN)):
+
+        def attempt() -> None:
             data = fill()
             more = {"ChecksumCRC32": crc32(data)} if self._checksums else {}
-            try:
-                self._part(number, self._bucket.body(data, self._check), more)
-            except BackupError as error:
-                if code(error) not in _DAMAGED or not left:
-                    raise
-            else:
-                return
+            self._part(number, self._bucket.body(data, self._check), more)
 
-    def stream(self, number: int, body: Body) -> None:
+        again_if_damaged(attempt)
+
+    def stream(self, number: int, body: Callable[[], Body]) -> None:
         """One part that does not fit into memory, read while it is sent; its checksum follows behind it."""
-        self._part(number, body, {"ChecksumAlgorithm": "CRC32"} if self._checksums else {})
+        more = {"ChecksumAlgorithm": "CRC32"} if self._checksums else {}
+        again_if_damaged(lambda: self._part(number, body(), more))
 
     def _part(self, number: int, body: Body | bytes, more: dict[str, str]) -> None:
         what = f"writing part {number} of {self.key}"
@@ -82,6 +77,7 @@ class Upload:
         """Make the object, of `size` bytes, out of the parts."""
         parts = [self._parts[number] for number in sorted(self._parts)]
         what = f"completing {self.key}"
+        gone: TargetUnavailable | None = None
         try:
             self._bucket.call(
                 "complete_multipart_upload", what, Key=self.key, UploadId=self.id, MultipartUpload={"Parts": parts}
@@ -90,9 +86,12 @@ class Upload:
             # botocore sends it again where no answer came; the first one may have done its work.
             if code(error) != "NoSuchUpload":
                 raise
+            gone = error
         found = self._bucket.head(self.key)
-        if found is None or found["ContentLength"] != size:
+        if found is None and gone is not None:
+            raise gone
+        there = found["ContentLength"] if found else 0
+        if there != size:
             raise IntegrityError(
-                f"{self._bucket.name}: {what}: the store has {found and found['ContentLength']} of its {size} bytes",
-                "Run it again.",
+                f"{self._bucket.name}: {what}: the store has {there} of its {size} bytes", "Run it again."
             )

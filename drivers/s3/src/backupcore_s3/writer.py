@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -119,13 +120,12 @@ class Writer:
                 read_exactly(artifact, offset + at, memoryview(piece))
                 return bytes(piece)
 
-            body = Body(length, source, pace=self.bucket.upload_pace, check=self._ctx.check)
-            upload.stream(number, body)
+            upload.stream(number, lambda: Body(length, source, pace=self.bucket.upload_pace, check=self._ctx.check))
             self.count(length)
 
         send = from_memory if cut.in_memory else as_it_is_read
         for part in cut:
-            yield lambda part=part: send(*part)  # type: ignore[misc]  # mypy cannot infer a lambda with a default
+            yield partial(send, *part)
 
     def publish(self, manifest: Artifact) -> None:
         """Write the manifest, once the store lists all that was kept. From then on the source exists."""
