@@ -63,7 +63,7 @@ class InOrder(Artifact):
 def test_backup_lists_and_restores_what_it_was_given(
     driver: S3, ctx: Context, make_run: Runs, make_artifacts: Artifacts, client: Any, bucket: str, keys: Keys
 ) -> None:
-    run, artifacts = make_run(), make_artifacts(40 << 20)
+    run, artifacts = make_run(), make_artifacts(18 << 20)
     ctx.progress = heard = Heard()
     driver.prebackup(run, ctx)
     stored = driver.backup(artifacts, run, ctx)
@@ -123,7 +123,7 @@ def test_ranges_from_any_threads(driver: S3, ctx: Context, make_run: Runs, make_
 def test_disks_are_read_once_and_before_what_waits_for_them(driver: S3, ctx: Context, make_run: Runs) -> None:
     # A parted disk and a small one; 'sums' and the manifest sort before and between them.
     disks = [
-        InOrder(BytesArtifact(f"disk.{name}.qcow2", os.urandom(size))) for name, size in (("vda", 40 << 20), ("vdb", 9))
+        InOrder(BytesArtifact(f"disk.{name}.qcow2", os.urandom(size))) for name, size in (("vda", 18 << 20), ("vdb", 9))
     ]
     sums = [InOrder(BytesArtifact(f"sums.{name}", bytes(32)), *disks) for name in ("vda", "vdb")]
     manifest = InOrder(BytesArtifact("manifest.json", b"{}"), *disks, *sums)
@@ -132,8 +132,11 @@ def test_disks_are_read_once_and_before_what_waits_for_them(driver: S3, ctx: Con
     assert [one.count for one in artifacts] == [one.size for one in artifacts]
 
 
-@pytest.mark.parametrize("size", [0, 1, (16 << 20) - 1, 16 << 20, (16 << 20) + 1, 32 << 20])
-def test_sizes_around_a_part(driver: S3, ctx: Context, make_run: Runs, make_artifacts: Artifacts, size: int) -> None:
+@pytest.mark.parametrize("size", [0, 1, (8 << 20) - 1, 8 << 20, (8 << 20) + 1, 16 << 20])
+def test_sizes_around_a_part(
+    options: Options, bucket: str, ctx: Context, make_run: Runs, make_artifacts: Artifacts, size: int
+) -> None:
+    driver = options(bucket, concurrency=16)
     artifacts = make_artifacts(size)
     source = driver.backup(artifacts, make_run(), ctx).source
     disk = next(one for one in driver.restore(source, ctx) if one.name == "disk.vda.qcow2")
@@ -253,12 +256,12 @@ def test_odd_prefixes(
 def test_two_hosts_and_several_runs_at_once(
     options: Options, bucket: str, ctx: Context, make_run: Runs, make_artifacts: Artifacts
 ) -> None:
-    driver = options(bucket)
+    driver = options(bucket, concurrency=16)
     vm = make_run().vm.uuid
     runs = [replace(make_run(vm), host=f"host-{number % 2}") for number in range(4)]
 
     def back_up(run: BackupRun) -> tuple[SourceRef, bytes]:
-        artifacts = make_artifacts(18 << 20)
+        artifacts = make_artifacts(9 << 20)
         driver.prebackup(run, ctx)
         return driver.backup(artifacts, run, ctx).source, artifacts[0].data
 
