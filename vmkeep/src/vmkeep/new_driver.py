@@ -57,5 +57,4 @@ def _named(text: str, name: str) -> str:
     kind = "".join(word.capitalize() for word in name.split("-"))
     for old, new in (("backupcore_shelf", f"backupcore_{module}"), ("test_shelf", f"test_{module}")):
         text = text.replace(old, new)
-    text = text.replace("on a shelf", f"with {name}")
     return re.sub(r"\bShelf\b", kind, text.replace("TestShelf", f"Test{kind}")).replace("shelf", name)

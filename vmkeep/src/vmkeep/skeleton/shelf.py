@@ -1,4 +1,4 @@
-"""Keeps backups of virtual machines on a shelf: a datastore driver for backupcore."""
+"""Keeps backups of virtual machines in a folder: a datastore driver for backupcore."""
 
 from __future__ import annotations
 
