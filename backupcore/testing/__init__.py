@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from backupcore.testing.driverkit import DriverKit as DriverKit
     from backupcore.testing.examination import Result as Result
     from backupcore.testing.examination import Verdict as Verdict
+    from backupcore.testing.examination import chosen as chosen
     from backupcore.testing.examination import examine as examine
     from backupcore.testing.faults import Fault as Fault
     from backupcore.testing.faults import Faults as Faults
@@ -42,6 +43,7 @@ _WHERE = {
     "MemoryHypervisor": "guest",
     "Target": "target",
     "Verdict": "examination",
+    "chosen": "examination",
     "examine": "examination",
     "fails": "faults",
     "hangs": "faults",

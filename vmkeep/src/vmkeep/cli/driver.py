@@ -47,8 +47,7 @@ def test(asked: Asked, name: str, options: tuple[str, ...], checks: tuple[str, .
     What the checks store there they delete again; other backups in it are left alone. No configuration is read. Give
     it a place of its own all the same: some checks kill a backup on the way. The exit code is 1 if a check fails.
     """
-    from backupcore.testing import Target, Verdict, examine  # noqa: PLC0415 - the whole data plane
-    from backupcore.testing.examination import chosen  # noqa: PLC0415 - as above
+    from backupcore.testing import Target, Verdict, chosen, examine  # noqa: PLC0415 - the whole data plane
     from vmkeep import driver_options  # noqa: PLC0415 - as above
 
     log.start(asked.verbose)
