@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from backupcore import plugins
 from backupcore.errors import ConfigError
 from backupcore.options import driver, option
 from vmkeep import driver_options
@@ -53,7 +52,7 @@ def test_what_is_wrong_with_the_place_or_an_option_is_told_as_such(site):
     assert "round-trip" in examine(site, "--check", "nonsense").err
 
 
-def test_options_are_written_as_their_type_asks(monkeypatch: pytest.MonkeyPatch):
+def test_options_are_written_as_their_type_asks():
     @driver
     class Typed:
         text: str = option("text", default="")
@@ -62,9 +61,8 @@ def test_options_are_written_as_their_type_asks(monkeypatch: pytest.MonkeyPatch)
         on: bool = option("a switch", default=False)
         several: list[str] = option("several", default_factory=list)
 
-    monkeypatch.setattr(plugins, "load", lambda group, name: Typed)
     words = ["text=5", "path=true", "number=5", "on=true", 'several=["a"]', "other=x y"]
-    assert driver_options.parse("typed", words) == {
+    assert driver_options.parse(Typed, words) == {
         "text": "5",
         "path": "true",
         "number": 5,
@@ -73,7 +71,7 @@ def test_options_are_written_as_their_type_asks(monkeypatch: pytest.MonkeyPatch)
         "other": "x y",
     }
     with pytest.raises(ConfigError, match="given twice"):
-        driver_options.parse("typed", ["text=1", "text=2"])
+        driver_options.parse(Typed, ["text=1", "text=2"])
 
 
 def test_a_new_driver_has_its_own_name_everywhere(site):
