@@ -17,6 +17,7 @@ from backupcore.model import (
     Artifact,
     BackupRun,
     Listed,
+    Merge,
     Outcome,
     Prepared,
     SourceRef,
@@ -81,6 +82,20 @@ class Datastore:
         """The driver's `backup`."""
         stored: Stored = self._answer("backup", Stored, artifacts=tuple(artifacts), run=run, ctx=ctx)
         return stored
+
+    def flatten(self, merge: Merge, run: BackupRun, ctx: Context) -> Stored | None:
+        """The driver's own way of keeping the result of a merge; None where it has none, or cannot do it for these."""
+        if not self.flattens:
+            return None
+        stored = self._call("flatten", merge=merge, run=run, ctx=ctx)
+        if stored is not None and not isinstance(stored, Stored):
+            raise ContractViolation(f"driver {self.kind}: flatten returned {type(stored).__name__}")
+        return stored
+
+    @property
+    def flattens(self) -> bool:
+        """Whether the driver has a way of its own to flatten."""
+        return self._has("flatten")
 
     def postbackup(self, run: BackupRun, outcome: Outcome, ctx: Context) -> list[BackupError]:
         """Each plugin's `postbackup` by itself, the hypervisor first; what failed is logged and returned."""
@@ -164,9 +179,9 @@ class Datastore:
 
 
 class _Exact(Artifact):
-    """A stored artifact whose length is held against what it promised."""
+    """A stored artifact whose length is held against what it promised. Pickled, it leaves the context behind."""
 
-    def __init__(self, inner: Artifact, what: str, ctx: Context) -> None:
+    def __init__(self, inner: Artifact, what: str, ctx: Context | None) -> None:
         self._inner = inner
         self._what = f"{what}//{inner.name}"
         self._ctx = ctx
@@ -174,13 +189,17 @@ class _Exact(Artifact):
         self.size = inner.size
         self.seekable = inner.seekable
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ctx": None}
+
     def open(self) -> BinaryIO:
         with _reading(self._what):
             inner = self._inner.open()
         return io.BufferedReader(_ExactStream(inner, self.size, self._what, self._ctx), 1 << 20)
 
     def read_at(self, offset: int, length: int) -> bytes:
-        self._ctx.check()
+        if self._ctx is not None:
+            self._ctx.check()
         with _reading(self._what):
             data = self._inner.read_at(offset, length)
         if len(data) != max(0, min(length, self.size - offset)):
@@ -189,7 +208,7 @@ class _Exact(Artifact):
 
 
 class _ExactStream(io.RawIOBase):
-    def __init__(self, inner: BinaryIO, size: int, what: str, ctx: Context) -> None:
+    def __init__(self, inner: BinaryIO, size: int, what: str, ctx: Context | None) -> None:
         super().__init__()
         self._inner = inner
         self._left = size
@@ -200,7 +219,8 @@ class _ExactStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]  # Buffer has no length
-        self._ctx.check()
+        if self._ctx is not None:
+            self._ctx.check()
         with _reading(self._what):
             data = self._inner.read(len(buffer))
         if not data and self._left:
