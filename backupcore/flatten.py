@@ -12,7 +12,7 @@ import contextlib
 import os
 import random
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -328,12 +328,14 @@ def flatten(
     host: str,
     everything: bool = False,
     room: int | None = None,
+    stored: Callable[[Stored], None] = lambda stored: None,
 ) -> Flattened:
     """Merge the increments of `image` up to number `to` into a new full, and prove it. The old ones stay.
 
     Where the layers can only be read forward at most `MOST_STREAMS` of them are merged: the result then stands for an
     earlier increment than `to`, and the caller goes on. `everything` reads all of the result back. `room` is what it
-    may take at most, as far as the caller knows.
+    may take at most, as far as the caller knows. `stored` is told once the result is in the datastore, before the
+    proof: if that cannot be had then, `find` looks for it later.
 
     ConfigError where there is nothing to merge; TargetFull where the datastore says that it has no room; IntegrityError
     where a layer is not what was written, or the result is not what was sent. Nothing is stored then.
@@ -346,34 +348,35 @@ def flatten(
     began = image.began or chain[0].date
     run = _run(datastore, image, backups, host)
     disks = [_Merging(backups, part, ctx) for part in backups[-1].manifest.disks]
-    stored = None
+    kept = None
     if datastore.flattens:
         merged = Merged(backups, disks, run, ctx, began=began, as_it_lies=True)
         if not merged.wasteful and not merged.cut:
             _check_room(datastore, merged.size, room, ctx)
             ctx.progress.phase("flatten", merged.size)
-            stored = _keep(merged, ctx, lambda: datastore.flatten(merged, run, ctx))
-    copied = stored is not None
-    if stored is None:
+            kept = _keep(merged, ctx, lambda: datastore.flatten(merged, run, ctx))
+    copied = kept is not None
+    if kept is None:
         merged = Merged(backups, disks, run, ctx, began=began, as_it_lies=False)
         _check_room(datastore, merged.size, room, ctx)
         ctx.progress.phase("flatten", merged.size)
-        stored = _keep(merged, ctx, lambda: datastore.backup(merged.artifacts, run, ctx))
-    assert stored is not None
+        kept = _keep(merged, ctx, lambda: datastore.backup(merged.artifacts, run, ctx))
+    assert kept is not None
+    stored(kept)
     ctx.progress.phase("verify")
     try:
         sample = 1.0 if everything else _SAMPLE if copied else 0.0
-        verify(datastore, stored.source, merged.manifest, ctx, sample=sample)
+        verify(datastore, kept.source, merged.manifest, ctx, sample=sample)
     except IntegrityError:
         # Nobody knows of it but us, and all that it was made from is still there.
         with contextlib.suppress(BackupError):
-            datastore.delete([stored.source], ctx)
+            datastore.delete([kept.source], ctx)
         raise
     return Flattened(
-        increment=_row(merged.manifest, merged.size, stored.source, backups[-1].increment),
+        increment=_row(merged.manifest, merged.size, kept.source, backups[-1].increment),
         replaces=tuple(backup.increment for backup in backups),
         began=began,
-        stored=stored.stored,
+        stored=kept.stored,
         copied=copied,
         seconds=time.monotonic() - started,
     )
@@ -507,11 +510,11 @@ def _run(datastore: Datastore, image: Image, backups: Sequence[Opened], host: st
     )
 
 
-def _keep(merged: Merged, ctx: Context, store: Any) -> Stored | None:
+def _keep(merged: Merged, ctx: Context, store: Callable[[], Stored | None]) -> Stored | None:
     """Let `store` read the result, to its end; what it raises is what ended it."""
     try:
         with ctx.on_cancel(merged.close):
-            stored: Stored | None = store()
+            stored = store()
         ctx.check()
         if stored is not None:
             merged.check_complete()

@@ -21,10 +21,12 @@ def delete(
     goes on where it stopped.
     """
     image = images.find(place.catalog_if_any, reference)
-    with lock.image_exclusive(place.state, image):
+    with lock.image_exclusive(place.state, image, "it is being deleted"):
         image = images.find(place.catalog, image.uuid)
         if image.pinned:
-            raise UnsupportedOperation(f"image {image.number} is pinned", "Unpin it first.")
+            raise UnsupportedOperation(
+                f"image {image.number} is pinned", f"Unpin it first: vmkeep image unpin {image.number}"
+            )
         store = place.datastore(image.datastore)
         # A chain without its end must not be built on, should this stop midway.
         images.close(place.catalog, image)
