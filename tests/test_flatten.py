@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -511,3 +512,24 @@ def test_the_share_of_dead_clusters_stays_bounded(tmp_path: Path):
     assert max(shares) <= MOST_DEAD
     assert max(shares) > MOST_DEAD / 2
     site.check()
+
+
+@pytest.mark.soak
+def test_a_chain_of_200_is_flattened_in_linear_time(tmp_path: Path):
+    """Twice the increments take about twice the time; layers that can be seeked are all merged in one step."""
+    taken = {}
+    for length in (50, 100, 200):
+        folder = tmp_path / str(length)
+        folder.mkdir()
+        random = Random(length)
+        site = Site(folder, MemoryDriver(), {"vda": bytearray(random.randbytes(64 * CLUSTER))})
+        for _ in range(length):
+            site.backup()
+            for _ in range(8):
+                site.guest.write("vda", random.randrange(64) * CLUSTER, random.randbytes(CLUSTER))
+        started = time.process_time()
+        site.flatten(length - 1)
+        taken[length] = time.process_time() - started
+        assert site.ids() == [(length - 1, -1, "F")]
+    site.check()
+    assert taken[200] < 8 * taken[50], taken
