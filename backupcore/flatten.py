@@ -116,7 +116,8 @@ class _Merging:
 
     @property
     def disk(self) -> Disk:
-        return replace(self.part.disk, whole=True)
+        part = self.part
+        return Disk(id=part.id, artifact=part.artifact, virtual_size=part.virtual_size, whole=True)
 
     def blocks(self, merged: Overlay, folder: Path, ctx: Context) -> MergedBlocks:
         """The data, with their digests gathered from the layers' sums in the result's file order."""
@@ -354,23 +355,20 @@ def flatten(
         if not merged.wasteful and not merged.cut:
             _check_room(datastore, merged.size, room, ctx)
             ctx.progress.phase("flatten", merged.size)
-            kept = _keep(merged, ctx, lambda: datastore.flatten(merged, run, ctx))
+            kept = _keep(merged, ctx, lambda: datastore.flatten(merged, run, ctx), stored)
     copied = kept is not None
     if kept is None:
         merged = Merged(backups, disks, run, ctx, began=began, as_it_lies=False)
         _check_room(datastore, merged.size, room, ctx)
         ctx.progress.phase("flatten", merged.size)
-        kept = _keep(merged, ctx, lambda: datastore.backup(merged.artifacts, run, ctx))
+        kept = _keep(merged, ctx, lambda: datastore.backup(merged.artifacts, run, ctx), stored)
     assert kept is not None
-    stored(kept)
     ctx.progress.phase("verify")
     try:
         sample = 1.0 if everything else _SAMPLE if copied else 0.0
         verify(datastore, kept.source, merged.manifest, ctx, sample=sample)
     except IntegrityError:
-        # Nobody knows of it but us, and all that it was made from is still there.
-        with contextlib.suppress(BackupError):
-            datastore.delete([kept.source], ctx)
+        _take_back(datastore, kept.source, merged.manifest, ctx)
         raise
     return Flattened(
         increment=_row(merged.manifest, merged.size, kept.source, backups[-1].increment),
@@ -481,10 +479,8 @@ def _steps(chain: Sequence[Increment], image: Image) -> Sequence[Increment]:
 
 def _limited(backups: list[Opened]) -> list[Opened]:
     """As many of the backups as can be read at once."""
-    first = backups[0]
-    if all(
-        first.artifacts[part.artifact].seekable for part in first.manifest.disks if part.artifact in first.artifacts
-    ):
+    disks = (backup.artifacts.get(part.artifact) for backup in backups for part in backup.manifest.disks)
+    if all(disk is None or disk.seekable for disk in disks):
         return backups
     # Some stores read two files at once, so two disks' layers may be open beside each other.
     limit = MOST_STREAMS if max(len(backup.manifest.disks) for backup in backups) < 2 else MOST_STREAMS // 2
@@ -510,17 +506,30 @@ def _run(datastore: Datastore, image: Image, backups: Sequence[Opened], host: st
     )
 
 
-def _keep(merged: Merged, ctx: Context, store: Callable[[], Stored | None]) -> Stored | None:
+def _take_back(datastore: Datastore, source: SourceRef, manifest: bytes, ctx: Context) -> None:
+    """Delete a result that does not stand the proof: nobody knows of it, and all that it was made from is there.
+
+    Only if it is ours by its manifest: a driver that is wrong may have answered with somebody else's source.
+    """
+    with contextlib.suppress(BackupError):
+        if _manifest(datastore.artifacts(source, ctx), source) == manifest:
+            datastore.delete([source], ctx)
+
+
+def _keep(
+    merged: Merged, ctx: Context, store: Callable[[], Stored | None], told: Callable[[Stored], None]
+) -> Stored | None:
     """Let `store` read the result, to its end; what it raises is what ended it."""
     try:
         with ctx.on_cancel(merged.close):
             stored = store()
-        ctx.check()
         if stored is not None:
-            merged.check_complete()
             if stored.source in merged.sources:
                 raise ContractViolation(f"the driver returned source {stored.source}, one of those that were merged")
+            merged.check_complete()
+            told(stored)
             len(merged.manifest)  # known now, and not any more once the layers are closed
+        ctx.check()
     except BackupError as error:
         if ctx.failure is not None and error is not ctx.failure:
             raise ctx.failure from error
@@ -577,7 +586,8 @@ def _row(data: bytes, size: int, source: SourceRef, last: Increment) -> Incremen
         consistency=manifest.consistency,
         reason=manifest.reason,
         digest=blake3(data).hexdigest(),
-        disks=tuple(part.disk for part in manifest.disks),
+        # What the catalog knows of a disk beyond the manifest stays: the next increment is taken against this row.
+        disks=tuple(replace(disk, whole=True) for disk in last.disks),
     )
 
 

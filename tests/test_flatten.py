@@ -21,7 +21,15 @@ from backupcore.chain import plan
 from backupcore.context import Context
 from backupcore.datastore import Datastore
 from backupcore.disk.extents import CLUSTER
-from backupcore.errors import BackupError, Cancelled, ConfigError, IntegrityError, SourceNotFound, TargetFull
+from backupcore.errors import (
+    BackupError,
+    Cancelled,
+    ConfigError,
+    ContractViolation,
+    IntegrityError,
+    SourceNotFound,
+    TargetFull,
+)
 from backupcore.flatten import MOST_DEAD, MOST_STREAMS, Flattened, find, flatten
 from backupcore.model import (
     VM,
@@ -384,6 +392,24 @@ def test_a_result_that_is_not_what_was_sent_is_taken_back(tmp_path: Path):
     with pytest.raises(IntegrityError):
         site.flatten(1)
     assert site.driver.kept == before
+
+
+def test_a_driver_that_does_not_read_all_is_found_out(tmp_path: Path):
+    @backupcore.driver
+    class Hasty(MemoryDriver):
+        @hookimpl
+        def backup(self, artifacts: Sequence[Artifact], run: BackupRun, ctx: Context) -> Stored:
+            if not run.builds_on or run.type is not Type.FULL:
+                return MemoryDriver.backup(self, artifacts, run, ctx)
+            return MemoryDriver.backup(self, [one for one in artifacts if one.name == "vm.xml"], run, ctx)
+
+    site = Site(tmp_path, Hasty(), {"vda": bytearray(b"x" * 20 * CLUSTER)})
+    site.backup()
+    site.guest.write("vda", 0, b"y")
+    site.backup()
+    with pytest.raises(ContractViolation, match="has not read all"):
+        site.flatten(1)
+    assert site.ids() == [(0, -1, "F"), (1, 0, "I")]
 
 
 def test_room_is_looked_at_first(tmp_path: Path):

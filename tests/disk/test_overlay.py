@@ -239,6 +239,9 @@ def test_refcounts_that_are_not_those_of_the_entries_are_refused(tmp_path: Path)
     made, _ = example()
     merged, file, _ = flat(made, tmp_path, overlay_as_it_lies)
     assert merged.dead == 5
+    path = tmp_path / "flat.qcow2"
+    path.write_bytes(file)
+    assert "No errors were found" in run("qemu-img", "check", str(path)), "no leak either"
     damaged = bytearray(file)
     first = merged.layout.data_offset // CLUSTER + 3
     assert damaged[2 * CLUSTER + first * 2 : 2 * CLUSTER + first * 2 + 2] == b"\0\0", "a dead cluster"

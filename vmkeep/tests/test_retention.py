@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from kept_in_files import DB, WEB
 
-from vmkeep import config, flatten
+from vmkeep import config, flatten, retention
 from vmkeep.workplace import Workplace
 
 
@@ -291,6 +291,24 @@ def killed() -> None:
     flatten.flatten(Workplace(config.load(Path(path))), "1", to=2, progress=Killer(when))
 
 
+def killed_in_prune() -> None:
+    """`prune`, in this process, killed when a phase begins."""
+    path, when = sys.argv[1:]
+    retention.prune(Workplace(config.load(Path(path))), progress=Killer(when))
+
+
+def end_in(site, what: str, when: str) -> None:
+    """One of the two above in a process of its own."""
+    child = subprocess.run(
+        [sys.executable, "-c", f"import test_retention; test_retention.{what}()", str(site.config), when],
+        env={**os.environ, "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{site.paths}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert child.returncode == 9, child.stderr
+
+
 @pytest.mark.parametrize(
     ("when", "finished"),
     [("look", False), ("flatten", False), ("verify", True), ("record", True), ("delete", True), ("published", True)],
@@ -301,18 +319,10 @@ def test_killed_between_any_two_steps(site, when: str, finished: bool, next_run:
     for number in range(4):
         night(site, number)
         truth[number] = bytes(site.guest(WEB).disks["vda"])
-    paths = f"{Path(__file__).parent}{os.pathsep}{site.paths}"
     if when == "published":
         (site.store / "die").touch()  # the driver has published its source, and has not said so
-    child = subprocess.run(
-        [sys.executable, "-c", "import test_retention; test_retention.killed()", str(site.config), when],
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    end_in(site, "killed", when)
     (site.store / "die").unlink(missing_ok=True)
-    assert child.returncode == 9, child.stderr
     assert site.run("restore", "1", "--increment", "2", "--to", str(site.folder / "meanwhile")).code == 0
     if next_run == "backup":
         assert night(site, 4)["type"] == "INCREMENT"
@@ -328,6 +338,44 @@ def test_killed_between_any_two_steps(site, when: str, finished: bool, next_run:
     assert site.run("image", "show", "1", "--json").json["state"] == "open"
     assert rows(site)[0] == ((2, -1, "F") if finished else (0, -1, "F"))
     check(site, truth)
+
+
+def test_a_prune_that_was_killed_goes_on_with_the_next(site):
+    configured(site, mode="FULL")
+    for number in range(3):
+        night(site, number)
+    configured(site, keep_last="1")
+    end_in(site, "killed_in_prune", "delete")
+    assert [one["state"] for one in site.run("image", "list", "--json").json] == ["closed", "closed", "open"]
+    (site.store / "deleted").unlink(missing_ok=True)
+    assert site.run("image", "prune").code == 0
+    assert [one["id"] for one in site.run("image", "list", "--json").json] == [3]
+    assert stored(site) == sources(site)
+
+
+def test_a_delete_also_finds_what_an_interrupted_flatten_has_stored(site):
+    for number in range(3):
+        night(site, number)
+    end_in(site, "killed", "record")
+    assert site.run("image", "delete", "1", "--yes").code == 0
+    assert site.run("image", "prune").code == 0
+    assert stored(site) == set()
+
+
+def test_a_cancel_during_retention_is_a_warning_of_a_backup_that_is_done(site):
+    configured(site, keep_last="1")
+    night(site, 0)
+    (site.store / "wait-restore").touch()
+    site.write(WEB, "vda", 0, b"more")
+    child = site.start("backup", "web1")
+    site.until((site.store / "waits").exists, "the flatten")
+    child.terminate()
+    _, err = child.communicate(timeout=60)
+    (site.store / "wait-restore").unlink()
+    assert (child.returncode, "the backup is done, but afterwards: retention: cancelled" in err) == (3, True)
+    assert rows(site) == [(0, -1, "F"), (1, 0, "I")]
+    assert site.run("image", "prune").code == 0
+    assert rows(site) == [(1, -1, "F")]
 
 
 def test_an_older_catalog_is_brought_up_to_date(site):

@@ -69,7 +69,7 @@ def _seconds(catalog: Catalog) -> float:
     started = time.process_time()
     plans = [
         retention(one.chains, {"MODE": "INCREMENT", "KEEP_LAST": "7", "KEEP_CHAINS": ""})
-        for one in images.kept(catalog, "here")
+        for one in images.chains(catalog, "here")
     ]
     assert len(plans) == VMS
     assert all(one.flattening is not None and one.flattening.to == INCREMENTS - 7 for one in plans)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from backupcore.context import Progress
 from backupcore.errors import UnsupportedOperation
 from backupcore.model import Image, SourceRef
-from vmkeep import lock
+from vmkeep import flatten, lock
 from vmkeep.catalog import images
 from vmkeep.workplace import Workplace
 
@@ -27,6 +27,7 @@ def delete(
             raise UnsupportedOperation(
                 f"image {image.number} is pinned", f"Unpin it first: vmkeep image unpin {image.number}"
             )
+        image = flatten.finish_locked(place, image)  # or its result would stay in the datastore, and nobody know it
         store = place.datastore(image.datastore)
         # A chain without its end must not be built on, should this stop midway.
         images.close(place.catalog, image)

@@ -23,7 +23,7 @@ from vmkeep import lock, settings
 from vmkeep.catalog import flattens, images
 from vmkeep.workplace import Workplace
 
-__all__ = ["Done", "delete_leftovers", "finish", "flatten"]
+__all__ = ["Done", "delete_leftovers", "finish", "finish_locked", "flatten"]
 
 log = logging.getLogger("vmkeep.flatten")
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from backupcore import chain
 from backupcore.context import Progress
-from backupcore.errors import BackupError
+from backupcore.errors import BackupError, Cancelled
 from backupcore.model import VM
 from vmkeep import deletion, flatten, settings
 from vmkeep.catalog import flattens, images
@@ -50,7 +50,7 @@ class Plan:
 
 def plan(place: Workplace, *, vm: VM | None = None, datastore: str | None = None) -> list[Plan]:
     """What retention would do now, for all VMs that have images or for one. Touches nothing."""
-    found = images.kept(place.catalog_if_any, socket.gethostname(), vm=vm.uuid if vm else None, datastore=datastore)
+    found = images.chains(place.catalog_if_any, socket.gethostname(), vm=vm.uuid if vm else None, datastore=datastore)
     known: dict[str, Mapping[str, str] | BackupError] = {}
     for one in found:
         if one.vm.uuid not in known:
@@ -66,7 +66,7 @@ def _settings(place: Workplace, vm: VM) -> Mapping[str, str] | BackupError:
         return error
 
 
-def _plan(found: images.Kept, known: Mapping[str, str] | BackupError) -> Plan:
+def _plan(found: images.Chains, known: Mapping[str, str] | BackupError) -> Plan:
     if isinstance(known, BackupError):
         return Plan(vm=found.vm, datastore=found.datastore, actions=(), unknown=known.message)
     due = chain.retention(found.chains, known)
@@ -91,6 +91,8 @@ def _apply(place: Workplace, action: Action, progress: Progress | None) -> Actio
         if action.what == "remove":
             deletion.delete(place, str(action.image), progress=progress)
             return replace(action, done=True)
+    except Cancelled:
+        raise  # the user wants the rest to stop as well
     except BackupError as error:
         return replace(action, error=f"{error.message} {error.hint}".strip())
     return action

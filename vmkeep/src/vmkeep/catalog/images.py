@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from backupcore.session import Recorded
 
 __all__ = [
-    "Kept",
+    "Chains",
+    "chains",
     "close",
     "columns",
     "find",
-    "kept",
     "last_dates",
     "newest",
     "pin",
@@ -220,7 +220,7 @@ def pin(catalog: Catalog, image: Image, *, pinned: bool) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
+class Chains:
     """The images of one VM in one datastore, as retention looks at them."""
 
     vm: VM
@@ -228,7 +228,7 @@ class Kept:
     chains: tuple[Chain, ...]
 
 
-def kept(catalog: Catalog, host: str, *, vm: str | None = None, datastore: str | None = None) -> list[Kept]:
+def chains(catalog: Catalog, host: str, *, vm: str | None = None, datastore: str | None = None) -> list[Chains]:
     """What there is for retention, of all VMs or of that one (UUID): without the increments' own data, so it is quick.
 
     `host` is this host's name; images that another one wrote are not ours.
@@ -256,7 +256,7 @@ def kept(catalog: Catalog, host: str, *, vm: str | None = None, datastore: str |
             )
             known = found.setdefault((row.vm_uuid, row.datastore), (VM(uuid=row.vm_uuid, name=row.vm_name), []))
             known[1].append(chain)
-    return [Kept(vm=one, datastore=key[1], chains=tuple(chains)) for key, (one, chains) in found.items()]
+    return [Chains(vm=one, datastore=key[1], chains=tuple(these)) for key, (one, these) in found.items()]
 
 
 def close(catalog: Catalog, image: Image) -> None:
