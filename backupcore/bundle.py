@@ -1,11 +1,11 @@
-"""What a driver is given: the prepared artifacts, with sums and the manifest added, watched while they are read."""
+"""What a driver is given: the prepared artifacts, with sums and the manifest added."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
@@ -13,13 +13,13 @@ from backupcore.disk.qcow2 import DiskArtifact
 from backupcore.disk.sums import HashedDisk, SumsArtifact
 from backupcore.errors import ContractViolation
 from backupcore.manifest import FORMAT, NAME, ManifestArtifact
-from backupcore.model import Artifact, BytesArtifact, check_name, stream
+from backupcore.model import Artifact, BytesArtifact, check_name
 
 if TYPE_CHECKING:
     from backupcore.context import Context
     from backupcore.model import BackupRun, Prepared
 
-__all__ = ["Bundle", "draft", "watched"]
+__all__ = ["Bundle", "draft"]
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -59,7 +59,7 @@ class Bundle:
         sizes = {name: disk.size for name, disk in self.disks.items()}
         self.manifest = ManifestArtifact({**draft(prepared, run, small, sizes, tables), **merged}, self._sums)
         everything = [*self.disks.values(), *self._sums.values(), *small, self.manifest]
-        self.artifacts = watched(everything, ctx)
+        self.artifacts: tuple[Artifact, ...] = tuple(sorted(everything, key=lambda artifact: artifact.name))
 
     @property
     def size(self) -> int:
@@ -122,40 +122,6 @@ def draft(
             for artifact in small
         ],
     }
-
-
-def watched(artifacts: Iterable[Artifact], ctx: Context) -> tuple[Artifact, ...]:
-    """The artifacts by name, each of which notices a cancelled run when it is read."""
-    return tuple(_Watched(artifact, ctx) for artifact in sorted(artifacts, key=lambda artifact: artifact.name))
-
-
-class _Watched(Artifact):
-    """An artifact that notices a cancelled run. In another process it is just the artifact: the context stays here."""
-
-    def __init__(self, inner: Artifact, ctx: Context | None) -> None:
-        self._inner = inner
-        self._ctx = ctx
-        self.name = inner.name
-        self.size = inner.size
-
-    def open(self) -> BinaryIO:
-        return stream(self)
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        if self._ctx is not None:
-            self._ctx.check()
-        return self._inner.read_at(offset, length)
-
-    def read_into(self, offset: int, buffer: memoryview) -> int:
-        if self._ctx is not None:
-            self._ctx.check()
-        return self._inner.read_into(offset, buffer)
-
-    def close(self) -> None:
-        self._inner.close()
-
-    def __reduce__(self) -> tuple[type[_Watched], tuple[Artifact, None]]:
-        return _Watched, (self._inner, None)
 
 
 def _in_memory(artifact: Artifact) -> BytesArtifact:

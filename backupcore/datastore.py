@@ -24,6 +24,7 @@ from backupcore.model import (
     Stored,
     Usage,
     check_name,
+    stream,
 )
 from backupcore.options import build
 from backupcore.plugins import DRIVERS, load
@@ -44,6 +45,7 @@ class Datastore:
         """`driver` is a driver object; `plugins` are the hypervisor, then site plugins. Nothing is contacted."""
         self.name = name
         self.kind = kind or type(driver).__name__
+        self._driver = driver
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
         # pluggy calls the last registered first: site plugins wrap, then the driver, then the hypervisor.
@@ -79,9 +81,9 @@ class Datastore:
         return answers[0]
 
     def backup(self, artifacts: Sequence[Artifact], run: BackupRun, ctx: Context) -> Stored:
-        """The driver's `backup`."""
-        stored: Stored = self._answer("backup", Stored, artifacts=tuple(artifacts), run=run, ctx=ctx)
-        return stored
+        """The driver's `backup`. A read of an artifact that gives more or less than it promised fails it."""
+        given = tuple(_Given(artifact, ctx) for artifact in artifacts)
+        return self._stored("backup", self._answer("backup", Stored, artifacts=given, run=run, ctx=ctx))
 
     def flatten(self, merge: Merge, run: BackupRun, ctx: Context) -> Stored | None:
         """The driver's own way of keeping the result of a merge; None where it has none, or cannot do it for these."""
@@ -95,7 +97,7 @@ class Datastore:
     @property
     def flattens(self) -> bool:
         """Whether the driver has a way of its own to flatten."""
-        return self._has("flatten")
+        return self.implements("flatten")
 
     def postbackup(self, run: BackupRun, outcome: Outcome, ctx: Context) -> list[BackupError]:
         """Each plugin's `postbackup` by itself, the hypervisor first; what failed is logged and returned."""
@@ -135,20 +137,26 @@ class Datastore:
 
     def check(self, ctx: Context) -> None:
         """Raise what is wrong with the datastore, if anything is. A driver without `check` is asked for its sources."""
-        if self._has("check"):
+        if self.implements("check"):
             self._answer("check", bool, ctx=ctx)
         else:
             self.sources(ctx)
 
     def usage(self, ctx: Context) -> Usage:
         """How full the datastore is, as far as its driver says."""
-        found: Usage = self._answer("usage", Usage, ctx=ctx) if self._has("usage") else Usage()
+        found: Usage = self._answer("usage", Usage, ctx=ctx) if self.implements("usage") else Usage()
         return found
 
     # Calling
 
-    def _has(self, hook: str) -> bool:
-        return bool(getattr(self._manager.hook, hook).get_hookimpls())
+    def implements(self, hook: str) -> bool:
+        """Whether the driver itself has this hook: what it leaves out, the core does or does without."""
+        return _implements(self._driver, hook)
+
+    def _stored(self, hook: str, stored: Stored) -> Stored:
+        if not isinstance(stored.source, SourceRef):
+            raise ContractViolation(f"driver {self.kind}: {hook} returned a source that is no SourceRef")
+        return stored
 
     def _call(self, hook: str, **arguments: Any) -> Any:
         with self._translated(hook):
@@ -176,6 +184,53 @@ class Datastore:
                 f"datastore {self.name}: {hook} failed with {type(error).__name__}: {error}",
                 "This is a bug of a plugin or of this program; -v shows where.",
             ) from error
+
+
+class _Given(Artifact):
+    """What a driver reads from: it notices a cancelled run, and that a giver breaks its promise.
+
+    In another process it is just the artifact: the context stays here.
+    """
+
+    def __init__(self, inner: Artifact, ctx: Context | None) -> None:
+        self._inner = inner
+        self._ctx = ctx
+        self.name = inner.name
+        self.size = inner.size
+
+    def open(self) -> BinaryIO:
+        return stream(self)
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        self._check()
+        data = self._inner.read_at(offset, length)
+        self._exactly(offset, length, len(data))
+        return data
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        self._check()
+        count = self._inner.read_into(offset, buffer)
+        self._exactly(offset, len(buffer), count)
+        return count
+
+    def _check(self) -> None:
+        if self._ctx is not None:
+            self._ctx.check()
+
+    def _exactly(self, offset: int, length: int, count: int) -> None:
+        self._check()  # once more: after the last read a driver publishes
+        promised = max(0, min(length, self.size - offset))
+        if count != promised:
+            raise ContractViolation(
+                f"artifact {self.name} gave {count} of {promised} bytes at {offset} of {self.size}",
+                "Whoever prepared the backup is at fault, not the datastore.",
+            )
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def __reduce__(self) -> tuple[type[_Given], tuple[Artifact, None]]:
+        return _Given, (self._inner, None)
 
 
 class _Exact(Artifact):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from blake3 import blake3
 
 from backupcore import manifest as manifests
-from backupcore.bundle import Bundle, draft, watched
+from backupcore.bundle import Bundle, draft
 from backupcore.chain import lineage
 from backupcore.disk.extents import CLUSTER
 from backupcore.disk.merged import MergedArtifact, MergedBlocks, MergedLayer
@@ -223,7 +223,7 @@ class Merged:
             versions=manifest.versions,
         )
         if self.as_it_lies:
-            return _AsItLies(prepared, self._run, self._ctx, small=small, blocks=self._blocks, merged=self._entries)
+            return _AsItLies(prepared, self._run, small=small, blocks=self._blocks, merged=self._entries)
         return Bundle(prepared, self._run, self._ctx, merged=self._entries)
 
     @property
@@ -275,7 +275,6 @@ class _AsItLies:
         self,
         prepared: Prepared,
         run: BackupRun,
-        ctx: Context,
         *,
         small: Sequence[BytesArtifact],
         blocks: Mapping[str, MergedBlocks],
@@ -289,7 +288,8 @@ class _AsItLies:
         for part in content["disks"]:
             part["order"] = "file"
         self.manifest = manifests.ManifestArtifact({**content, **merged}, sums)
-        self.artifacts = watched([*self._disks, *sums.values(), *small, self.manifest], ctx)
+        everything = [*self._disks, *sums.values(), *small, self.manifest]
+        self.artifacts: tuple[Artifact, ...] = tuple(sorted(everything, key=lambda artifact: artifact.name))
 
     def close(self) -> None:
         for disk in self._disks:
