@@ -9,7 +9,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import backupcore
@@ -85,6 +85,10 @@ class FileHypervisor(MemoryHypervisor):
     def find(self, vm: str) -> VMState:
         self.read()
         return super().find(vm)
+
+    def settings(self, vm: VM) -> Mapping[str, str]:
+        self.read()
+        return super().settings(vm)
 
     def configure(self, vm: VM, settings: dict[str, str]) -> None:
         super().configure(vm, settings)
