@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,17 @@ def test_a_check_that_fails_is_told_with_its_reason_and_an_exit_code(site):
     assert quiet.out.splitlines()[-1] == "1 ok, 1 failed"
     assert not any(line.startswith("ok ") for line in quiet.out.splitlines())
     assert examine(site, "--check", "answers", "--json").code == 1
+
+
+def test_ctrl_c_ends_it_and_what_was_stored_goes(site):
+    child = site.start("driver", "test", "files", "-o", f"path={site.store}")
+    site.until(lambda: any(len(path.name) == 32 for path in site.store.iterdir()), "a first backup")
+    (site.store / "wait").touch()
+    site.until((site.store / "waits").exists, "a backup that waits")
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (130, "vmkeep: cancelled\n")
+    assert {path.name for path in site.store.iterdir()} == {"wait", "waits", "deleted"}
 
 
 def test_what_is_wrong_with_the_place_or_an_option_is_told_as_such(site):
