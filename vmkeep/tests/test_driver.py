@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from pathlib import Path
 
@@ -24,6 +25,14 @@ def test_a_driver_is_examined_and_what_was_stored_is_deleted(site):
         ("secrets", "not applicable"),
     ]
     assert [file.name for file in site.store.iterdir()] == ["deleted"]
+
+
+def test_the_kit_hears_all_and_shows_no_more_than_was_asked_for(site):
+    (site.store / "talk").touch()
+    told = examine(site, "--check", "token")
+    assert (told.code, told.err) == (0, "")
+    assert "vmkeep: debug: token is " in examine(site, "--check", "token", "-vv").err
+    assert logging.getLogger("backupcore").level == logging.DEBUG, "as -vv has set it"
 
 
 def test_a_check_that_fails_is_told_with_its_reason_and_an_exit_code(site):
