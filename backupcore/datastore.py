@@ -97,7 +97,7 @@ class Datastore:
     @property
     def flattens(self) -> bool:
         """Whether the driver has a way of its own to flatten."""
-        return self._has("flatten")
+        return self.implements("flatten")
 
     def postbackup(self, run: BackupRun, outcome: Outcome, ctx: Context) -> list[BackupError]:
         """Each plugin's `postbackup` by itself, the hypervisor first; what failed is logged and returned."""
@@ -137,14 +137,14 @@ class Datastore:
 
     def check(self, ctx: Context) -> None:
         """Raise what is wrong with the datastore, if anything is. A driver without `check` is asked for its sources."""
-        if self._has("check"):
+        if self.implements("check"):
             self._answer("check", bool, ctx=ctx)
         else:
             self.sources(ctx)
 
     def usage(self, ctx: Context) -> Usage:
         """How full the datastore is, as far as its driver says."""
-        found: Usage = self._answer("usage", Usage, ctx=ctx) if self._has("usage") else Usage()
+        found: Usage = self._answer("usage", Usage, ctx=ctx) if self.implements("usage") else Usage()
         return found
 
     # Calling
@@ -157,9 +157,6 @@ class Datastore:
         if not isinstance(stored.source, SourceRef):
             raise ContractViolation(f"driver {self.kind}: {hook} returned a source that is no SourceRef")
         return stored
-
-    def _has(self, hook: str) -> bool:
-        return bool(getattr(self._manager.hook, hook).get_hookimpls())
 
     def _call(self, hook: str, **arguments: Any) -> Any:
         with self._translated(hook):

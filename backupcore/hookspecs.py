@@ -114,9 +114,10 @@ def flatten(merge: Merge, run: BackupRun, ctx: Context) -> Stored | None:
     Optional: without it, or where it returns None, the core stores ``merge.artifacts`` through `backup`. A store that
     can copy on its own side follows ``merge.pieces(artifact)``. The rules of `backup` hold.
 
-    `run.point` and `run.number` are those of the last of `merge.sources`, which stays until the result is proved and
-    recorded. So never take a source for your own because it has this point: whatever cleans up after a flatten (or a
-    `backup` that stores one) that failed must tell the two apart.
+    `prebackup` does not come before it; `run.builds_on` are the sources to merge. `run.point` and `run.number` are
+    those of the last of them, which stays until the result is proved and recorded. So never take a source for your own
+    because it has this point: whatever cleans up after a flatten (or a `backup` that stores one) that failed must tell
+    the two apart.
     """
 
 

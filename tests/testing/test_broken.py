@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from backupcore.testing import CHECKS, Target, Verdict
+from backupcore.testing import CHECKS, Target, Verdict, chosen
 from backupcore.testing.bench import Bench
-from backupcore.testing.examination import chosen, look
+from backupcore.testing.examination import look
 from tests.testing import broken
 from tests.testing.broken import giving
 from tests.testing.folder import Folder, tamper

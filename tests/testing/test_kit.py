@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from backupcore.errors import ConfigError
-from backupcore.testing import DriverKit, MemoryDriver, Target, Verdict, examine
-from backupcore.testing.examination import chosen
+from backupcore.testing import DriverKit, MemoryDriver, Target, Verdict, chosen, examine
 from backupcore.testing.memory import CopyingMemoryDriver
 from tests.testing.folder import Folder, tamper
 
@@ -34,6 +33,17 @@ class TestFolder(DriverKit):
             secrets=("hunter2",),
             away={"path": str(folder / "nowhere")},
         )
+
+
+class TestSome(DriverKit):
+    checks = chosen(["usage", "hooks"])
+
+    @pytest.fixture
+    def target(self) -> Target:
+        return Target(driver=MemoryDriver())
+
+    def test_something_else(self, target: Target):
+        assert target.name == "MemoryDriver"
 
 
 def test_a_driver_that_flattens_on_its_own_side(tmp_path: Path):

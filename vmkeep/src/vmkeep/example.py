@@ -26,7 +26,10 @@ _HEAD = """\
 
 [defaults]                        # for VMs that say nothing themselves (vmkeep vm updateconf)
 # mode = "INCREMENT"              # or "FULL": every backup a full
-# keep_last = 0                   # how many backups to keep; 0: all. Not applied yet
+# keep_last = 0                   # how many backups to keep, 7 say; 0: all
+# keep_chains = 0                 # how many images that are closed; without it as keep_last
+# full_every = 0                  # a new image every so many increments, or days ("30d"); 0: never
+# verify_flatten = "SAMPLE"       # or "ALL": read everything back where a store has merged on its own side
 """
 
 _EMPTY = """

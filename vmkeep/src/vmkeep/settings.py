@@ -6,6 +6,7 @@ The VM's own settings lie in its libvirt metadata (`Hypervisor.settings`); what 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from backupcore.errors import ConfigError, UnsupportedOperation
@@ -17,7 +18,16 @@ LEGAL: Mapping[str, tuple[str, ...]] = {
     "INCREMENT_MODE": ("CBT", "SNAPSHOT"),
     "FS_FREEZE": ("NONE", "AGENT", "SUSPEND"),
     "KEEP_LAST": (),  # a number, 0 for "keep all"
+    "KEEP_CHAINS": (),  # the same, or empty for "as KEEP_LAST"
+    "FULL_EVERY": (),  # a number of increments, or of days (30d); 0 for "never"
+    "VERIFY_FLATTEN": ("SAMPLE", "ALL"),
     "BACKUP_VOLATILE": ("YES", "NO"),
+}
+
+_FORMS = {
+    "KEEP_LAST": (re.compile(r"[0-9]{1,6}"), "a number from 0 (keep all) to 999999"),
+    "KEEP_CHAINS": (re.compile(r"[0-9]{0,6}"), "a number from 0 (keep all) to 999999, or empty (as KEEP_LAST)"),
+    "FULL_EVERY": (re.compile(r"[0-9]{1,6}d?"), "a number of increments, or of days (30d), or 0 (never)"),
 }
 
 BUILT_IN: Mapping[str, str] = {
@@ -25,6 +35,9 @@ BUILT_IN: Mapping[str, str] = {
     "INCREMENT_MODE": "CBT",
     "FS_FREEZE": "NONE",
     "KEEP_LAST": "0",
+    "KEEP_CHAINS": "",
+    "FULL_EVERY": "0",
+    "VERIFY_FLATTEN": "SAMPLE",
     "BACKUP_VOLATILE": "NO",
 }
 
@@ -38,9 +51,10 @@ def validate(settings: Mapping[str, str], where: str) -> None:
         legal = LEGAL.get(key)
         if legal is None:
             wrong.append(f"{key[:40]!r} is no setting")
-        elif key == "KEEP_LAST":
-            if not (value.isascii() and value.isdigit() and len(value) < 7):
-                wrong.append("KEEP_LAST must be a number from 0 (keep all) to 999999")
+        elif key in _FORMS:
+            form, what = _FORMS[key]
+            if not form.fullmatch(value):
+                wrong.append(f"{key} must be {what}")
         elif value not in legal:
             wrong.append(f"{key} must be one of {', '.join(legal)}")
     if wrong:

@@ -9,7 +9,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import backupcore
@@ -86,6 +86,10 @@ class FileHypervisor(MemoryHypervisor):
         self.read()
         return super().find(vm)
 
+    def settings(self, vm: VM) -> Mapping[str, str]:
+        self.read()
+        return super().settings(vm)
+
     def configure(self, vm: VM, settings: dict[str, str]) -> None:
         super().configure(vm, settings)
         save(self.path, self.guests.values())
@@ -115,6 +119,8 @@ class FileDriver:
         while waiting.exists():
             ctx.wait(0.02)
         token = new_id()
+        if (self.path / "talk").exists():
+            ctx.log.debug("token is %s", token)
         folder = self.path / f".{token}"
         folder.mkdir()
         size = 0

@@ -26,7 +26,8 @@ from backupcore_restic.dump import DumpedArtifact
 from backupcore_restic.failures import NoRepository
 from backupcore_restic.place import creatable
 from backupcore_restic.repository import Repository, is_id
-from backupcore_restic.tags import MARK, from_tags, point_tag, to_tags
+from backupcore_restic.stall import Stall
+from backupcore_restic.tags import MARK, from_tags, run_tag, to_tags
 
 __all__ = ["Restic"]
 
@@ -50,7 +51,7 @@ class Restic:
     environment_file: Path | None = option("KEY=VALUE lines for restic, for the credentials of a cloud", default=None)
     binary: str = option("the restic program", default="restic")
     cache: str = option("the folder of restic's cache; \"off\": none; empty: restic's own choice", default="")
-    timeout: int = option("seconds within which the repository must answer before a backup", default=120)
+    timeout: int = option("seconds within which the repository must answer, and longest standstill", default=120)
 
     def __post_init__(self) -> None:
         wrong = []
@@ -107,7 +108,7 @@ class Restic:
     def backup(self, artifacts: Sequence[Artifact], run: BackupRun, ctx: Context) -> Stored:
         """One ``restic backup`` of a folder in which the artifacts are ordinary files."""
         repository = Repository(self)
-        tags = to_tags(run.labels)
+        tags = [*to_tags(run.labels), run_tag(run.id)]
         arguments = ["backup", "--json", "--force", f"--host={run.vm.name}", *(f"--tag={tag}" for tag in tags), "."]
         try:
             try:
@@ -117,7 +118,7 @@ class Restic:
                 return self._save(repository, arguments, artifacts, run, ctx)
         except BaseException:
             # A snapshot that misses something, or that is complete and that nobody has been told of.
-            repository.drop(point_tag(run.point), ctx.log)
+            repository.drop(run_tag(run.id), ctx.log)
             raise
 
     def _save(
@@ -140,14 +141,18 @@ class Restic:
                 running.append(child)
                 if view.failed:  # before the line above
                     child.stop()
-                summary = _follow(child, ctx)
-                code = child.wait()
+                stall = Stall(child, what, repository.folder, self.timeout)
+                with stall.watched():
+                    summary = _follow(child, stall, ctx)
+                    code = child.wait()
             ctx.check()
             view.check()
+            if stall.error:
+                raise stall.error
             if code:
                 raise repository.failed(child, code, what)
         _agree(summary, artifacts, what)
-        snapshot = repository.full_id(str(summary.get("snapshot_id", "")), point_tag(run.point), ctx)
+        snapshot = repository.full_id(str(summary.get("snapshot_id", "")), run_tag(run.id), ctx)
         if snapshot is None:
             raise IntegrityError(f"{what}: restic does not list the snapshot that it says it saved")
         added = summary.get("data_added_packed", summary.get("data_added"))
@@ -231,11 +236,12 @@ class Restic:
                 ctx.log.warning("%s can be read by everybody; chmod 600 %s", path, path)
 
 
-def _follow(child: Child, ctx: Context) -> dict[str, Any]:
+def _follow(child: Child, stall: Stall, ctx: Context) -> dict[str, Any]:
     """Tell the progress from restic's JSON lines until it ends; its summary, or {} if it gave none."""
     summary: dict[str, Any] = {}
     with os.fdopen(os.dup(child.output.fileno()), "rb") as lines:
         while line := lines.readline(LINE):
+            stall.said += len(line)
             try:
                 said = json.loads(line)
                 kind = said.get("message_type")

@@ -112,6 +112,9 @@ def _choice(key: str) -> click.Choice[str]:
 @click.option("--increment-mode", type=_choice("INCREMENT_MODE"), help="How changes are found.")
 @click.option("--fs-freeze", type=_choice("FS_FREEZE"), help="How the guest is brought to rest.")
 @click.option("--keep-last", type=click.IntRange(0, 999_999), metavar="N", help="How many backups to keep; 0: all.")
+@click.option("--keep-chains", metavar="N", help='How many closed images; 0: all, "": as --keep-last.')
+@click.option("--full-every", metavar="N|Nd", help="A new image every N increments or days; 0: never.")
+@click.option("--verify-flatten", type=_choice("VERIFY_FLATTEN"), help="Read a sample or all of it back.")
 @click.option("--backup-volatile", type=_choice("BACKUP_VOLATILE"), help="Also disks that a power-off empties.")
 @common
 @click.pass_obj
@@ -123,6 +126,9 @@ def updateconf(
     increment_mode: str | None,
     fs_freeze: str | None,
     keep_last: int | None,
+    keep_chains: str | None,
+    full_every: str | None,
+    verify_flatten: str | None,
     backup_volatile: str | None,
 ) -> None:
     """Change the backup settings of VM; without options, show them. They are kept in the VM's own definition."""
@@ -131,6 +137,9 @@ def updateconf(
         "INCREMENT_MODE": increment_mode,
         "FS_FREEZE": fs_freeze,
         "KEEP_LAST": None if keep_last is None else str(keep_last),
+        "KEEP_CHAINS": keep_chains,
+        "FULL_EVERY": full_every,
+        "VERIFY_FLATTEN": verify_flatten,
         "BACKUP_VOLATILE": backup_volatile,
     }
     changes = {key: value for key, value in given.items() if value is not None}
@@ -139,5 +148,3 @@ def updateconf(
         output.document({"name": found.found.vm.name, "uuid": found.found.vm.uuid, "config": documents.config(found)})
     elif not asked.quiet:
         _show_settings(found)
-    if keep_last:
-        output.remark(asked, "KEEP_LAST is stored, but this version applies no retention yet: nothing is deleted")
