@@ -460,13 +460,17 @@ def test_a_cancel_leaves_everything_as_it_was(site: Site):
 
 def test_a_layer_that_hangs_ends_with_a_cancel(tmp_path: Path):
     """What ends the read is registered after the merge's own end, which must not wait for it."""
-    hangs, ended = threading.Event(), threading.Event()
+    hangs = threading.Event()
 
     class Hanging(io.BytesIO):
+        def __init__(self, data: bytes) -> None:
+            super().__init__(data)
+            self.ended = threading.Event()
+
         def read(self, length: int | None = -1, /) -> bytes:
             if self.tell() >= 6 * CLUSTER:
                 hangs.set()
-                assert ended.wait(60)
+                assert self.ended.wait(60)
                 raise TargetUnavailable("its program was ended")
             return super().read(length)
 
@@ -476,8 +480,9 @@ def test_a_layer_that_hangs_ends_with_a_cancel(tmp_path: Path):
             self.ctx = ctx
 
         def open(self) -> BinaryIO:
-            self.ctx.stack.enter_context(self.ctx.on_cancel(ended.set))
-            return Hanging(self.data)
+            made = Hanging(self.data)
+            self.ctx.stack.enter_context(self.ctx.on_cancel(made.ended.set))
+            return made
 
     @backupcore.driver
     class Stuck(MemoryDriver):
