@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -43,11 +44,13 @@ class SeaweedFS:
         for _ in range(5):  # a port that was free may be taken before the server has it
             if self._started():
                 return
+        said = (self.folder / "log").read_text()[-2000:]
         self.stop()
-        raise RuntimeError(f"SeaweedFS does not start: {(self.folder / 'log').read_text()[-2000:]}")
+        raise RuntimeError(f"SeaweedFS does not start: {said}")
 
     def _started(self) -> bool:
-        self.port, self.tls_port, *others = free_ports(9)
+        self._ports = free_ports(9)
+        self.port, self.tls_port, *others = self._ports
         names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
         command = [
             str(Path(sys.executable).parent / "weed"),
@@ -104,6 +107,9 @@ class SeaweedFS:
     def _kill(self) -> None:
         self.process.kill()  # it takes half a minute to end by itself
         self.process.wait()
+        for port in self._ports:  # it has these whatever TMPDIR says
+            for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                left.unlink()
 
     def stop(self) -> None:
         """End it, and remove its data."""
@@ -147,14 +153,21 @@ def make_certificate(certificate: Path, key: Path) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback that nobody listens on."""
-    sockets = [socket.socket() for _ in range(count)]
+    """Ports of the loopback that nobody listens on, nor gets for a connection before they are used."""
+    wanted = random.sample(range(16_000, 32_000), 16_000)  # the kernel gives connections 32,768 and above
+    found: list[socket.socket] = []
     try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        while len(found) < count:
+            one = socket.socket()
+            try:
+                one.bind(("127.0.0.1", wanted.pop()))
+            except OSError:
+                one.close()
+            else:
+                found.append(one)
+        return [one.getsockname()[1] for one in found]
     finally:
-        for one in sockets:
+        for one in found:
             one.close()
 
 
