@@ -198,13 +198,16 @@ class Disk:
 
     `id` is the target name in the VM (``vda``), `artifact` names the artifact with its blocks, `virtual_size` is what
     the guest sees. `whole` is true where the artifact does not build on the parent: in a full, or for a disk added
-    since.
+    since. `reason` says why a disk is whole within an increment, "" otherwise. `path` is where the disk lay on the host
+    then: for the hypervisor, which must not take another image's changes for this one's. It stays on the host.
     """
 
     id: str
     artifact: str
     virtual_size: int
     whole: bool
+    reason: str = ""
+    path: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,9 +233,10 @@ class BackupRun:
 
     `parent` is None for a full. `reason` says why a full was taken (or "" for an increment). `builds_on` are the
     sources of the image so far, oldest first. `spent` are the points whose checkpoints may go once this run is
-    recorded: those of this chain that are older than the parent. `settings` is the VM's backup configuration
-    (upper-case keys). `date`, the instant, is set once `prebackup` has told it, so the driver sees it and the
-    hypervisor does not.
+    recorded: those of this chain that are older than the parent. `keep` are the points that next increments may build
+    on, of this VM's chains in all datastores; checkpoints of any other point, made by us, are strays and may go. None
+    says nothing of them. `settings` is the VM's backup configuration (upper-case keys). `date`, the instant, is set
+    once `prebackup` has told it, so the driver sees it and the hypervisor does not.
     """
 
     id: str
@@ -250,6 +254,7 @@ class BackupRun:
     settings: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     tracked: bool = True
     date: datetime | None = None
+    keep: tuple[str, ...] | None = None
 
     @property
     def labels(self) -> dict[str, str]:
@@ -379,11 +384,15 @@ class Image:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskEstimate:
-    """What a backup would take from one disk: bytes, or None where that is not known before the backup."""
+    """What a backup would take from one disk: bytes, or None where that is not known before the backup.
+
+    `reason` says why a disk is whole within an increment, "" otherwise.
+    """
 
     id: str
     bytes: int | None
     whole: bool
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
