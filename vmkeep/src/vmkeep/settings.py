@@ -28,7 +28,7 @@ BUILT_IN: Mapping[str, str] = {
     "BACKUP_VOLATILE": "NO",
 }
 
-_SUPPORTED = {"INCREMENT_MODE": ("CBT",), "FS_FREEZE": ("NONE",)}
+_SUPPORTED = {"FS_FREEZE": ("NONE",)}
 
 
 def validate(settings: Mapping[str, str], where: str) -> None:

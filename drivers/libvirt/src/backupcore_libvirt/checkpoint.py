@@ -22,7 +22,7 @@ from backupcore_libvirt.disks import Node, SourceDisk, nodes, source_disks
 from backupcore_libvirt.stopped import remove_bitmap, stopped_nodes
 from backupcore_libvirt.xml import parse
 
-__all__ = ["Since", "checkpoint_name", "checkpoint_xml", "forget", "make_known", "since", "tidy"]
+__all__ = ["Since", "checkpoint_name", "checkpoint_xml", "forget", "is_ours", "make_known", "since", "tidy"]
 
 _OURS = re.compile(r"backupcore-[0-9a-f]{32}")
 
@@ -30,6 +30,11 @@ _OURS = re.compile(r"backupcore-[0-9a-f]{32}")
 def checkpoint_name(point: str) -> str:
     """The checkpoint of a point; bitmaps have its name too."""
     return f"backupcore-{point}"
+
+
+def is_ours(name: str) -> bool:
+    """Whether a checkpoint or bitmap of this name was made by backupcore."""
+    return _OURS.fullmatch(name) is not None
 
 
 def checkpoint_xml(point: str, vm_disks: Sequence[str], tracked: Collection[str]) -> str | None:

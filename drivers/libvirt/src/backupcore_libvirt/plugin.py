@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -25,7 +26,7 @@ from backupcore.model import (
     Outcome,
     Prepared,
 )
-from backupcore_libvirt import __version__, checkpoint
+from backupcore_libvirt import __version__, checkpoint, overlay_run
 from backupcore_libvirt.backup_job import backup_xml, end, left_behind
 from backupcore_libvirt.checkpoint import checkpoint_xml, make_known
 from backupcore_libvirt.connection import (
@@ -46,6 +47,7 @@ from backupcore_libvirt.folder import RunFolder, dead_folders, living_vms
 from backupcore_libvirt.hold import hold, live_exports
 from backupcore_libvirt.look import Look, look
 from backupcore_libvirt.nvram import read_nvram
+from backupcore_libvirt.overlay_plan import plan, without_bitmaps
 from backupcore_libvirt.qemu_nbd import end_stray
 from backupcore_libvirt.scratch_watch import ScratchWatch, watch
 from backupcore_libvirt.settings import read as read_settings
@@ -85,12 +87,17 @@ class Libvirt:
         for left in dead_folders(self.scratch, domain.uuid):
             end_stray(left.path)
             left.remove()
-        seen = look(connection, domain, run, self.scratch)
         folder = RunFolder(self.scratch, run.id)
+        overlay_run.prepare(connection, domain, run, folder, ctx)
+        seen = look(connection, domain, without_bitmaps(run), self.scratch)
+        overlays = plan(domain, run, seen.disks)
         lock = folder.make(seen.owner, domain.uuid)
         ctx.stack.callback(os.close, lock)
         ctx.check()
-        if seen.live:
+        if overlays:
+            seen = replace(seen, since=overlays.since)
+            date, exports = overlay_run.hold(domain, run, overlays, every=seen.all_disks, folder=folder, ctx=ctx)
+        elif seen.live:
             if seen.since:
                 make_known(domain, seen.since, seen.all_disks)
             date = _begin(domain, run, folder, seen)
@@ -117,7 +124,7 @@ class Libvirt:
                     id=disk.id,
                     artifact=disk_artifact.name,
                     virtual_size=disk_artifact.layout.virtual_size,
-                    whole=exports[disk.id].bitmap is None,
+                    whole=exports[disk.id].whole,
                     reason=seen.since.whole.get(disk.id, "") if seen.since else "",
                     path=disk.path,
                 )
@@ -144,10 +151,14 @@ class Libvirt:
                 domain = None  # a transient VM that has ended, or one that was undefined: nothing of it is held
             if domain is not None:
                 end(domain, folder)
-            if strange := folder.remove():
-                ctx.log.warning("%s holds what no run puts there, and stays: %s", folder.path, ", ".join(strange))
-            if domain is not None:
-                checkpoint.tidy(domain, run, outcome)
+            try:
+                if domain is not None:
+                    overlay_run.settle(connection, domain, run, outcome, folder)
+            finally:
+                if strange := folder.remove():
+                    ctx.log.warning("%s holds what no run puts there, and stays: %s", folder.path, ", ".join(strange))
+                if domain is not None:
+                    checkpoint.tidy(domain, run, outcome)
 
     def vms(self) -> Sequence[VMState]:
         """Every VM of this host, by name. HypervisorError if libvirt is away."""
@@ -179,8 +190,9 @@ class Libvirt:
         with Connection(self.uri) as connection:
             domain = connection.domain(run.vm.uuid)
             left_behind(domain, self.scratch)
-            seen = look(connection, domain, run, self.scratch)
-            disks = tuple(_estimated(domain, disk, seen) for disk in seen.disks)
+            seen = look(connection, domain, without_bitmaps(run), self.scratch)
+            overlays = plan(domain, run, seen.disks)
+            disks = overlays.estimate() if overlays else tuple(_estimated(domain, disk, seen) for disk in seen.disks)
         return Estimate(disks=disks, left_out=seen.left_out)
 
     def forget(self, vm: VM) -> Sequence[str]:
