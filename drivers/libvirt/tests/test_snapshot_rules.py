@@ -254,6 +254,23 @@ def test_vms_that_can_have_no_overlays(lab, runs, take, caplog):
     vm.domain = vm.connection.defineXML(definition)
 
 
+@pytest.mark.parametrize("on", [True, False], ids=["live", "off"])
+def test_forget_brings_a_vm_back_to_its_plain_disks(lab, take, hypervisor, on):
+    vm = lab.vm(["raw:16"], start=on)
+    parent, _ = take(vm)
+    if on:
+        vm.io("vda", "write -P 1 1M 1M")
+    used = source(vm, "vda")
+    assert hypervisor.forget(vm.identity) == [used]
+    assert source(vm, "vda") == str(vm.folder / "vda.raw")
+    assert overlays(vm) == []
+    assert not list(hypervisor.scratch.iterdir())
+    if on:
+        vm.io("vda", "read -P 1 1M 1M")
+    with pytest.raises(IncrementImpossible):
+        take(vm, parent)
+
+
 def test_what_a_run_would_take_is_told_without_touching_anything(lab, runs, take, hypervisor):
     vm = lab.vm(["raw:16", "qcow2:16"])
     vm.io("vda", "write -P 1 0 8M")

@@ -56,7 +56,7 @@ def detail(place: Workplace, vm: str) -> Detail:
 
 
 def forget(place: Workplace, vm: str) -> tuple[VMState, Sequence[str]]:
-    """Remove every checkpoint and bitmap that backups made on a VM; their names. Busy while it is being backed up.
+    """Remove every checkpoint, bitmap and overlay of a VM's backups; their names. Busy while it is being backed up.
 
     The next backup of each of its chains is then a full in a new image.
     """

@@ -25,7 +25,7 @@ from backupcore_libvirt.xml import Element, parse
 
 __all__ = ["Overlay", "Stack", "is_overlay", "is_regular", "overlay_path", "overlays_beside", "stacks"]
 
-_NAME = re.compile(r"(?P<base>/.+)\.backupcore-(?P<point>[0-9a-f]{32})-(?P<disk>[A-Za-z0-9]+)\.qcow2")
+_NAME = re.compile(r"(?P<base>/.+)\.backupcore-(?P<point>[0-9a-f]{32})-(?P<disk>[A-Za-z0-9]+)\.qcow2", re.DOTALL)
 _NAME_LIMIT = 255  # bytes of one component of a path, on every file system that holds images
 SETTLED_LIMIT = 1.0
 _MOST = 200  # files of one chain: what libvirt takes

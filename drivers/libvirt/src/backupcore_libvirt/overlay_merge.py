@@ -7,6 +7,7 @@ until the VM no longer uses that. So a merge that is cut off, by a crash of ours
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,11 +18,13 @@ from backupcore.disk.nbd import DEPTH, Client, held
 from backupcore.errors import BackupError, Busy, HypervisorError, NotFound, UnsupportedOperation
 from backupcore_libvirt import qemu_img
 from backupcore_libvirt.connection import ACTIVE_COMMIT, COMMIT, NOT_READY, Connection, Domain, code_of
-from backupcore_libvirt.overlay import Stack, is_overlay, overlays_beside
+from backupcore_libvirt.overlay import Stack, is_overlay, overlays_beside, stacks
 from backupcore_libvirt.qemu_nbd import QemuNbd
 from backupcore_libvirt.xml import Element, parse
 
 __all__ = ["Merger", "set_source"]
+
+log = logging.getLogger("backupcore")
 
 EVERY = 0.02  # seconds between two looks at a block job
 GUARD = "nbd.guard.sock"
@@ -52,6 +55,15 @@ class Merger:
             self._merge_live(stack, low, high)
         else:
             self._merge_off(stack, low, high)
+
+    def merge_all(self, stack: Stack) -> None:
+        """Write every overlay of a disk into its base, which the VM then writes to."""
+        if self.domain.is_active():
+            self.finish(stack)
+            stack = stacks(self.domain)[stack.disk]
+        if stack.overlays:
+            log.info("VM %s: bringing disk %s back to %s", self.domain.name, stack.disk, stack.base)
+            self.merge(stack, 0, len(stack.overlays) - 1)
 
     def finish(self, stack: Stack) -> None:
         """Wait for a commit that a dead run, or a killed one's libvirt, has left behind on this disk."""
@@ -126,13 +138,13 @@ class Merger:
             else:
                 # libvirt writes the chain of files into the stored definition, and believes that more than the images.
                 set_source(self.domain, stack.disk, stack.top, stack.top_shape)
-                qemu_img.commit(overlay)
+                qemu_img.commit(overlay, self.check)
                 qemu_img.rebase(stack.overlays[index + 1].path, below, shape)
             self._discard(overlay)
             stack = replace(stack, overlays=stack.overlays[:index] + stack.overlays[index + 1 :])
 
     def _merge_top_off(self, stack: Stack, top: str, below: str, shape: str) -> None:
-        qemu_img.commit(top)
+        qemu_img.commit(top, self.check)
         # While this process has it open the VM cannot start, so nothing is written to the overlay any more.
         with QemuNbd(self.folder / GUARD, top, "qcow2", depth=True) as guard:
             with Client(guard.address, [DEPTH]) as client:

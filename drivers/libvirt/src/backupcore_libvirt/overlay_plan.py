@@ -109,7 +109,7 @@ def _hindrance(domain: Domain, disks: Sequence[SourceDisk]) -> str:  # noqa: PLR
         return f"the VM has checkpoints of somebody else ({', '.join(names):.200}), which overlays would break"
     for disk in disks:
         if disk.kind != "file" or not is_regular(disk.path):
-            return f"disk {disk.id} ({disk.path}) is no file; overlays lie beside files (INCREMENT_MODE=CBT needs none)"
+            return f"disk {disk.id} ({disk.path}) is no plain file, beside which an overlay could lie"
         if disk.encrypted:
             return f"disk {disk.id} is encrypted; an overlay would hold what is written in plain text"
     return ""

@@ -18,7 +18,7 @@ from pathlib import Path
 from xml.etree.ElementTree import Element, SubElement, tostring
 
 from backupcore.context import Context
-from backupcore.errors import BackupError, HypervisorError, IncrementImpossible, from_os_error
+from backupcore.errors import BackupError, Busy, Cancelled, HypervisorError, IncrementImpossible, from_os_error
 from backupcore.model import BackupRun, Outcome, RunState
 from backupcore_libvirt import checkpoint
 from backupcore_libvirt.connection import Connection, Domain
@@ -59,14 +59,16 @@ def prepare(connection: Connection, domain: Domain, run: BackupRun, folder: RunF
                 Merger(connection, domain, folder.path, ctx.check).sweep(stack)
 
 
-def forget(connection: Connection, domain: Domain, folder: RunFolder, ctx: Context) -> list[str]:
-    """Bring the VM back to its plain disks, whatever increments build on its overlays; the overlays' files."""
-    before = stacks(domain)
-    if any(stack.overlays for stack in before.values()):
-        with _work(folder, domain):
-            _leave(connection, domain, folder.path, ctx)
-        folder.remove()
-    return [overlay.path for stack in before.values() for overlay in stack.overlays]
+def forget(connection: Connection, domain: Domain, folder: RunFolder) -> list[str]:
+    """Bring the VM back to its plain disks, whatever increments would build on its overlays; the overlays' files."""
+    gone: list[str] = []
+    with _work(folder, domain):
+        merger = Merger(connection, domain, folder.path, _never)
+        for stack in stacks(domain).values():
+            gone += [overlay.path for overlay in stack.overlays]
+            merger.merge_all(stack)
+    folder.remove()
+    return gone
 
 
 @contextmanager
@@ -130,22 +132,25 @@ def _mend_definition(domain: Domain, ctx: Context) -> None:
 
 
 def hold(
-    domain: Domain, run: BackupRun, plan: Plan, *, every: Sequence[str], folder: RunFolder, ctx: Context
+    domain: Domain, run: BackupRun, plan: Plan, *, every: Sequence[str], live: bool, folder: RunFolder, ctx: Context
 ) -> tuple[datetime, Mapping[str, Export]]:
     """Put a new overlay on all disks at one instant, and serve what lies below; the instant, and exports by disk ID.
 
-    `every` are the IDs of all disks of the VM. The servers live until the end of `ctx`, or `end_stray`.
+    `every` are the IDs of all disks of the VM, `live` says whether it ran when they were looked at. The servers live
+    until the end of `ctx`, or `end_stray`.
     """
     # libvirt puts no overlay on the disks of a VM that is off while it knows checkpoints, and they are of no more use.
     if forgotten := checkpoint.forget(domain):
         ctx.log.info("VM %s: removed the checkpoints of changed block tracking: %s", domain.name, ", ".join(forgotten))
     ctx.check()
+    if domain.is_active() != live:
+        raise Busy(f"VM {domain.name} was {'switched off' if live else 'started'} just now", "Run the backup again.")
     new = {part.disk.id: overlay_path(part.stack.base, run.point, part.disk.id) for part in plan.parts}
     date = datetime.now(UTC)
     domain.snapshot(_snapshot_xml(every, new))
-    if not domain.is_active():
+    if not live:
         for part in plan.parts:
-            _like(Path(new[part.disk.id]), Path(part.stack.top))
+            _like(new[part.disk.id], part.stack.top)
     after = stacks(domain)
     for part in plan.parts:
         if after[part.disk.id].top != new[part.disk.id]:
@@ -174,38 +179,50 @@ def _snapshot_xml(every: Sequence[str], new: Mapping[str, str]) -> str:
     return tostring(root, encoding="unicode")
 
 
-def _like(new: Path, below: Path) -> None:
+def _like(new: str, below: str) -> None:
     """Give an overlay the owner and the mode of the file below: libvirt makes it as root, open to all, for a VM that is
 
     off, and changes its owner at the start only where it is configured so.
     """
     try:
-        model = below.stat()
-        new.chmod(stat.S_IMODE(model.st_mode))
-        if (model.st_uid, model.st_gid) != (new.stat().st_uid, new.stat().st_gid):
-            os.chown(new, model.st_uid, model.st_gid)
+        model = os.stat(below)  # noqa: PTH116 - as the next call, which pathlib has not
+        handle = os.open(new, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            os.fchmod(handle, stat.S_IMODE(model.st_mode))
+            if os.geteuid() == 0:
+                os.fchown(handle, model.st_uid, model.st_gid)
+        finally:
+            os.close(handle)
     except OSError as error:
         raise from_os_error(error, f"the permissions of {new}") from error
 
 
-def settle(connection: Connection, domain: Domain, run: BackupRun, outcome: Outcome, folder: RunFolder) -> None:
+def settle(
+    connection: Connection, domain: Domain, run: BackupRun, outcome: Outcome, *, folder: RunFolder, ctx: Context
+) -> None:
     """Bring the disks to rest after a run, whether the VM runs or not: the run's overlays tell what is to be done.
 
     Recorded: all below them goes into the base. Otherwise they go themselves, so the disks are as before. Idempotent,
-    also in a fresh process. HypervisorError where an overlay stays: the next run merges it.
+    also in a fresh process. HypervisorError where an overlay stays, Cancelled: the next run goes on with it.
     """
     end_stray(folder.path)  # QEMU cannot write into a file that somebody reads
     found = stacks(domain)
     if not any(stack.index(run.point) is not None for stack in found.values()):
         return
+    recorded = outcome.state is RunState.RECORDED
+    check = _until_cancelled(domain, ctx) if recorded else _within(UNDO_LIMIT)
     errors: list[BackupError] = []
     with _work(folder, domain):
+        merger = Merger(connection, domain, folder.path, check)
         for stack in found.values():
             try:
-                if outcome.state is RunState.RECORDED:
-                    _keep(Merger(connection, domain, folder.path, _never), stack, run.point)
-                else:
-                    _undo(Merger(connection, domain, folder.path, _limited(UNDO_LIMIT)), stack, run.point)
+                if domain.is_active():
+                    merger.finish(stack)
+                now = stacks(domain)[stack.disk]
+                if recorded:
+                    _keep(merger, now, run.point)
+                elif now.overlays and now.index(run.point) == len(now.overlays) - 1:
+                    merger.merge(now, len(now.overlays) - 1, len(now.overlays) - 1)
             except BackupError as error:  # the other disks all the same
                 errors.append(error)
     if errors:
@@ -213,23 +230,11 @@ def settle(connection: Connection, domain: Domain, run: BackupRun, outcome: Outc
 
 
 def _keep(merger: Merger, stack: Stack, point: str) -> None:
-    if merger.domain.is_active():
-        merger.finish(stack)
-        stack = stacks(merger.domain)[stack.disk]
     index = stack.index(point)
     if index is None:
         index = len(stack.overlays)  # a disk that this run did not take: nothing builds on its overlays any more
     if index > 0:
         merger.merge(stack, 0, index - 1)
-
-
-def _undo(merger: Merger, stack: Stack, point: str) -> None:
-    if merger.domain.is_active():
-        merger.finish(stack)
-        stack = stacks(merger.domain)[stack.disk]
-    last = len(stack.overlays) - 1
-    if stack.overlays and stack.index(point) == last:
-        merger.merge(stack, last, last)
 
 
 def _leave(connection: Connection, domain: Domain, folder: Path, ctx: Context) -> None:
@@ -238,29 +243,33 @@ def _leave(connection: Connection, domain: Domain, folder: Path, ctx: Context) -
     What cannot be done is logged: a backup by changed block tracking works with overlays below it as well.
     """
     merger = Merger(connection, domain, folder, ctx.check)
-    for found in stacks(domain).values():
-        stack = found
+    for stack in stacks(domain).values():
         try:
-            if domain.is_active():
-                merger.finish(stack)
-                stack = stacks(domain)[stack.disk]
-            if stack.overlays:
-                ctx.log.info("VM %s: bringing disk %s back to %s", domain.name, stack.disk, stack.base)
-                merger.merge(stack, 0, len(stack.overlays) - 1)
+            merger.merge_all(stack)
         except BackupError as error:
             ctx.check()
             ctx.log.warning("disk %s of VM %s keeps its overlay for now: %s", stack.disk, domain.name, error)
 
 
 def _never() -> None:
-    """A merge after a recorded run is not given up: only an error ends it."""
+    """Nothing but an error ends the wait."""
 
 
-def _limited(seconds: float) -> Callable[[], None]:
+def _within(seconds: float) -> Callable[[], None]:
     deadline = time.monotonic() + seconds
 
     def check() -> None:
         if time.monotonic() > deadline:
             raise HypervisorError(f"an overlay was not merged within {seconds:.0f} s", "The next backup does it.")
+
+    return check
+
+
+def _until_cancelled(domain: Domain, ctx: Context) -> Callable[[], None]:
+    def check() -> None:
+        if ctx.cancelled:
+            raise Cancelled(
+                f"VM {domain.name}: the merge of its overlays was not waited for", "The next backup does it."
+            )
 
     return check

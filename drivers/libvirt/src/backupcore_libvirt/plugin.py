@@ -25,6 +25,7 @@ from backupcore.model import (
     Estimate,
     Outcome,
     Prepared,
+    new_id,
 )
 from backupcore_libvirt import __version__, checkpoint, overlay_run
 from backupcore_libvirt.backup_job import backup_xml, end, left_behind
@@ -96,7 +97,9 @@ class Libvirt:
         ctx.check()
         if overlays:
             seen = replace(seen, since=overlays.since)
-            date, exports = overlay_run.hold(domain, run, overlays, every=seen.all_disks, folder=folder, ctx=ctx)
+            date, exports = overlay_run.hold(
+                domain, run, overlays, every=seen.all_disks, live=seen.live, folder=folder, ctx=ctx
+            )
         elif seen.live:
             if seen.since:
                 make_known(domain, seen.since, seen.all_disks)
@@ -153,7 +156,7 @@ class Libvirt:
                 end(domain, folder)
             try:
                 if domain is not None:
-                    overlay_run.settle(connection, domain, run, outcome, folder)
+                    overlay_run.settle(connection, domain, run, outcome, folder=folder, ctx=ctx)
             finally:
                 if strange := folder.remove():
                     ctx.log.warning("%s holds what no run puts there, and stays: %s", folder.path, ", ".join(strange))
@@ -196,9 +199,11 @@ class Libvirt:
         return Estimate(disks=disks, left_out=seen.left_out)
 
     def forget(self, vm: VM) -> Sequence[str]:
-        """Delete every checkpoint and bitmap that backupcore made on this VM, and return their names."""
+        """Delete every checkpoint, bitmap and overlay that backupcore made on this VM, and return their names."""
         with Connection(self.uri) as connection:
-            return checkpoint.forget(connection.domain(vm.uuid))
+            domain = connection.domain(vm.uuid)
+            overlays = overlay_run.forget(connection, domain, RunFolder(self.scratch, new_id()))
+            return [*checkpoint.forget(domain), *overlays]
 
     def settings(self, vm: VM) -> Mapping[str, str]:
         """The VM's backup configuration out of its own metadata: upper-case keys (``MODE``) and their values."""

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,12 +51,12 @@ def info(path: str, shape: str) -> Info:
     )
 
 
-def commit(path: str) -> None:
+def commit(path: str, check: Callable[[], None]) -> None:
     """Write what an overlay holds into the image right below it, and empty it. Repeatable after a crash.
 
-    HypervisorError, also where one of the two is in use.
+    HypervisorError, also where one of the two is in use. `check` is called now and then, and raises to give up.
     """
-    _changing(f"commit {path}", ["qemu-img", "commit", "-q", "-f", "qcow2", path])
+    _changing(f"commit {path}", ["qemu-img", "commit", "-q", "-f", "qcow2", path], check)
 
 
 def rebase(path: str, below: str, shape: str) -> None:
@@ -79,29 +79,42 @@ def is_open_elsewhere(path: str) -> bool:
     return done.returncode != 0
 
 
-def _changing(what: str, command: list[str]) -> None:
+def _changing(what: str, command: list[str], check: Callable[[], None] = lambda: None) -> None:
     deadline = time.monotonic() + LOCK_LIMIT
-    while (done := _run(command)).returncode != 0:
+    while (done := _run(command, check)).returncode != 0:
         if not is_locked(done.stderr) or time.monotonic() > deadline:
             raise _failed(what, done)
         time.sleep(0.1)
 
 
-def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+def _run(command: list[str], check: Callable[[], None] = lambda: None) -> subprocess.CompletedProcess[str]:
+    # Should we be killed it must not go on: the next run would find its lock on the image.
+    tied = ["setpriv", "--pdeathsig", "KILL", *command]
     try:
-        return subprocess.run(
-            command,
+        child = subprocess.Popen(
+            tied,
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            check=False,
             env={**os.environ, "LC_ALL": "C"},
         )
     except OSError as error:
-        raise from_os_error(error, f"run {command[0]}") from error
+        raise from_os_error(error, f"run {tied[0]}") from error
+    with child:
+        while True:
+            try:
+                out, err = child.communicate(timeout=0.2)
+                return subprocess.CompletedProcess(command, child.returncode, out, err)
+            except subprocess.TimeoutExpired:
+                try:
+                    check()
+                except BaseException:
+                    child.kill()
+                    raise
 
 
 def _failed(what: str, done: subprocess.CompletedProcess[str]) -> HypervisorError:
-    said = " ".join(line.partition(": ")[2] or line for line in done.stderr.strip().splitlines())
+    said = " ".join(line.removeprefix(f"{done.args[0]}: ") for line in done.stderr.strip().splitlines())
     return HypervisorError(f"{what}: {said or f'it ended with {done.returncode}'}")
