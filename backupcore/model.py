@@ -198,8 +198,9 @@ class Disk:
 
     `id` is the target name in the VM (``vda``), `artifact` names the artifact with its blocks, `virtual_size` is what
     the guest sees. `whole` is true where the artifact does not build on the parent: in a full, or for a disk added
-    since. `reason` says why a disk is whole within an increment, "" otherwise. `path` is where the disk lay on the host
-    then: for the hypervisor, which must not take another image's changes for this one's. It stays on the host.
+    since. `reason` says why a disk is whole within an increment, "" otherwise. `path` and `tail` stay on the host, for
+    the hypervisor: where the disk lay, since it must not take another image's changes for this one's, and the last
+    ranges that held data (offset, length), by which it notices a disk that was cut meanwhile.
     """
 
     id: str
@@ -208,6 +209,11 @@ class Disk:
     whole: bool
     reason: str = ""
     path: str = ""
+    tail: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        # JSON has no tuples, and the catalog keeps it as JSON.
+        object.__setattr__(self, "tail", tuple((offset, length) for offset, length in self.tail))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ from typing import Literal
 
 from backupcore import hookimpl
 from backupcore.context import Context
+from backupcore.disk.qcow2 import DiskArtifact
 from backupcore.errors import BackupError, HypervisorError, IncrementImpossible, NotFound
 from backupcore.hypervisor import Finding, VMDisk, VMState
 from backupcore.model import (
@@ -40,9 +41,11 @@ from backupcore_libvirt.connection import (
     Domain,
     code_of,
 )
+from backupcore_libvirt.cut import REASON as CUT
+from backupcore_libvirt.cut import tail, was_cut
 from backupcore_libvirt.definition import restored_definition
 from backupcore_libvirt.disks import SourceDisk, source_disks
-from backupcore_libvirt.export import artifact
+from backupcore_libvirt.export import Export, artifact
 from backupcore_libvirt.findings import findings
 from backupcore_libvirt.folder import RunFolder, dead_folders, living_vms
 from backupcore_libvirt.hold import hold, live_exports
@@ -111,10 +114,13 @@ class Libvirt:
         else:
             date, exports = hold(run, folder, seen, ctx)
         nvram = read_nvram(domain.name, seen.nvram) if seen.nvram else None
-        exported = [artifact(disk.id, exports[disk.id]) for disk in seen.disks]
-        for disk_artifact in exported:
+        taken = [_taken(disk, exports[disk.id], seen, run) for disk in seen.disks]
+        for disk_artifact, _ in taken:
             ctx.stack.callback(disk_artifact.close)
-        artifacts: list[Artifact] = [*exported, BytesArtifact("vm.xml", domain.inactive_xml().encode())]
+        artifacts: list[Artifact] = [
+            *(disk_artifact for disk_artifact, _ in taken),
+            BytesArtifact("vm.xml", domain.inactive_xml().encode()),
+        ]
         if nvram is not None:
             artifacts.append(BytesArtifact("nvram", nvram))
         return Prepared(
@@ -122,17 +128,7 @@ class Libvirt:
             date=date,
             consistency=seen.consistency,
             frozen_seconds=0.0,
-            disks=tuple(
-                Disk(
-                    id=disk.id,
-                    artifact=disk_artifact.name,
-                    virtual_size=disk_artifact.layout.virtual_size,
-                    whole=exports[disk.id].whole,
-                    reason=seen.since.whole.get(disk.id, "") if seen.since else "",
-                    path=disk.path,
-                )
-                for disk, disk_artifact in zip(seen.disks, exported, strict=True)
-            ),
+            disks=tuple(disk for _, disk in taken),
             left_out=seen.left_out,
             versions={**seen.versions, "backupcore-libvirt": __version__},
         )
@@ -258,6 +254,26 @@ def _begin(domain: Domain, run: BackupRun, folder: RunFolder, seen: Look) -> dat
             ) from error
         raise
     return date
+
+
+def _taken(disk: SourceDisk, export: Export, seen: Look, run: BackupRun) -> tuple[DiskArtifact, Disk]:
+    """The artifact of one disk: what changed, or all of it."""
+    reason = seen.since.whole.get(disk.id, "") if seen.since else ""
+    found = artifact(disk.id, export)
+    held = next((one.tail for one in run.parent.disks if one.id == disk.id), ()) if run.parent else ()
+    if export.bitmap is not None and was_cut(export.address, found.layout, held):
+        export, reason = replace(export, bitmap=None), CUT
+        found = artifact(disk.id, export)
+    whole = export.whole
+    return found, Disk(
+        id=disk.id,
+        artifact=found.name,
+        virtual_size=found.layout.virtual_size,
+        whole=whole,
+        reason=reason,
+        path=disk.path,
+        tail=tail(found.layout, () if whole else held),
+    )
 
 
 def _estimated(domain: Domain, disk: SourceDisk, seen: Look) -> DiskEstimate:
