@@ -22,7 +22,7 @@ __all__ = ["REASON", "tail", "was_cut"]
 REASON = "it was shrunk and grown again since the last backup"
 
 _KEPT = 64
-"""How many of a disk's last extents are remembered. A guest that rewrites all of them between two backups hides a cut."""
+"""How many of a disk's last extents are remembered; a guest that rewrites all of them between backups hides a cut."""
 
 
 def tail(layout: Layout, before: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
