@@ -23,7 +23,7 @@ from backupcore_libvirt.connection import Domain
 from backupcore_libvirt.disks import SourceDisk, source_disks
 from backupcore_libvirt.xml import Element, parse
 
-__all__ = ["Overlay", "Stack", "is_overlay", "is_regular", "overlay_path", "overlays_beside", "stacks"]
+__all__ = ["Overlay", "Stack", "any_overlay", "is_overlay", "is_regular", "overlay_path", "overlays_beside", "stacks"]
 
 _NAME = re.compile(r"(?P<base>/.+)\.backupcore-(?P<point>[0-9a-f]{32})-(?P<disk>[A-Za-z0-9]+)\.qcow2", re.DOTALL)
 _NAME_LIMIT = 255  # bytes of one component of a path, on every file system that holds images
@@ -164,11 +164,20 @@ def _whole_chain(path: str, shape: str) -> list[str]:
     return found
 
 
-def overlays_beside(stack: Stack) -> list[str]:
+def overlays_beside(base: str, disk: str) -> list[str]:
     """Every file that has the name of an overlay of this disk, used or not."""
-    base = Path(stack.base)
-    found = (str(path) for path in base.parent.glob(f"{glob.escape(base.name)}.backupcore-*-{stack.disk}.qcow2"))
-    return sorted(path for path in found if (name := _NAME.fullmatch(path)) and name["base"] == stack.base)
+    file = Path(base)
+    found = (str(path) for path in file.parent.glob(f"{glob.escape(file.name)}.backupcore-*-{disk}.qcow2"))
+    return sorted(path for path in found if (name := _NAME.fullmatch(path)) and name["base"] == base)
+
+
+def any_overlay(domain: Domain) -> bool:
+    """Whether a VM runs on overlays of ours, or some lie beside its disks; by their names alone, so it is quick."""
+    return any(
+        is_overlay(disk.path) or overlays_beside(disk.path, disk.id)
+        for disk in source_disks(domain.live_xml())
+        if disk.kind == "file"
+    )
 
 
 def _elements(xml: str) -> Mapping[str, Element]:

@@ -165,7 +165,7 @@ class Merger:
         Any other that lies about may be all that is left of something, and stays.
         """
         used = {overlay.path for overlay in stack.overlays}
-        for path in overlays_beside(stack):
+        for path in overlays_beside(stack.base, stack.disk):
             if path in used or qemu_img.is_open_elsewhere(path):
                 continue
             guard = QemuNbd(self.folder / GUARD, path, "qcow2", depth=True)

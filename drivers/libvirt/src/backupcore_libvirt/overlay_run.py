@@ -25,7 +25,7 @@ from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.disks import source_disks
 from backupcore_libvirt.export import Export
 from backupcore_libvirt.folder import Owner, RunFolder
-from backupcore_libvirt.overlay import Stack, overlay_path, overlays_beside, stacks
+from backupcore_libvirt.overlay import Stack, any_overlay, overlay_path, overlays_beside, stacks
 from backupcore_libvirt.overlay_merge import Merger, set_source
 from backupcore_libvirt.overlay_plan import Plan, wanted
 from backupcore_libvirt.qemu_nbd import QemuNbd, end_stray
@@ -41,6 +41,8 @@ def prepare(connection: Connection, domain: Domain, run: BackupRun, folder: RunF
 
     IncrementImpossible where the parent was taken by overlays and this run shall not be.
     """
+    if not any_overlay(domain):
+        return
     found = stacks(domain).values()
     if any(stack.overlays for stack in found):
         if not wanted(run) and run.parent is not None:
@@ -53,7 +55,7 @@ def prepare(connection: Connection, domain: Domain, run: BackupRun, folder: RunF
             else:
                 _leave(connection, domain, folder.path, ctx)
     found = stacks(domain).values()
-    if any(len(overlays_beside(stack)) > len(stack.overlays) for stack in found):
+    if any(len(overlays_beside(stack.base, stack.disk)) > len(stack.overlays) for stack in found):
         with _work(folder, domain):
             for stack in found:
                 Merger(connection, domain, folder.path, ctx.check).sweep(stack)
@@ -206,9 +208,9 @@ def settle(
     also in a fresh process. HypervisorError where an overlay stays, Cancelled: the next run goes on with it.
     """
     end_stray(folder.path)  # QEMU cannot write into a file that somebody reads
-    found = stacks(domain)
-    if not any(stack.index(run.point) is not None for stack in found.values()):
+    if f".backupcore-{run.point}-" not in domain.live_xml():
         return
+    found = stacks(domain)
     recorded = outcome.state is RunState.RECORDED
     check = _until_cancelled(domain, ctx) if recorded else _within(UNDO_LIMIT)
     errors: list[BackupError] = []
