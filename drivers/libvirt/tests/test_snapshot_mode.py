@@ -131,6 +131,29 @@ def test_full_and_increments_of_raw_and_old_qcow2_disks(lab, chain):
     assert sum(e.length for e in layout.extents() if e.kind is Kind.DATA) <= MiB + 5 * 65536, "changes only"
 
 
+def test_all_disks_show_one_instant_of_a_guest_that_writes(counting_vm, runs, restored, tmp_path, wait_for):
+    """Overlays come and are merged, and failed runs take theirs back, below a guest that never stops writing."""
+    vm = counting_vm("raw")
+    parent, layers, seen = None, [], 0
+    for number in range(4):
+        before = vm.domain.blockStats("vdb")[2]
+        wait_for(lambda before=before: vm.domain.blockStats("vdb")[2] > before + 10, "the guest writes", 60)
+        with runs.take(runs.run(vm, parent, settings=SNAPSHOT), state=RunState.FAILED):
+            pass
+        with runs.take(runs.run(vm, parent, settings=SNAPSHOT)) as parent:
+            layers.append(runs.keep(parent, tmp_path / f"layer{number}"))
+        disks = [restored([layer[disk] for layer in layers], tmp_path / disk) for disk in ("vda", "vdb")]
+        first, second = (int.from_bytes(disk.read_bytes()[MiB : MiB + 4], "little") for disk in disks)
+        assert first - second in (0, 1), "the second disk is at most one write behind the first"
+        assert second > seen
+        seen = second
+    runs.hypervisor.forget(vm.identity)
+    assert beside(vm) == []
+    with vm.suspended():
+        now = [int.from_bytes(Path(files(vm, d)[0]).read_bytes()[MiB : MiB + 4], "little") for d in ("vda", "vdb")]
+    assert now[0] >= now[1] > seen, "nothing that the guest has written was lost on the way"
+
+
 def test_live_and_off_in_one_chain(lab, chain):
     vm = lab.vm(["raw:32", "qcow2:16"])
     held = chain(vm)
@@ -222,12 +245,13 @@ def test_killed_runs_are_settled_by_the_next_one(lab, chain, on):
     vm = lab.vm(["raw:16", "qcow2:16"], start=on)
     held = chain(vm)
     held.backup()
-    for recorded in (False, False, False, True, False):
+    for number, recorded in enumerate((False, False, False, True, False)):
+        # Each overlay has blocks that no other one has.
         if on:
-            vm.io("vda", "write -P 7 3M 1M", "write -z 5M 64k")
+            vm.io("vda", f"write -P {number + 1} {number}M 256k", f"write -z {number + 8}M 64k")
+        else:
+            qemu_io(files(vm, "vda")[0], f"write -P {number + 1} {number}M 256k", f"write -z {number + 8}M 64k")
         killed(held, recorded=recorded)
-        if on:
-            vm.io("vda", "write -P 8 4M 1M")
         assert len(files(vm, "vda")) <= 5
     # Two runs that nobody recorded, and one that was and did not merge.
     held.backup()

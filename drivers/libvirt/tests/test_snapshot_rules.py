@@ -183,9 +183,10 @@ def test_a_vm_defined_anew_with_its_plain_disks_is_put_right_while_it_runs(lab, 
     assert source(vm, "vda", inactive=True).endswith(".raw")
     take(vm, parent)
     assert "was defined anew" in caplog.text
+    vm.io("vda", "write -P 2 2M 1M")  # is in the overlay only
     vm.destroy()
     vm.start()
-    vm.io("vda", "read -P 1 1M 1M")
+    vm.io("vda", "read -P 1 1M 1M", "read -P 2 2M 1M")
 
 
 def test_snapshots_and_checkpoints_of_others_rule_overlays_out(lab, runs, take, same, caplog, tmp_path):

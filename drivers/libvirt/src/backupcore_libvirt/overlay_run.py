@@ -8,6 +8,7 @@ nothing is lost: an increment reads every overlay down to the one of the parent'
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 import time
@@ -28,9 +29,11 @@ from backupcore_libvirt.folder import Owner, RunFolder
 from backupcore_libvirt.overlay import Stack, any_overlay, overlay_path, overlays_beside, stacks
 from backupcore_libvirt.overlay_merge import Merger, set_source
 from backupcore_libvirt.overlay_plan import Plan, wanted
-from backupcore_libvirt.qemu_nbd import QemuNbd, end_stray
+from backupcore_libvirt.qemu_nbd import QemuNbd
 
-__all__ = ["forget", "hold", "prepare", "settle"]
+__all__ = ["begin", "clear", "forget", "prepare", "serve", "settle"]
+
+log = logging.getLogger("backupcore")
 
 UNDO_LIMIT = 60.0
 """Seconds for a failed run to merge its overlay back into a disk; the next run does it otherwise."""
@@ -133,39 +136,56 @@ def _mend_definition(domain: Domain, ctx: Context) -> None:
             )
 
 
-def hold(
-    domain: Domain, run: BackupRun, plan: Plan, *, every: Sequence[str], live: bool, folder: RunFolder, ctx: Context
-) -> tuple[datetime, Mapping[str, Export]]:
-    """Put a new overlay on all disks at one instant, and serve what lies below; the instant, and exports by disk ID.
+def begin(domain: Domain, run: BackupRun, plan: Plan, every: Sequence[str]) -> datetime:
+    """The one call that fixes the instant: a new overlay on all disks, or on none. The instant in UTC.
 
-    `every` are the IDs of all disks of the VM, `live` says whether it ran when they were looked at. The servers live
-    until the end of `ctx`, or `end_stray`.
+    `every` are the IDs of all disks of the VM, those that are left out among them.
+    """
+    date = datetime.now(UTC)
+    domain.snapshot(_snapshot_xml(every, _new(run, plan)))
+    return date
+
+
+def clear(domain: Domain, *, live: bool) -> None:
+    """Remove what would hinder overlays, before the guest is brought to rest. Busy if the VM was `live` and is not any
+
+    more, or the other way round.
     """
     # libvirt puts no overlay on the disks of a VM that is off while it knows checkpoints, and they are of no more use.
     if forgotten := checkpoint.forget(domain):
-        ctx.log.info("VM %s: removed the checkpoints of changed block tracking: %s", domain.name, ", ".join(forgotten))
-    ctx.check()
+        log.info("VM %s: removed the checkpoints of changed block tracking: %s", domain.name, ", ".join(forgotten))
     if domain.is_active() != live:
         raise Busy(f"VM {domain.name} was {'switched off' if live else 'started'} just now", "Run the backup again.")
-    new = {part.disk.id: overlay_path(part.stack.base, run.point, part.disk.id) for part in plan.parts}
-    date = datetime.now(UTC)
-    domain.snapshot(_snapshot_xml(every, new))
-    if not live:
-        for part in plan.parts:
-            _like(new[part.disk.id], part.stack.top)
+
+
+def serve(
+    domain: Domain, run: BackupRun, plan: Plan, *, live: bool, folder: RunFolder, ctx: Context
+) -> Mapping[str, Export]:
+    """Serve the files below the new overlays; exports by disk ID.
+
+    The servers live until the end of `ctx`, or `end_stray`.
+    """
+    new = _new(run, plan)
     after = stacks(domain)
     for part in plan.parts:
         if after[part.disk.id].top != new[part.disk.id]:
             raise HypervisorError(
                 f"VM {domain.name}: libvirt has put an overlay on disk {part.disk.id}, but the VM does not use it"
             )
+        if not live:
+            _like(new[part.disk.id], part.stack.top)
     exports = {}
     for part in plan.parts:
         ctx.check()
         server = QemuNbd(folder.socket_of(part.disk.id), part.stack.top, part.stack.top_shape, depth=part.depth > 0)
         ctx.stack.enter_context(server)
         exports[part.disk.id] = Export(server.address, None, part.depth)
-    return date, exports
+    return exports
+
+
+def _new(run: BackupRun, plan: Plan) -> Mapping[str, str]:
+    """Where the new overlay of each disk goes."""
+    return {part.disk.id: overlay_path(part.stack.base, run.point, part.disk.id) for part in plan.parts}
 
 
 def _snapshot_xml(every: Sequence[str], new: Mapping[str, str]) -> str:
@@ -205,9 +225,9 @@ def settle(
     """Bring the disks to rest after a run, whether the VM runs or not: the run's overlays tell what is to be done.
 
     Recorded: all below them goes into the base. Otherwise they go themselves, so the disks are as before. Idempotent,
-    also in a fresh process. HypervisorError where an overlay stays, Cancelled: the next run goes on with it.
+    also in a fresh process. Nobody may read the files any more: QEMU's lock would refuse the merge. HypervisorError
+    where an overlay stays, Cancelled: the next run goes on with it.
     """
-    end_stray(folder.path)  # QEMU cannot write into a file that somebody reads
     if f".backupcore-{run.point}-" not in domain.live_xml():
         return
     found = stacks(domain)

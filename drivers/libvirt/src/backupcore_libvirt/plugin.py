@@ -100,9 +100,9 @@ class Libvirt:
         ctx.check()
         if overlays:
             seen = replace(seen, since=overlays.since)
-            date, exports = overlay_run.hold(
-                domain, run, overlays, every=seen.all_disks, live=seen.live, folder=folder, ctx=ctx
-            )
+            overlay_run.clear(domain, live=seen.live)
+            date = overlay_run.begin(domain, run, overlays, seen.all_disks)
+            exports = overlay_run.serve(domain, run, overlays, live=seen.live, folder=folder, ctx=ctx)
         elif seen.live:
             if seen.since:
                 make_known(domain, seen.since, seen.all_disks)
