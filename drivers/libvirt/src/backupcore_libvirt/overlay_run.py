@@ -67,6 +67,8 @@ def prepare(connection: Connection, domain: Domain, run: BackupRun, folder: RunF
 def forget(connection: Connection, domain: Domain, folder: RunFolder) -> list[str]:
     """Bring the VM back to its plain disks, whatever increments would build on its overlays; the overlays' files."""
     gone: list[str] = []
+    if not any_overlay(domain):
+        return gone
     with _work(folder, domain):
         merger = Merger(connection, domain, folder.path, _never)
         for stack in stacks(domain).values():
