@@ -12,6 +12,7 @@ from backupcore_libvirt.checkpoint import require_parent
 from backupcore_libvirt.connection import IO_ERROR, OFF, PAUSED, RUNNING, Connection, Domain
 from backupcore_libvirt.disks import Node, SourceDisk, nodes, source_disks
 from backupcore_libvirt.folder import Owner, RunFolder, check_scratch, require_room, scratch_room
+from backupcore_libvirt.freeze import Freeze, plan
 from backupcore_libvirt.nvram import nvram_file
 from backupcore_libvirt.owner import qemu_owner
 from backupcore_libvirt.versions import require
@@ -29,7 +30,7 @@ class Look:
     tracked: tuple[str, ...]
     left_out: tuple[LeftOut, ...]
     nodes: Mapping[str, Node]
-    consistency: Consistency
+    freeze: Freeze
     owner: Owner
     nvram: Path | None
     versions: Mapping[str, str]
@@ -76,7 +77,7 @@ def look(connection: Connection, domain: Domain, run: BackupRun, scratch: Path) 
         tracked=tracked,
         left_out=tuple(left_out),
         nodes=opened,
-        consistency=consistency,
+        freeze=plan(domain, live, run.settings, consistency),
         owner=owner,
         nvram=nvram_file(domain.name, live),
         versions=versions,

@@ -44,6 +44,7 @@ from backupcore_libvirt.disks import source_disks
 from backupcore_libvirt.export import artifact
 from backupcore_libvirt.findings import findings
 from backupcore_libvirt.folder import RunFolder, dead_folders
+from backupcore_libvirt.freeze import DEAD_LIMIT, frozen, release, release_dead
 from backupcore_libvirt.look import Look, look
 from backupcore_libvirt.nvram import read_nvram
 from backupcore_libvirt.scratch_watch import ScratchWatch, watch
@@ -78,6 +79,7 @@ class Libvirt:
         """
         connection = ctx.stack.enter_context(Connection(self.uri))
         domain = connection.domain(run.vm.uuid)
+        release_dead(domain, self.scratch, ctx.log)
         dead = left_behind(domain, self.scratch)
         if dead is not None:
             ctx.log.warning("VM %s: ending the backup job that a dead run (%s) has left", domain.name, dead.run)
@@ -89,7 +91,8 @@ class Libvirt:
         lock = folder.make(seen.owner, domain.uuid)
         ctx.stack.callback(os.close, lock)
         ctx.check()
-        date = _begin(domain, run, folder, seen)
+        with frozen(self.uri, domain, folder, seen.freeze, ctx) as held:
+            date = _begin(domain, run, folder, seen)
         scratch_watch = ScratchWatch(self.uri, domain.uuid, domain.name, folder, ctx)
         ctx.stack.callback(scratch_watch.stop)
         scratch_watch.start()
@@ -104,8 +107,8 @@ class Libvirt:
         return Prepared(
             artifacts=tuple(artifacts),
             date=date,
-            consistency=seen.consistency,
-            frozen_seconds=0.0,
+            consistency=held.consistency,
+            frozen_seconds=held.seconds,
             disks=tuple(
                 Disk(
                     id=disk.id,
@@ -133,12 +136,20 @@ class Libvirt:
                 domain = connection.domain(run.vm.uuid)
             except NotFound:
                 domain = None  # a transient VM that has ended, or one that was undefined: nothing of it is held
+            at_rest: HypervisorError | None = None
             if domain is not None:
+                try:
+                    release(domain, folder, DEAD_LIMIT)
+                except HypervisorError as error:  # the rest can go all the same
+                    at_rest = error
                 end(domain, folder)
-            if strange := folder.remove():
+            strange = [name for name in folder.remove() if at_rest is None or name != "freeze"]
+            if strange:
                 ctx.log.warning("%s holds what no run puts there, and stays: %s", folder.path, ", ".join(strange))
             if domain is not None:
                 checkpoint.delete(domain, run.spent if outcome.state is RunState.RECORDED else (run.point,))
+        if at_rest is not None:
+            raise at_rest
 
     def vms(self) -> Sequence[VMState]:
         """Every VM of this host, by name. HypervisorError if libvirt is away."""
