@@ -44,6 +44,8 @@ SYSTEM_PACKAGES = (
     "qemu-utils",
     "restic",
     "rsync",
+    "swtpm",  # the TPM of a guest, which libvirt starts
+    "swtpm-tools",
 )
 # Debian splits these from its python3; other builds of Python bring them along.
 DEBIAN_PYTHON_PACKAGES = ("python3-dev", "python3-venv")

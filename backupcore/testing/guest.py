@@ -106,8 +106,9 @@ class MemoryHypervisor:
         """Every guest."""
         return [self._state(guest) for guest in sorted(self.guests.values(), key=lambda guest: guest.vm.name)]
 
-    def find(self, vm: str) -> VMState:
-        """By name or UUID."""
+    def find(self, vm: str, defaults: Mapping[str, str] | None = None) -> VMState:
+        """By name or UUID; the settings choose nothing here."""
+        del defaults
         for guest in self.guests.values():
             if vm in (guest.vm.name, guest.vm.uuid):
                 return self._state(guest)
@@ -136,10 +137,18 @@ class MemoryHypervisor:
         self.guests[vm.uuid].settings = dict(settings)
 
     def definition(
-        self, stored: bytes, *, name: str, disks: Mapping[str, Path], nvram: Path | None, no_ip: bool, no_nic: bool
+        self,
+        stored: bytes,
+        *,
+        name: str,
+        disks: Mapping[str, Path],
+        nvram: Path | None,
+        no_ip: bool,
+        no_nic: bool,
+        boot: Mapping[str, Path] | None = None,
     ) -> bytes:
         """A definition with nothing but the name."""
-        del stored, disks, nvram, no_ip, no_nic
+        del stored, disks, nvram, no_ip, no_nic, boot
         return f"<domain><name>{name}</name></domain>".encode()
 
     def check(self) -> Sequence[Finding]:

@@ -14,7 +14,7 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 from backupcore.errors import BackupError, HypervisorError, IncrementImpossible
 from backupcore.model import Link
 from backupcore_libvirt.connection import NO_CHECKPOINT, Domain, code_of
-from backupcore_libvirt.disks import Node, SourceDisk, nodes, source_disks
+from backupcore_libvirt.disks import Node, SourceDisk, located, nodes, source_disks
 from backupcore_libvirt.xml import parse
 
 __all__ = ["checkpoint_name", "checkpoint_xml", "delete", "require_parent"]
@@ -72,7 +72,8 @@ def require_parent(domain: Domain, parent: Link, disks: Sequence[SourceDisk], op
         if entry.get("checkpoint") == "bitmap"
     }
     then = checkpoint.find("domain")
-    sources = {d.id: d.path for d in source_disks(tostring(then, encoding="unicode"))} if then is not None else {}
+    before = source_disks(tostring(then, encoding="unicode")) if then is not None else ()
+    sources = {disk.id: located(domain, disk).path for disk in before}
     for disk in disks:
         if disk.id not in covered:
             raise IncrementImpossible(f"disk {disk.id} is not covered by the checkpoint {name} of the last backup")
@@ -144,7 +145,7 @@ def _covered(domain: Domain, name: str) -> set[str]:
 def _delete_offline(domain: Domain, name: str) -> None:
     # libvirt deletes bitmaps of running VMs only; for others it can just forget them, and they would stay in the image.
     covered = _covered(domain, name)
-    for disk in source_disks(domain.inactive_xml()):
+    for disk in (located(domain, disk) for disk in source_disks(domain.inactive_xml())):
         if disk.id in covered and disk.format == "qcow2" and disk.kind in ("file", "block"):
             _remove_bitmap(disk.path, name)
     domain.delete_checkpoint(name, metadata_only=True)

@@ -249,6 +249,12 @@ class Domain:
         with self._calling("resume"):
             self._domain.resume()
 
+    def volume(self, pool: str, volume: str) -> tuple[str, bool]:
+        """(path, whether it is a file) of a volume of a storage pool; others are devices, or lie on the network."""
+        with self._calling(f"volume {volume} of the storage pool {pool}"):
+            found = self._domain.connect().storagePoolLookupByName(pool).storageVolLookupByName(volume)
+            return str(found.path()), int(found.info()[0]) == libvirt.VIR_STORAGE_VOL_FILE
+
     def block_job(self, disk: str) -> bool:
         """Whether a block job (commit, copy, pull) works on the disk."""
         with self._calling(f"block job of {disk}"):

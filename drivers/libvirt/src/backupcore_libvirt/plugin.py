@@ -40,16 +40,16 @@ from backupcore_libvirt.connection import (
     code_of,
 )
 from backupcore_libvirt.definition import restored_definition
-from backupcore_libvirt.disks import source_disks
+from backupcore_libvirt.disks import BY_RULE, DiskChoice, source_disks
 from backupcore_libvirt.export import artifact
 from backupcore_libvirt.findings import findings
 from backupcore_libvirt.folder import RunFolder, dead_folders
 from backupcore_libvirt.freeze import DEAD_LIMIT, frozen, release, release_dead
 from backupcore_libvirt.look import Look, look
-from backupcore_libvirt.nvram import read_nvram
 from backupcore_libvirt.scratch_watch import ScratchWatch, watch
 from backupcore_libvirt.settings import read as read_settings
 from backupcore_libvirt.settings import write as write_settings
+from backupcore_libvirt.vm_files import read as read_file
 from backupcore_libvirt.xml import parse
 
 __all__ = ["Libvirt"]
@@ -74,8 +74,8 @@ class Libvirt:
     def prebackup(self, run: BackupRun, ctx: Context) -> Prepared:
         """Hold one instant of all disks of a running VM, and begin to track what changes from there.
 
-        The artifacts: ``disk.<id>.qcow2`` per disk, ``vm.xml`` (the inactive definition, without secrets), ``nvram``
-        for UEFI. Their exports live until `postbackup`.
+        The artifacts: ``disk.<id>.qcow2`` per disk, ``vm.xml`` (the inactive definition, without secrets), and the
+        files of `backupcore_libvirt.vm_files`. Their exports live until `postbackup`.
         """
         connection = ctx.stack.enter_context(Connection(self.uri))
         domain = connection.domain(run.vm.uuid)
@@ -87,6 +87,8 @@ class Libvirt:
         for left in dead_folders(self.scratch, domain.uuid):
             left.remove()
         seen = look(connection, domain, run, self.scratch)
+        for remark in seen.remarks:
+            ctx.log.warning(remark)
         folder = RunFolder(self.scratch, run.id)
         lock = folder.make(seen.owner, domain.uuid)
         ctx.stack.callback(os.close, lock)
@@ -96,14 +98,12 @@ class Libvirt:
         scratch_watch = ScratchWatch(self.uri, domain.uuid, domain.name, folder, ctx)
         ctx.stack.callback(scratch_watch.stop)
         scratch_watch.start()
-        nvram = read_nvram(domain.name, seen.nvram) if seen.nvram else None
+        files = [read_file(domain.name, file) for file in seen.files]
         increment = run.parent is not None
         exported = [artifact(disk.id, str(folder.socket), increment=increment) for disk in seen.disks]
         for disk_artifact in exported:
             ctx.stack.callback(disk_artifact.close)
-        artifacts: list[Artifact] = [*exported, BytesArtifact("vm.xml", domain.inactive_xml().encode())]
-        if nvram is not None:
-            artifacts.append(BytesArtifact("nvram", nvram))
+        artifacts: list[Artifact] = [*exported, BytesArtifact("vm.xml", domain.inactive_xml().encode()), *files]
         return Prepared(
             artifacts=tuple(artifacts),
             date=date,
@@ -160,16 +160,16 @@ class Libvirt:
                     states.append(_state(domain))
         return sorted(states, key=lambda state: state.vm.name)
 
-    def find(self, vm: str) -> VMState:
-        """The VM of that name or UUID. NotFound, with near names as a hint."""
+    def find(self, vm: str, defaults: Mapping[str, str] | None = None) -> VMState:
+        """The VM of that name or UUID; with `defaults`, its disks as its settings choose. NotFound, with near names."""
         with Connection(self.uri) as connection:
             domains = connection.domains()
             for domain in domains:
                 if domain.name == vm:
-                    return _state(domain)
+                    return _state(domain, _choice(domain, defaults))
             for domain in domains:
                 if domain.uuid == vm.lower():
-                    return _state(domain)
+                    return _state(domain, _choice(domain, defaults))
             names = [domain.name for domain in domains]
         near = difflib.get_close_matches(vm, names, n=3, cutoff=0.5)
         hint = f"Did you mean: {', '.join(near)}?" if near else "List the VMs with: vmkeep vm list"
@@ -215,9 +215,10 @@ class Libvirt:
         nvram: Path | None,
         no_ip: bool,
         no_nic: bool,
+        boot: Mapping[str, Path] | None = None,
     ) -> bytes:
         """A restored VM's definition; see `backupcore_libvirt.definition` for what is carried over."""
-        return restored_definition(stored, name=name, disks=disks, nvram=nvram, no_ip=no_ip, no_nic=no_nic)
+        return restored_definition(stored, name=name, disks=disks, nvram=nvram, no_ip=no_ip, no_nic=no_nic, boot=boot)
 
     def check(self) -> Sequence[Finding]:
         """Is everything here that backups need: the daemon, versions, the scratch folder, QEMU's user?"""
@@ -253,7 +254,11 @@ def _begin(domain: Domain, run: BackupRun, folder: RunFolder, seen: Look) -> dat
     return date
 
 
-def _state(domain: Domain) -> VMState:
+def _choice(domain: Domain, defaults: Mapping[str, str] | None) -> DiskChoice:
+    return BY_RULE if defaults is None else DiskChoice.of({**defaults, **read_settings(domain)})
+
+
+def _state(domain: Domain, choice: DiskChoice = BY_RULE) -> VMState:
     number, _ = domain.state()
     state: Literal["running", "paused", "off", "saved", "other"] = "other"
     if number == RUNNING:
@@ -270,7 +275,7 @@ def _state(domain: Domain) -> VMState:
             virtual_size=_virtual_size(domain, disk.id) if not disk.left_out else None,
             left_out=disk.left_out,
         )
-        for disk in source_disks(domain.live_xml())
+        for disk in source_disks(domain.live_xml(), choice)
     )
     return VMState(vm=VM(uuid=domain.uuid, name=domain.name), state=state, disks=disks)
 

@@ -55,7 +55,7 @@ def _show(taken: work.Taken) -> None:
         f" consistency {increment.consistency}, frozen {seconds(recorded.frozen_seconds)}"
     )
     for left in recorded.left_out:
-        output.line(f"  not in it: disk {left.id}: {left.reason}")
+        output.line(f"  not in it: {left.id}: {left.reason}")
 
 
 def _show_plan(planned: work.Planned) -> None:
@@ -67,4 +67,4 @@ def _show_plan(planned: work.Planned) -> None:
         how = "whole" if disk.whole else "what changed"
         output.line(f"  disk {disk.id}: {how}, {size(disk.bytes) if disk.bytes is not None else 'size not known yet'}")
     for left in planned.estimate.left_out:
-        output.line(f"  not in it: disk {left.id}: {left.reason}")
+        output.line(f"  not in it: {left.id}: {left.reason}")
