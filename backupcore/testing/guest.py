@@ -31,12 +31,13 @@ __all__ = ["MemoryGuest", "MemoryHypervisor"]
 
 @dataclass
 class MemoryGuest:
-    """One VM. `checkpoints` maps a point to the clusters written since, per disk."""
+    """One VM. `checkpoints` maps a point to the clusters written since, per disk; `files` are further artifacts."""
 
     vm: VM
     disks: dict[str, bytearray]
     settings: dict[str, str] = field(default_factory=dict)
     checkpoints: dict[str, dict[str, set[int]]] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
     busy: str = ""
 
     def write(self, disk: str, offset: int, data: bytes) -> None:
@@ -75,6 +76,7 @@ class MemoryHypervisor:
             dirty = guest.checkpoints[run.parent.point]
         guest.busy = run.id
         artifacts: list[Artifact] = [BytesArtifact("vm.xml", f"<domain><name>{run.vm.name}</name></domain>".encode())]
+        artifacts += [BytesArtifact(name, data) for name, data in guest.files.items()]
         disks = []
         for name, content in guest.disks.items():
             data = bytes(content)
@@ -147,9 +149,10 @@ class MemoryHypervisor:
         no_nic: bool,
         boot: Mapping[str, Path] | None = None,
     ) -> bytes:
-        """A definition with nothing but the name."""
-        del stored, disks, nvram, no_ip, no_nic, boot
-        return f"<domain><name>{name}</name></domain>".encode()
+        """A definition with nothing but the name and the files to boot from."""
+        del stored, disks, nvram, no_ip, no_nic
+        named = "".join(f"<{part}>{path}</{part}>" for part, path in (boot or {}).items())
+        return f"<domain><name>{name}</name>{named}</domain>".encode()
 
     def check(self) -> Sequence[Finding]:
         """All is well."""
