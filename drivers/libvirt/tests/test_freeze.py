@@ -17,10 +17,11 @@ import pytest
 from backupcore.errors import HypervisorError, UnsupportedOperation
 from backupcore.model import Outcome, RunState
 from backupcore_libvirt import freeze_record
-from backupcore_libvirt.connection import Connection
+from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.folder import Owner, RunFolder
 from backupcore_libvirt.freeze import Freeze, frozen
 from backupcore_libvirt.plugin import Libvirt
+from backupcore_libvirt.watchdog import watchdog
 from lab.kernel import AGENT_CHANNEL
 
 MiB = 1 << 20
@@ -154,16 +155,15 @@ def test_a_freeze_that_timed_out_and_takes_hold_later_is_undone(agent_guest, run
     assert agent_guest.status() == "thawed"
 
 
-def hold(vm, runs, freeze: Freeze, block: Callable[[], object]):
+def hold(vm, runs, freeze: Freeze, block: Callable[[], object], kind: type[Domain] = Domain):
     """`frozen` by itself, around this block; what came of it."""
     run = runs.run(vm)
     folder = RunFolder(runs.hypervisor.scratch, run.id)
     lock = folder.make(Owner(os.geteuid(), os.getegid()), vm.uuid)
     try:
         with runs.context(run) as ctx, Connection(runs.hypervisor.uri) as connection:
-            domain = connection.domain(vm.uuid)
+            domain = kind(connection.domain(vm.uuid)._domain)
             with frozen(runs.hypervisor.uri, domain, folder, freeze, ctx) as held:
-                assert freeze_record.read(folder) is not None
                 block()
             return held
     finally:
@@ -190,9 +190,53 @@ def test_the_guest_goes_on_in_time_although_the_call_hangs(how, agent_guest, run
     assert "the backup goes on without it" in caplog.text
 
 
+def never() -> None:
+    pytest.fail("the call was made")
+
+
+def test_a_freeze_of_somebody_else_that_came_since_it_was_looked_at(agent_guest, runs):
+    agent_guest.agent("guest-fsfreeze-freeze")
+    try:
+        with pytest.raises(HypervisorError, match="in frozen state"):
+            hold(agent_guest, runs, Freeze("AGENT", "crash"), never)
+        assert agent_guest.status() == "frozen", "not ours to thaw"
+    finally:
+        agent_guest.agent("guest-fsfreeze-thaw")
+
+
+class NothingMounted(Domain):
+    """A guest whose agent finds no file system that it could freeze."""
+
+    def agent(self, command: str, limit: int) -> object:
+        return {"guest-fsfreeze-freeze": 0, "guest-fsfreeze-status": "thawed"}[command]
+
+
+def test_an_agent_that_froze_nothing_does_not_count(small, runs):
+    with pytest.raises(HypervisorError, match="found no file system to freeze"):
+        hold(small, runs, Freeze("AGENT", "crash"), never, NothingMounted)
+    done: list[bool] = []
+    held = hold(small, runs, Freeze("AGENT", "crash", fallback=True), lambda: done.append(True), NothingMounted)
+    assert (held.consistency, done) == ("crash", [True])
+
+
+def test_a_vm_that_ends_while_its_guest_stands_still(lab, runs):
+    vm = lab.vm()
+    with pytest.raises(HypervisorError, match="did not stand still"):
+        hold(vm, runs, Freeze("SUSPEND", "crash"), vm.destroy)
+
+
+def test_a_watchdog_that_cannot_connect(small, runs, tmp_path):
+    folder = RunFolder(runs.hypervisor.scratch, "0" * 32)
+    away = f"qemu+unix:///system?socket={tmp_path}/none"
+    refusal = pytest.raises(HypervisorError, match="watches over the freeze could not be started: connect to")
+    with refusal, watchdog(away, small.uuid, folder, 10):
+        never()
+
+
 def test_an_error_of_the_call_comes_out_and_the_guest_goes_on(agent_guest, runs):
     def fail() -> None:
         assert agent_guest.status() == "frozen"
+        assert list(runs.hypervisor.scratch.glob("*/freeze")), "the record"
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -203,7 +247,7 @@ def test_an_error_of_the_call_comes_out_and_the_guest_goes_on(agent_guest, runs)
 FROZEN = """
 import sys, pathlib, time
 from backupcore.context import Context
-from backupcore_libvirt.connection import Connection
+from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.folder import Owner, RunFolder
 from backupcore_libvirt.freeze import Freeze, frozen
 import os

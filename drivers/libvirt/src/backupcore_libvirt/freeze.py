@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backupcore.context import Context
-from backupcore.errors import BackupError, Busy, HypervisorError, UnsupportedOperation
+from backupcore.errors import BackupError, Busy, HypervisorError, NotFound, UnsupportedOperation
 from backupcore.model import Consistency
 from backupcore_libvirt import freeze_record
 from backupcore_libvirt.connection import AGENT_UNRESPONSIVE, PAUSED, PAUSED_BY_USER, RUNNING, Domain, code_of
@@ -144,7 +144,7 @@ def frozen(uri: str, domain: Domain, folder: RunFolder, freeze: Freeze, ctx: Con
         finally:
             try:
                 stayed = release(domain, folder, RELEASE_LIMIT)
-            except HypervisorError as error:
+            except BackupError as error:
                 stayed = False
                 ctx.log.warning("%s %s", error.message, error.hint)
             else:
@@ -206,52 +206,76 @@ def release(domain: Domain, folder: RunFolder, limit: float) -> bool:
     record = freeze_record.read(folder)
     if record is None or record.vm != domain.uuid:
         return False
-    if not domain.is_active():
-        if domain.is_persistent() and domain.is_saved():
+    if not _runs(domain):
+        if _is_saved(domain):
             raise HypervisorError(
                 f"VM {domain.name} was saved while a backup held its guest at rest",
                 "Start it; the next backup then lets the guest go on.",
             )
         at_rest = False
-    elif record.how == "AGENT":
-        at_rest = _thaw(domain, limit)
     else:
-        at_rest = _resume(domain, record)
+        at_rest = _let_go(domain, record, time.monotonic() + limit)
     freeze_record.remove(folder)
     return at_rest
 
 
-def _thaw(domain: Domain, limit: float) -> bool:
-    deadline = time.monotonic() + limit
+def _let_go(domain: Domain, record: FreezeRecord, deadline: float) -> bool:
     at_rest = False
     while True:
+        why = "it was told to go on, and does not"
         try:
-            # The agent works off one command after the other: this answer comes after a freeze that is under way.
-            if domain.agent(STATUS, ANSWER_LIMIT) == "thawed":
+            if _goes_on(domain, record):
                 return at_rest
+            again = at_rest
             at_rest = True
-            domain.agent(THAW, ANSWER_LIMIT)
+            if record.how == "AGENT":
+                domain.agent(THAW, ANSWER_LIMIT)
+            else:
+                domain.resume()
+            if not again:
+                continue  # see at once that it has gone on
         except BackupError as error:
-            if not domain.is_active():
+            if not _runs(domain):
                 return False
             why = error.message
-        else:
-            continue
         if time.monotonic() > deadline:
-            raise HypervisorError(
-                f"the file systems of VM {domain.name} may still be frozen: {why}",
-                f"As soon as the agent answers: virsh domfsthaw {domain.name} (the next backup tries it, too).",
-            )
+            raise _stuck(domain, record.how, why)
         time.sleep(AGAIN)
 
 
-def _resume(domain: Domain, record: FreezeRecord) -> bool:
-    if domain.state() != (PAUSED, PAUSED_BY_USER):
+def _runs(domain: Domain) -> bool:
+    try:
+        return domain.is_active()
+    except NotFound:  # a transient VM that has ended
         return False
-    if FreezeRecord.now("SUSPEND", domain.uuid, domain.number()) != record:
-        return False  # started anew since; whoever paused it now, it was not that run
-    domain.resume()
-    return True
+
+
+def _is_saved(domain: Domain) -> bool:
+    try:
+        return domain.is_saved()
+    except NotFound:
+        return False
+
+
+def _goes_on(domain: Domain, record: FreezeRecord) -> bool:
+    if record.how == "AGENT":
+        # The agent works off one command after the other: this answer comes after a freeze that is under way.
+        return bool(domain.agent(STATUS, ANSWER_LIMIT) == "thawed")
+    if domain.state() != (PAUSED, PAUSED_BY_USER):
+        return True
+    # Started anew since, and paused: by somebody else.
+    return FreezeRecord.now("SUSPEND", domain.uuid, domain.number()) != record
+
+
+def _stuck(domain: Domain, how: How, why: str) -> HypervisorError:
+    if how == "SUSPEND":
+        return HypervisorError(
+            f"VM {domain.name} may still be suspended: {why}", f"See to it: virsh resume {domain.name}"
+        )
+    return HypervisorError(
+        f"the file systems of VM {domain.name} may still be frozen: {why}",
+        f"As soon as the agent answers: virsh domfsthaw {domain.name} (the next backup tries it, too).",
+    )
 
 
 def release_dead(domain: Domain, scratch: Path, log: logging.Logger) -> None:
@@ -262,5 +286,5 @@ def release_dead(domain: Domain, scratch: Path, log: logging.Logger) -> None:
                 log.warning(
                     "VM %s: a dead run (%s) had left the guest at rest; it goes on now", domain.name, folder.run
                 )
-        except HypervisorError as error:
+        except BackupError as error:
             log.warning("%s %s", error.message, error.hint)

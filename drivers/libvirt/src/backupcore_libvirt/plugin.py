@@ -26,7 +26,7 @@ from backupcore.model import (
     Prepared,
     RunState,
 )
-from backupcore_libvirt import __version__, checkpoint
+from backupcore_libvirt import __version__, checkpoint, freeze_record
 from backupcore_libvirt.backup_job import backup_xml, end, left_behind
 from backupcore_libvirt.checkpoint import checkpoint_name, checkpoint_xml
 from backupcore_libvirt.connection import (
@@ -136,11 +136,13 @@ class Libvirt:
                 domain = connection.domain(run.vm.uuid)
             except NotFound:
                 domain = None  # a transient VM that has ended, or one that was undefined: nothing of it is held
-            at_rest: HypervisorError | None = None
-            if domain is not None:
+            at_rest: BackupError | None = None
+            if domain is None:
+                freeze_record.remove(folder)
+            else:
                 try:
                     release(domain, folder, DEAD_LIMIT)
-                except HypervisorError as error:  # the rest can go all the same
+                except BackupError as error:  # the rest can go all the same
                     at_rest = error
                 end(domain, folder)
             strange = [name for name in folder.remove() if at_rest is None or name != "freeze"]

@@ -72,7 +72,9 @@ def watchdog(uri: str, vm: str, folder: RunFolder, limit: float) -> Iterator[Wat
         said = child.stdout.readline().strip() if readable else f"nothing within {START_LIMIT:.0f} s"
         if said != "ready":
             child.kill()
-            raise HypervisorError(f"the process that watches over the freeze could not be started: it said {said!r}")
+            raise HypervisorError(
+                f"the process that watches over the freeze could not be started: {said or 'it ended'}"
+            )
         yield Watchdog(child)
     finally:
         child.stdout.close()
@@ -88,12 +90,18 @@ def main(asked: dict[str, str]) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # what ends the run must not end this
-    with Connection(asked["uri"]) as connection:
-        domain = connection.domain(asked["vm"])
-        sys.stdout.write("ready\n")
+    try:
+        with Connection(asked["uri"]) as connection:
+            domain = connection.domain(asked["vm"])
+            _say("ready")
+            readable, _, _ = select.select([0], [], [], float(asked["limit"]))
+            if not (readable and os.read(0, 16)):
+                release(domain, RunFolder(Path(asked["scratch"]), asked["run"]), LET_GO_LIMIT)
+    except BackupError as error:  # once it was ready nobody listens; the record stays, for the next run of the VM
+        _say(error.message)
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):
+        sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
-        readable, _, _ = select.select([0], [], [], float(asked["limit"]))
-        if readable and os.read(0, 16):
-            return
-        with suppress(BackupError):  # the record stays, for the next run of the VM
-            release(domain, RunFolder(Path(asked["scratch"]), asked["run"]), LET_GO_LIMIT)
