@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import libvirt
 import pytest
@@ -129,12 +130,12 @@ def test_a_freeze_of_somebody_else_is_left_alone(agent_guest, runs):
 
 @pytest.fixture
 def slow_disk(agent_guest) -> Callable[[float], None]:
-    """Lets the guest write 20 kB/s, for so many seconds: a freeze has to write what is in memory first."""
+    """Lets the guest write once a second, for so many seconds: a freeze has to write what is in memory first."""
     timers: list[threading.Timer] = []
 
     def throttle(seconds: float) -> None:
-        agent_guest.domain.setBlockIoTune("vda", {"write_bytes_sec": 20_000})
-        timers.append(threading.Timer(seconds, agent_guest.domain.setBlockIoTune, ["vda", {"write_bytes_sec": 0}]))
+        agent_guest.domain.setBlockIoTune("vda", {"write_iops_sec": 1})
+        timers.append(threading.Timer(seconds, agent_guest.domain.setBlockIoTune, ["vda", {"write_iops_sec": 0}]))
         timers[-1].start()
 
     yield throttle
@@ -145,7 +146,7 @@ def slow_disk(agent_guest) -> Callable[[float], None]:
 def test_a_freeze_that_timed_out_and_takes_hold_later_is_undone(agent_guest, runs, slow_disk, wait_for):
     before = agent_guest.written()
     wait_for(lambda: agent_guest.written() > before, "the guest has written", 60)
-    slow_disk(8)
+    slow_disk(4)
     run = runs.run(agent_guest, settings=AGENT | {"FREEZE_TIMEOUT": "1"})
     failure = pytest.raises(HypervisorError, match="could not be brought to rest.*not responding")
     with failure as failed, runs.take(run):
@@ -217,6 +218,24 @@ def test_an_agent_that_froze_nothing_does_not_count(small, runs):
     done: list[bool] = []
     held = hold(small, runs, Freeze("AGENT", "crash", fallback=True), lambda: done.append(True), NothingMounted)
     assert (held.consistency, done) == ("crash", [True])
+
+
+class LateAgent(Domain):
+    """A guest whose agent is silent for a while, and then does what it was asked long ago."""
+
+    asked: ClassVar[list[str]] = []
+
+    def agent(self, command: str, limit: int) -> object:
+        self.asked.append(command.removeprefix("guest-fsfreeze-"))
+        if len(self.asked) < 4:
+            raise HypervisorError("Guest agent is not responding")
+        return {"status": "thawed" if "thaw" in self.asked else "frozen", "thaw": 1}[self.asked[-1]]
+
+
+def test_an_agent_that_is_silent_for_a_while_is_asked_until_it_says_thawed(small, runs):
+    with pytest.raises(HypervisorError, match="could not be brought to rest: Guest agent is not responding"):
+        hold(small, runs, Freeze("AGENT", "crash"), never, LateAgent)
+    assert LateAgent.asked == ["freeze", "status", "status", "status", "thaw", "status"]
 
 
 def test_a_vm_that_ends_while_its_guest_stands_still(lab, runs):
