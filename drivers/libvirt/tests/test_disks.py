@@ -89,9 +89,16 @@ def test_what_the_settings_choose(inner, settings, reason):
 
 
 def test_settings_that_choose_disks_of_a_vm(lab, runs, hypervisor, caplog):
-    vm = lab.vm(["qcow2:8", "qcow2:8", "qcow2:8"])
+    image = lab.folder / "transient.qcow2"
+    create(image)
+    transient = disk_xml("vdx", f"<source file='{image}'/>").replace("</disk>", "<transient/></disk>")
+    vm = lab.vm(["qcow2:8", "qcow2:8", "qcow2:8"], more=transient)
     settings = {"EXCLUDE_DISKS": "vdb,vdz", "VOLATILE_DISKS": "vdc"}
-    reasons = {"vdb": "excluded (EXCLUDE_DISKS)", "vdc": "volatile (VOLATILE_DISKS, BACKUP_VOLATILE=NO)"}
+    reasons = {
+        "vdb": "excluded (EXCLUDE_DISKS)",
+        "vdc": "volatile (VOLATILE_DISKS, BACKUP_VOLATILE=NO)",
+        "vdx": "transient: what the guest writes to it is thrown away at power-off (BACKUP_VOLATILE=NO)",
+    }
     run = runs.run(vm, settings=settings)
     assert {left.id: left.reason for left in hypervisor.estimate(run).left_out} == reasons
     with caplog.at_level(logging.WARNING), runs.take(run) as taken:
@@ -99,11 +106,15 @@ def test_settings_that_choose_disks_of_a_vm(lab, runs, hypervisor, caplog):
         assert {left.id: left.reason for left in taken.prepared.left_out} == reasons
     assert f"VM {vm.name} has no disk vdz, which its setting EXCLUDE_DISKS names" in caplog.text
     assert vm.bitmaps()["vdb"] == []
+    with runs.take(runs.run(vm, settings=settings | {"BACKUP_VOLATILE": "YES"})) as taken:
+        assert [disk.id for disk in taken.prepared.disks] == ["vda", "vdc"]
+        left = {left.id: left.reason for left in taken.prepared.left_out}
+        assert left["vdx"] == "transient: libvirt makes no backup of such a disk while the VM runs"
     hypervisor.configure(vm.identity, {"EXCLUDE_DISKS": "vdb"})
     shown = {disk.id: disk.left_out for disk in hypervisor.find(vm.name, {"VOLATILE_DISKS": "vdc"}).disks}
     assert shown == {"vda": ""} | reasons
     with pytest.raises(UnsupportedOperation, match="vda: excluded"):
-        hypervisor.estimate(runs.run(vm, settings={"EXCLUDE_DISKS": "vda,vdb,vdc"}))
+        hypervisor.estimate(runs.run(vm, settings={"EXCLUDE_DISKS": "vda,vdb,vdc,vdx"}))
 
 
 def create(path: Path, *options: str, size: str = "8M", form: str = "qcow2") -> Path:
