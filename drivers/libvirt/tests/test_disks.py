@@ -162,7 +162,7 @@ def loop(needs_root, lab) -> Iterator[Path]:
 
 
 def test_volumes_devices_backing_chains_and_buses(lab, runs, pool, loop, restored, tmp_path):
-    """A full and an increment of each kind of disk; a pattern is where it was written, and zeros elsewhere."""
+    """A full and two increments of each, one with the VM off; a pattern is where it was written, zeros elsewhere."""
     base = create(lab.folder / "base.qcow2")
     subprocess.run(["qemu-io", "-c", "write -P 0x10 0 1M", base], check=True, capture_output=True)
     overlay = create(lab.folder / "overlay.qcow2", "-F", "qcow2", "-b", str(base))
@@ -186,21 +186,28 @@ def test_volumes_devices_backing_chains_and_buses(lab, runs, pool, loop, restore
         with runs.take(runs.run(vm, parent)) as parent:
             assert [(disk.id, disk.whole) for disk in parent.prepared.disks] == [(disk, number == 1) for disk in disks]
             layers.append(runs.keep(parent, tmp_path / f"layer{number}"))
+    with Connection(runs.hypervisor.uri) as connection:
+        domain = connection.domain(vm.uuid)
+        found = {disk.id: disk for disk in source_disks(domain.inactive_xml()) if disk.id in disks}
+        assert (found["vdb"].kind, found["vdb"].path) == ("volume", f"{pool}/data")
+        files = {name: located(domain, disk) for name, disk in found.items()}
+        assert (files["vdb"].kind, files["vdb"].path) == ("file", str(lab.folder / "pool/data"))
+    vm.destroy()
+    for place, disk in enumerate(disks):
+        written = f"write -P {48 + place} 3M 64k"
+        subprocess.run(["qemu-io", "-f", "qcow2", "-c", written, files[disk].path], check=True, capture_output=True)
+    with runs.take(runs.run(vm, parent)) as off:
+        assert [disk.id for disk in off.prepared.disks if disk.whole] == []
+        assert off.prepared.consistency == "off"
+        layers.append(runs.keep(off, tmp_path / "layer3"))
     for place, disk in enumerate(disks):
         data = restored([layer[disk] for layer in layers], tmp_path / disk).read_bytes()
         expected = bytearray(4 * MiB if disk == "vdc" else 8 * MiB)
         if disk == "vdd":
             expected[:MiB] = b"\x10" * MiB
-        for number in (1, 2):
+        for number in (1, 2, 3):
             expected[number * MiB : number * MiB + 65536] = bytes([16 * number + place]) * 65536
         assert data == expected, disk
-    with Connection(runs.hypervisor.uri) as connection:
-        domain = connection.domain(vm.uuid)
-        volume = next(disk for disk in source_disks(domain.inactive_xml()) if disk.id == "vdb")
-        assert (volume.kind, volume.path) == ("volume", f"{pool}/data")
-        found = located(domain, volume)
-        assert (found.kind, found.path) == ("file", str(lab.folder / "pool/data"))
-    vm.destroy()  # before its pool goes
 
 
 @pytest.fixture
@@ -252,3 +259,6 @@ def test_an_encrypted_disk_is_refused_unless_told_so(lab, luks, runs, restored, 
         assert not any(disk.whole for disk in parent.prepared.disks)
     data = restored(layers, tmp_path / "plain").read_bytes()
     assert data == bytes(MiB) + b"\x42" * MiB + bytes(2 * MiB) + b"\x43" * 65536 + bytes(4 * MiB - 65536)
+    vm.destroy()
+    with pytest.raises(UnsupportedOperation, match="is off, and disk vdb is encrypted"):
+        runs.hypervisor.estimate(runs.run(vm, parent, settings=settings))

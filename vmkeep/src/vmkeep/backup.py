@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from backupcore.model import BackupRun, Estimate, Image, Outcome, RunState, Type
 from backupcore.session import Recorded, run_backup
 from vmkeep import folders, interrupt, lock, settings
 from vmkeep.catalog import images, runs
+from vmkeep.catalog.database import Catalog
 from vmkeep.workplace import Workplace
 
 __all__ = ["Planned", "Taken", "plan", "take"]
@@ -52,7 +53,7 @@ def _run(
     found: VMState,
     datastore: str,
     newest: Image | None,
-    retired: Sequence[str],
+    catalog: Catalog,
     *,
     reset: bool,
 ) -> BackupRun:
@@ -64,7 +65,8 @@ def _run(
         settings=_settings(place, found),
         reset=reset,
     )
-    return replace(run, spent=(*retired, *run.spent))
+    spent = (*images.retired(catalog, found.vm), *run.spent)
+    return replace(run, spent=spent, keep=images.kept(catalog, found.vm))
 
 
 def plan(place: Workplace, vm: str, *, datastore: str | None = None, reset: bool = False) -> Planned:
@@ -72,7 +74,7 @@ def plan(place: Workplace, vm: str, *, datastore: str | None = None, reset: bool
     name = place.config.datastore(datastore)
     found = place.hypervisor.find(vm)
     newest = images.newest(place.catalog_if_any, found.vm, name)
-    run = _run(place, found, name, newest, images.retired(place.catalog_if_any, found.vm), reset=reset)
+    run = _run(place, found, name, newest, place.catalog_if_any, reset=reset)
     try:
         estimate = place.hypervisor.estimate(run)
     except IncrementImpossible as error:
@@ -100,7 +102,7 @@ def take(
     with ExitStack() as stack:
         stack.enter_context(lock.vm_run(place.state, found.vm))
         newest = _newest_locked(place, found, name, stack)
-        run = _run(place, found, name, newest, images.retired(place.catalog, found.vm), reset=reset)
+        run = _run(place, found, name, newest, place.catalog, reset=reset)
         runs.died(place.catalog, found.vm.uuid)
         folders.sweep(place.state, found.vm, lambda dead, folder: _release(place, dead, folder, store))
         runs.begin(place.catalog, run)
@@ -130,6 +132,8 @@ def _release(place: Workplace, run: BackupRun, folder: Path, other: Datastore) -
     Where its datastore is not configured any more, by way of the `other` one: the guest must be released all the same.
     """
     store = place.datastore(run.datastore, hypervisor=True) if run.datastore in place.config.datastores else other
+    # What other chains have recorded since it died is no stray.
+    run = replace(run, keep=images.kept(place.catalog, run.vm))
     written = runs.increment_of(place.catalog, run.id)
     outcome = Outcome(state=RunState.RECORDED if written else RunState.FAILED)
     if written and written[0].uuid != run.image:  # it became a full in a new image after its folder was made

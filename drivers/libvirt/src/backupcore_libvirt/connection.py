@@ -34,13 +34,16 @@ __all__ = [
     "PAUSED",
     "PAUSED_BY_USER",
     "RUNNING",
+    "SHUTTING_DOWN",
     "Connection",
     "Domain",
     "code_of",
+    "is_away",
 ]
 
 RUNNING: int = libvirt.VIR_DOMAIN_RUNNING
 PAUSED: int = libvirt.VIR_DOMAIN_PAUSED
+SHUTTING_DOWN: int = libvirt.VIR_DOMAIN_SHUTDOWN
 OFF = (int(libvirt.VIR_DOMAIN_SHUTOFF), int(libvirt.VIR_DOMAIN_NOSTATE))
 IO_ERROR: int = libvirt.VIR_DOMAIN_PAUSED_IOERROR
 """The reason of a PAUSED VM that QEMU stopped since it could not write (a full disk, or a full scratch file)."""
@@ -66,6 +69,11 @@ def code_of(error: BaseException | None) -> int:
     """libvirt's error code (VIR_ERR_…) behind a translated error; 0 if there is none."""
     cause = error.__cause__ if error is not None else None
     return int(cause.get_error_code() or 0) if isinstance(cause, libvirt.libvirtError) else 0
+
+
+def is_away(error: BackupError) -> bool:
+    """Whether the daemon did not answer, or no longer: it is away, or was started anew."""
+    return error.hint == START_HINT
 
 
 @contextmanager
@@ -99,7 +107,7 @@ def _translate(error: Any, what: str) -> BackupError:  # noqa: PLR0911 - one ret
         return Busy(message, BUSY_HINT)
     if code in (libvirt.VIR_ERR_OPERATION_UNSUPPORTED, libvirt.VIR_ERR_NO_SUPPORT, libvirt.VIR_ERR_CONFIG_UNSUPPORTED):
         return UnsupportedOperation(message)
-    if "client socket is closed" in lower or "failed to connect socket" in lower or "broken pipe" in lower:
+    if error.get_error_domain() == libvirt.VIR_FROM_RPC or "client socket is closed" in lower or "broken pipe" in lower:
         return HypervisorError(f"{what}: libvirt does not answer: {text}", START_HINT)
     if code in (libvirt.VIR_ERR_NO_CONNECT, libvirt.VIR_ERR_INVALID_CONN) or "unexpected qemu uri" in lower:
         return HypervisorError(message, "Check 'uri' in the configuration: qemu:///system or qemu:///session.")
@@ -276,6 +284,12 @@ class Domain:
         with self._calling(f"checkpoint {name}"):
             checkpoint = self._domain.checkpointLookupByName(name, 0)
             return str(checkpoint.getXMLDesc(libvirt.VIR_DOMAIN_CHECKPOINT_XML_SIZE if size else 0))
+
+    def redefine_checkpoint(self, xml: str) -> None:
+        """Have libvirt know a checkpoint whose bitmaps exist, which it looks at. Running VMs only."""
+        flags = libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE | libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE_VALIDATE
+        with self._calling("redefine a checkpoint"):
+            self._domain.checkpointCreateXML(xml, flags)
 
     def delete_checkpoint(self, name: str, *, metadata_only: bool = False) -> None:
         """Delete one checkpoint with its bitmaps, or only libvirt's record of it. Its children stay."""

@@ -138,11 +138,12 @@ def located(domain: Domain, disk: SourceDisk) -> SourceDisk:
 
 @dataclass(frozen=True, slots=True)
 class Bitmap:
-    """One dirty bitmap as QEMU has it. Only one that is `usable` tells what changed."""
+    """One dirty bitmap as QEMU has it. Only one that is `usable` tells what changed: `dirty` bytes, where known."""
 
     name: str
     recording: bool
     inconsistent: bool
+    dirty: int | None = None
 
     @property
     def usable(self) -> bool:
@@ -181,7 +182,12 @@ def nodes(domain: Domain, disks: Sequence[SourceDisk]) -> dict[str, Node]:
             virtual_size=int(image["virtual-size"]),
             compat=str(special.get("compat", "")) if disk.format == "qcow2" else "",
             bitmaps=tuple(
-                Bitmap(str(bitmap.get("name", "")), bool(bitmap["recording"]), bool(bitmap.get("inconsistent", False)))
+                Bitmap(
+                    str(bitmap.get("name", "")),
+                    bool(bitmap["recording"]),
+                    bool(bitmap.get("inconsistent", False)),
+                    int(bitmap["count"]),
+                )
                 for bitmap in node.get("dirty-bitmaps", ())
             ),
             snapshots=tuple(str(snapshot["name"]) for snapshot in image.get("snapshots", ())),

@@ -61,18 +61,22 @@ class Held:
     seconds: float = 0.0
 
 
-def plan(domain: Domain, xml: str, settings: Mapping[str, str], otherwise: Consistency) -> Freeze:
+def plan(
+    domain: Domain, xml: str, settings: Mapping[str, str], otherwise: Consistency, *, running: bool = True
+) -> Freeze:
     """What the settings ask for, once it is clear that it can be done now. `otherwise` is the VM's state as it is.
 
     UnsupportedOperation or HypervisorError where it cannot, unless FS_FREEZE_FALLBACK=YES. Changes nothing.
     """
+    if not running:  # off, or saved: it stands still
+        return Freeze(None, otherwise)
     how = settings.get("FS_FREEZE", "NONE")
     fallback = settings.get("FS_FREEZE_FALLBACK", "NO") == "YES"
     limit = float(settings.get("FREEZE_TIMEOUT", "10"))
     if how == "SUSPEND":
         # One that stands still already stays so: it is not ours to resume.
         return Freeze("SUSPEND" if otherwise == "crash" else None, otherwise, fallback, limit)
-    if how != "AGENT" or otherwise == "off":
+    if how != "AGENT":
         return Freeze(None, otherwise)
     try:
         _require_agent(domain, xml, otherwise)

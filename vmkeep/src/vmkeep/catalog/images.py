@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from vmkeep.catalog.database import Catalog
 if TYPE_CHECKING:
     from backupcore.session import Recorded
 
-__all__ = ["close", "find", "last_dates", "newest", "record", "remove", "retired", "tokens", "where"]
+__all__ = ["close", "find", "kept", "last_dates", "newest", "record", "remove", "retired", "tokens", "where"]
 
 _PREFIX = 4  # hex digits: fewer would too easily be meant as a number
 
@@ -146,10 +147,7 @@ def record(connection: Connection, recorded: Recorded) -> int:
 
 def _columns(number: int, recorded: Recorded) -> dict[str, object]:
     increment = recorded.increment
-    disks = [
-        {"id": disk.id, "artifact": disk.artifact, "virtual_size": disk.virtual_size, "whole": disk.whole}
-        for disk in increment.disks
-    ]
+    disks = [{key.name: getattr(disk, key.name) for key in fields(Disk)} for disk in increment.disks]
     return {
         "image": number,
         "id": increment.id,
@@ -200,6 +198,17 @@ def retired(catalog: Catalog, vm: VM) -> Sequence[str]:
     with catalog.reading() as connection:
         query = select(schema.retired.c.point).where(schema.retired.c.vm_uuid == vm.uuid)
         return connection.execute(query).scalars().all()
+
+
+def kept(catalog: Catalog, vm: VM) -> tuple[str, ...]:
+    """The points of this VM that a next increment may build on: the last two of every chain that is not closed.
+
+    The last but one as well: a run may have to be taken again.
+    """
+    table = schema.images.c
+    with catalog.reading() as connection:
+        chains = _load(connection, table.vm_uuid == vm.uuid, table.state != "closed")
+    return tuple(increment.point for image in chains for increment in image.increments[-2:])
 
 
 def tokens(catalog: Catalog) -> Sequence[str]:
