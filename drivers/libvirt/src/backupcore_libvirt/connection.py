@@ -25,6 +25,7 @@ from backupcore.errors import (
 
 __all__ = [
     "ACTIVE_COMMIT",
+    "AGENT_UNRESPONSIVE",
     "BACKUP",
     "CHECKPOINT_INCONSISTENT",
     "COMMIT",
@@ -34,6 +35,7 @@ __all__ = [
     "NO_JOB",
     "OFF",
     "PAUSED",
+    "PAUSED_BY_USER",
     "RUNNING",
     "SHUTTING_DOWN",
     "Connection",
@@ -48,6 +50,9 @@ SHUTTING_DOWN: int = libvirt.VIR_DOMAIN_SHUTDOWN
 OFF = (int(libvirt.VIR_DOMAIN_SHUTOFF), int(libvirt.VIR_DOMAIN_NOSTATE))
 IO_ERROR: int = libvirt.VIR_DOMAIN_PAUSED_IOERROR
 """The reason of a PAUSED VM that QEMU stopped since it could not write (a full disk, or a full scratch file)."""
+PAUSED_BY_USER: int = libvirt.VIR_DOMAIN_PAUSED_USER
+"""The reason of a PAUSED VM that somebody asked libvirt to pause."""
+AGENT_UNRESPONSIVE: int = libvirt.VIR_ERR_AGENT_UNRESPONSIVE
 BACKUP: int = libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP
 CHECKPOINT_INCONSISTENT: int = libvirt.VIR_ERR_CHECKPOINT_INCONSISTENT
 NO_CHECKPOINT: int = libvirt.VIR_ERR_NO_DOMAIN_CHECKPOINT
@@ -234,10 +239,35 @@ class Domain:
         with self._calling("end the backup job"):
             self._domain.abortJob()
 
+    def number(self) -> int:
+        """libvirt's number of the running VM: another one each time it is started; -1 if it is off."""
+        with self._calling("number"):
+            return int(self._domain.ID())
+
+    def suspend(self) -> None:
+        """Stop the guest's processors."""
+        with self._calling("suspend"):
+            self._domain.suspend()
+
+    def agent(self, command: str, limit: int) -> Any:
+        """What the guest's agent answers to a command within `limit` seconds (and up to 5 before it reads it).
+
+        HypervisorError with VIR_ERR_AGENT_UNRESPONSIVE if it does not; the command may yet be carried out later.
+        """
+        with self._calling(f"guest agent, {command}"):
+            answer = libvirt_qemu.qemuAgentCommand(self._domain, json.dumps({"execute": command}), limit, 0)
+        return json.loads(answer)["return"]
+
     def resume(self) -> None:
         """Let the guest run on."""
         with self._calling("resume"):
             self._domain.resume()
+
+    def volume(self, pool: str, volume: str) -> tuple[str, bool]:
+        """(path, whether it is a file) of a volume of a storage pool; others are devices, or lie on the network."""
+        with self._calling(f"volume {volume} of the storage pool {pool}"):
+            found = self._domain.connect().storagePoolLookupByName(pool).storageVolLookupByName(volume)
+            return str(found.path()), int(found.info()[0]) == libvirt.VIR_STORAGE_VOL_FILE
 
     def block_job(self, disk: str) -> bool:
         """Whether a block job (commit, copy, pull) works on the disk."""
