@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import signal
@@ -16,6 +15,7 @@ from backupcore.errors import Busy, UnsupportedOperation
 from backupcore.model import Outcome, RunState, Type
 from backupcore_libvirt import stopped
 from backupcore_libvirt.connection import Connection
+from backupcore_libvirt.disks import source_disks
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.hold import hold
 from backupcore_libvirt.look import look
@@ -63,6 +63,9 @@ def test_a_vm_that_is_off_shows_that_it_is_read_and_starts_afterwards(lab, runs,
         with pytest.raises(libvirt.libvirtError, match='Failed to get "write" lock'):
             vm.start()
     assert not hypervisor.find(vm.name).being_read
+    with runs.take(runs.run(vm), state=RunState.FAILED):
+        pass
+    assert [len(names) for names in vm.bitmaps().values()] == [1, 1], "only that of the first"
     vm.start()
 
 
@@ -100,7 +103,11 @@ def test_no_bitmap_stays_where_one_disk_cannot_get_it(lab, runs, monkeypatch):
         for _ in range(2):
             with pytest.raises(Busy, match=r"disk vdb: .* is open in another process"), runs.take(runs.run(vm)):
                 pass
-            assert json.dumps(vm.bitmaps()) == '{"vda": [], "vdb": []}'
+            assert vm.bitmaps() == {"vda": [], "vdb": []}
+        disks = [disk for disk in source_disks(vm.domain.XMLDesc()) if not disk.left_out]
+        with pytest.raises(Busy, match="disk vdb: "):
+            stopped.add_bitmaps(disks, "some")
+        assert vm.bitmaps() == {"vda": [], "vdb": []}
     finally:
         reader.kill()
         reader.wait()
