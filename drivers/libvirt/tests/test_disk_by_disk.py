@@ -146,7 +146,7 @@ def test_one_disk_has_lost_its_bitmap(running, lab, chains):
     vm.write("vda", "write -P 0x12 2M 64k")
     vm.write("vdb", "write -P 0x13 3M 64k")
     recorded = chains.backup(vm)
-    why = "not recording" if running else "missing (after a crash of QEMU, or since this is another image)"
+    why = "not recording" if running else "missing: QEMU has crashed, it was removed, or this is another image"
     assert whole(recorded) == {"vdb": f"the bitmap of the last backup is {why}"}
     vm.write("vdb", "write -P 0x14 4M 64k")
     assert whole(chains.backup(vm)) == {}
@@ -225,4 +225,6 @@ def test_somebody_else_moves_the_vm_onto_an_overlay_and_back(lab, chains, wait_f
     vm.write("vda", "write -P 0x15 4M 64k")
     assert whole(chains.backup(vm)) == {}
     assert len(chains.images) == 1
+    points = sorted(f"backupcore-{point}" for point in chains.kept)
+    assert vm.bitmaps() == {"vda": points, "vdb": points}
     chains.check()
