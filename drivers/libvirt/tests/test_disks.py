@@ -10,8 +10,8 @@ from pathlib import Path
 import libvirt
 import pytest
 
-from backupcore.errors import UnsupportedOperation
-from backupcore_libvirt.connection import Connection
+from backupcore.errors import HypervisorError, UnsupportedOperation
+from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.disks import BY_RULE, DiskChoice, located, source_disks
 
 MiB = 1 << 20
@@ -115,6 +115,32 @@ def test_settings_that_choose_disks_of_a_vm(lab, runs, hypervisor, caplog):
     assert shown == {"vda": ""} | reasons
     with pytest.raises(UnsupportedOperation, match="vda: excluded"):
         hypervisor.estimate(runs.run(vm, settings={"EXCLUDE_DISKS": "vda,vdb,vdc,vdx"}))
+
+
+class Pools(Domain):
+    """A VM and the volumes of this host's storage pools."""
+
+    def __init__(self) -> None:
+        self.name = "web"
+
+    def volume(self, pool: str, volume: str):
+        if pool == "gone":
+            raise HypervisorError(f"Storage pool not found: {pool}")
+        return f"/{pool}/{volume}", pool
+
+
+@pytest.mark.parametrize(
+    ("pool", "found"),
+    [
+        ("file", ("file", "/file/v", "")),
+        ("block", ("block", "/block/v", "")),
+        ("network", ("network", "/network/v", "a volume on the network; file and block disks are supported")),
+        ("gone", ("volume", "gone/v", "")),
+    ],
+)
+def test_where_volumes_lie(pool, found):
+    disk = located(Pools(), parsed(f"<source pool='{pool}' volume='v'/>", kind="volume"))
+    assert (disk.kind, disk.path, disk.left_out) == found
 
 
 def create(path: Path, *options: str, size: str = "8M", form: str = "qcow2") -> Path:
