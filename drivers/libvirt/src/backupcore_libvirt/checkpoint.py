@@ -105,7 +105,7 @@ def _why_whole(disk: SourceDisk, node: Node, name: str, path: str, size: int) ->
         return f"it has shrunk from {size} to {node.virtual_size} bytes"
     bitmap = next((bitmap for bitmap in node.bitmaps if bitmap.name == name), None)
     if bitmap is None:
-        return "the bitmap of the last backup is missing (after a crash of QEMU, or since this is another image)"
+        return "the bitmap of the last backup is missing: QEMU has crashed, it was removed, or this is another image"
     if bitmap.inconsistent:
         return "the bitmap of the last backup is inconsistent; QEMU has probably crashed since"
     if not bitmap.recording:
