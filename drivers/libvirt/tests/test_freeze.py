@@ -359,3 +359,21 @@ def test_a_guest_that_was_started_anew_and_paused_since_is_not_resumed(lab, runs
         runs.hypervisor.postbackup(dead, Outcome(state=RunState.FAILED), ctx)
     assert vm.domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED
     assert not folder.path.exists()
+
+
+def test_a_record_that_is_not_ours_is_not_believed(needs_root, runs):
+    folder = RunFolder(runs.hypervisor.scratch, "0" * 32)
+    folder.path.mkdir(parents=True)
+    record = freeze_record.FreezeRecord.now("SUSPEND", "00000000-0000-0000-0000-000000000001", 7)
+    freeze_record.write(folder, record)
+    assert freeze_record.read(folder) == record
+    path = folder.path / "freeze"
+    os.chown(path, 64055, 64055)
+    assert freeze_record.read(folder) is None, "QEMU's user owns the folder, and may have put it there"
+    for text in ("", "[]", '{"how": "DESTROY", "vm": "x", "number": 1, "boot": "x"}'):
+        path.unlink()
+        path.write_text(text)
+        assert freeze_record.read(folder) is None
+    path.unlink()
+    path.symlink_to("/etc/passwd")
+    assert freeze_record.read(folder) is None

@@ -194,6 +194,18 @@ def test_a_vm_may_start_and_end_while_it_is_read(lab, chain):
     assert len(files(vm, "vda")) == 2
 
 
+def test_a_vm_is_stopped_for_the_one_call(lab, runs, chain):
+    vm = lab.vm(["raw:16"])
+    held = chain(vm)
+    truth = held.truth()
+    with runs.take(runs.run(vm, settings={**SNAPSHOT, "FS_FREEZE": "SUSPEND"})) as taken:
+        assert vm.domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
+        layer = runs.keep(taken, held.folder / "layer")
+    held.same([layer], truth)
+    assert taken.prepared.consistency == "paused"
+    assert 0 < taken.prepared.frozen_seconds < 30
+
+
 @pytest.mark.parametrize("on", [True, False], ids=["live", "off"])
 def test_a_failed_run_leaves_the_disks_as_they_were(lab, runs, chain, on):
     vm = lab.vm(["raw:16", "qcow2:16"], start=on)

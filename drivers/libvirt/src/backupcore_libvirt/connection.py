@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import libvirt
 import libvirt_qemu
@@ -263,11 +263,15 @@ class Domain:
         with self._calling("resume"):
             self._domain.resume()
 
-    def volume(self, pool: str, volume: str) -> tuple[str, bool]:
-        """(path, whether it is a file) of a volume of a storage pool; others are devices, or lie on the network."""
+    def volume(self, pool: str, volume: str) -> tuple[str, Literal["file", "block", "network"]]:
+        """(path, kind) of a volume of a storage pool."""
         with self._calling(f"volume {volume} of the storage pool {pool}"):
             found = self._domain.connect().storagePoolLookupByName(pool).storageVolLookupByName(volume)
-            return str(found.path()), int(found.info()[0]) == libvirt.VIR_STORAGE_VOL_FILE
+            number = int(found.info()[0])
+            path = str(found.path())
+        if number == libvirt.VIR_STORAGE_VOL_FILE:
+            return path, "file"
+        return path, "block" if number == libvirt.VIR_STORAGE_VOL_BLOCK else "network"
 
     def block_job(self, disk: str) -> bool:
         """Whether a block job (commit, copy, pull) works on the disk."""

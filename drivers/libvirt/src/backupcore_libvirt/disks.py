@@ -130,10 +130,11 @@ def located(domain: Domain, disk: SourceDisk) -> SourceDisk:
         return disk
     pool, _, volume = disk.path.partition("/")
     try:
-        path, is_file = domain.volume(pool, volume)
+        path, kind = domain.volume(pool, volume)
     except HypervisorError:
         return disk
-    return replace(disk, kind="file" if is_file else "block", path=path)
+    left_out = "a volume on the network; file and block disks are supported" if kind == "network" else ""
+    return replace(disk, kind=kind, path=path, left_out=disk.left_out or left_out)
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,8 @@ class Overlay:
 class Stack:
     """The files of one disk: `base`, of format `shape`, and our overlays on it, oldest first.
 
-    `foreign` is a file above an overlay of ours that is not ours (somebody's snapshot), or "".
+    `foreign` is a file above an overlay of ours that is not ours (somebody's snapshot), `guessed` a file below whose
+    format no header tells; or "".
     """
 
     disk: str
@@ -52,6 +53,7 @@ class Stack:
     shape: str
     overlays: tuple[Overlay, ...]
     foreign: str = ""
+    guessed: str = ""
 
     @property
     def top(self) -> str:
@@ -134,7 +136,7 @@ def _stack(disk: SourceDisk) -> Stack:
     overlays: list[Overlay] = []
     while shape == "qcow2" and (name := _NAME.fullmatch(path)):
         below = qemu_img.info(path, shape).backing
-        if below is None or below.shape is None:
+        if below is None or below.shape not in ("qcow2", "raw"):
             break
         above = _NAME.fullmatch(below.path)
         if below.path != name["base"] and (above is None or above["base"] != name["base"]):
@@ -143,25 +145,24 @@ def _stack(disk: SourceDisk) -> Stack:
         path, shape = below.path, below.shape
         if len(overlays) > _MOST:
             raise HypervisorError(f"disk {disk.id}: more than {_MOST} files lie below {disk.path}")
-    foreign = ""
-    if shape == "qcow2":
-        deeper = [file for file in _whole_chain(path, shape)[1:] if _NAME.fullmatch(file)]
-        foreign = path if deeper else ""
-    return Stack(disk.id, path, shape, tuple(reversed(overlays)), foreign)
+    deeper, guessed = _below(path, shape)
+    foreign = path if any(is_overlay(file) for file in deeper) else ""
+    return Stack(disk.id, path, shape, tuple(reversed(overlays)), foreign, guessed)
 
 
-def _whole_chain(path: str, shape: str) -> list[str]:
-    """An image and every file below it, by their headers."""
+def _below(path: str, shape: str) -> tuple[list[str], str]:
+    """Every file below an image, by the headers; and the one whose format they do not tell, or which is not local."""
     found: list[str] = []
-    following: str | None = shape
-    while following is not None and path not in found:
-        found.append(path)
-        # Raw ends it: what a guest writes there must never be taken for a header.
-        below = qemu_img.info(path, following).backing if following == "qcow2" and Path(path).exists() else None
+    # Raw ends it: what a guest writes there must never be taken for a header.
+    while shape == "qcow2" and len(found) <= _MOST and Path(path).exists():
+        below = qemu_img.info(path, shape).backing
         if below is None:
             break
-        path, following = below.path, below.shape
-    return found
+        found.append(below.path)
+        if below.shape not in ("qcow2", "raw") or not below.path.startswith("/"):
+            return found, below.path
+        path, shape = below.path, below.shape
+    return found, ""
 
 
 def overlays_beside(base: str, disk: str) -> list[str]:
