@@ -15,7 +15,7 @@ from backupcore_libvirt.disks import Node, SourceDisk, nodes, source_disks
 from backupcore_libvirt.folder import Owner, RunFolder, check_scratch, require_room, scratch_room
 from backupcore_libvirt.nvram import nvram_file
 from backupcore_libvirt.owner import qemu_owner
-from backupcore_libvirt.stopped import stopped_nodes
+from backupcore_libvirt.stopped import check_backing, stopped_nodes
 from backupcore_libvirt.versions import require, require_stopped
 from backupcore_libvirt.xml import parse
 
@@ -61,6 +61,8 @@ def look(connection: Connection, domain: Domain, run: BackupRun, scratch: Path) 
     disks = tuple(disk for disk in every if not disk.left_out)
     _refuse(domain, every, disks)
     opened = nodes(domain, disks) if live else stopped_nodes(domain.name, disks)
+    if not live:
+        check_backing(domain.name, disks)
     snapshots = _snapshots(domain, opened)
     if snapshots and run.parent is not None:
         raise IncrementImpossible(
