@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from kept_in_files import load, save
 
 from backupcore.model import LeftOut
 from vmkeep.cli import documents, exits
@@ -38,6 +39,9 @@ def keys(document: object, before: str = "") -> set[str]:
 @pytest.fixture
 def printed(site):
     """Every command's document."""
+    guests = load(site.guests)
+    guests[0].files = {"kernel": b"bzImage"}
+    save(site.guests, guests)
     found = {"backup --dry-run": site.run("backup", "web1", "--dry-run", "--json").json}
     found["backup"] = site.run("backup", "web1", "--json").json
     site.store.rename(site.folder / "away")

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,7 @@ from backupcore.restore import restore
 from backupcore.session import Recorded
 from backupcore.testing.memory import MemoryDriver
 from backupcore_libvirt.plugin import Libvirt
-from lab import graft
+from lab import graft, kernel
 from lab.domain_xml import DiskSpec, Firmware, domain_xml
 from lab.private_libvirtd import PrivateLibvirtd
 from lab.vm import VM
@@ -237,6 +238,87 @@ def small(_shared: SmallVM) -> Iterator[SmallVM]:
             checkpoint.delete(0)
     if _shared.domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
         _shared.domain.resume()
+
+
+def _counting_guest() -> bytes:
+    """A boot sector that counts, and writes each number to the first disk, then to the second, for ever."""
+    code = bytes.fromhex(
+        "31c0 8ed8"  # xor ax,ax; mov ds,ax
+        "66ff 06 0080"  # again: inc dword [8000h]
+        "be307c b443 30c0 b280 cd13"  # mov si,packet; mov ah,43h (write); xor al,al; mov dl,80h; int 13h
+        "be307c b443 30c0 b281 cd13 ebe3"  # the same with dl,81h; jmp again
+    )
+    packet = bytes.fromhex("1000 0100 0080 0000 0008000000000000")  # size, 1 sector, from 0000:8000, to sector 2048
+    return code.ljust(0x30, b"\0") + packet.ljust(510 - 0x30, b"\0") + b"\x55\xaa"
+
+
+@pytest.fixture
+def counting_vm(lab: Lab, tmp_path: Path) -> Callable[..., SmallVM]:
+    """Starts a VM whose guest writes a number to vda, then to vdb, for ever: at sector 2048, ever higher ones."""
+
+    def start(shape: str = "qcow2") -> SmallVM:
+        boot = tmp_path / "boot.raw"
+        boot.write_bytes(_counting_guest().ljust(MiB, b"\0"))
+        vm = lab.vm([f"{shape}:4", f"{shape}:4"], content=boot, start=False)
+        # SeaBIOS shows a guest only the disks that it may boot from.
+        targets = [f"<target dev='{disk}' bus='virtio'/>" for disk in ("vda", "vdb")]
+        orders = [(target, f"{target}<boot order='{order}'/>") for order, target in enumerate(targets, 1)]
+        vm.change(("<boot dev='hd'/>", ""), *orders)
+        vm.start()
+        return vm
+
+    return start
+
+
+class AgentGuest(SmallVM):
+    """A Linux that writes to an ext4 on vda, with QEMU's guest agent."""
+
+    def agent(self, command: str, limit: int = 5, **arguments: object) -> object:
+        request = json.dumps({"execute": command, "arguments": arguments})
+        return json.loads(libvirt_qemu.qemuAgentCommand(self.domain, request, limit, 0))["return"]
+
+    def status(self) -> object:
+        """thawed, frozen, or None while the agent does not answer."""
+        with contextlib.suppress(libvirt.libvirtError):
+            return self.agent("guest-fsfreeze-status")
+        return None
+
+    def written(self) -> int:
+        """How often the guest has written so far, by its console; in steps of ten."""
+        return int(re.findall(r"wrote (\d+)", self.console())[-1])
+
+
+@pytest.fixture(scope="session")
+def _agent_guest(
+    libvirt_uri: str, qemu_tools: None, vm_prefix: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[AgentGuest]:
+    disk = tmp_path_factory.mktemp("ext4") / "disk.raw"
+    kernel.make_ext4(disk, 48 * MiB)
+    vm = AgentGuest.create(
+        f"{vm_prefix}agent",
+        [DiskSpec(target="vda", size=48 * MiB, content=disk)],
+        kernel=kernel.files(agent=True),
+        memory_mib=192,
+        devices=kernel.AGENT_CHANNEL,
+    )
+    try:
+        vm.start()
+        vm.wait_for_console("lab: wrote 10")
+        wait_for(lambda: vm.status() == "thawed", "the agent answers", 60)
+        yield vm
+    finally:
+        vm.remove()
+
+
+@pytest.fixture
+def agent_guest(_agent_guest: AgentGuest) -> Iterator[AgentGuest]:
+    """A running guest with an agent, shared by tests; each has to leave it as it was: running, not frozen, no job."""
+    yield _agent_guest
+    for checkpoint in _agent_guest.domain.listAllCheckpoints(0):
+        checkpoint.delete(0)
+    assert (_agent_guest.status(), _agent_guest.job()) == ("thawed", 0)
+    before = _agent_guest.written()
+    wait_for(lambda: _agent_guest.written() > before, "the guest goes on", 60)
 
 
 @pytest.fixture(name="wait_for")

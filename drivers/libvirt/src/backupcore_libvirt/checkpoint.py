@@ -18,7 +18,7 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 from backupcore.errors import BackupError, HypervisorError, IncrementImpossible
 from backupcore.model import BackupRun, Link, Outcome, RunState
 from backupcore_libvirt.connection import CHECKPOINT_INCONSISTENT, NO_CHECKPOINT, Domain, code_of
-from backupcore_libvirt.disks import Node, SourceDisk, nodes, source_disks
+from backupcore_libvirt.disks import Node, SourceDisk, located, nodes, source_disks
 from backupcore_libvirt.stopped import remove_bitmap, stopped_nodes
 from backupcore_libvirt.xml import parse
 
@@ -28,6 +28,7 @@ __all__ = [
     "checkpoint_xml",
     "delete",
     "forget",
+    "is_ours",
     "make_known",
     "ours",
     "since",
@@ -40,6 +41,11 @@ _OURS = re.compile(r"backupcore-[0-9a-f]{32}")
 def checkpoint_name(point: str) -> str:
     """The checkpoint of a point; bitmaps have its name too."""
     return f"backupcore-{point}"
+
+
+def is_ours(name: str) -> bool:
+    """Whether a checkpoint or bitmap of this name was made by backupcore."""
+    return _OURS.fullmatch(name) is not None
 
 
 def checkpoint_xml(point: str, vm_disks: Sequence[str], tracked: Collection[str]) -> str | None:
@@ -128,7 +134,8 @@ def _recorded_paths(domain: Domain, name: str) -> dict[str, str]:
         return {}
     if then is None:
         return {}
-    return {disk.id: disk.path for disk in source_disks(tostring(then, encoding="unicode"))}
+    before = source_disks(tostring(then, encoding="unicode"))
+    return {disk.id: located(domain, disk).path for disk in before}
 
 
 def make_known(domain: Domain, parent: Since, vm_disks: Sequence[str]) -> None:
@@ -234,10 +241,14 @@ def _remove_stopped(domain: Domain, chosen: Callable[[str], bool]) -> set[str]:
 
 
 def _trackable_disks(domain: Domain) -> list[SourceDisk]:
-    """The disks that may have bitmaps; while the VM is off, those whose image is there."""
+    """The disks that may have bitmaps; while the VM is off, those whose image is there and can be opened without a key:
+
+    the bitmaps of an encrypted disk go when the VM runs.
+    """
     running = domain.is_active()
-    disks = (disk for disk in source_disks(domain.live_xml()) if disk.format == "qcow2" and not disk.left_out)
-    return [disk for disk in disks if running or Path(disk.path).exists()]
+    every = (located(domain, disk) for disk in source_disks(domain.live_xml()))
+    disks = (disk for disk in every if disk.format == "qcow2" and not disk.left_out)
+    return [disk for disk in disks if running or (Path(disk.path).exists() and not disk.encrypted)]
 
 
 def _trackable(domain: Domain) -> Mapping[str, Node]:
