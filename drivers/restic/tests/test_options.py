@@ -12,9 +12,10 @@ import pytest
 from backupcore.context import Context
 from backupcore.errors import AccessDenied, BackupError, Busy, ConfigError, TargetUnavailable
 from backupcore.model import BackupRun, BytesArtifact, SourceRef
+from backupcore.mounts import unmounted
 from backupcore.options import build
 from backupcore_restic import Restic
-from backupcore_restic.place import creatable, unmounted
+from backupcore_restic.place import creatable
 from backupcore_restic.repository import Repository, in_memory
 
 Options = Callable[..., Restic]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from backupcore import Context, driver, hookimpl, option
+from backupcore.child import Child
 from backupcore.errors import (
     BackupError,
     Busy,
@@ -21,7 +22,6 @@ from backupcore.errors import (
     TargetUnavailable,
 )
 from backupcore.model import Artifact, BackupRun, Listed, SourceRef, Stored, Usage
-from backupcore_restic.child import Child
 from backupcore_restic.dump import DumpedArtifact
 from backupcore_restic.failures import NoRepository
 from backupcore_restic.place import creatable

@@ -12,6 +12,7 @@ from logging import Logger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from backupcore.child import Child
 from backupcore.errors import (
     AccessDenied,
     BackupError,
@@ -21,7 +22,6 @@ from backupcore.errors import (
     TargetUnavailable,
     from_os_error,
 )
-from backupcore_restic.child import Child
 from backupcore_restic.failures import redact, translate
 
 if TYPE_CHECKING:
@@ -120,14 +120,15 @@ class Repository:
     def start(self, arguments: Sequence[str], folder: Path | None = None) -> Child:
         """restic with these arguments, running in `folder`."""
         options = self._options
-        command = [options.binary]
+        environment = self.environment()[0]
+        command: list[str] = []
         if options.limit_upload:
             command.append(f"--limit-upload={options.limit_upload}")
         if options.limit_download:
             command.append(f"--limit-download={options.limit_download}")
         if options.cache == "off":
             command.append("--no-cache")
-        return Child([*command, *arguments], self.environment()[0], folder)
+        return Child(_program(options.binary, environment["PATH"]), [*command, *arguments], environment, folder)
 
     def failed(self, child: Child, code: int, what: str) -> BackupError:
         """The error for a child that ended with `code`."""
@@ -255,6 +256,18 @@ class Repository:
         found = [path.name for path in names] or [one["id"] for one in self.snapshots(tag, ctx)]
         found = [one for one in found if is_id(one) and one.startswith(short)]
         return found[0] if len(found) == 1 else None
+
+
+def _program(name: str, path: str) -> Any:
+    import sh  # noqa: PLC0415 - 0.05 s that only those pay who start a program
+
+    try:
+        return sh.Command(name, search_paths=path.split(os.pathsep))
+    except sh.CommandNotFound:
+        raise ConfigError(
+            f"the program {name} is not installed, or not executable",
+            "Install it (Debian, Ubuntu: apt-get install restic), or name it by the option binary.",
+        ) from None
 
 
 def _json(text: bytes, kind: type[Any] = list) -> Any:
