@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
@@ -11,7 +11,7 @@ from backupcore.disk.qcow2 import DiskArtifact, Layout
 from backupcore.disk.sums import HashedDisk, SumsArtifact
 from backupcore.errors import ContractViolation
 from backupcore.manifest import FORMAT, NAME, ManifestArtifact
-from backupcore.model import Artifact, BytesArtifact, check_name, stream
+from backupcore.model import Artifact, BytesArtifact, check_name
 
 if TYPE_CHECKING:
     from backupcore.context import Context
@@ -49,9 +49,7 @@ class Bundle:
         small = [_in_memory(artifact) for artifact in by_name.values()]
         self.manifest = ManifestArtifact(self._draft(prepared, run, small), self._sums)
         everything = [*self.disks.values(), *self._sums.values(), *small, self.manifest]
-        self.artifacts: tuple[Artifact, ...] = tuple(
-            _Watched(artifact, ctx) for artifact in sorted(everything, key=lambda artifact: artifact.name)
-        )
+        self.artifacts: tuple[Artifact, ...] = tuple(sorted(everything, key=lambda artifact: artifact.name))
 
     def _draft(self, prepared: Prepared, run: BackupRun, small: list[BytesArtifact]) -> dict[str, Any]:
         return {
@@ -106,35 +104,6 @@ class Bundle:
         """Close every connection to the VM's disks, for good: the hypervisor ends its job next."""
         for disk in self.disks.values():
             disk.close()
-
-
-class _Watched(Artifact):
-    """An artifact that notices a cancelled run. In another process it is just the artifact: the context stays here."""
-
-    def __init__(self, inner: Artifact, ctx: Context | None) -> None:
-        self._inner = inner
-        self._ctx = ctx
-        self.name = inner.name
-        self.size = inner.size
-
-    def open(self) -> BinaryIO:
-        return stream(self)
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        if self._ctx is not None:
-            self._ctx.check()
-        return self._inner.read_at(offset, length)
-
-    def read_into(self, offset: int, buffer: memoryview) -> int:
-        if self._ctx is not None:
-            self._ctx.check()
-        return self._inner.read_into(offset, buffer)
-
-    def close(self) -> None:
-        self._inner.close()
-
-    def __reduce__(self) -> tuple[type[_Watched], tuple[Artifact, None]]:
-        return _Watched, (self._inner, None)
 
 
 def _in_memory(artifact: Artifact) -> BytesArtifact:
