@@ -85,6 +85,7 @@ class Daemon:
     def store(self, upload: Upload) -> None:
         """The folder with its mark and its labels; all artifacts but the manifest; the manifest."""
         token, ctx = upload.token, upload.ctx
+        self._listing(["- *"], ctx)  # rsync would make the target itself
         tree = _fresh(ctx)
         folder = tree / token.folder
         shutil.copytree(upload.labels, folder / LABELS)
@@ -127,6 +128,7 @@ class Daemon:
         What the rules do not name is not touched: rsync neither deletes what an exclude holds back, nor, by --existing,
         makes a folder that has gone already.
         """
+        self._listing(["- *"], ctx)  # rsync would make the target itself
         for first in range(0, len(tokens), AT_ONCE):
             some = tokens[first : first + AT_ONCE]
             tree = _fresh(ctx)

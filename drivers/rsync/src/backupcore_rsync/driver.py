@@ -107,7 +107,9 @@ class Rsync:
         from backupcore.disk.fileview import show  # noqa: PLC0415 - FUSE and hashing, which only a backup needs
 
         place, token = self._place(), Token.new(run)
+        what = f"backing up to {place.name}"
         running: list[Child] = []
+        copied = [0]
 
         def give_up(error: BackupError) -> None:
             for child in running:
@@ -137,7 +139,7 @@ class Rsync:
                     if view.failed:  # before the line above
                         child.stop()
                     try:
-                        Programs(self).transfer(child, f"backing up to {place.name}", ctx, ctx.progress.done)
+                        copied.append(Programs(self).transfer(child, what, ctx, copied[-1]))
                     except Cancelled:
                         raise
                     except BackupError:

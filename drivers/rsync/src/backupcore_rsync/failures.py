@@ -67,7 +67,10 @@ RULES = (
     ),
     Rule(
         AccessDenied,
-        _text(r"@error: auth failed|password file must|could not open password file|read only|write only|refuse"),
+        _text(
+            r"@error: auth failed|password file must|could not open password file|module is (read|write) only"
+            r"|configured to refuse"
+        ),
         "Check the daemon's rsyncd.conf (auth users, read only, refuse options), and password_file (chmod 600).",
     ),
     Rule(
@@ -77,7 +80,7 @@ RULES = (
     ),
     Rule(
         ConfigError,
-        _text(r"rsync: (command )?not found|rsync: no such file|rsync is not installed|exec .*rsync.* failed"),
+        _text(r"\S: (command )?not found$|failed to exec"),
         "Install rsync on that host, or name it by the option rsync_path.",
         (127,),
     ),

@@ -43,7 +43,7 @@ BEGIN = _ENTER + 'umask 077 && mkdir -p -- "$2" && mkdir -- "$2/$3"'
 PUBLISH = (
     _ENTER + 'cd -- "$2" && [ ! -e "$4" ] || { echo "$2: no such folder" >&2; exit 1; }; '
     # A sync that knows no arguments, or takes none, is told by its answer for the folder; it then syncs everything.
-    'if sync -- "$3" 2>/dev/null; then sync -- "$3"/* "$3"/labels/* "$3"/labels "$3"; else sync; fi || exit 1; '
+    'if sync -- "$3" 2>/dev/null; then sync -- "$3"/* "$3"/.labels/* "$3"/.labels "$3"; else sync; fi || exit 1; '
     'mv -- "$3" "$4" && { sync -- . .. 2>/dev/null || sync; }'
 )
 # Not by way of a link in the place of either folder.

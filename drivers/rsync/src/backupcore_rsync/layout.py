@@ -4,7 +4,7 @@
 
     <VM uuid>/<32 hex>/disk.vda.qcow2      the artifacts, as plain files
                        manifest.json       there only when the backup is complete
-                       labels/number=0     one empty file per label: a listing of names is all that `sources` needs
+                       .labels/number=0    one empty file per label: a listing of names is all that `sources` needs
                        .part.<host>.<run>  at a daemon: who began this folder
     <VM uuid>/.<32 hex>.<host>.<run>.part/ a backup under way, or what is left of one (a daemon cannot rename)
 """
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
-LABELS = "labels"
+LABELS = ".labels"  # no artifact can have this name
 
 VM_FOLDERS = "????????-????-????-????-????????????"
 """VMs' folders, as a wildcard of rsync's; `Token.parse` is exact."""

@@ -6,7 +6,7 @@ import os
 import pwd
 import re
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -135,24 +135,22 @@ class Programs:
         found = (_LISTED.fullmatch(line) for line in answer.decode(errors="replace").splitlines())
         return {hit[3] if hit[1] == "-" else f"{hit[3]}/": int(hit[2]) if hit[1] == "-" else 0 for hit in found if hit}
 
-    def transfer(
-        self,
-        child: Child,
-        what: str,
-        ctx: Context,
-        done: Callable[[int], None] | None = None,
-    ) -> None:
-        """Follow an rsync that copies, to its end; `done` hears how many bytes it has copied so far."""
-        said = b""
+    def transfer(self, child: Child, what: str, ctx: Context, before: int = 0) -> int:
+        """Follow an rsync that copies, to its end, and tell the progress; how many bytes were copied with it.
+
+        `before` are the bytes that were copied by others.
+        """
+        said, count = b"", 0
         while block := child.output.read(1 << 16):
             said = (said + block)[-4096:]
-            counts = re.findall(rb"\r +([0-9]+) +[0-9]+%", said)
-            if counts and done:
-                done(int(counts[-1]))
+            if counts := re.findall(rb"\r +([0-9]+) +[0-9]+%", said):
+                count = int(counts[-1])
+                ctx.progress.done(before + count)
         code = child.wait()
         ctx.check()
         if code:
             raise self.failed(child, code, what)
+        return before + count
 
 
 def _rsync_quoted(word: str) -> str:
