@@ -1,4 +1,4 @@
-"""Servers for the tests of datastores: a real sshd and a real rsync daemon on loopback, as whoever runs the tests.
+"""Servers for the tests of datastores: sshd, an rsync daemon and rclone on loopback, as whoever runs the tests.
 
 They listen on free ports of 127.0.0.1, have keys and files of their own, and end with the block. Nothing is installed
 and no file of the system is touched: openssh-server is unpacked below .lab/packages.
@@ -11,6 +11,7 @@ import os
 import shlex
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -101,6 +102,17 @@ def rsync_daemon(folder: Path, modules: str, *, program: str = "rsync") -> Itera
     port = free_port()
     command = [program, "--daemon", "--no-detach", f"--config={config}", "--address=127.0.0.1", f"--port={port}"]
     with (folder / "stderr").open("wb") as log, _running(command, log, port, os.environ):
+        yield port
+
+
+@contextmanager
+def rclone(folder: Path, *arguments: str) -> Iterator[int]:
+    """What rclone serves of `folder` (``restic``, ``s3`` and their options), for the time of the block; its port."""
+    port = free_port()
+    program = Path(sys.executable).parent / "rclone"
+    command = [str(program), "serve", *arguments, "--addr", f"127.0.0.1:{port}", str(folder)]
+    environment = os.environ | {"RCLONE_CONFIG": os.devnull}
+    with (folder.parent / f"{folder.name}.log").open("wb") as log, _running(command, log, port, environment):
         yield port
 
 

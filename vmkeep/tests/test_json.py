@@ -46,7 +46,13 @@ def printed(site):
     for command in ("image list", "image show 1", "vm list", "vm show web1", "vm updateconf web1", "check"):
         found[" ".join(command.split()[:2])] = site.run(*command.split(), "--json").json
     found["restore"] = site.run("restore", "1", "--to", str(site.folder / "to"), "--json").json
-    for command in ("datastore list", "datastore check nas", "driver list", "image delete 1 --yes"):
+    for command in (
+        "datastore list",
+        "datastore check nas",
+        "datastore maintain nas",
+        "driver list",
+        "image delete 1 --yes",
+    ):
         found[" ".join(command.split()[:2])] = site.run(*command.split(), "--json").json
     site.config.unlink()
     found["init"] = site.run("init", "--json").json

@@ -221,7 +221,7 @@ def test_ssh_that_does_not_get_through(ssh_server: Sshd, tmp_path: Path, ctx: Co
     (tmp_path / "open").chmod(0o644)
     check(AccessDenied, "(?i)unprotected private key", "chmod 600", identity_file=str(tmp_path / "open"))
     check(ConfigError, "rsync-of-old.*not found", "rsync_path", rsync_path="rsync-of-old")
-    check(ConfigError, "no-such-ssh", "option ssh", ssh="no-such-ssh")
+    check(ConfigError, "no-such-ssh", "Install", ssh="no-such-ssh")
     # What the user adds himself counts: here he lets unknown hosts in.
     trusting = tmp_path / "trusting"
     driver = kind.driver(known_hosts_file=str(trusting), ssh="ssh -F none -o StrictHostKeyChecking=accept-new")

@@ -81,7 +81,7 @@ RULES = (
     Rule(
         ConfigError,
         _text(r"\S: (command )?not found$|failed to exec"),
-        "Install rsync on that host, or name it by the option rsync_path.",
+        "Install it: ssh here, rsync on both hosts. Options name one that lies elsewhere: ssh, binary, rsync_path.",
         (127,),
     ),
     Rule(
