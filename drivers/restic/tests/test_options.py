@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Callable
@@ -262,3 +264,10 @@ def test_which_snapshots_are_complete_is_told_by_the_listing(options: Options, c
     (tmp_path / "found").write_text(json.dumps([hit | {"snapshot": digit * 64} for digit in "abcd"]))
     assert [one.source.token[0] for one in driver.sources(ctx)] == ["a", "c", "d"], "what tells is not asked again"
     assert "find" in fake.calls[-1]
+
+
+def test_the_readme_lists_every_option() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text().partition("## Options")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    listed = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(listed) == sorted(field.name for field in dataclasses.fields(Restic))  # type: ignore[arg-type]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import shlex
 from pathlib import Path
 
@@ -190,3 +192,10 @@ def test_rsync_is_not_installed(tmp_path: Path, ctx: Context) -> None:
     with pytest.raises(ConfigError, match="no-such-rsync") as caught:
         driver.backup(new_artifacts(10), new_run(), ctx)
     assert "apt-get install rsync" in caught.value.hint
+
+
+def test_the_readme_lists_every_option() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text().partition("## Options")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    listed = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(listed) == sorted(field.name for field in dataclasses.fields(Rsync))  # type: ignore[arg-type]
