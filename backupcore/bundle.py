@@ -1,4 +1,4 @@
-"""What a driver is given: the prepared artifacts, with sums and the manifest added, watched while they are read."""
+"""What a driver is given: the prepared artifacts, with sums and the manifest added."""
 
 from __future__ import annotations
 

@@ -85,14 +85,19 @@ class Datastore:
         given = tuple(_Given(artifact, ctx) for artifact in artifacts)
         return self._stored("backup", self._answer("backup", Stored, artifacts=given, run=run, ctx=ctx))
 
-    def flatten(self, merge: Merge, run: BackupRun, ctx: Context) -> Stored:
-        """The driver's `flatten`; where it has none, or leaves it to us, its `backup` of the finished artifacts."""
-        stored = self._call("flatten", merge=merge, run=run, ctx=ctx) if self._has("flatten") else None
-        if stored is None:
-            return self.backup(merge.artifacts, run, ctx)
-        if not isinstance(stored, Stored):
+    def flatten(self, merge: Merge, run: BackupRun, ctx: Context) -> Stored | None:
+        """The driver's own way of keeping the result of a merge; None where it has none, or cannot do it for these."""
+        if not self.flattens:
+            return None
+        stored = self._call("flatten", merge=merge, run=run, ctx=ctx)
+        if stored is not None and not isinstance(stored, Stored):
             raise ContractViolation(f"driver {self.kind}: flatten returned {type(stored).__name__}")
-        return self._stored("flatten", stored)
+        return stored
+
+    @property
+    def flattens(self) -> bool:
+        """Whether the driver has a way of its own to flatten."""
+        return self.implements("flatten")
 
     def postbackup(self, run: BackupRun, outcome: Outcome, ctx: Context) -> list[BackupError]:
         """Each plugin's `postbackup` by itself, the hypervisor first; what failed is logged and returned."""
@@ -115,10 +120,7 @@ class Datastore:
     def artifacts(self, source: SourceRef, ctx: Context) -> dict[str, Artifact]:
         """The artifacts of a source by name. One that is shorter or longer than it says is an IntegrityError."""
         found = self._answer("restore", Sequence, source=source, ctx=ctx)
-        by_name = {
-            check_name(artifact.name): _Exact(artifact, f"{self.name}:{source}//{artifact.name}", ctx)
-            for artifact in found
-        }
+        by_name = {check_name(artifact.name): _Exact(artifact, f"{self.name}:{source}", ctx) for artifact in found}
         if len(by_name) != len(found):
             raise ContractViolation(f"driver {self.kind} names an artifact of {source} twice")
         return dict(by_name)
@@ -135,19 +137,19 @@ class Datastore:
 
     def check(self, ctx: Context) -> None:
         """Raise what is wrong with the datastore, if anything is. A driver without `check` is asked for its sources."""
-        if self._has("check"):
+        if self.implements("check"):
             self._answer("check", bool, ctx=ctx)
         else:
             self.sources(ctx)
 
     def usage(self, ctx: Context) -> Usage:
         """How full the datastore is, as far as its driver says."""
-        found: Usage = self._answer("usage", Usage, ctx=ctx) if self._has("usage") else Usage()
+        found: Usage = self._answer("usage", Usage, ctx=ctx) if self.implements("usage") else Usage()
         return found
 
     def maintain(self, ctx: Context) -> bool:
         """Let the driver tidy up and look for damage, which may take hours; False if it has nothing of the kind."""
-        return self._has("maintain") and self._answer("maintain", bool, ctx=ctx) is True
+        return self.implements("maintain") and self._answer("maintain", bool, ctx=ctx) is True
 
     # Calling
 
@@ -159,9 +161,6 @@ class Datastore:
         if not isinstance(stored.source, SourceRef):
             raise ContractViolation(f"driver {self.kind}: {hook} returned a source that is no SourceRef")
         return stored
-
-    def _has(self, hook: str) -> bool:
-        return bool(getattr(self._manager.hook, hook).get_hookimpls())
 
     def _call(self, hook: str, **arguments: Any) -> Any:
         with self._translated(hook):
@@ -239,15 +238,18 @@ class _Given(Artifact):
 
 
 class _Exact(Artifact):
-    """A stored artifact whose length is held against what it promised. It pickles without the context."""
+    """A stored artifact whose length is held against what it promised. Pickled, it leaves the context behind."""
 
     def __init__(self, inner: Artifact, what: str, ctx: Context | None) -> None:
         self._inner = inner
-        self._what = what
+        self._what = f"{what}//{inner.name}"
         self._ctx = ctx
         self.name = inner.name
         self.size = inner.size
         self.seekable = inner.seekable
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ctx": None}
 
     def open(self) -> BinaryIO:
         with _reading(self._what):
@@ -262,9 +264,6 @@ class _Exact(Artifact):
         if len(data) != max(0, min(length, self.size - offset)):
             raise IntegrityError(f"{self._what}: {len(data)} bytes at {offset} instead of {length}")
         return data
-
-    def __reduce__(self) -> tuple[type[_Exact], tuple[Artifact, str, None]]:
-        return _Exact, (self._inner, self._what, None)
 
 
 class _ExactStream(io.RawIOBase):

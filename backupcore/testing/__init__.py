@@ -3,6 +3,7 @@
 - the conformance kit for drivers: `DriverKit` (a class for pytest) and `examine` (without pytest), on a `Target`
 - a driver and a hypervisor that live in memory: `MemoryDriver`, `MemoryGuest`, `MemoryHypervisor`. Both are ordinary
   plugins that keep the contract, so they also serve as its shortest examples
+- `Faults`, a plugin that fails, hangs or dies at a step that you name
 
 ``pip install backupcore[testing]`` brings what `DriverKit` needs: pytest.
 """
@@ -18,7 +19,13 @@ if TYPE_CHECKING:
     from backupcore.testing.driverkit import DriverKit as DriverKit
     from backupcore.testing.examination import Result as Result
     from backupcore.testing.examination import Verdict as Verdict
+    from backupcore.testing.examination import chosen as chosen
     from backupcore.testing.examination import examine as examine
+    from backupcore.testing.faults import Fault as Fault
+    from backupcore.testing.faults import Faults as Faults
+    from backupcore.testing.faults import fails as fails
+    from backupcore.testing.faults import hangs as hangs
+    from backupcore.testing.faults import kills as kills
     from backupcore.testing.guest import MemoryGuest as MemoryGuest
     from backupcore.testing.guest import MemoryHypervisor as MemoryHypervisor
     from backupcore.testing.memory import MemoryDriver as MemoryDriver
@@ -29,12 +36,18 @@ _WHERE = {
     "Check": "checks",
     "DriverKit": "driverkit",
     "Result": "examination",
+    "Fault": "faults",
+    "Faults": "faults",
     "MemoryDriver": "memory",
     "MemoryGuest": "guest",
     "MemoryHypervisor": "guest",
     "Target": "target",
     "Verdict": "examination",
+    "chosen": "examination",
     "examine": "examination",
+    "fails": "faults",
+    "hangs": "faults",
+    "kills": "faults",
 }
 
 __all__ = list(_WHERE)

@@ -29,7 +29,7 @@ from backupcore.model import (
 )
 from backupcore.testing.given import Made
 from backupcore.testing.life import NoVM, digest, keep
-from backupcore.testing.processes import below, wait_for
+from backupcore.testing.processes import below, survivors
 from backupcore.testing.target import Target
 
 __all__ = ["Bench", "Failed", "Kept", "NotApplicable"]
@@ -151,12 +151,7 @@ class Bench:
 
     def artifacts(self, size: int = 300 * KIB + 7, seed: int = 0) -> list[Artifact]:
         """What a small backup consists of."""
-        return [
-            Made("disk.vda.qcow2", size, seed),
-            BytesArtifact(NAME, b'{"kit": true}'),
-            Made("sums.vda", 96, seed + 1),
-            BytesArtifact("vm.xml", b"<domain/>"),
-        ]
+        return [Made("disk.vda.qcow2", size, seed), BytesArtifact(NAME, b'{"kit": true}')]
 
     def keep(
         self,
@@ -194,21 +189,33 @@ class Bench:
         wanted = {vm.uuid for vm in vms} or self.vms
         return [one for one in self.listed() if one.labels.get("vm", "") in {*wanted, ""}]
 
+    def there(self, *kept: Kept) -> None:
+        """Failed unless a freshly opened datastore has what was kept: its names and their sizes."""
+        with self.context() as ctx:
+            store = self.open()
+            for one in kept:
+                self._artifacts(one, store, ctx)
+
     def same(self, *kept: Kept) -> None:
         """Failed unless a freshly opened datastore gives back what was kept: the names, the sizes, every byte."""
         with self.context() as ctx:
             store = self.open()
             for one in kept:
-                given = {artifact.name: artifact for artifact in one.artifacts}
-                found = store.artifacts(one.source, ctx)
-                if set(found) != set(given):
-                    lost, extra = sorted(set(given) - set(found)), sorted(set(found) - set(given))
-                    raise Failed(f"restore gives other artifacts: missing {lost or 'none'}, too many {extra or 'none'}")
-                for name, artifact in found.items():
-                    if artifact.size != given[name].size:
-                        raise Failed(f"{name} was given {given[name].size} bytes and comes back with {artifact.size}")
-                    if digest(artifact) != digest(given[name]):
-                        raise Failed(f"{name} does not come back as it was given: its bytes differ")
+                found = self._artifacts(one, store, ctx)
+                for artifact in one.artifacts:
+                    if digest(found[artifact.name]) != digest(artifact):
+                        raise Failed(f"{artifact.name} does not come back as it was given: its bytes differ")
+
+    def _artifacts(self, kept: Kept, store: Datastore, ctx: Context) -> Mapping[str, Artifact]:
+        given = {artifact.name: artifact.size for artifact in kept.artifacts}
+        found = store.artifacts(kept.source, ctx)
+        if set(found) != set(given):
+            lost, extra = sorted(set(given) - set(found)), sorted(set(found) - set(given))
+            raise Failed(f"restore gives other artifacts: missing {lost or 'none'}, too many {extra or 'none'}")
+        for name, artifact in found.items():
+            if artifact.size != given[name]:
+                raise Failed(f"{name} was given {given[name]} bytes and comes back with {artifact.size}")
+        return found
 
     def gone(self, source: SourceRef, what: str) -> None:
         """Failed unless `source` is SourceNotFound."""
@@ -241,11 +248,11 @@ class Bench:
 
     @contextmanager
     def no_children(self, what: str) -> Iterator[None]:
-        """Failed if a process that was started in the block outlives it by 20 seconds."""
+        """Failed if a process that was started in the block outlives it for long."""
         before = below()
         yield
-        if not wait_for(lambda: not below() - before, 20):
-            raise Failed(f"{what}: processes are left behind: {', '.join(str(pid) for pid, _ in below() - before)}")
+        if left := survivors(below() - before, self.target.patience):
+            raise Failed(f"{what}: processes are left behind: {', '.join(map(str, left))}")
 
 
 class _Heard(logging.Handler):

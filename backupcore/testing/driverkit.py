@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -29,9 +29,13 @@ class DriverKit:
     The fixture may have any scope: the checks do not mind what else lies in the datastore. What they keep there is
     deleted after each of them, unless `tidy` is False, which spares time where the datastore is thrown away anyway. A
     check that does not apply passes, and says why in its output and in the report's property ``not_applicable``.
+
+    Where the store is slow, `checks` may be some of `CHECKS`, with the rest in a class that runs less often; none may
+    be left out for good.
     """
 
-    tidy = True
+    tidy: ClassVar[bool] = True
+    checks: ClassVar[Sequence[Check]] = CHECKS
     _logged: ClassVar[list[str]] = []
     _told: ClassVar[list[str]] = []
 
@@ -44,7 +48,11 @@ class DriverKit:
         """What is examined: give your own."""
         raise NotImplementedError("give the fixture target: see backupcore.testing.Target")
 
-    @pytest.mark.parametrize("check", CHECKS, ids=repr)
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """A test for each check of this class."""
+        if "check" in metafunc.fixturenames:
+            metafunc.parametrize("check", type(self).checks, ids=repr)
+
     def test_contract(
         self, target: Target, check: Check, tmp_path: Path, record_property: Callable[[str, object], None]
     ) -> None:

@@ -83,6 +83,8 @@ def look(check: Check, bench: Bench) -> Result:
     except Failed as failed:
         verdict, why = Verdict.FAILED, str(failed)
     except BackupError as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):
+            raise
         bench.tell(error)
         verdict, why = Verdict.FAILED, f"{type(error).__name__}: {error.message} {error.hint}".strip()
     except Exception as error:  # noqa: BLE001 - a driver may raise anything, and the other checks go on

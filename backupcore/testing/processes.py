@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["alive", "below", "call", "commands", "start", "wait_for"]
+__all__ = ["alive", "below", "call", "commands", "start", "survivors", "wait_for"]
 
 Process = tuple[int, str]
 """A process: its ID, and when it started (IDs are used again)."""
@@ -47,6 +49,17 @@ def below(root: int | None = None) -> set[Process]:
             if seen and seen[1] != "Z":
                 result.add((pid, seen[2]))
     return result
+
+
+def survivors(family: set[Process], seconds: float) -> list[int]:
+    """Those of `family` that still run after `seconds`. They are killed then: an examination leaves nothing behind."""
+    if wait_for(lambda: not any(map(alive, family)), seconds):
+        return []
+    left = [process[0] for process in family if alive(process)]
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return left
 
 
 def alive(process: Process) -> bool:

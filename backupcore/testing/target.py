@@ -25,6 +25,7 @@ class Target:
       of no use afterwards; the check that calls it is the last one.
     - `secrets`: values that no log, error, `repr` or command line may show (the password itself, not its file).
     - `away`: the options of a datastore that does not answer (a folder that is not there, a port that is closed).
+    - `patience`: seconds after which a cancelled backup must have ended, and every process of one that is over.
     """
 
     driver: str | type | object
@@ -32,6 +33,7 @@ class Target:
     tamper: Callable[[SourceRef, str], None] | None = None
     secrets: Sequence[str] = field(default=(), repr=False)
     away: Mapping[str, object] | None = field(default=None, repr=False)
+    patience: float = 30.0
 
     @property
     def kind(self) -> type | None:

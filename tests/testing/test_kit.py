@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from backupcore.testing import DriverKit, MemoryDriver, Target
+from backupcore.errors import ConfigError
+from backupcore.testing import DriverKit, MemoryDriver, Target, Verdict, chosen, examine
+from backupcore.testing.memory import CopyingMemoryDriver
 from tests.testing.folder import Folder, tamper
 
 
@@ -29,3 +33,32 @@ class TestFolder(DriverKit):
             secrets=("hunter2",),
             away={"path": str(folder / "nowhere")},
         )
+
+
+class TestSome(DriverKit):
+    checks = chosen(["usage", "hooks"])
+
+    @pytest.fixture
+    def target(self) -> Target:
+        return Target(driver=MemoryDriver())
+
+    def test_something_else(self, target: Target):
+        assert target.name == "MemoryDriver"
+
+
+def test_a_driver_that_flattens_on_its_own_side(tmp_path: Path):
+    [result] = examine(Target(driver=CopyingMemoryDriver()), checks=chosen(["flatten"]), folder=tmp_path)
+    assert result.verdict is Verdict.OK, result.why
+
+
+def test_without_pytest_what_was_made_is_deleted_again(tmp_path: Path):
+    memory, heard = MemoryDriver(), []
+    kept = dict(memory.kept)
+    results = examine(Target(driver=memory), checks=chosen(["labels", "usage", "damage"]), heard=heard.append)
+    assert results == heard
+    assert [result.verdict for result in results] == ["ok", "ok", "not applicable"]
+    assert "tampers" in results[2].why
+    assert memory.kept == kept
+    with pytest.raises(ConfigError, match="no check nonsense") as caught:
+        chosen(["usage", "nonsense"])
+    assert "round-trip" in caught.value.hint

@@ -54,6 +54,10 @@ def printed(site):
         "image delete 1 --yes",
     ):
         found[" ".join(command.split()[:2])] = site.run(*command.split(), "--json").json
+    found["driver test"] = site.run(
+        "driver", "test", "files", "-o", f"path={site.store}", "--check=hooks", "--json"
+    ).json
+    found["driver new"] = site.run("driver", "new", "tape", "--to", str(site.folder), "--json").json
     site.config.unlink()
     found["init"] = site.run("init", "--json").json
     return found

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 
 from backupcore.errors import BackupError, Cancelled, HypervisorError
-from backupcore.model import VM
+from backupcore.model import VM, Artifact
 from backupcore.testing import processes
 from backupcore.testing.bench import KIB, MIB, Bench, Failed
 from backupcore.testing.given import Failing, Held, Lying, Made, gone
@@ -39,7 +40,7 @@ def giver_fails(bench: Bench) -> None:
         else:
             raise Failed(f"a backup is done although a read failed at {place}")
     _nothing(bench, vm, "a backup with a read that failed")
-    bench.same(bench.keep(run=bench.run(vm)))
+    bench.there(bench.keep(run=bench.run(vm)))
 
 
 def giver_lies(bench: Bench) -> None:
@@ -69,19 +70,24 @@ def giver_lies(bench: Bench) -> None:
 def cancelled(bench: Bench) -> None:
     """A run that the user stops, at byte 0, 1, half or the last, ends soon, as Cancelled, and leaves nothing."""
     vm = bench.vm()
-    for place, at in _places():
-        _cancel(bench, vm, at, place)
+    disk, manifest = bench.artifacts(SIZE)
+    for place, at in list(_places())[:-1]:
+        held = Held(disk, at, bench.place())
+        _cancel(bench, vm, held, [held, manifest], place)
+    held = Held(manifest, manifest.size - 1, bench.place())
+    _cancel(bench, vm, held, [disk, held], "the last byte")
     _nothing(bench, vm, "a cancelled backup")
-    bench.same(bench.keep(run=bench.run(vm)))
+    bench.there(bench.keep(run=bench.run(vm)))
 
 
-def _cancel(bench: Bench, vm: VM, at: int, place: str) -> None:
-    held = Held(Made("disk.vda.qcow2", SIZE), at, bench.place())
+def _cancel(bench: Bench, vm: VM, held: Held, artifacts: Sequence[Artifact], place: str) -> None:
     ended = threading.Event()
+    asked: list[float] = []
     with bench.context() as ctx:
 
         def stop() -> None:
             if processes.wait_for(lambda: held.reached or ended.is_set()):
+                asked.append(time.monotonic())
                 ctx.cancel()
             held.let_go()
 
@@ -89,10 +95,13 @@ def _cancel(bench: Bench, vm: VM, at: int, place: str) -> None:
         thread.start()
         try:
             with bench.refused(Cancelled, what=f"a backup that is cancelled at {place}"):
-                bench.keep([held, *bench.artifacts()[1:]], bench.run(vm), ctx=ctx)
+                bench.keep(artifacts, bench.run(vm), ctx=ctx)
         finally:
             ended.set()
             thread.join()
+    took = time.monotonic() - asked[0]
+    if took > bench.target.patience:
+        raise Failed(f"a backup that is cancelled at {place} ended {took:.0f} s later")
 
 
 def no_child_survives(bench: Bench) -> None:
@@ -102,4 +111,5 @@ def no_child_survives(bench: Bench) -> None:
     with bench.no_children("a backup that failed"), bench.refused(BackupError, what="a read that fails"):
         bench.keep([Failing(Made("disk.vda.qcow2", SIZE), SIZE // 2), *bench.artifacts()[1:]])
     with bench.no_children("a backup that was cancelled"):
-        _cancel(bench, bench.vm(), SIZE // 2, "half")
+        held = Held(Made("disk.vda.qcow2", SIZE), SIZE // 2, bench.place())
+        _cancel(bench, bench.vm(), held, [held, *bench.artifacts()[1:]], "half")

@@ -10,8 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from backupcore.errors import BackupError
-from backupcore.manifest import NAME
-from backupcore.model import VM, Artifact, BackupRun, BytesArtifact, Outcome, RunState
+from backupcore.model import VM, Artifact, BackupRun, Outcome, RunState
 from backupcore.testing import processes
 from backupcore.testing.bench import MIB, Bench, Failed, Kept, NotApplicable
 from backupcore.testing.given import Held, Made
@@ -26,9 +25,8 @@ def killed(bench: Bench) -> None:
     rest = bench.artifacts()[1:]
     for at in (0, SIZE // 2):
         _kill(bench, vm, Held(Made("disk.vda.qcow2", SIZE), at, bench.place()), rest)
-    manifest = BytesArtifact(NAME, b'{"kit": true}')
-    last = Held(manifest, manifest.size - 1, bench.place())
-    _kill(bench, vm, last, [Made("disk.vda.qcow2", SIZE), *rest[1:]])
+    manifest = rest[0]
+    _kill(bench, vm, Held(manifest, manifest.size - 1, bench.place()), [Made("disk.vda.qcow2", SIZE)])
     if bench.ours(vm):
         raise Failed("a backup whose process was killed is listed")
     bench.same(bench.keep(run=bench.run(vm)))
@@ -60,9 +58,8 @@ def _kill(bench: Bench, vm: VM, held: Held, rest: Sequence[Artifact]) -> None:
             child.kill()
             child.wait()
             _close(child)
-        if not processes.wait_for(lambda: not any(map(processes.alive, family)), 30):
-            left = ", ".join(str(one[0]) for one in family if processes.alive(one))
-            raise Failed(f"processes outlive the backup that was killed: {left}")
+        if left := processes.survivors(family, bench.target.patience):
+            raise Failed(f"processes outlive the backup that was killed: {', '.join(map(str, left))}")
     _release(bench, run)
 
 
@@ -79,8 +76,7 @@ def killed_at_the_end(bench: Bench) -> None:
     _require_other_process(bench)
     vm = bench.vm()
     for delay in (0.0, 0.02, 0.1):
-        artifacts = [*bench.artifacts()[:1], *bench.artifacts()[2:]]
-        manifest = BytesArtifact(NAME, b'{"kit": true}')
+        *artifacts, manifest = bench.artifacts()
         held = Held(manifest, 0, bench.place())
         run = bench.run(vm)
         with bench.context() as ctx:

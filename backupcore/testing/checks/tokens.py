@@ -35,7 +35,7 @@ def token(bench: Bench) -> None:
     """The token has the contract's form and lives on as text."""
     kept = bench.keep()
     text = json.loads(json.dumps(f"kit://nas/0:{kept.source}//disk.vda.qcow2")).split(":")[-1].split("/")[0]
-    bench.same(Kept(source=SourceRef(text), run=kept.run, artifacts=kept.artifacts))
+    bench.there(Kept(source=SourceRef(text), run=kept.run, artifacts=kept.artifacts))
 
 
 def two_tokens(bench: Bench) -> None:

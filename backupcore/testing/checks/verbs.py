@@ -18,7 +18,6 @@ def answers(bench: Bench) -> None:
     for store in (bench.open(), bench.open()):
         with bench.context() as ctx:
             store.check(ctx)
-            store.check(ctx)
             first, second = ({one.source for one in store.sources(ctx)} for _ in range(2))
             if kept.source not in first & second:
                 raise Failed("a backup is not listed each time")

@@ -21,7 +21,7 @@ COMMANDS = {
     "image": ("vmkeep.cli.image:image", "List, show and delete images (chains of backups)."),
     "vm": ("vmkeep.cli.vm:vm", "List and show VMs; change their backup settings."),
     "datastore": ("vmkeep.cli.datastore:datastore", "List and check datastores."),
-    "driver": ("vmkeep.cli.driver:driver", "List the installed drivers."),
+    "driver": ("vmkeep.cli.driver:driver", "List, test and begin drivers."),
     "check": ("vmkeep.cli.check:check", "Is everything here that backups need?"),
     "init": ("vmkeep.cli.init:init", "Write a commented configuration."),
 }
