@@ -140,9 +140,22 @@ class Child:
             if self._code is not None or self._killer is not None:
                 return
             self._signal(signal.SIGINT)
+            self._interrupt_threads()
             self._killer = threading.Timer(PATIENCE, self._kill)
             self._killer.daemon = True
             self._killer.start()
+
+    def _interrupt_threads(self) -> None:
+        """SIGINT to each further thread of a program that has some, as a Go program does.
+
+        The kernel hands a signal to the first thread, and to no other even if that one waits in a read of a file view
+        that hangs: the program would not hear of it until it is killed, and restic would leave its lock.
+        """
+        libc = ctypes.CDLL(None)
+        with suppress(OSError):  # it has ended
+            for task in Path(f"/proc/{self.pid}/task").iterdir():
+                if int(task.name) != self.pid:
+                    libc.tgkill(self.pid, int(task.name), signal.SIGINT)
 
     def _kill(self) -> None:
         self._signal(signal.SIGKILL)

@@ -20,15 +20,11 @@ class TestRestic(DriverKit):
     @pytest.fixture
     def target(self, fresh: Restic, tmp_path: Path, home: Path, password: Path) -> Target:
         def tamper(source: SourceRef, artifact: str) -> None:
-            packs = [path for path in Path(fresh.repository, "data").rglob("*") if path.is_file()]
-            pack = max(packs, key=lambda path: path.stat().st_size)
-            pack.chmod(0o600)
-            data = bytearray(pack.read_bytes())
-            for offset in range(0, len(data), 4096):  # whatever artifact lies there
-                data[offset] ^= 1
-            pack.write_bytes(data)
+            for pack in [path for path in Path(fresh.repository, "data").rglob("*") if path.is_file()]:
+                pack.chmod(0o600)
+                pack.write_bytes(bytes(byte ^ 1 for byte in pack.read_bytes()))  # whatever artifact lies there
 
-        options = {"repository": fresh.repository, "password_file": str(password), "cache": str(home)}
+        options = {"repository": fresh.repository, "password_file": str(password), "cache": str(home), "lock_wait": 0}
         return Target(
             driver="restic",
             options=options,
