@@ -68,7 +68,6 @@ def test_a_repository_on_a_server(
     assert driver.delete([source], ctx)
     with pytest.raises(SourceNotFound):
         driver.restore(source, ctx)
-    assert driver.maintain(ctx)
     assert SECRET not in caplog.text
     assert SECRET not in repr(driver)
 

@@ -29,6 +29,11 @@ from drivers.rsync.tests.kinds import SECRET, Kind, new_artifacts, new_run, over
 from lab.servers import Sshd, free_port, rsync_daemon
 
 DISK = 40 << 20
+SLOW_ELSEWHERE = pytest.mark.parametrize(
+    "kind",
+    ["folder", *(pytest.param(name, marks=pytest.mark.soak) for name in ("host", "daemon"))],
+    indirect=True,
+)
 
 
 def raises(error: type[BackupError], text: str, call: Callable[[], object]) -> BackupError:
@@ -49,6 +54,7 @@ def test_a_read_that_fails_fails_the_backup_with_its_own_error(kind: Kind, ctx: 
     assert kind.everything() == []
 
 
+@SLOW_ELSEWHERE
 def test_cancelled_midway_leaves_nothing(kind: Kind, ctx: Context, tmp_path: Path) -> None:
     held = Held(Made("disk.vdb.qcow2", DISK, every=100), DISK // 2, tmp_path)
 
@@ -86,8 +92,15 @@ def test_a_restore_can_be_cancelled(kind: Kind, ctx: Context) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argument", "text"),
-    [("--exclude=nvram", "nvram is missing"), ("--dry-run", "is missing"), ("--max-size=99", "disk")],
+    ("kind", "argument", "text"),
+    [
+        ("folder", "--exclude=nvram", "nvram is missing"),
+        ("folder", "--max-size=99", "disk"),
+        ("folder", "--dry-run", "is missing"),
+        ("host", "--dry-run", "is missing"),
+        ("daemon", "--dry-run", "is missing"),
+    ],
+    indirect=["kind"],
 )
 def test_an_argument_that_leaves_files_out_is_noticed(kind: Kind, ctx: Context, argument: str, text: str) -> None:
     driver = kind.driver(rsync_arguments=[argument])
@@ -96,6 +109,7 @@ def test_an_argument_that_leaves_files_out_is_noticed(kind: Kind, ctx: Context, 
     assert kind.everything() == []
 
 
+@pytest.mark.parametrize("kind", ["folder"], indirect=True)
 def test_an_argument_that_rsync_does_not_know(kind: Kind, ctx: Context) -> None:
     driver = kind.driver(rsync_arguments=["--no-such"])
     raises(ConfigError, "unknown option", lambda: driver.backup(new_artifacts(), new_run(), ctx))

@@ -135,10 +135,12 @@ def test_deleted_is_gone_and_the_others_stay(kind: Kind, ctx: Context) -> None:
     (kind.root / "photos").mkdir()
     (kind.root / "photos" / "cat").touch()
     absent = SourceRef(f"{first.token[:36]}.{'0' * 32}")
-    assert driver.delete([first, absent, third], ctx)
+    nowhere = SourceRef(f"0e9a2a1b-0000-4000-8000-000000000000.{'0' * 32}")
+    assert driver.delete([first, absent, nowhere, third], ctx)
     assert [one.source for one in driver.sources(ctx)] == [second]
     assert not kind.kept(first).exists()
     assert not kind.kept(absent).exists()
+    assert not kind.kept(nowhere).parent.exists()
     assert (kind.kept(first).parent / "notes.txt").read_text() == "mine"
     assert (kind.root / "photos" / "cat").exists()
     with pytest.raises(SourceNotFound):
@@ -155,6 +157,7 @@ def test_a_disk_that_is_not_mounted_does_not_hide_that_all_is_gone(kind: Kind, c
     assert "mounted" in caught.value.hint
 
 
+@pytest.mark.parametrize("kind", ["folder", "daemon", pytest.param("host", marks=pytest.mark.soak)], indirect=True)
 def test_a_thousand_sources_are_one_listing(kind: Kind, ctx: Context) -> None:
     driver = kind.driver()
     source = keep(driver, ctx)
