@@ -75,8 +75,11 @@ class Bench:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While the block runs, everything that is logged is heard."""
-        before = self.log.level
+        """While the block runs, everything that is logged is heard; the user sees no more of it than before."""
+        before, shown = self.log.level, self.log.getEffectiveLevel()
+        others = [(handler, handler.level) for handler in self.log.handlers]
+        for handler, level in others:
+            handler.setLevel(max(level, shown))
         self.log.setLevel(logging.DEBUG)
         self.log.addHandler(self._heard)
         try:
@@ -84,6 +87,8 @@ class Bench:
         finally:
             self.log.removeHandler(self._heard)
             self.log.setLevel(before)
+            for handler, level in others:
+                handler.setLevel(level)
 
     def clean_up(self) -> None:
         """Delete every backup that was made here, also those that nobody was told of. Errors are logged."""
@@ -185,9 +190,23 @@ class Bench:
             return self.open().sources(ctx)
 
     def ours(self, *vms: VM) -> list[Listed]:
-        """What is listed of these VMs (of all VMs of the bench), or without saying whose it is."""
+        """What is listed of these VMs (of all VMs of the bench)."""
         wanted = {vm.uuid for vm in vms} or self.vms
-        return [one for one in self.listed() if one.labels.get("vm", "") in {*wanted, ""}]
+        return [one for one in self.listed() if one.labels.get("vm") in wanted]
+
+    @contextmanager
+    def nothing_of(self, vm: VM, what: str) -> Iterator[None]:
+        """Failed if, after the block, something is listed of `vm`, or something new that does not say whose it is."""
+
+        def listed() -> dict[SourceRef, str]:
+            return {one.source: one.labels.get("vm", "") for one in self.listed()}
+
+        before = listed()
+        yield
+        left = [source for source, owner in listed().items() if source not in before and owner in (vm.uuid, "")]
+        if left:
+            self.made.extend(left)
+            raise Failed(f"{what} is listed")
 
     def there(self, *kept: Kept) -> None:
         """Failed unless a freshly opened datastore has what was kept: its names and their sizes."""

@@ -20,44 +20,43 @@ def _places() -> Iterator[tuple[str, int]]:
     yield from (("byte 0", 0), ("byte 1", 1), ("half", SIZE // 2), ("the last byte", SIZE - 1))
 
 
-def _nothing(bench: Bench, vm: VM, what: str) -> None:
-    if bench.ours(vm):
-        raise Failed(f"{what} is listed")
-
-
 def giver_fails(bench: Bench) -> None:
     """A read that fails, at byte 0, 1, half or the last, fails the backup with its own error and leaves nothing."""
     vm = bench.vm()
-    for place, at in _places():
-        artifacts = [Failing(Made("disk.vda.qcow2", SIZE), at), *bench.artifacts()[1:]]
-        try:
-            bench.keep(artifacts, bench.run(vm))
-        except HypervisorError as error:
-            if (error.message, error.hint) != (gone().message, gone().hint):
-                raise Failed(f"the error of a read at {place} was changed: {error}") from error
-        except BackupError as error:
-            raise Failed(f"the HypervisorError of a read at {place} became {type(error).__name__}: {error}") from error
-        else:
-            raise Failed(f"a backup is done although a read failed at {place}")
-    _nothing(bench, vm, "a backup with a read that failed")
+    with bench.nothing_of(vm, "a backup with a read that failed"):
+        for place, at in _places():
+            _fail(bench, vm, at, place)
     bench.there(bench.keep(run=bench.run(vm)))
+
+
+def _fail(bench: Bench, vm: VM, at: int, place: str) -> None:
+    artifacts = [Failing(Made("disk.vda.qcow2", SIZE), at), *bench.artifacts()[1:]]
+    try:
+        bench.keep(artifacts, bench.run(vm))
+    except HypervisorError as error:
+        if (error.message, error.hint) != (gone().message, gone().hint):
+            raise Failed(f"the error of a read at {place} was changed: {error}") from error
+    except BackupError as error:
+        raise Failed(f"the HypervisorError of a read at {place} became {type(error).__name__}: {error}") from error
+    else:
+        raise Failed(f"a backup is done although a read failed at {place}")
 
 
 def giver_lies(bench: Bench) -> None:
     """An artifact that ends early fails the backup; of one that is too long no more is kept than it promised."""
     vm = bench.vm()
     disk = Made("disk.vda.qcow2", SIZE)
-    for size in (SIZE + 1, 2 * SIZE):
-        with bench.refused(BackupError, what="a backup of an artifact that ends early"):
-            bench.keep([Lying(disk, size), *bench.artifacts()[1:]], bench.run(vm))
-    _nothing(bench, vm, "a backup of an artifact that ended early")
-    run = bench.run(vm)
     promised = SIZE - 64 * KIB - 1
-    try:
-        kept = bench.keep([Lying(disk, promised), *bench.artifacts()[1:]], run)
-    except BackupError as error:
-        bench.tell(error)
-        _nothing(bench, vm, "a failed backup of an artifact that was too long")
+    kept = None
+    with bench.nothing_of(vm, "a failed backup of an artifact that has another length than it promised"):
+        for size in (SIZE + 1, 2 * SIZE):
+            with bench.refused(BackupError, what="a backup of an artifact that ends early"):
+                bench.keep([Lying(disk, size), *bench.artifacts()[1:]], bench.run(vm))
+        try:
+            kept = bench.keep([Lying(disk, promised), *bench.artifacts()[1:]])
+        except BackupError as error:
+            bench.tell(error)
+    if kept is None:
         return
     with bench.context() as ctx:
         found = bench.open().artifacts(kept.source, ctx)["disk.vda.qcow2"]
@@ -71,12 +70,12 @@ def cancelled(bench: Bench) -> None:
     """A run that the user stops, at byte 0, 1, half or the last, ends soon, as Cancelled, and leaves nothing."""
     vm = bench.vm()
     disk, manifest = bench.artifacts(SIZE)
-    for place, at in list(_places())[:-1]:
-        held = Held(disk, at, bench.place())
-        _cancel(bench, vm, held, [held, manifest], place)
-    held = Held(manifest, manifest.size - 1, bench.place())
-    _cancel(bench, vm, held, [disk, held], "the last byte")
-    _nothing(bench, vm, "a cancelled backup")
+    with bench.nothing_of(vm, "a cancelled backup"):
+        for place, at in list(_places())[:-1]:
+            held = Held(disk, at, bench.place())
+            _cancel(bench, vm, held, [held, manifest], place)
+        held = Held(manifest, manifest.size - 1, bench.place())
+        _cancel(bench, vm, held, [disk, held], "the last byte")
     bench.there(bench.keep(run=bench.run(vm)))
 
 

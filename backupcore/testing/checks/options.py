@@ -29,7 +29,8 @@ def wrong_options(bench: Bench) -> None:
     options = {**bench.target.options, "no_such_option_": MARK}
     wrong = ["no_such_option_"]
     for one in fields:
-        if str(one.type).replace(" ", "") in ("int", "bool", "float", "int|None"):
+        kind = one.type.__name__ if isinstance(one.type, type) else str(one.type)
+        if kind.replace(" ", "") in ("int", "bool", "float", "int|None"):
             options[one.name] = MARK
             wrong.append(one.name)
         elif one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +16,9 @@ from backupcore.errors import BackupError, Cancelled, IncrementImpossible
 from backupcore.hypervisor import VMState
 from backupcore.model import BackupRun, Estimate, Image, Outcome, RunState, Type
 from backupcore.session import Recorded, run_backup
-from vmkeep import folders, interrupt, lock, settings
-from vmkeep.catalog import images, runs
+from vmkeep import flatten, folders, interrupt, lock, retention, settings
+from vmkeep.catalog import flattens, images, runs
+from vmkeep.catalog.database import Catalog
 from vmkeep.workplace import Workplace
 
 __all__ = ["Planned", "Taken", "plan", "take"]
@@ -25,10 +26,15 @@ __all__ = ["Planned", "Taken", "plan", "take"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Taken:
-    """A backup that was taken and recorded; `image` is its image's number."""
+    """A backup that was taken and recorded; `image` is its image's number.
+
+    `retention` is what was let go for it, `warnings` what went wrong after the record.
+    """
 
     recorded: Recorded
     image: int
+    retention: tuple[retention.Action, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +48,7 @@ class Planned:
 
 def _settings(place: Workplace, found: VMState) -> dict[str, str]:
     own = place.hypervisor.settings(found.vm)
-    chosen = settings.effective(own, place.config.defaults, found.vm.name)
-    settings.require_supported(chosen, found.vm.name)
-    return chosen
+    return settings.effective(own, place.config.defaults, found.vm.name)
 
 
 def _run(
@@ -52,7 +56,7 @@ def _run(
     found: VMState,
     datastore: str,
     newest: Image | None,
-    retired: Sequence[str],
+    catalog: Catalog,
     *,
     reset: bool,
 ) -> BackupRun:
@@ -64,7 +68,8 @@ def _run(
         settings=_settings(place, found),
         reset=reset,
     )
-    return replace(run, spent=(*retired, *run.spent))
+    spent = (*images.retired(catalog, found.vm), *run.spent)
+    return replace(run, spent=spent, keep=images.kept(catalog, found.vm))
 
 
 def plan(place: Workplace, vm: str, *, datastore: str | None = None, reset: bool = False) -> Planned:
@@ -72,7 +77,9 @@ def plan(place: Workplace, vm: str, *, datastore: str | None = None, reset: bool
     name = place.config.datastore(datastore)
     found = place.hypervisor.find(vm)
     newest = images.newest(place.catalog_if_any, found.vm, name)
-    run = _run(place, found, name, newest, images.retired(place.catalog_if_any, found.vm), reset=reset)
+    if newest and (before := flattens.begun(place.catalog_if_any, newest)):
+        newest = replace(newest, state=before)  # type: ignore[arg-type]  # a state that the catalog held
+    run = _run(place, found, name, newest, place.catalog_if_any, reset=reset)
     try:
         estimate = place.hypervisor.estimate(run)
     except IncrementImpossible as error:
@@ -99,8 +106,9 @@ def take(
     found = place.hypervisor.find(vm)
     with ExitStack() as stack:
         stack.enter_context(lock.vm_run(place.state, found.vm))
-        newest = _newest_locked(place, found, name, stack)
-        run = _run(place, found, name, newest, images.retired(place.catalog, found.vm), reset=reset)
+        shared = stack.enter_context(ExitStack())
+        newest = _newest_locked(place, found, name, shared)
+        run = _run(place, found, name, newest, place.catalog, reset=reset)
         runs.died(place.catalog, found.vm.uuid)
         folders.sweep(place.state, found.vm, lambda dead, folder: _release(place, dead, folder, store))
         runs.begin(place.catalog, run)
@@ -112,13 +120,24 @@ def take(
                 recorded = run_backup(
                     store, run, ctx, record=lambda done: numbers.append(runs.record(place.catalog, done))
                 )
-        return Taken(recorded=recorded, image=numbers[0])
+        shared.close()
+        done, warnings = retention.after(place, found.vm, name, progress=progress)
+        return Taken(
+            recorded=recorded,
+            image=numbers[0],
+            retention=tuple(action for due in done for action in due.actions),
+            warnings=(*recorded.warnings, *warnings),
+        )
 
 
 def _newest_locked(place: Workplace, found: VMState, datastore: str, stack: ExitStack) -> Image | None:
-    """The VM's newest image, with a shared lock: it must not be deleted while an increment is added to it."""
+    """The VM's newest image, with a shared lock: it must not be deleted while an increment is added to it.
+
+    A flatten of it that was interrupted is finished first.
+    """
     newest = images.newest(place.catalog, found.vm, datastore)
     if newest:
+        flatten.finish(place, newest)
         stack.enter_context(lock.image_shared(place.state, newest))
     # It may have been deleted between the two lines above; the lock keeps what is read now.
     return images.newest(place.catalog, found.vm, datastore)
@@ -130,6 +149,8 @@ def _release(place: Workplace, run: BackupRun, folder: Path, other: Datastore) -
     Where its datastore is not configured any more, by way of the `other` one: the guest must be released all the same.
     """
     store = place.datastore(run.datastore, hypervisor=True) if run.datastore in place.config.datastores else other
+    # What other chains have recorded since it died is no stray.
+    run = replace(run, keep=images.kept(place.catalog, run.vm))
     written = runs.increment_of(place.catalog, run.id)
     outcome = Outcome(state=RunState.RECORDED if written else RunState.FAILED)
     if written and written[0].uuid != run.image:  # it became a full in a new image after its folder was made

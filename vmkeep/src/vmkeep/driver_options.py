@@ -6,21 +6,19 @@ import dataclasses
 import tomllib
 from collections.abc import Sequence
 
-from backupcore import plugins
 from backupcore.errors import ConfigError
 
 __all__ = ["parse"]
 
 
-def parse(driver: str, words: Sequence[str]) -> dict[str, object]:
-    """The options of the driver `driver`. Values are checked when the driver is built; no error here shows one."""
-    kind = plugins.load(plugins.DRIVERS, driver)
+def parse(kind: type, words: Sequence[str]) -> dict[str, object]:
+    """The options of a driver of class `kind`. Values are checked when it is built; no error here shows one."""
     types = {one.name: str(one.type) for one in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
     options: dict[str, object] = {}
     for word in words:
         key, mark, value = word.partition("=")
         if not mark or not key:
-            raise ConfigError("-o needs key=value", f"The options of {driver} are: {', '.join(types)}.")
+            raise ConfigError("-o needs key=value", f"The options of this driver are: {', '.join(types)}.")
         if key in options:
             raise ConfigError(f"-o {key} is given twice", "Give it once.")
         options[key] = value if _is_text(types.get(key, "str")) else _value(value)

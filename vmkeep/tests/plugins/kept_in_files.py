@@ -9,7 +9,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import backupcore
@@ -82,9 +82,18 @@ class FileHypervisor(MemoryHypervisor):
         self.read()
         return super().vms()
 
-    def find(self, vm: str) -> VMState:
+    def find(self, vm: str, defaults: Mapping[str, str] | None = None) -> VMState:
         self.read()
-        return super().find(vm)
+        return super().find(vm, defaults)
+
+    def forget(self, vm: VM) -> Sequence[str]:
+        gone = super().forget(vm)
+        save(self.path, self.guests.values())
+        return gone
+
+    def settings(self, vm: VM) -> Mapping[str, str]:
+        self.read()
+        return super().settings(vm)
 
     def configure(self, vm: VM, settings: dict[str, str]) -> None:
         super().configure(vm, settings)
@@ -115,6 +124,8 @@ class FileDriver:
         while waiting.exists():
             ctx.wait(0.02)
         token = new_id()
+        if (self.path / "talk").exists():
+            ctx.log.debug("token is %s", token)
         folder = self.path / f".{token}"
         folder.mkdir()
         size = 0

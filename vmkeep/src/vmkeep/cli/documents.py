@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from backupcore.model import Image, LeftOut
+from backupcore.model import Image, Increment, LeftOut
 from vmkeep.backup import Planned, Taken
 from vmkeep.catalog.runs import PastRun
 from vmkeep.cli.figures import iso
+from vmkeep.flatten import Done
 from vmkeep.restore import Files
+from vmkeep.retention import Action
+from vmkeep.retention import Plan as RetentionPlan
+from vmkeep.settings import DISK_LISTS, NUMBERS, disk_list
 from vmkeep.vms import Detail, Listing
 
-__all__ = ["backup", "config", "image", "images", "plan", "restore", "vm", "vms"]
+__all__ = ["backup", "config", "flatten", "image", "images", "plan", "prune", "restore", "vm", "vms"]
 
 Document = dict[str, object]
+
+
+def _disks(increment: Increment) -> list[Document]:
+    return [
+        {"id": disk.id, "size": disk.virtual_size, "whole": disk.whole, "reason": disk.reason}
+        for disk in increment.disks
+    ]
 
 
 def _left_out(left: tuple[LeftOut, ...]) -> list[Document]:
@@ -42,8 +53,56 @@ def backup(taken: Taken) -> Document:
         "consistency": increment.consistency,
         "frozen_seconds": round(recorded.frozen_seconds, 3),
         "seconds": round(recorded.seconds, 3),
+        "disks": _disks(increment),
         "left_out": _left_out(recorded.left_out),
-        "warnings": list(recorded.warnings),
+        "retention": [_action(one) for one in taken.retention],
+        "warnings": list(taken.warnings),
+    }
+
+
+def _action(action: Action) -> Document:
+    return {
+        "action": action.what,
+        "image": action.image,
+        "to": action.to,
+        "why": action.why,
+        "done": action.done,
+        "error": action.error or None,
+    }
+
+
+def prune(plans: list[RetentionPlan], warnings: list[str], *, dry_run: bool) -> Document:
+    """``vmkeep image prune``."""
+    return {
+        "dry_run": dry_run,
+        "plans": [
+            {
+                "vm": one.vm.name,
+                "uuid": one.vm.uuid,
+                "datastore": one.datastore,
+                "unknown": one.unknown or None,
+                "actions": [_action(action) for action in one.actions],
+            }
+            for one in plans
+        ],
+        "warnings": warnings,
+    }
+
+
+def flatten(done: Done) -> Document:
+    """``vmkeep image flatten``."""
+    return {
+        "id": done.image.number,
+        "image_uuid": done.image.uuid,
+        "increment": done.full.id,
+        "point": done.full.point,
+        "source": done.full.source.token,
+        "merged": [one.id for one in done.merged],
+        "size": done.full.size,
+        "stored": done.stored,
+        "copied": done.copied,
+        "seconds": round(done.seconds, 3),
+        "warnings": list(done.warnings),
     }
 
 
@@ -61,7 +120,7 @@ def plan(planned: Planned) -> Document:
         "uuid": run.vm.uuid,
         "datastore": run.datastore,
         "size": sum(known) if len(known) == len(disks) else None,
-        "disks": [{"id": disk.id, "bytes": disk.bytes, "whole": disk.whole} for disk in disks],
+        "disks": [{"id": disk.id, "bytes": disk.bytes, "whole": disk.whole, "reason": disk.reason} for disk in disks],
         "left_out": _left_out(planned.estimate.left_out),
     }
 
@@ -93,6 +152,7 @@ def image(found: Image, *, increments: bool) -> Document:
                 "source": increment.source.token,
                 "consistency": increment.consistency,
                 "reason": increment.reason,
+                "disks": _disks(increment),
             }
             for increment in found.increments
         ]
@@ -110,6 +170,7 @@ def restore(files: Files, driver: str) -> Document:
         "name": files.name,
         "xml": str(files.definition) if files.definition else None,
         "nvram": str(files.nvram) if files.nvram else None,
+        "beside": [{"artifact": name, "path": str(path)} for name, path in files.beside.items()],
         "increment": files.number,
         "disks": [
             {
@@ -133,6 +194,7 @@ def vms(found: list[Listing], now: datetime | None = None) -> list[Document]:
             "name": one.found.vm.name,
             "uuid": one.found.vm.uuid,
             "state": one.found.state,
+            "being_read": one.found.being_read,
             "last_backup": iso(one.last_backup),
             "age_seconds": max(0, int((now - one.last_backup).total_seconds())) if one.last_backup else None,
         }
@@ -143,7 +205,9 @@ def vms(found: list[Listing], now: datetime | None = None) -> list[Document]:
 def config(detail: Detail) -> Document:
     """What counts for a VM, as in ``[defaults]``."""
     found: Document = {key.lower(): value for key, value in detail.settings.items()}
-    found["keep_last"] = int(detail.settings["KEEP_LAST"])
+    found |= {key.lower(): int(detail.settings[key]) for key in NUMBERS}
+    found["keep_chains"] = int(detail.settings["KEEP_CHAINS"]) if detail.settings["KEEP_CHAINS"] else None
+    found |= {key.lower(): disk_list(detail.settings[key]) for key in DISK_LISTS}
     found["own"] = sorted(key.lower() for key in detail.own)
     return found
 
@@ -154,6 +218,7 @@ def vm(detail: Detail) -> Document:
         "name": detail.found.vm.name,
         "uuid": detail.found.vm.uuid,
         "state": detail.found.state,
+        "being_read": detail.found.being_read,
         "disks": [
             {
                 "id": disk.id,

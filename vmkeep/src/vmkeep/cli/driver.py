@@ -51,7 +51,7 @@ def test(asked: Asked, name: str, options: tuple[str, ...], checks: tuple[str, .
     from vmkeep import driver_options  # noqa: PLC0415 - as above
 
     log.start(asked.verbose)
-    target = Target(driver=name, options=driver_options.parse(name, options))
+    target = Target(driver=name, options=driver_options.parse(plugins.load(plugins.DRIVERS, name), options))
     wanted = chosen(checks)
     _answers(target)
     results = examine(target, checks=wanted, heard=lambda result: _tell(asked, result))

@@ -18,7 +18,7 @@ __all__ = ["COMMANDS", "main", "run", "vmkeep"]
 COMMANDS = {
     "backup": ("vmkeep.cli.backup:backup", "Back up a VM."),
     "restore": ("vmkeep.cli.restore:restore", "Restore a backup's disks and definition to new files."),
-    "image": ("vmkeep.cli.image:image", "List, show and delete images (chains of backups)."),
+    "image": ("vmkeep.cli.image:image", "List, show, flatten, pin and delete images (chains of backups)."),
     "vm": ("vmkeep.cli.vm:vm", "List and show VMs; change their backup settings."),
     "datastore": ("vmkeep.cli.datastore:datastore", "List and check datastores."),
     "driver": ("vmkeep.cli.driver:driver", "List, test and begin drivers."),
