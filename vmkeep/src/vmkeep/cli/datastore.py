@@ -63,7 +63,7 @@ def maintain(asked: Asked, name: str) -> None:
     """Have the datastore NAME give back the room of what was deleted there, and look for damage.
 
     That may take long and lock others out, so no other command does it on the way. What it does in detail is the
-    driver's: restic prunes and checks its repository, S3 and rsync need nothing of the kind.
+    driver's: restic prunes and checks its repository, rsync needs nothing of the kind.
     """
     place = workplace(asked)
     store = place.datastore(name)
