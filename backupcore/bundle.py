@@ -37,13 +37,14 @@ class Bundle:
     def __init__(
         self, prepared: Prepared, run: BackupRun, ctx: Context, *, merged: Mapping[str, Any] = _NOTHING
     ) -> None:
-        """ContractViolation if `prepared` names an artifact twice, or a disk that is none.
+        """ContractViolation if `prepared` names an artifact twice, a disk that is none, or one without its parent.
 
         `merged` are further entries of the manifest, for a flattened full.
         """
         by_name = {check_name(artifact.name): artifact for artifact in prepared.artifacts}
         if len(by_name) != len(prepared.artifacts) or NAME in by_name:
             raise ContractViolation("prebackup named an artifact twice")
+        before = {disk.id for disk in run.parent.disks} if run.parent else set()
         self.disks: dict[str, HashedDisk] = {}
         self._sums: dict[str, SumsArtifact] = {}
         tables: dict[str, bytes] = {}
@@ -51,6 +52,10 @@ class Bundle:
             artifact = by_name.pop(disk.artifact, None)
             if not isinstance(artifact, DiskArtifact) or disk.artifact != f"disk.{disk.id}.qcow2":
                 raise ContractViolation(f"prebackup names disk {disk.id}, but {disk.artifact} is no such artifact")
+            if not disk.whole and disk.id not in before:
+                raise ContractViolation(
+                    f"prebackup gave what changed of disk {disk.id}, which the parent does not hold"
+                )
             hashed = HashedDisk(artifact, ctx.folder / f"{run.image}.sums.{disk.id}")
             self.disks[disk.id] = hashed
             tables[disk.id] = artifact.layout.tables_digest()
@@ -113,6 +118,7 @@ def draft(
                 "size": sizes[disk.id],
                 "whole": disk.whole,
                 "tables_digest": tables[disk.id].hex(),
+                "reason": disk.reason,
             }
             for disk in prepared.disks
         ],

@@ -591,7 +591,7 @@ def _row(data: bytes, size: int, source: SourceRef, last: Increment) -> Incremen
         reason=manifest.reason,
         digest=blake3(data).hexdigest(),
         # What the catalog knows of a disk beyond the manifest stays: the next increment is taken against this row.
-        disks=tuple(replace(disk, whole=True) for disk in last.disks),
+        disks=tuple(replace(disk, whole=True, reason="") for disk in last.disks),
     )
 
 

@@ -29,11 +29,12 @@ class VMDisk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VMState:
-    """A VM as it is now."""
+    """A VM as it is now. `being_read` is whether a backup reads its disks: if it is off, it cannot start until then."""
 
     vm: VM
     state: Literal["running", "paused", "off", "saved", "other"]
     disks: tuple[VMDisk, ...]
+    being_read: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,11 +53,21 @@ class Hypervisor(Protocol):
     def vms(self) -> Sequence[VMState]:
         """Every VM of this host, by name. HypervisorError if libvirt is away."""
 
-    def find(self, vm: str) -> VMState:
-        """The VM of that name or UUID. NotFound, with near names as a hint."""
+    def find(self, vm: str, defaults: Mapping[str, str] | None = None) -> VMState:
+        """The VM of that name or UUID. NotFound, with near names as a hint.
+
+        With `defaults`, the settings of VMs that say nothing themselves, its disks are shown as the VM's own settings
+        over these choose them; without, by rule alone.
+        """
 
     def estimate(self, run: BackupRun) -> Estimate:
         """What `prebackup` would take for this run, raising what it would raise, and touching nothing."""
+
+    def forget(self, vm: VM) -> Sequence[str]:
+        """Remove what backupcore made on this VM to tell changes: checkpoints, bitmaps, overlays; their names.
+
+        The next backup of each of its chains is then a full.
+        """
 
     def settings(self, vm: VM) -> Mapping[str, str]:
         """The VM's backup configuration out of its own metadata: upper-case keys (``MODE``) and their values."""
@@ -73,13 +84,15 @@ class Hypervisor(Protocol):
         nvram: Path | None,
         no_ip: bool,
         no_nic: bool,
+        boot: Mapping[str, Path] | None = None,
     ) -> bytes:
         """A restored VM's definition from the ``vm.xml`` of a backup.
 
         `disks` maps each restored disk's ID to its file; disks that are not in it are dropped. The stored XML is
         untrusted: only listed elements are carried over. `no_ip` drops the NICs' addresses (MACs and IPs), `no_nic`
-        the NICs. The result has `name` and no UUID, so it can be defined beside the VM that it comes from.
-        IntegrityError if `stored` is no domain definition.
+        the NICs. `boot` are restored files that the VM boots from (``kernel``, ``initrd``, ``dtb``). The result has
+        `name` and no UUID, so it can be defined beside the VM that it comes from. IntegrityError if `stored` is no
+        domain definition.
         """
 
     def check(self) -> Sequence[Finding]:

@@ -74,6 +74,7 @@ class DiskPart(_Part):
     tables_digest: Hex64
     sums_digest: Hex64
     order: Literal["guest", "file"] = "guest"
+    reason: str = ""
 
     @property
     def sums(self) -> str:
@@ -83,7 +84,13 @@ class DiskPart(_Part):
     @property
     def disk(self) -> Disk:
         """The same as the model's value."""
-        return Disk(id=self.id, artifact=self.artifact, virtual_size=self.virtual_size, whole=self.whole)
+        return Disk(
+            id=self.id,
+            artifact=self.artifact,
+            virtual_size=self.virtual_size,
+            whole=self.whole,
+            reason=self.reason,
+        )
 
 
 class ArtifactPart(_Part):
@@ -95,7 +102,7 @@ class ArtifactPart(_Part):
 
 
 class LeftOutPart(_Part):
-    """A disk that the backup does not hold, and why."""
+    """A disk, or another part of the VM (``tpm``, ``kernel``), that the backup does not hold, and why."""
 
     id: str
     reason: str

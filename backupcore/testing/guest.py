@@ -31,12 +31,13 @@ __all__ = ["MemoryGuest", "MemoryHypervisor"]
 
 @dataclass
 class MemoryGuest:
-    """One VM. `checkpoints` maps a point to the clusters written since, per disk."""
+    """One VM. `checkpoints` maps a point to the clusters written since, per disk; `files` are further artifacts."""
 
     vm: VM
     disks: dict[str, bytearray]
     settings: dict[str, str] = field(default_factory=dict)
     checkpoints: dict[str, dict[str, set[int]]] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
     busy: str = ""
 
     def write(self, disk: str, offset: int, data: bytes) -> None:
@@ -73,15 +74,19 @@ class MemoryHypervisor:
             if run.parent.point not in guest.checkpoints:
                 raise IncrementImpossible(f"checkpoint of point {run.parent.point} is gone")
             dirty = guest.checkpoints[run.parent.point]
+        held = {disk.id for disk in run.parent.disks} if run.parent else set()
         guest.busy = run.id
         artifacts: list[Artifact] = [BytesArtifact("vm.xml", f"<domain><name>{run.vm.name}</name></domain>".encode())]
+        artifacts += [BytesArtifact(name, data) for name, data in guest.files.items()]
         disks = []
         for name, content in guest.disks.items():
             data = bytes(content)
-            extents = self._extents(data, dirty.get(name, set()) if dirty is not None else None)
+            whole = dirty is None or name not in held
+            extents = self._extents(data, None if whole or dirty is None else dirty.get(name, set()))
             artifact = DiskArtifact(f"disk.{name}.qcow2", Layout(len(data), extents), MemoryBlocks(data))
             artifacts.append(artifact)
-            disks.append(Disk(id=name, artifact=artifact.name, virtual_size=len(data), whole=dirty is None))
+            reason = "added since the last backup" if whole and run.parent else ""
+            disks.append(Disk(id=name, artifact=artifact.name, virtual_size=len(data), whole=whole, reason=reason))
         if run.tracked:
             guest.checkpoints[run.point] = {}
         return Prepared(
@@ -98,7 +103,11 @@ class MemoryHypervisor:
         """Let go of the guest and of the checkpoints that nobody needs any more."""
         guest = self.guests[run.vm.uuid]
         guest.busy = ""
-        gone = run.spent if outcome.state is RunState.RECORDED else (run.point,)
+        recorded = outcome.state is RunState.RECORDED
+        gone = set(run.spent if recorded else (run.point,))
+        if run.keep is not None:
+            needed = {*run.keep, *((run.parent.point,) if run.parent else ()), *((run.point,) if recorded else ())}
+            gone |= set(guest.checkpoints) - needed
         for point in gone:
             guest.checkpoints.pop(point, None)
 
@@ -106,8 +115,9 @@ class MemoryHypervisor:
         """Every guest."""
         return [self._state(guest) for guest in sorted(self.guests.values(), key=lambda guest: guest.vm.name)]
 
-    def find(self, vm: str) -> VMState:
-        """By name or UUID."""
+    def find(self, vm: str, defaults: Mapping[str, str] | None = None) -> VMState:
+        """By name or UUID; the settings choose nothing here."""
+        del defaults
         for guest in self.guests.values():
             if vm in (guest.vm.name, guest.vm.uuid):
                 return self._state(guest)
@@ -127,6 +137,12 @@ class MemoryHypervisor:
         disks = (DiskEstimate(id=name, bytes=len(data), whole=whole) for name, data in guest.disks.items())
         return Estimate(disks=tuple(disks), left_out=())
 
+    def forget(self, vm: VM) -> Sequence[str]:
+        """Drop every checkpoint."""
+        gone = sorted(self.guests[vm.uuid].checkpoints)
+        self.guests[vm.uuid].checkpoints.clear()
+        return gone
+
     def settings(self, vm: VM) -> Mapping[str, str]:
         """As `configure` set them."""
         if vm.uuid not in self.guests:
@@ -138,11 +154,20 @@ class MemoryHypervisor:
         self.guests[vm.uuid].settings = dict(settings)
 
     def definition(
-        self, stored: bytes, *, name: str, disks: Mapping[str, Path], nvram: Path | None, no_ip: bool, no_nic: bool
+        self,
+        stored: bytes,
+        *,
+        name: str,
+        disks: Mapping[str, Path],
+        nvram: Path | None,
+        no_ip: bool,
+        no_nic: bool,
+        boot: Mapping[str, Path] | None = None,
     ) -> bytes:
-        """A definition with nothing but the name."""
+        """A definition with nothing but the name and the files to boot from."""
         del stored, disks, nvram, no_ip, no_nic
-        return f"<domain><name>{name}</name></domain>".encode()
+        named = "".join(f"<{part}>{path}</{part}>" for part, path in (boot or {}).items())
+        return f"<domain><name>{name}</name>{named}</domain>".encode()
 
     def check(self) -> Sequence[Finding]:
         """All is well."""

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from kept_in_files import load, save
 
 from backupcore.model import LeftOut
 from vmkeep.cli import documents, exits
@@ -38,19 +39,31 @@ def keys(document: object, before: str = "") -> set[str]:
 @pytest.fixture
 def printed(site):
     """Every command's document."""
+    guests = load(site.guests)
+    guests[0].files = {"kernel": b"bzImage"}
+    save(site.guests, guests)
     found = {"backup --dry-run": site.run("backup", "web1", "--dry-run", "--json").json}
     found["backup"] = site.run("backup", "web1", "--json").json
     site.store.rename(site.folder / "away")
     site.run("backup", "web1")
     (site.folder / "away").rename(site.store)
-    for command in ("image list", "image show 1", "vm list", "vm show web1", "vm updateconf web1", "check"):
+    for command in (
+        "image list",
+        "image show 1",
+        "vm list",
+        "vm show web1",
+        "vm updateconf web1",
+        "vm forget web1",
+        "check",
+    ):
         found[" ".join(command.split()[:2])] = site.run(*command.split(), "--json").json
     site.run("vm", "updateconf", "web1", "--keep-last", "1")
     for command in ("image pin 1", "image unpin 1", "image prune"):
         found[" ".join(command.split()[:2])] = site.run(*command.split(), "--json").json
     site.run("vm", "updateconf", "web1", "--keep-last", "0")
-    site.run("backup", "web1")
-    found["image flatten"] = site.run("image", "flatten", "1", "--json").json
+    for _ in range(2):
+        site.run("backup", "web1")
+    found["image flatten"] = site.run("image", "flatten", "2", "--json").json
     site.run("backup", "web1")
     site.run("vm", "updateconf", "web1", "--keep-last", "1")
     found["backup"] = site.run("backup", "web1", "--json").json

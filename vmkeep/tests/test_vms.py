@@ -31,6 +31,25 @@ def test_show_has_disks_settings_images_and_runs(site):
     assert site.run("vm", "show", "nobody").code == 4
 
 
+def test_forget_removes_the_checkpoints_and_the_next_backup_is_a_full(site):
+    site.run("backup", "web1")
+    (point,) = site.guest(WEB).checkpoints
+    told = site.run("vm", "forget", "web1")
+    assert told.out == f"VM web1: checkpoints and overlays removed: 1\n  {point}\n"
+    assert site.guest(WEB).checkpoints == {}
+    assert site.run("vm", "forget", "web1", "--json").json["removed"] == []
+    assert site.run("backup", "web1", "--json").json["type"] == "FULL"
+
+
+def test_forget_is_busy_during_a_backup(site):
+    (site.store / "wait").touch()
+    child = site.start("backup", "web1")
+    site.until((site.store / "waits").exists, "the backup")
+    assert site.run("vm", "forget", "web1").code == 10
+    child.terminate()
+    child.communicate(timeout=60)
+
+
 def test_updateconf_stores_and_shows(site):
     told = site.run("vm", "updateconf", "db1", "--mode", "full", "--keep-last", "3")
     assert told.code == 0
@@ -41,11 +60,16 @@ def test_updateconf_stores_and_shows(site):
         "mode": "FULL",
         "increment_mode": "CBT",
         "fs_freeze": "NONE",
+        "fs_freeze_fallback": "NO",
+        "freeze_timeout": 10,
         "keep_last": 3,
         "keep_chains": None,
         "full_every": "0",
         "verify_flatten": "SAMPLE",
         "backup_volatile": "NO",
+        "volatile_disks": [],
+        "exclude_disks": [],
+        "encrypted_disks": "REFUSE",
         "own": ["backup_volatile", "keep_last", "mode"],
     }
 
@@ -55,8 +79,9 @@ def test_updateconf_stores_and_shows(site):
     [
         ("--mode", "SOMETIMES", 2, "'FULL', 'INCREMENT'"),
         ("--keep-last", "-1", 2, "0<=x<=999999"),
-        ("--fs-freeze", "AGENT", 9, "VM db1: FS_FREEZE=AGENT is not supported"),
-        ("--increment-mode", "SNAPSHOT", 9, "VM db1: INCREMENT_MODE=SNAPSHOT is not supported"),
+        ("--freeze-timeout", "0", 2, "1<=x<=600"),
+        ("--exclude-disks", "vda,vdz,vdy", 2, "VM db1 has no disk vdz, vdy, which EXCLUDE_DISKS would name"),
+        ("--volatile-disks", "../vda", 2, "VOLATILE_DISKS must be a list of disks (vdb,vdc)"),
     ],
 )
 def test_updateconf_refuses(site, option, value, code, said):
@@ -65,13 +90,24 @@ def test_updateconf_refuses(site, option, value, code, said):
     assert site.guest(DB).settings == {}
 
 
+def test_updateconf_takes_lists_of_disks_and_empties_them(site):
+    options = ("--exclude-disks", "vda", "--fs-freeze", "agent", "--freeze-timeout", "5", "--encrypted-disks", "plain")
+    config = site.run("vm", "updateconf", "db1", *options, "--json").json["config"]
+    shown = {"exclude_disks": ["vda"], "fs_freeze": "AGENT", "freeze_timeout": 5, "encrypted_disks": "PLAIN"}
+    assert config | shown == config
+    config = site.run("vm", "updateconf", "db1", "--exclude-disks", "", "--json").json["config"]
+    assert config["exclude_disks"] == []
+    assert site.guest(DB).settings["EXCLUDE_DISKS"] == ""
+
+
 def test_settings_that_somebody_wrote_by_hand_are_checked(site):
     guests = load(site.guests)
-    guests[0].settings = {"MODE": "Full", "MDOE": "FULL"}
+    guests[0].settings = {"MODE": "Full", "MDOE": "FULL", "FREEZE_TIMEOUT": "1e3"}
     save(site.guests, guests)
     told = site.run("backup", "web1")
     assert told.code == 2
-    assert "VM web1: MODE must be one of FULL, INCREMENT; 'MDOE' is no setting" in told.err
+    wrong = "MODE must be one of FULL, INCREMENT; 'MDOE' is no setting; FREEZE_TIMEOUT must be a number from 1 to 600"
+    assert f"VM web1: {wrong}" in told.err
 
 
 def test_the_hypervisor_away(site):

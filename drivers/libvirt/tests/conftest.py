@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,13 +21,20 @@ import libvirt
 import libvirt_qemu
 import pytest
 
-from backupcore import model
+from backupcore import model, run_backup
+from backupcore.chain import plan
 from backupcore.context import Context
-from backupcore.model import BackupRun, Link, Outcome, Prepared, RunState, Type, new_id
+from backupcore.datastore import Datastore
+from backupcore.model import BackupRun, Image, Increment, Link, Outcome, Prepared, RunState, Type, new_id
+from backupcore.restore import restore
+from backupcore.session import Recorded
+from backupcore.testing.memory import MemoryDriver
 from backupcore_libvirt.plugin import Libvirt
-from lab import graft
-from lab.domain_xml import DiskSpec, Firmware
+from lab import graft, kernel
+from lab.domain_xml import DiskSpec, Firmware, domain_xml
+from lab.private_libvirtd import PrivateLibvirtd
 from lab.vm import VM
+from lab.vm import same as same_bytes
 
 MiB = 1 << 20
 _numbers = itertools.count(1)
@@ -74,13 +83,54 @@ class SmallVM(VM):
         return {checkpoint.getName() for checkpoint in self.domain.listAllCheckpoints(0)}
 
     def bitmaps(self) -> dict[str, list[str]]:
-        """The bitmaps on each qcow2 disk, as QEMU has them."""
+        """The bitmaps on each qcow2 disk, as QEMU has them, or as they lie in the images of a VM that is off."""
         found = {}
+        if not self.active:
+            for target in self.targets():
+                info = json.loads(qemu_img("info", "--output=json", self.disk(target)))
+                if info["format"] == "qcow2":
+                    listed = info["format-specific"]["data"].get("bitmaps", ())
+                    found[target] = sorted(bitmap["name"] for bitmap in listed)
+            return found
         for node in self.monitor("query-named-block-nodes", flat=True):
             for target in self.targets():
                 if node["drv"] == "qcow2" and node["file"] == str(self.disk(target)):
                     found[target] = sorted(bitmap["name"] for bitmap in node.get("dirty-bitmaps", ()))
         return found
+
+    def write(self, target: str, *commands: str) -> None:
+        """qemu-io commands, through the guest's device, or on the image of a VM that is off."""
+        if self.active:
+            self.io(target, *commands)
+            return
+        path = self.disk(target)
+        shape = json.loads(qemu_img("info", "--output=json", path))["format"] if path.suffix != ".raw" else "raw"
+        options = [part for command in commands for part in ("-c", command)]
+        subprocess.run(["qemu-io", "-f", shape, *options, str(path)], check=True, capture_output=True)
+
+    def qemu_img(self, *arguments: object, disk: str, more: Sequence[object] = ()) -> None:
+        """qemu-img on the qcow2 image of a VM that is off."""
+        qemu_img(*arguments, "-f", "qcow2", self.disk(disk), *more)
+
+    def resize(self, disk: str, *arguments: object) -> None:
+        """qemu-img resize; the size comes last."""
+        self.qemu_img("resize", "-q", *arguments[:-1], disk=disk, more=arguments[-1:])
+
+    def copy(self, folder: Path) -> dict[str, Path]:
+        """What the disks hold now, by QEMU's own tools."""
+        return (
+            self.copy_truth(folder) if self.domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING else self.copy_disks(folder)
+        )
+
+    def redefine(self) -> None:
+        """Undefine and define it, as management tools do: what libvirt knew of its checkpoints is lost."""
+        text = self.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE)
+        running = self.active
+        flags = libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
+        self.domain.undefineFlags(flags)
+        if running:
+            self.domain.destroy()
+        self.domain = self.connection.defineXML(text)
 
     def job(self) -> int:
         return self.domain.jobInfo()[0]
@@ -190,6 +240,87 @@ def small(_shared: SmallVM) -> Iterator[SmallVM]:
         _shared.domain.resume()
 
 
+def _counting_guest() -> bytes:
+    """A boot sector that counts, and writes each number to the first disk, then to the second, for ever."""
+    code = bytes.fromhex(
+        "31c0 8ed8"  # xor ax,ax; mov ds,ax
+        "66ff 06 0080"  # again: inc dword [8000h]
+        "be307c b443 30c0 b280 cd13"  # mov si,packet; mov ah,43h (write); xor al,al; mov dl,80h; int 13h
+        "be307c b443 30c0 b281 cd13 ebe3"  # the same with dl,81h; jmp again
+    )
+    packet = bytes.fromhex("1000 0100 0080 0000 0008000000000000")  # size, 1 sector, from 0000:8000, to sector 2048
+    return code.ljust(0x30, b"\0") + packet.ljust(510 - 0x30, b"\0") + b"\x55\xaa"
+
+
+@pytest.fixture
+def counting_vm(lab: Lab, tmp_path: Path) -> Callable[..., SmallVM]:
+    """Starts a VM whose guest writes a number to vda, then to vdb, for ever: at sector 2048, ever higher ones."""
+
+    def start(shape: str = "qcow2") -> SmallVM:
+        boot = tmp_path / "boot.raw"
+        boot.write_bytes(_counting_guest().ljust(MiB, b"\0"))
+        vm = lab.vm([f"{shape}:4", f"{shape}:4"], content=boot, start=False)
+        # SeaBIOS shows a guest only the disks that it may boot from.
+        targets = [f"<target dev='{disk}' bus='virtio'/>" for disk in ("vda", "vdb")]
+        orders = [(target, f"{target}<boot order='{order}'/>") for order, target in enumerate(targets, 1)]
+        vm.change(("<boot dev='hd'/>", ""), *orders)
+        vm.start()
+        return vm
+
+    return start
+
+
+class AgentGuest(SmallVM):
+    """A Linux that writes to an ext4 on vda, with QEMU's guest agent."""
+
+    def agent(self, command: str, limit: int = 5, **arguments: object) -> object:
+        request = json.dumps({"execute": command, "arguments": arguments})
+        return json.loads(libvirt_qemu.qemuAgentCommand(self.domain, request, limit, 0))["return"]
+
+    def status(self) -> object:
+        """thawed, frozen, or None while the agent does not answer."""
+        with contextlib.suppress(libvirt.libvirtError):
+            return self.agent("guest-fsfreeze-status")
+        return None
+
+    def written(self) -> int:
+        """How often the guest has written so far, by its console; in steps of ten."""
+        return int(re.findall(r"wrote (\d+)", self.console())[-1])
+
+
+@pytest.fixture(scope="session")
+def _agent_guest(
+    libvirt_uri: str, qemu_tools: None, vm_prefix: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[AgentGuest]:
+    disk = tmp_path_factory.mktemp("ext4") / "disk.raw"
+    kernel.make_ext4(disk, 48 * MiB)
+    vm = AgentGuest.create(
+        f"{vm_prefix}agent",
+        [DiskSpec(target="vda", size=48 * MiB, content=disk)],
+        kernel=kernel.files(agent=True),
+        memory_mib=192,
+        devices=kernel.AGENT_CHANNEL,
+    )
+    try:
+        vm.start()
+        vm.wait_for_console("lab: wrote 10")
+        wait_for(lambda: vm.status() == "thawed", "the agent answers", 60)
+        yield vm
+    finally:
+        vm.remove()
+
+
+@pytest.fixture
+def agent_guest(_agent_guest: AgentGuest) -> Iterator[AgentGuest]:
+    """A running guest with an agent, shared by tests; each has to leave it as it was: running, not frozen, no job."""
+    yield _agent_guest
+    for checkpoint in _agent_guest.domain.listAllCheckpoints(0):
+        checkpoint.delete(0)
+    assert (_agent_guest.status(), _agent_guest.job()) == ("thawed", 0)
+    before = _agent_guest.written()
+    wait_for(lambda: _agent_guest.written() > before, "the guest goes on", 60)
+
+
 @pytest.fixture(name="wait_for")
 def _wait_for() -> Callable[..., None]:
     return wait_for
@@ -261,6 +392,10 @@ class Runs:
         with Context(folder) as ctx:
             yield ctx
 
+    @staticmethod
+    def taken(run: BackupRun, ctx: Context, prepared: Prepared) -> Taken:
+        return Taken(run, ctx, prepared)
+
     @contextlib.contextmanager
     def take(self, run: BackupRun, *, state: RunState = RunState.RECORDED) -> Iterator[Taken]:
         """prebackup, the block, the artifacts closed, postbackup with this state (FAILED after an error)."""
@@ -290,6 +425,37 @@ class Runs:
             assert kept[disk.id].stat().st_size == artifact.size
             qemu_img("check", "-q", kept[disk.id])
         return kept
+
+
+@pytest.fixture
+def daemon(needs_root: None, libvirt_uri: str, qemu_tools: None, vm_folder: Path) -> Iterator[PrivateLibvirtd]:
+    """A libvirtd that a test may kill."""
+    with PrivateLibvirtd(vm_folder / "libvirt") as started:
+        yield started
+
+
+@pytest.fixture
+def private(daemon: PrivateLibvirtd, vm_prefix: str, vm_folder: Path, tmp_path: Path) -> tuple[SmallVM, Runs]:
+    """A running VM of `daemon`, with vda and vdb (16 MiB, qcow2), and what takes its backups."""
+    disks = [(DiskSpec(target=target, size=16 * MiB), vm_folder / f"{target}.qcow2") for target in ("vda", "vdb")]
+    for disk, path in disks:
+        qemu_img("create", "-q", "-f", "qcow2", path, disk.size)
+    connection = libvirt.open(daemon.uri)
+    text = domain_xml(
+        name=f"{vm_prefix}private",
+        folder=vm_folder,
+        disks=disks,
+        memory_mib=64,
+        kernel=None,
+        firmware=None,
+        emulator=None,
+        devices="",
+    )
+    made = SmallVM(connection, connection.defineXML(text), vm_folder)
+    made.start()
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    return made, Runs(Libvirt(daemon.uri, vm_folder / "scratch"), folder)
 
 
 @pytest.fixture
@@ -328,3 +494,95 @@ def same(tmp_path: Path) -> Callable[[Sequence[dict[str, Path]], dict[str, Path]
             assert done.returncode == 0, f"{disk}: {done.stdout}{done.stderr}"
 
     return check
+
+
+@dataclass
+class Chains:
+    """The chains of one VM in datastores "a" and "b", taken by the session; keeps what the disks held at each point."""
+
+    hypervisor: Libvirt
+    folder: Path
+    stores: dict[str, Datastore] = field(default_factory=dict)
+    images: list[Image] = field(default_factory=list)
+    truths: dict[str, dict[str, Path]] = field(default_factory=dict)
+    numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    def __post_init__(self) -> None:
+        for name in ("a", "b"):
+            self.stores[name] = Datastore(name, MemoryDriver(), plugins=[self.hypervisor])
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        chains = [image for image in self.images if image.state == "open"]
+        return tuple(increment.point for image in chains for increment in image.increments[-2:])
+
+    def newest(self, store: str) -> Image | None:
+        return next((image for image in reversed(self.images) if image.datastore == store), None)
+
+    def plan(self, vm: SmallVM, store: str = "a", *, reset: bool = False) -> BackupRun:
+        run = plan(self.newest(store), vm=vm.identity, host="here", datastore=store, settings={}, reset=reset)
+        return dataclasses.replace(run, keep=self.kept)
+
+    def context(self) -> Context:
+        folder = self.folder / str(next(self.numbers))
+        folder.mkdir(mode=0o700)
+        return Context(folder)
+
+    def backup(self, vm: SmallVM, store: str = "a", *, reset: bool = False) -> Recorded:
+        """Take one, with the truth beside it; nothing of it is left, and nothing went wrong afterwards."""
+        truth = vm.copy(self.folder / f"truth{next(self.numbers)}")
+        run = self.plan(vm, store, reset=reset)
+        with self.context() as ctx:
+            recorded = run_backup(self.stores[store], run, ctx, record=self.record)
+        self.truths[recorded.increment.point] = {disk.id: truth[disk.id] for disk in recorded.increment.disks}
+        assert not recorded.warnings
+        assert not list(self.hypervisor.scratch.iterdir())
+        return recorded
+
+    def record(self, recorded: Recorded) -> None:
+        run = recorded.run
+        before: tuple[Increment, ...] = ()
+        if run.type is Type.INCREMENT:
+            before = next(image for image in self.images if image.uuid == run.image).increments
+        self.images = [
+            dataclasses.replace(image, state="closed") if image.datastore == run.datastore else image
+            for image in self.images
+            if image.uuid != run.image
+        ]
+        self.images.append(
+            Image(
+                uuid=run.image,
+                number=len(self.images) + 1,
+                vm=run.vm,
+                datastore=run.datastore,
+                state="open",
+                increments=(*before, recorded.increment),
+            )
+        )
+
+    def check(self) -> None:
+        """Restore every increment of every image, and compare it with the truth of its point."""
+        for image in self.images:
+            for increment in image.increments:
+                target = self.folder / f"restored{next(self.numbers)}"
+                target.mkdir()
+                with self.context() as ctx:
+                    done = restore(
+                        self.stores[image.datastore],
+                        image,
+                        increment.id,
+                        ctx,
+                        target=lambda disk, target=target: target / f"{disk.id}.qcow2",
+                    )
+                truth = self.truths[increment.point]
+                assert {disk.id for disk in done.disks} == set(truth)
+                for disk in done.disks:
+                    assert same_bytes(truth[disk.id], disk.path), f"{image.datastore}/{increment.id}: {disk.id}"
+                shutil.rmtree(target)
+
+
+@pytest.fixture
+def chains(hypervisor: Libvirt, tmp_path: Path) -> Chains:
+    folder = tmp_path / "chains"
+    folder.mkdir()
+    return Chains(hypervisor, folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from backupcore.model import BackupRun, Estimate, Image, Outcome, RunState, Type
 from backupcore.session import Recorded, run_backup
 from vmkeep import flatten, folders, interrupt, lock, retention, settings
 from vmkeep.catalog import flattens, images, runs
+from vmkeep.catalog.database import Catalog
 from vmkeep.workplace import Workplace
 
 __all__ = ["Planned", "Taken", "plan", "take"]
@@ -47,9 +48,7 @@ class Planned:
 
 def _settings(place: Workplace, found: VMState) -> dict[str, str]:
     own = place.hypervisor.settings(found.vm)
-    chosen = settings.effective(own, place.config.defaults, found.vm.name)
-    settings.require_supported(chosen, found.vm.name)
-    return chosen
+    return settings.effective(own, place.config.defaults, found.vm.name)
 
 
 def _run(
@@ -57,7 +56,7 @@ def _run(
     found: VMState,
     datastore: str,
     newest: Image | None,
-    retired: Sequence[str],
+    catalog: Catalog,
     *,
     reset: bool,
 ) -> BackupRun:
@@ -69,7 +68,8 @@ def _run(
         settings=_settings(place, found),
         reset=reset,
     )
-    return replace(run, spent=(*retired, *run.spent))
+    spent = (*images.retired(catalog, found.vm), *run.spent)
+    return replace(run, spent=spent, keep=images.kept(catalog, found.vm))
 
 
 def plan(place: Workplace, vm: str, *, datastore: str | None = None, reset: bool = False) -> Planned:
@@ -79,7 +79,7 @@ def plan(place: Workplace, vm: str, *, datastore: str | None = None, reset: bool
     newest = images.newest(place.catalog_if_any, found.vm, name)
     if newest and (before := flattens.begun(place.catalog_if_any, newest)):
         newest = replace(newest, state=before)  # type: ignore[arg-type]  # a state that the catalog held
-    run = _run(place, found, name, newest, images.retired(place.catalog_if_any, found.vm), reset=reset)
+    run = _run(place, found, name, newest, place.catalog_if_any, reset=reset)
     try:
         estimate = place.hypervisor.estimate(run)
     except IncrementImpossible as error:
@@ -108,7 +108,7 @@ def take(
         stack.enter_context(lock.vm_run(place.state, found.vm))
         shared = stack.enter_context(ExitStack())
         newest = _newest_locked(place, found, name, shared)
-        run = _run(place, found, name, newest, images.retired(place.catalog, found.vm), reset=reset)
+        run = _run(place, found, name, newest, place.catalog, reset=reset)
         runs.died(place.catalog, found.vm.uuid)
         folders.sweep(place.state, found.vm, lambda dead, folder: _release(place, dead, folder, store))
         runs.begin(place.catalog, run)
@@ -149,6 +149,8 @@ def _release(place: Workplace, run: BackupRun, folder: Path, other: Datastore) -
     Where its datastore is not configured any more, by way of the `other` one: the guest must be released all the same.
     """
     store = place.datastore(run.datastore, hypervisor=True) if run.datastore in place.config.datastores else other
+    # What other chains have recorded since it died is no stray.
+    run = replace(run, keep=images.kept(place.catalog, run.vm))
     written = runs.increment_of(place.catalog, run.id)
     outcome = Outcome(state=RunState.RECORDED if written else RunState.FAILED)
     if written and written[0].uuid != run.image:  # it became a full in a new image after its folder was made

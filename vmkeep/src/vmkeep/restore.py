@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,11 +23,18 @@ from vmkeep.workplace import Workplace
 __all__ = ["Files", "restore"]
 
 
+BOOT = ("kernel", "initrd", "dtb")
+"""Artifacts that a VM boots from, named in its definition."""
+BESIDE = (*BOOT, "tpm")
+"""Artifacts that are restored as files beside the disks, where a backup holds them."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Files:
     """What a restore made.
 
     `definition` is None where none was asked for (some disks only) or none could be made (`no_definition` says why).
+    `beside` are the files of `BESIDE`, by artifact.
     """
 
     name: str
@@ -36,6 +43,7 @@ class Files:
     disks: tuple[core.RestoredDisk, ...]
     definition: Path | None
     nvram: Path | None
+    beside: Mapping[str, Path]
     no_definition: str = ""
 
 
@@ -71,7 +79,8 @@ def restore(
         base = f"{file_name(image.vm.name)}-{source}" if name is None else name
         names = Names.given(folder.absolute(), base)
         wanted = [names.disk(disk) for disk in disks or held]
-        _require_free([*wanted, *(() if disks else (names.definition, names.nvram))])
+        others = () if disks else (names.definition, names.nvram, *map(names.file, BESIDE))
+        _require_free([*wanted, *others])
         with _staging(names) as staged, place.context(progress) as ctx:
             store = place.datastore(image.datastore)
             made = core.restore(
@@ -129,6 +138,8 @@ def _publish(
     why_not = ""
     if nvram:
         finished.append(_write(staged, nvram, made.files["nvram"]))
+    beside = {name: names.file(name) for name in BESIDE if whole and name in made.files}
+    finished += [_write(staged, path, made.files[name]) for name, path in beside.items()]
     if whole:
         if "vm.xml" in made.files:
             disks = {disk.id: names.disk(disk.id) for disk in made.disks}
@@ -140,6 +151,7 @@ def _publish(
                 nvram=nvram,
                 no_ip=no_ip,
                 no_nic=no_nic,
+                boot={name: path for name, path in beside.items() if name in BOOT},
             )
         else:
             text, why_not = None, "the backup holds none"
@@ -154,6 +166,7 @@ def _publish(
         disks=tuple(replace(disk, path=names.disk(disk.id)) for disk in made.disks),
         definition=definition,
         nvram=nvram,
+        beside=beside,
         no_definition=why_not,
     )
 
@@ -167,13 +180,15 @@ def _definition(
     nvram: Path | None,
     no_ip: bool,
     no_nic: bool,
+    boot: Mapping[str, Path],
 ) -> tuple[bytes | None, str]:
     """The definition, or None and why: on a host without the hypervisor's plugin the disks still count."""
     try:
         hypervisor = place.hypervisor
     except ConfigError as error:
         return None, error.message
-    return hypervisor.definition(stored, name=name, disks=disks, nvram=nvram, no_ip=no_ip, no_nic=no_nic), ""
+    made = hypervisor.definition(stored, name=name, disks=disks, nvram=nvram, no_ip=no_ip, no_nic=no_nic, boot=boot)
+    return made, ""
 
 
 def _write(staged: Path, final: Path, data: bytes) -> tuple[Path, Path]:

@@ -82,9 +82,14 @@ class FileHypervisor(MemoryHypervisor):
         self.read()
         return super().vms()
 
-    def find(self, vm: str) -> VMState:
+    def find(self, vm: str, defaults: Mapping[str, str] | None = None) -> VMState:
         self.read()
-        return super().find(vm)
+        return super().find(vm, defaults)
+
+    def forget(self, vm: VM) -> Sequence[str]:
+        gone = super().forget(vm)
+        save(self.path, self.guests.values())
+        return gone
 
     def settings(self, vm: VM) -> Mapping[str, str]:
         self.read()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import libvirt
 import libvirt_qemu
@@ -24,27 +24,41 @@ from backupcore.errors import (
 )
 
 __all__ = [
+    "ACTIVE_COMMIT",
+    "AGENT_UNRESPONSIVE",
     "BACKUP",
     "CHECKPOINT_INCONSISTENT",
+    "COMMIT",
     "IO_ERROR",
+    "NOT_READY",
     "NO_CHECKPOINT",
     "NO_JOB",
     "OFF",
     "PAUSED",
+    "PAUSED_BY_USER",
     "RUNNING",
+    "SHUTTING_DOWN",
     "Connection",
     "Domain",
     "code_of",
+    "is_away",
 ]
 
 RUNNING: int = libvirt.VIR_DOMAIN_RUNNING
 PAUSED: int = libvirt.VIR_DOMAIN_PAUSED
+SHUTTING_DOWN: int = libvirt.VIR_DOMAIN_SHUTDOWN
 OFF = (int(libvirt.VIR_DOMAIN_SHUTOFF), int(libvirt.VIR_DOMAIN_NOSTATE))
 IO_ERROR: int = libvirt.VIR_DOMAIN_PAUSED_IOERROR
 """The reason of a PAUSED VM that QEMU stopped since it could not write (a full disk, or a full scratch file)."""
+PAUSED_BY_USER: int = libvirt.VIR_DOMAIN_PAUSED_USER
+"""The reason of a PAUSED VM that somebody asked libvirt to pause."""
+AGENT_UNRESPONSIVE: int = libvirt.VIR_ERR_AGENT_UNRESPONSIVE
 BACKUP: int = libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP
 CHECKPOINT_INCONSISTENT: int = libvirt.VIR_ERR_CHECKPOINT_INCONSISTENT
 NO_CHECKPOINT: int = libvirt.VIR_ERR_NO_DOMAIN_CHECKPOINT
+COMMIT: int = libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COMMIT
+ACTIVE_COMMIT: int = libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT
+NOT_READY: int = libvirt.VIR_ERR_BLOCK_COPY_ACTIVE
 NO_JOB: int = libvirt.VIR_ERR_NO_DOMAIN_BACKUP
 
 START_HINT = (
@@ -61,6 +75,11 @@ def code_of(error: BaseException | None) -> int:
     """libvirt's error code (VIR_ERR_…) behind a translated error; 0 if there is none."""
     cause = error.__cause__ if error is not None else None
     return int(cause.get_error_code() or 0) if isinstance(cause, libvirt.libvirtError) else 0
+
+
+def is_away(error: BackupError) -> bool:
+    """Whether the daemon did not answer, or no longer: it is away, or was started anew."""
+    return error.hint == START_HINT
 
 
 @contextmanager
@@ -94,7 +113,7 @@ def _translate(error: Any, what: str) -> BackupError:  # noqa: PLR0911 - one ret
         return Busy(message, BUSY_HINT)
     if code in (libvirt.VIR_ERR_OPERATION_UNSUPPORTED, libvirt.VIR_ERR_NO_SUPPORT, libvirt.VIR_ERR_CONFIG_UNSUPPORTED):
         return UnsupportedOperation(message)
-    if "client socket is closed" in lower or "failed to connect socket" in lower or "broken pipe" in lower:
+    if error.get_error_domain() == libvirt.VIR_FROM_RPC or "client socket is closed" in lower or "broken pipe" in lower:
         return HypervisorError(f"{what}: libvirt does not answer: {text}", START_HINT)
     if code in (libvirt.VIR_ERR_NO_CONNECT, libvirt.VIR_ERR_INVALID_CONN) or "unexpected qemu uri" in lower:
         return HypervisorError(message, "Check 'uri' in the configuration: qemu:///system or qemu:///session.")
@@ -220,15 +239,86 @@ class Domain:
         with self._calling("end the backup job"):
             self._domain.abortJob()
 
+    def number(self) -> int:
+        """libvirt's number of the running VM: another one each time it is started; -1 if it is off."""
+        with self._calling("number"):
+            return int(self._domain.ID())
+
+    def suspend(self) -> None:
+        """Stop the guest's processors."""
+        with self._calling("suspend"):
+            self._domain.suspend()
+
+    def agent(self, command: str, limit: int) -> Any:
+        """What the guest's agent answers to a command within `limit` seconds (and up to 5 before it reads it).
+
+        HypervisorError with VIR_ERR_AGENT_UNRESPONSIVE if it does not; the command may yet be carried out later.
+        """
+        with self._calling(f"guest agent, {command}"):
+            answer = libvirt_qemu.qemuAgentCommand(self._domain, json.dumps({"execute": command}), limit, 0)
+        return json.loads(answer)["return"]
+
     def resume(self) -> None:
         """Let the guest run on."""
         with self._calling("resume"):
             self._domain.resume()
 
+    def volume(self, pool: str, volume: str) -> tuple[str, Literal["file", "block", "network"]]:
+        """(path, kind) of a volume of a storage pool."""
+        with self._calling(f"volume {volume} of the storage pool {pool}"):
+            found = self._domain.connect().storagePoolLookupByName(pool).storageVolLookupByName(volume)
+            number = int(found.info()[0])
+            path = str(found.path())
+        if number == libvirt.VIR_STORAGE_VOL_FILE:
+            return path, "file"
+        return path, "block" if number == libvirt.VIR_STORAGE_VOL_BLOCK else "network"
+
     def block_job(self, disk: str) -> bool:
         """Whether a block job (commit, copy, pull) works on the disk."""
         with self._calling(f"block job of {disk}"):
             return bool(self._domain.blockJobInfo(disk, 0))
+
+    def block_job_progress(self, disk: str) -> tuple[int, int, int]:
+        """(virDomainBlockJobType, bytes done, bytes in all) of the block job on the disk; zeros if there is none."""
+        with self._calling(f"block job of {disk}"):
+            found = self._domain.blockJobInfo(disk, 0)
+            return (int(found["type"]), int(found["cur"]), int(found["end"])) if found else (0, 0, 0)
+
+    def begin_commit(self, disk: str, base: str, top: str | None) -> None:
+        """Begin to write `top` (None: the file that the VM writes to) and what lies between into `base`.
+
+        libvirt removes the files that are spent then. With `top` None it ends only when `pivot` is called.
+        """
+        flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_DELETE
+        if top is None:
+            flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE
+        with self._calling(f"commit disk {disk} into {base}"):
+            self._domain.blockCommit(disk, base, top, 0, flags)
+
+    def pivot(self, disk: str) -> None:
+        """End a commit of the file that the VM writes to: from now on it writes to the base."""
+        with self._calling(f"end the commit of disk {disk}"):
+            self._domain.blockJobAbort(disk, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
+
+    def give_up_block_job(self, disk: str) -> None:
+        """End a block job without its result; the disk stays as it is."""
+        with self._calling(f"give up the block job of disk {disk}"):
+            self._domain.blockJobAbort(disk, 0)
+
+    def snapshot(self, xml: str) -> None:
+        """Put a new file on disks, all at one instant or none; libvirt keeps no record of it."""
+        flags = (
+            libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
+            | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
+            | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
+        )
+        with self._calling("put overlays on the disks"):
+            self._domain.snapshotCreateXML(xml, flags)
+
+    def redefine_disk(self, xml: str) -> None:
+        """Replace one disk, found by its target, in the definition of the next start."""
+        with self._calling("change the stored definition of a disk"):
+            self._domain.updateDeviceFlags(xml, libvirt.VIR_DOMAIN_AFFECT_CONFIG)
 
     def block_sizes(self, disk: str) -> tuple[int, int]:
         """(virtual size, bytes allocated) of a disk."""
@@ -246,6 +336,12 @@ class Domain:
         with self._calling(f"checkpoint {name}"):
             checkpoint = self._domain.checkpointLookupByName(name, 0)
             return str(checkpoint.getXMLDesc(libvirt.VIR_DOMAIN_CHECKPOINT_XML_SIZE if size else 0))
+
+    def redefine_checkpoint(self, xml: str) -> None:
+        """Have libvirt know a checkpoint whose bitmaps exist, which it looks at. Running VMs only."""
+        flags = libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE | libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE_VALIDATE
+        with self._calling("redefine a checkpoint"):
+            self._domain.checkpointCreateXML(xml, flags)
 
     def delete_checkpoint(self, name: str, *, metadata_only: bool = False) -> None:
         """Delete one checkpoint with its bitmaps, or only libvirt's record of it. Its children stay."""

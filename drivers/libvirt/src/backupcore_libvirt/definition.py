@@ -8,7 +8,8 @@ What is dropped, among all that is not listed there:
 
 - disks that were not restored, and with them CD-ROMs, floppies, network and passed-through disks; of the others source,
   backing store, encryption, authentication, transient and read-only flags, cache and I/O modes
-- the emulator's path (libvirt picks its own), kernel, initrd, command line, device tree, ACPI tables, firmware by path
+- the emulator's path (libvirt picks its own); kernel, initrd and device tree (unless they were restored: then these are
+  named) and with the kernel its command line; ACPI tables, firmware by path
   (except from the distributions' folders of UEFI firmware; others turn into ``firmware='efi'``), NVRAM templates
 - namespaces of libvirt that pass arguments or environment to QEMU, and every foreign namespace
 - host devices, shared memory, file systems of the host, leases, smart cards, character devices other than PTYs, guest
@@ -41,10 +42,18 @@ _NAME = re.compile(r"[^/\x00-\x1f\x7f]{1,200}")
 
 
 def restored_definition(
-    stored: bytes, *, name: str, disks: Mapping[str, Path], nvram: Path | None, no_ip: bool, no_nic: bool
+    stored: bytes,
+    *,
+    name: str,
+    disks: Mapping[str, Path],
+    nvram: Path | None,
+    no_ip: bool,
+    no_nic: bool,
+    boot: Mapping[str, Path] | None = None,
 ) -> bytes:
     """The definition of a VM `name` on these restored disk files (by disk ID), as UTF-8.
 
+    `boot` are the restored files that it boots from: ``kernel``, ``initrd``, ``dtb``, as far as there are any.
     `no_ip` drops the MACs and IPs of its NICs, `no_nic` the NICs. IntegrityError if `stored` is no domain definition or
     lacks one of the disks; UnsupportedOperation if it is not one of QEMU; ConfigError for a name no VM can have.
     """
@@ -65,7 +74,7 @@ def restored_definition(
         allowed = DOMAIN.get(element.tag)
         if allowed is not None and (copied := _carry(element, allowed)) is not None:
             result.append(copied)
-    result.append(_os(root, nvram))
+    result.append(_os(root, nvram, boot or {}))
     result.append(_devices(root, disks, no_ip=no_ip, no_nic=no_nic))
     indent(result)
     return tostring(result, encoding="unicode").encode() + b"\n"
@@ -96,7 +105,7 @@ def _carry_settings(root: Element, result: Element) -> None:
         SubElement(result, "metadata").append(kept)
 
 
-def _os(root: Element, nvram: Path | None) -> Element:
+def _os(root: Element, nvram: Path | None, boot: Mapping[str, Path]) -> Element:
     stored = root.find("os")
     if stored is None or stored.find("type") is None:
         raise IntegrityError("the stored definition has no <os> with a <type>")
@@ -117,6 +126,12 @@ def _os(root: Element, nvram: Path | None) -> Element:
             result.set("firmware", "efi")
         if nvram is not None:
             SubElement(result, "nvram").text = str(nvram.absolute())
+    if "kernel" in boot:  # the others mean nothing without it
+        for part in ("kernel", "initrd", "dtb"):
+            if part in boot:
+                SubElement(result, part).text = str(boot[part].absolute())
+        if stored.findtext("cmdline"):
+            SubElement(result, "cmdline").text = stored.findtext("cmdline")
     return result
 
 

@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from backupcore.errors import Busy, HypervisorError, TargetFull, UnsupportedOperation
+from backupcore.errors import Busy, HypervisorError, IncrementImpossible, TargetFull, UnsupportedOperation
 from backupcore.model import BackupRun, Consistency, LeftOut
-from backupcore_libvirt.checkpoint import require_parent
-from backupcore_libvirt.connection import IO_ERROR, OFF, PAUSED, RUNNING, Connection, Domain
-from backupcore_libvirt.disks import Node, SourceDisk, nodes, source_disks
+from backupcore_libvirt.checkpoint import Since, since
+from backupcore_libvirt.connection import IO_ERROR, OFF, PAUSED, RUNNING, SHUTTING_DOWN, Connection, Domain
+from backupcore_libvirt.disks import DiskChoice, Node, SourceDisk, located, nodes, source_disks
 from backupcore_libvirt.folder import Owner, RunFolder, check_scratch, require_room, scratch_room
-from backupcore_libvirt.nvram import nvram_file
+from backupcore_libvirt.freeze import Freeze, plan
 from backupcore_libvirt.owner import qemu_owner
-from backupcore_libvirt.versions import require
-from backupcore_libvirt.xml import parse
+from backupcore_libvirt.stopped import stopped_nodes
+from backupcore_libvirt.versions import require, require_stopped
+from backupcore_libvirt.vm_files import VMFile, vm_files
 
 __all__ = ["Look", "look"]
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What was found: the disks to back up, all disks by ID, those that get a bitmap, and what the run needs."""
+    """What was found: the disks to back up, all disks by ID, those that get a bitmap, and what the run needs.
+
+    `live` is whether QEMU runs for the VM, `since` is None for a full. `files` are what the VM consists of besides,
+    `remarks` what its settings say in vain.
+    """
 
     disks: tuple[SourceDisk, ...]
     all_disks: tuple[str, ...]
     tracked: tuple[str, ...]
     left_out: tuple[LeftOut, ...]
     nodes: Mapping[str, Node]
-    consistency: Consistency
+    live: bool
+    since: Since | None
+    freeze: Freeze
     owner: Owner
-    nvram: Path | None
+    files: tuple[VMFile, ...]
+    remarks: tuple[str, ...]
     versions: Mapping[str, str]
+
+    @property
+    def bitmaps(self) -> Mapping[str, str]:
+        """The bitmap that tells what changed, for each disk that is not taken whole."""
+        return dict.fromkeys(self.since.changed, self.since.name) if self.since else {}
 
 
 def look(connection: Connection, domain: Domain, run: BackupRun, scratch: Path) -> Look:
@@ -41,44 +55,54 @@ def look(connection: Connection, domain: Domain, run: BackupRun, scratch: Path) 
     UnsupportedOperation, IncrementImpossible, Busy (a block job), TargetFull (scratch), AccessDenied, HypervisorError.
     A running backup job is not looked for here, see `backup_job.left_behind`.
     """
+    live = domain.is_active()
     consistency = _consistency(domain)
-    versions = require(connection, domain)
-    live = domain.live_xml()
-    every = source_disks(live)
+    versions = require(connection, domain) if live else require_stopped(connection, domain)
+    xml = domain.live_xml()
+    choice = DiskChoice.of(run.settings)
+    every = tuple(located(domain, disk) for disk in source_disks(xml, choice))
     disks = tuple(disk for disk in every if not disk.left_out)
-    _refuse(domain, every, disks)
-    opened = nodes(domain, disks)
-    _refuse_snapshots(domain, opened)
-    tracked = tuple(disk.id for disk in disks if disk.format == "qcow2") if run.tracked else ()
+    _refuse(domain, every, disks, choice, live=live)
+    opened = nodes(domain, disks) if live else stopped_nodes(domain.name, disks)
+    snapshots = _snapshots(domain, opened)
+    if snapshots and run.parent is not None:
+        raise IncrementImpossible(
+            f"VM {domain.name} has snapshots ({snapshots:.200}); reverting to one would hide changes from an increment"
+        )
+    # QEMU refuses to revert a disk that has bitmaps, so none are made beside snapshots.
+    tracked = tuple(disk.id for disk in disks if disk.format == "qcow2") if run.tracked and not snapshots else ()
     for disk in disks:
         if disk.id in tracked and opened[disk.id].compat == "0.10":
             raise UnsupportedOperation(
                 f"VM {domain.name}: disk {disk.id} is qcow2 version 2 (compat 0.10), which cannot track changed blocks",
                 f"With the VM off: qemu-img amend -f qcow2 -o compat=1.1 {disk.path} (or take fulls only: MODE=FULL)",
             )
-        if domain.block_job(disk.id):
+        if live and domain.block_job(disk.id):
             raise Busy(
                 f"VM {domain.name}: a block job (commit, copy or pull) works on disk {disk.id}",
                 f"Wait until it has ended ('virsh blockjob {domain.name} {disk.id}' shows it), then run it again.",
             )
-    if run.parent is not None:
-        require_parent(domain, run.parent, disks, opened)
+    builds_on = since(domain, run.parent, disks, opened) if run.parent is not None else None
     RunFolder(scratch, run.id).check_length()
-    owner = qemu_owner(live, connection)
+    # Of a VM that is off only we read, and nothing is written to scratch.
+    owner = qemu_owner(xml, connection) if live else Owner(os.geteuid(), os.getegid())
     check_scratch(scratch, owner)
-    _require_room(domain, disks, opened, scratch)
+    if live:
+        _require_room(domain, disks, opened, scratch)
     left_out = [LeftOut(id=disk.id, reason=disk.left_out) for disk in every if disk.left_out]
-    if parse(live).find("./devices/tpm") is not None:
-        left_out.append(LeftOut(id="tpm", reason="the state of a TPM is not kept yet"))
+    files, not_kept = vm_files(domain, connection.uri)
     return Look(
         disks=disks,
         all_disks=tuple(disk.id for disk in every),
         tracked=tracked,
-        left_out=tuple(left_out),
+        left_out=(*left_out, *not_kept),
         nodes=opened,
-        consistency=consistency,
+        live=live,
+        since=builds_on,
+        freeze=plan(domain, xml, run.settings, consistency, running=live),
         owner=owner,
-        nvram=nvram_file(domain.name, live),
+        files=files,
+        remarks=_in_vain(domain, every, choice),
         versions=versions,
     )
 
@@ -95,35 +119,50 @@ def _consistency(domain: Domain) -> Consistency:
     if state == PAUSED:
         return "paused"
     if state in OFF:
-        raise UnsupportedOperation(
-            f"VM {domain.name} is powered off; only running VMs can be backed up as yet",
-            f"Start it: virsh start {domain.name}",
-        )
+        # What the guest had not yet written to its disks lies in the saved memory.
+        return "crash" if domain.is_saved() else "off"
+    if state == SHUTTING_DOWN:
+        raise Busy(f"VM {domain.name} is shutting down", "Run it again once the VM is off.")
     raise UnsupportedOperation(
-        f"VM {domain.name} is neither running nor paused (libvirt's state {state}); only such VMs can be backed up"
+        f"VM {domain.name} is neither running, paused nor off (libvirt's state {state}); only such VMs can be backed up"
     )
 
 
-def _refuse(domain: Domain, every: Sequence[SourceDisk], disks: Sequence[SourceDisk]) -> None:
+def _in_vain(domain: Domain, every: Sequence[SourceDisk], choice: DiskChoice) -> tuple[str, ...]:
+    """Disks that the settings name and the VM has not. A disk may have been detached, so that is no error."""
+    here = {disk.id for disk in every}
+    return tuple(
+        f"VM {domain.name} has no disk {', '.join(sorted(named - here))}, which its setting {setting} names"
+        for setting, named in (("EXCLUDE_DISKS", choice.excluded), ("VOLATILE_DISKS", choice.volatile))
+        if named - here
+    )
+
+
+def _refuse(
+    domain: Domain, every: Sequence[SourceDisk], disks: Sequence[SourceDisk], choice: DiskChoice, *, live: bool
+) -> None:
     if not disks:
         reasons = "; ".join(f"{disk.id}: {disk.left_out}" for disk in every) or "it has none"
         raise UnsupportedOperation(f"VM {domain.name} has no disk that a backup could hold ({reasons})")
     for disk in disks:
-        if disk.encrypted:
+        if disk.encrypted and not choice.plain_text:
             raise UnsupportedOperation(
-                f"VM {domain.name}: disk {disk.id} is encrypted; its backup would hold it in plain text"
+                f"VM {domain.name}: disk {disk.id} is encrypted; QEMU shows what the guest sees, so its backup would "
+                "hold it in plain text",
+                f"Leave it out: vmkeep vm updateconf {domain.name} --exclude-disks {disk.id}; or, where the datastore "
+                "may hold its contents: --encrypted-disks PLAIN",
+            )
+        if disk.encrypted and not live:
+            raise UnsupportedOperation(
+                f"VM {domain.name} is off, and disk {disk.id} is encrypted; only the QEMU of a running VM has its key",
+                "Start the VM: encrypted disks are read while it runs.",
             )
 
 
-def _refuse_snapshots(domain: Domain, opened: Mapping[str, Node]) -> None:
+def _snapshots(domain: Domain, opened: Mapping[str, Node]) -> str:
+    """The names of the VM's snapshots, those that only its disks know of among them; "" if it has none."""
     found = [*domain.snapshots(), *(name for node in opened.values() for name in node.snapshots)]
-    if found:
-        names = ", ".join(dict.fromkeys(found))
-        raise UnsupportedOperation(
-            f"VM {domain.name} has snapshots ({names:.200}); reverting to one would hide changes from the next backup, "
-            "so VMs with snapshots are not backed up as yet",
-            f"Delete them: virsh snapshot-delete {domain.name} SNAPSHOT",
-        )
+    return ", ".join(dict.fromkeys(found))
 
 
 def _require_room(domain: Domain, disks: Sequence[SourceDisk], opened: Mapping[str, Node], scratch: Path) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
 from backupcore import hookimpl
 from backupcore.context import Context
+from backupcore.disk.qcow2 import DiskArtifact
 from backupcore.errors import BackupError, HypervisorError, IncrementImpossible, NotFound
 from backupcore.hypervisor import Finding, VMDisk, VMState
 from backupcore.model import (
@@ -24,11 +27,11 @@ from backupcore.model import (
     Estimate,
     Outcome,
     Prepared,
-    RunState,
+    new_id,
 )
-from backupcore_libvirt import __version__, checkpoint
+from backupcore_libvirt import __version__, checkpoint, freeze_record, overlay_run
 from backupcore_libvirt.backup_job import backup_xml, end, left_behind
-from backupcore_libvirt.checkpoint import checkpoint_name, checkpoint_xml
+from backupcore_libvirt.checkpoint import checkpoint_xml, make_known
 from backupcore_libvirt.connection import (
     CHECKPOINT_INCONSISTENT,
     NO_CHECKPOINT,
@@ -38,20 +41,29 @@ from backupcore_libvirt.connection import (
     Connection,
     Domain,
     code_of,
+    is_away,
 )
+from backupcore_libvirt.cut import REASON as CUT
+from backupcore_libvirt.cut import tail, was_cut
 from backupcore_libvirt.definition import restored_definition
-from backupcore_libvirt.disks import source_disks
-from backupcore_libvirt.export import artifact
+from backupcore_libvirt.disks import BY_RULE, DiskChoice, SourceDisk, source_disks
+from backupcore_libvirt.export import Export, artifact
 from backupcore_libvirt.findings import findings
-from backupcore_libvirt.folder import RunFolder, dead_folders
+from backupcore_libvirt.folder import RunFolder, dead_folders, living_vms
+from backupcore_libvirt.freeze import DEAD_LIMIT, frozen, release, release_dead
+from backupcore_libvirt.hold import hold, live_exports
 from backupcore_libvirt.look import Look, look
-from backupcore_libvirt.nvram import read_nvram
+from backupcore_libvirt.overlay_plan import plan, without_bitmaps
+from backupcore_libvirt.qemu_nbd import end_stray
 from backupcore_libvirt.scratch_watch import ScratchWatch, watch
 from backupcore_libvirt.settings import read as read_settings
 from backupcore_libvirt.settings import write as write_settings
-from backupcore_libvirt.xml import parse
+from backupcore_libvirt.vm_files import read as read_file
 
 __all__ = ["Libvirt"]
+
+AWAY_LIMIT = 60.0
+"""Seconds that a release waits for a libvirtd that does not answer: it reconnects to every QEMU as it starts."""
 
 
 class Libvirt:
@@ -71,50 +83,64 @@ class Libvirt:
 
     @hookimpl
     def prebackup(self, run: BackupRun, ctx: Context) -> Prepared:
-        """Hold one instant of all disks of a running VM, and begin to track what changes from there.
+        """Hold one instant of all disks, and begin to track what changes from there.
 
-        The artifacts: ``disk.<id>.qcow2`` per disk, ``vm.xml`` (the inactive definition, without secrets), ``nvram``
-        for UEFI. Their exports live until `postbackup`.
+        The artifacts: ``disk.<id>.qcow2`` per disk, ``vm.xml`` (the inactive definition, without secrets), and the
+        files of `backupcore_libvirt.vm_files`. Their exports live until `postbackup`.
         """
         connection = ctx.stack.enter_context(Connection(self.uri))
         domain = connection.domain(run.vm.uuid)
+        release_dead(domain, self.scratch, ctx.log)
         dead = left_behind(domain, self.scratch)
         if dead is not None:
             ctx.log.warning("VM %s: ending the backup job that a dead run (%s) has left", domain.name, dead.run)
             end(domain, dead)
         for left in dead_folders(self.scratch, domain.uuid):
+            end_stray(left.path)
             left.remove()
-        seen = look(connection, domain, run, self.scratch)
         folder = RunFolder(self.scratch, run.id)
+        overlay_run.prepare(connection, domain, run, folder, ctx)
+        seen = look(connection, domain, without_bitmaps(run), self.scratch)
+        for remark in seen.remarks:
+            ctx.log.warning(remark)
+        overlays = plan(domain, run, seen.disks)
         lock = folder.make(seen.owner, domain.uuid)
         ctx.stack.callback(os.close, lock)
         ctx.check()
-        date = _begin(domain, run, folder, seen)
-        scratch_watch = ScratchWatch(self.uri, domain.uuid, domain.name, folder, ctx)
-        ctx.stack.callback(scratch_watch.stop)
-        scratch_watch.start()
-        nvram = read_nvram(domain.name, seen.nvram) if seen.nvram else None
-        increment = run.parent is not None
-        exported = [artifact(disk.id, str(folder.socket), increment=increment) for disk in seen.disks]
-        for disk_artifact in exported:
+        if overlays:
+            seen = replace(seen, since=overlays.since)
+            overlay_run.clear(domain, live=seen.live)
+        elif seen.live and seen.since:
+            make_known(domain, seen.since, seen.all_disks)
+        with frozen(self.uri, domain, folder, seen.freeze, ctx) as held:
+            if overlays:
+                date = overlay_run.begin(domain, run, overlays, seen.all_disks)
+            elif seen.live:
+                date = _begin(domain, run, folder, seen)
+                exports = live_exports(folder, seen)
+            else:
+                date, exports = hold(run, folder, seen, ctx)
+        if overlays:
+            exports = overlay_run.serve(domain, run, overlays, live=seen.live, folder=folder, ctx=ctx)
+        elif seen.live:
+            scratch_watch = ScratchWatch(self.uri, domain.uuid, domain.name, folder, ctx)
+            ctx.stack.callback(scratch_watch.stop)
+            scratch_watch.start()
+        files = [read_file(domain.name, file) for file in seen.files]
+        taken = [_taken(disk, exports[disk.id], seen, run) for disk in seen.disks]
+        for disk_artifact, _ in taken:
             ctx.stack.callback(disk_artifact.close)
-        artifacts: list[Artifact] = [*exported, BytesArtifact("vm.xml", domain.inactive_xml().encode())]
-        if nvram is not None:
-            artifacts.append(BytesArtifact("nvram", nvram))
+        artifacts: list[Artifact] = [
+            *(disk_artifact for disk_artifact, _ in taken),
+            BytesArtifact("vm.xml", domain.inactive_xml().encode()),
+            *files,
+        ]
         return Prepared(
             artifacts=tuple(artifacts),
             date=date,
-            consistency=seen.consistency,
-            frozen_seconds=0.0,
-            disks=tuple(
-                Disk(
-                    id=disk.id,
-                    artifact=disk_artifact.name,
-                    virtual_size=disk_artifact.layout.virtual_size,
-                    whole=not increment,
-                )
-                for disk, disk_artifact in zip(seen.disks, exported, strict=True)
-            ),
+            consistency=held.consistency,
+            frozen_seconds=held.seconds,
+            disks=tuple(disk for _, disk in taken),
             left_out=seen.left_out,
             versions={**seen.versions, "backupcore-libvirt": __version__},
         )
@@ -128,37 +154,40 @@ class Libvirt:
         if (running := watch(run.id)) is not None:
             running.stop()
         folder = RunFolder(self.scratch, run.id)
-        with Connection(self.uri) as connection:
+        end_stray(folder.path)
+        # Where something is held, a libvirtd that is just being started anew is waited for.
+        deadline = time.monotonic() + (AWAY_LIMIT if folder.path.exists() else 0)
+        while True:
             try:
-                domain = connection.domain(run.vm.uuid)
-            except NotFound:
-                domain = None  # a transient VM that has ended, or one that was undefined: nothing of it is held
-            if domain is not None:
-                end(domain, folder)
-            if strange := folder.remove():
-                ctx.log.warning("%s holds what no run puts there, and stays: %s", folder.path, ", ".join(strange))
-            if domain is not None:
-                checkpoint.delete(domain, run.spent if outcome.state is RunState.RECORDED else (run.point,))
+                with Connection(self.uri) as connection:
+                    _release(connection, run, outcome, folder, ctx)
+            except HypervisorError as error:
+                if not is_away(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+            else:
+                return
 
     def vms(self) -> Sequence[VMState]:
         """Every VM of this host, by name. HypervisorError if libvirt is away."""
+        backed_up = living_vms(self.scratch)
         with Connection(self.uri) as connection:
             states = []
             for domain in connection.domains():
                 with contextlib.suppress(NotFound):  # one that ended, or was undefined, since it was listed
-                    states.append(_state(domain))
+                    states.append(_state(domain, backed_up))
         return sorted(states, key=lambda state: state.vm.name)
 
-    def find(self, vm: str) -> VMState:
-        """The VM of that name or UUID. NotFound, with near names as a hint."""
+    def find(self, vm: str, defaults: Mapping[str, str] | None = None) -> VMState:
+        """The VM of that name or UUID; with `defaults`, its disks as its settings choose. NotFound, with near names."""
         with Connection(self.uri) as connection:
             domains = connection.domains()
             for domain in domains:
                 if domain.name == vm:
-                    return _state(domain)
+                    return _state(domain, living_vms(self.scratch), _choice(domain, defaults))
             for domain in domains:
                 if domain.uuid == vm.lower():
-                    return _state(domain)
+                    return _state(domain, living_vms(self.scratch), _choice(domain, defaults))
             names = [domain.name for domain in domains]
         near = difflib.get_close_matches(vm, names, n=3, cutoff=0.5)
         hint = f"Did you mean: {', '.join(near)}?" if near else "List the VMs with: vmkeep vm list"
@@ -169,21 +198,17 @@ class Libvirt:
         with Connection(self.uri) as connection:
             domain = connection.domain(run.vm.uuid)
             left_behind(domain, self.scratch)
-            seen = look(connection, domain, run, self.scratch)
-            if run.parent is None:
-                # libvirt cannot tell how much of a block device is in use.
-                files = [disk for disk in seen.disks if disk.kind != "block"]
-                sizes = {disk.id: domain.block_sizes(disk.id)[1] for disk in files}
-            else:
-                name = checkpoint_name(run.parent.point)
-                listed = parse(domain.checkpoint_xml(name, size=True)).iterfind("./disks/disk")
-                sizes = {disk.get("name", ""): int(disk.get("size", 0)) for disk in listed}
-        return Estimate(
-            disks=tuple(
-                DiskEstimate(id=disk.id, bytes=sizes.get(disk.id), whole=run.parent is None) for disk in seen.disks
-            ),
-            left_out=seen.left_out,
-        )
+            seen = look(connection, domain, without_bitmaps(run), self.scratch)
+            overlays = plan(domain, run, seen.disks)
+            disks = overlays.estimate() if overlays else tuple(_estimated(domain, disk, seen) for disk in seen.disks)
+        return Estimate(disks=disks, left_out=seen.left_out)
+
+    def forget(self, vm: VM) -> Sequence[str]:
+        """Delete every checkpoint, bitmap and overlay that backupcore made on this VM, and return their names."""
+        with Connection(self.uri) as connection:
+            domain = connection.domain(vm.uuid)
+            overlays = overlay_run.forget(connection, domain, RunFolder(self.scratch, new_id()))
+            return [*checkpoint.forget(domain), *overlays]
 
     def settings(self, vm: VM) -> Mapping[str, str]:
         """The VM's backup configuration out of its own metadata: upper-case keys (``MODE``) and their values."""
@@ -204,9 +229,10 @@ class Libvirt:
         nvram: Path | None,
         no_ip: bool,
         no_nic: bool,
+        boot: Mapping[str, Path] | None = None,
     ) -> bytes:
         """A restored VM's definition; see `backupcore_libvirt.definition` for what is carried over."""
-        return restored_definition(stored, name=name, disks=disks, nvram=nvram, no_ip=no_ip, no_nic=no_nic)
+        return restored_definition(stored, name=name, disks=disks, nvram=nvram, no_ip=no_ip, no_nic=no_nic, boot=boot)
 
     def check(self) -> Sequence[Finding]:
         """Is everything here that backups need: the daemon, versions, the scratch folder, QEMU's user?"""
@@ -215,9 +241,7 @@ class Libvirt:
 
 def _begin(domain: Domain, run: BackupRun, folder: RunFolder, seen: Look) -> datetime:
     """The one call that fixes the instant of all disks; the instant in UTC."""
-    job = backup_xml(
-        [disk.id for disk in seen.disks], folder, checkpoint_name(run.parent.point) if run.parent else None
-    )
+    job = backup_xml([disk.id for disk in seen.disks], folder, seen.bitmaps)
     points = checkpoint_xml(run.point, seen.all_disks, seen.tracked)
     date = datetime.now(UTC)
     try:
@@ -242,7 +266,71 @@ def _begin(domain: Domain, run: BackupRun, folder: RunFolder, seen: Look) -> dat
     return date
 
 
-def _state(domain: Domain) -> VMState:
+def _release(connection: Connection, run: BackupRun, outcome: Outcome, folder: RunFolder, ctx: Context) -> None:
+    try:
+        domain = connection.domain(run.vm.uuid)
+    except NotFound:
+        domain = None  # a transient VM that has ended, or one that was undefined: nothing of it is held
+    problems: list[BackupError] = []
+    resting = False
+    if domain is None:
+        freeze_record.remove(folder)
+    else:
+        try:
+            release(domain, folder, DEAD_LIMIT)
+        except BackupError as error:  # the rest can go all the same
+            problems.append(error)
+            resting = True
+        end(domain, folder)
+        try:
+            overlay_run.settle(connection, domain, run, outcome, folder=folder, ctx=ctx)
+        except BackupError as error:  # the next run merges what stays
+            problems.append(error)
+    strange = [name for name in folder.remove() if not resting or name != "freeze"]
+    if strange:
+        ctx.log.warning("%s holds what no run puts there, and stays: %s", folder.path, ", ".join(strange))
+    if domain is not None:
+        checkpoint.tidy(domain, run, outcome)
+    if problems:
+        raise problems[0]
+
+
+def _taken(disk: SourceDisk, export: Export, seen: Look, run: BackupRun) -> tuple[DiskArtifact, Disk]:
+    """The artifact of one disk: what changed, or all of it."""
+    reason = seen.since.whole.get(disk.id, "") if seen.since else ""
+    found = artifact(disk.id, export)
+    held = next((one.tail for one in run.parent.disks if one.id == disk.id), ()) if run.parent else ()
+    if export.bitmap is not None and was_cut(export.address, found.layout, held):
+        export, reason = replace(export, bitmap=None), CUT
+        found = artifact(disk.id, export)
+    whole = export.whole
+    return found, Disk(
+        id=disk.id,
+        artifact=found.name,
+        virtual_size=found.layout.virtual_size,
+        whole=whole,
+        reason=reason,
+        path=disk.path,
+        tail=tail(found.layout, () if whole else held),
+    )
+
+
+def _estimated(domain: Domain, disk: SourceDisk, seen: Look) -> DiskEstimate:
+    name = seen.bitmaps.get(disk.id)
+    if name is None:
+        # libvirt cannot tell how much of a block device is in use.
+        size = domain.block_sizes(disk.id)[1] if disk.kind != "block" else None
+    else:
+        size = next(bitmap.dirty for bitmap in seen.nodes[disk.id].bitmaps if bitmap.name == name)
+    reason = seen.since.whole.get(disk.id, "") if seen.since else ""
+    return DiskEstimate(id=disk.id, bytes=size, whole=name is None, reason=reason)
+
+
+def _choice(domain: Domain, defaults: Mapping[str, str] | None) -> DiskChoice:
+    return BY_RULE if defaults is None else DiskChoice.of({**defaults, **read_settings(domain)})
+
+
+def _state(domain: Domain, backed_up: Collection[str], choice: DiskChoice = BY_RULE) -> VMState:
     number, _ = domain.state()
     state: Literal["running", "paused", "off", "saved", "other"] = "other"
     if number == RUNNING:
@@ -259,9 +347,11 @@ def _state(domain: Domain) -> VMState:
             virtual_size=_virtual_size(domain, disk.id) if not disk.left_out else None,
             left_out=disk.left_out,
         )
-        for disk in source_disks(domain.live_xml())
+        for disk in source_disks(domain.live_xml(), choice)
     )
-    return VMState(vm=VM(uuid=domain.uuid, name=domain.name), state=state, disks=disks)
+    return VMState(
+        vm=VM(uuid=domain.uuid, name=domain.name), state=state, disks=disks, being_read=domain.uuid in backed_up
+    )
 
 
 def _virtual_size(domain: Domain, disk: str) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ __all__ = [
     "close",
     "columns",
     "find",
+    "kept",
     "last_dates",
     "listed",
     "newest",
@@ -207,10 +208,7 @@ def record(connection: Connection, recorded: Recorded) -> int:
 
 def columns(number: int, increment: Increment) -> dict[str, object]:
     """The columns of one row of the image of that number; how its run went is not among them."""
-    disks = [
-        {"id": disk.id, "artifact": disk.artifact, "virtual_size": disk.virtual_size, "whole": disk.whole}
-        for disk in increment.disks
-    ]
+    disks = [{key.name: getattr(disk, key.name) for key in fields(Disk)} for disk in increment.disks]
     return {
         "image": number,
         "id": increment.id,
@@ -314,6 +312,17 @@ def retired(catalog: Catalog, vm: VM) -> Sequence[str]:
     with catalog.reading() as connection:
         query = select(schema.retired.c.point).where(schema.retired.c.vm_uuid == vm.uuid)
         return connection.execute(query).scalars().all()
+
+
+def kept(catalog: Catalog, vm: VM) -> tuple[str, ...]:
+    """The points of this VM that a next increment may build on: the last two of every chain that is not closed.
+
+    The last but one as well: a run may have to be taken again.
+    """
+    table = schema.images.c
+    with catalog.reading() as connection:
+        chains = _load(connection, table.vm_uuid == vm.uuid, table.state != "closed")
+    return tuple(increment.point for image in chains for increment in image.increments[-2:])
 
 
 def tokens(catalog: Catalog) -> Sequence[str]:

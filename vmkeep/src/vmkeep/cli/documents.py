@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from backupcore.model import Image, LeftOut
+from backupcore.model import Image, Increment, LeftOut
 from vmkeep.backup import Planned, Taken
 from vmkeep.catalog.images import Listed
 from vmkeep.catalog.runs import PastRun
@@ -13,11 +13,19 @@ from vmkeep.flatten import Done
 from vmkeep.restore import Files
 from vmkeep.retention import Action
 from vmkeep.retention import Plan as RetentionPlan
+from vmkeep.settings import DISK_LISTS, NUMBERS, disk_list
 from vmkeep.vms import Detail, Listing
 
 __all__ = ["backup", "config", "flatten", "image", "images", "plan", "prune", "restore", "vm", "vms"]
 
 Document = dict[str, object]
+
+
+def _disks(increment: Increment) -> list[Document]:
+    return [
+        {"id": disk.id, "size": disk.virtual_size, "whole": disk.whole, "reason": disk.reason}
+        for disk in increment.disks
+    ]
 
 
 def _left_out(left: tuple[LeftOut, ...]) -> list[Document]:
@@ -46,6 +54,7 @@ def backup(taken: Taken) -> Document:
         "consistency": increment.consistency,
         "frozen_seconds": round(recorded.frozen_seconds, 3),
         "seconds": round(recorded.seconds, 3),
+        "disks": _disks(increment),
         "left_out": _left_out(recorded.left_out),
         "retention": [_action(one) for one in taken.retention],
         "warnings": list(taken.warnings),
@@ -112,7 +121,7 @@ def plan(planned: Planned) -> Document:
         "uuid": run.vm.uuid,
         "datastore": run.datastore,
         "size": sum(known) if len(known) == len(disks) else None,
-        "disks": [{"id": disk.id, "bytes": disk.bytes, "whole": disk.whole} for disk in disks],
+        "disks": [{"id": disk.id, "bytes": disk.bytes, "whole": disk.whole, "reason": disk.reason} for disk in disks],
         "left_out": _left_out(planned.estimate.left_out),
     }
 
@@ -148,6 +157,7 @@ def image(found: Image) -> Document:
                 "source": increment.source.token,
                 "consistency": increment.consistency,
                 "reason": increment.reason,
+                "disks": _disks(increment),
             }
             for increment in found.increments
         ],
@@ -165,6 +175,7 @@ def restore(files: Files, driver: str) -> Document:
         "name": files.name,
         "xml": str(files.definition) if files.definition else None,
         "nvram": str(files.nvram) if files.nvram else None,
+        "beside": [{"artifact": name, "path": str(path)} for name, path in files.beside.items()],
         "increment": files.number,
         "disks": [
             {
@@ -188,6 +199,7 @@ def vms(found: list[Listing], now: datetime | None = None) -> list[Document]:
             "name": one.found.vm.name,
             "uuid": one.found.vm.uuid,
             "state": one.found.state,
+            "being_read": one.found.being_read,
             "last_backup": iso(one.last_backup),
             "age_seconds": max(0, int((now - one.last_backup).total_seconds())) if one.last_backup else None,
         }
@@ -198,7 +210,8 @@ def vms(found: list[Listing], now: datetime | None = None) -> list[Document]:
 def config(detail: Detail) -> Document:
     """What counts for a VM, as in ``[defaults]``."""
     found: Document = {key.lower(): value for key, value in detail.settings.items()}
-    found["keep_last"] = int(detail.settings["KEEP_LAST"])
+    found |= {key.lower(): int(detail.settings[key]) for key in NUMBERS}
+    found |= {key.lower(): disk_list(detail.settings[key]) for key in DISK_LISTS}
     found["keep_chains"] = int(detail.settings["KEEP_CHAINS"]) if detail.settings["KEEP_CHAINS"] else None
     found["own"] = sorted(key.lower() for key in detail.own)
     return found
@@ -210,6 +223,7 @@ def vm(detail: Detail) -> Document:
         "name": detail.found.vm.name,
         "uuid": detail.found.vm.uuid,
         "state": detail.found.state,
+        "being_read": detail.found.being_read,
         "disks": [
             {
                 "id": disk.id,

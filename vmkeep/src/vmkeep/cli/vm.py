@@ -6,12 +6,13 @@ from datetime import UTC, datetime
 
 import click
 
+from backupcore.hypervisor import VMState
 from vmkeep import vms
 from vmkeep.cli import documents, output
 from vmkeep.cli.asked import Asked, common
 from vmkeep.cli.figures import age, date, size
 from vmkeep.cli.opening import workplace
-from vmkeep.settings import LEGAL
+from vmkeep.settings import LEGAL, NUMBERS
 
 __all__ = ["vm"]
 
@@ -36,7 +37,7 @@ def list_(asked: Asked) -> None:
     rows = [
         (
             one.found.vm.name,
-            one.found.state,
+            f"{one.found.state}, being read" if one.found.being_read else one.found.state,
             date(one.last_backup) if one.last_backup else "never",
             age(max(0, int((now - one.last_backup).total_seconds()))) if one.last_backup else "-",
             one.found.vm.uuid,
@@ -56,7 +57,7 @@ def show(asked: Asked, name: str) -> None:
     if asked.json:
         output.document(documents.vm(found))
         return
-    output.line(f"VM {found.found.vm.name} ({found.found.vm.uuid}), {found.found.state}")
+    output.line(f"VM {found.found.vm.name} ({found.found.vm.uuid}), {_state(found.found)}")
     output.line("")
     output.table(
         ("DISK", "SIZE", "FORMAT", "PATH", "LEFT OUT"),
@@ -102,8 +103,39 @@ def _show_settings(found: vms.Detail) -> None:
     output.table(("SETTING", "VALUE", "FROM"), rows)
 
 
+def _state(found: VMState) -> str:
+    if not found.being_read:
+        return found.state
+    # QEMU's lock on the disks refuses the start, and libvirt's message does not say whose lock it is.
+    stopped = "; it can start once that has ended" if found.state in ("off", "saved") else ""
+    return f"{found.state}, being read by a backup{stopped}"
+
+
+@vm.command(short_help="Remove the checkpoints, bitmaps and overlays of a VM's backups.")
+@click.argument("name", metavar="VM")
+@common
+@click.pass_obj
+def forget(asked: Asked, name: str) -> None:
+    """Remove what backups made on VM to tell changes: checkpoints, bitmaps, overlays.
+
+    QEMU reverts no disk to a snapshot that has bitmaps; overlays are merged into the VM's own disk files. No backup is
+    lost. The next one of each chain is a full in a new image.
+    """
+    found, gone = vms.forget(workplace(asked), name)
+    if asked.json:
+        output.document({"name": found.vm.name, "uuid": found.vm.uuid, "removed": list(gone)})
+    elif not asked.quiet:
+        output.line(f"VM {found.vm.name}: checkpoints and overlays removed: {len(gone)}")
+        for name_or_file in gone:
+            output.line(f"  {name_or_file}")
+
+
 def _choice(key: str) -> click.Choice[str]:
     return click.Choice(LEGAL[key], case_sensitive=False)
+
+
+def _number(key: str) -> click.IntRange:
+    return click.IntRange(*NUMBERS[key])
 
 
 @vm.command(short_help="Change a VM's backup settings.")
@@ -111,11 +143,22 @@ def _choice(key: str) -> click.Choice[str]:
 @click.option("--mode", type=_choice("MODE"), help="Every backup a full, or increments.")
 @click.option("--increment-mode", type=_choice("INCREMENT_MODE"), help="How changes are found.")
 @click.option("--fs-freeze", type=_choice("FS_FREEZE"), help="How the guest is brought to rest.")
+@click.option(
+    "--fs-freeze-fallback", type=_choice("FS_FREEZE_FALLBACK"), help="Back up all the same where the freeze fails."
+)
+@click.option(
+    "--freeze-timeout", type=_number("FREEZE_TIMEOUT"), metavar="S", help="How long the guest may stand still."
+)
 @click.option("--keep-last", type=click.IntRange(0, 999_999), metavar="N", help="How many backups to keep; 0: all.")
 @click.option("--keep-chains", metavar="N", help='How many closed images; 0: all, "": as --keep-last.')
 @click.option("--full-every", metavar="N|Nd", help="A new image every N increments or days; 0: never.")
 @click.option("--verify-flatten", type=_choice("VERIFY_FLATTEN"), help="Read a sample or all of it back.")
-@click.option("--backup-volatile", type=_choice("BACKUP_VOLATILE"), help="Also disks that a power-off empties.")
+@click.option("--backup-volatile", type=_choice("BACKUP_VOLATILE"), help="Also disks whose contents need not last.")
+@click.option("--volatile-disks", metavar="DISKS", help="Disks whose contents need not last: vdb,vdc; '' for none.")
+@click.option("--exclude-disks", metavar="DISKS", help="Disks that no backup holds: vdb,vdc; '' for none.")
+@click.option(
+    "--encrypted-disks", type=_choice("ENCRYPTED_DISKS"), help="PLAIN: backups hold what the guest sees, unencrypted."
+)
 @common
 @click.pass_obj
 def updateconf(
@@ -125,22 +168,32 @@ def updateconf(
     mode: str | None,
     increment_mode: str | None,
     fs_freeze: str | None,
+    fs_freeze_fallback: str | None,
+    freeze_timeout: int | None,
     keep_last: int | None,
     keep_chains: str | None,
     full_every: str | None,
     verify_flatten: str | None,
     backup_volatile: str | None,
+    volatile_disks: str | None,
+    exclude_disks: str | None,
+    encrypted_disks: str | None,
 ) -> None:
     """Change the backup settings of VM; without options, show them. They are kept in the VM's own definition."""
     given = {
         "MODE": mode,
         "INCREMENT_MODE": increment_mode,
         "FS_FREEZE": fs_freeze,
+        "FS_FREEZE_FALLBACK": fs_freeze_fallback,
+        "FREEZE_TIMEOUT": None if freeze_timeout is None else str(freeze_timeout),
         "KEEP_LAST": None if keep_last is None else str(keep_last),
         "KEEP_CHAINS": keep_chains,
         "FULL_EVERY": full_every,
         "VERIFY_FLATTEN": verify_flatten,
         "BACKUP_VOLATILE": backup_volatile,
+        "VOLATILE_DISKS": volatile_disks,
+        "EXCLUDE_DISKS": exclude_disks,
+        "ENCRYPTED_DISKS": encrypted_disks,
     }
     changes = {key: value for key, value in given.items() if value is not None}
     found = vms.configure(workplace(asked), name, changes)
