@@ -73,8 +73,8 @@ class DiskPart(_Part):
     whole: bool
     tables_digest: Hex64
     sums_digest: Hex64
-    order: Literal["guest", "file"] = "guest"
     reason: str = ""
+    order: Literal["guest", "file"] = "guest"
 
     @property
     def sums(self) -> str:

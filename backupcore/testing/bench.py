@@ -75,8 +75,11 @@ class Bench:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While the block runs, everything that is logged is heard."""
-        before = self.log.level
+        """While the block runs, everything that is logged is heard; the user sees no more of it than before."""
+        before, shown = self.log.level, self.log.getEffectiveLevel()
+        others = [(handler, handler.level) for handler in self.log.handlers]
+        for handler, level in others:
+            handler.setLevel(max(level, shown))
         self.log.setLevel(logging.DEBUG)
         self.log.addHandler(self._heard)
         try:
@@ -84,6 +87,8 @@ class Bench:
         finally:
             self.log.removeHandler(self._heard)
             self.log.setLevel(before)
+            for handler, level in others:
+                handler.setLevel(level)
 
     def clean_up(self) -> None:
         """Delete every backup that was made here, also those that nobody was told of. Errors are logged."""

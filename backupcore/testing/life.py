@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from backupcore.datastore import Datastore
     from backupcore.model import BackupRun, Stored
 
-__all__ = ["NoVM", "digest", "keep"]
+__all__ = ["DATE", "NoVM", "digest", "keep"]
 
 DATE = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+"""The instant of every run without a VM."""
 
 
 class NoVM:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import signal
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,14 @@ def test_a_driver_is_examined_and_what_was_stored_is_deleted(site):
     assert [file.name for file in site.store.iterdir()] == ["deleted"]
 
 
+def test_the_kit_hears_all_and_shows_no_more_than_was_asked_for(site):
+    (site.store / "talk").touch()
+    told = examine(site, "--check", "token")
+    assert (told.code, told.err) == (0, "")
+    assert "vmkeep: debug: token is " in examine(site, "--check", "token", "-vv").err
+    assert logging.getLogger("backupcore").level == logging.DEBUG, "as -vv has set it"
+
+
 def test_a_check_that_fails_is_told_with_its_reason_and_an_exit_code(site):
     (site.store / "fail-delete").touch()
     told = examine(site, "--check", "answers", "--check", "token")
@@ -37,6 +47,17 @@ def test_a_check_that_fails_is_told_with_its_reason_and_an_exit_code(site):
     assert quiet.out.splitlines()[-1] == "1 ok, 1 failed"
     assert not any(line.startswith("ok ") for line in quiet.out.splitlines())
     assert examine(site, "--check", "answers", "--json").code == 1
+
+
+def test_ctrl_c_ends_it_and_what_was_stored_goes(site):
+    child = site.start("driver", "test", "files", "-o", f"path={site.store}")
+    site.until(lambda: any(len(path.name) == 32 for path in site.store.iterdir()), "a first backup")
+    (site.store / "wait").touch()
+    site.until((site.store / "waits").exists, "a backup that waits")
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (130, "vmkeep: cancelled\n")
+    assert {path.name for path in site.store.iterdir()} == {"wait", "waits", "deleted"}
 
 
 def test_what_is_wrong_with_the_place_or_an_option_is_told_as_such(site):

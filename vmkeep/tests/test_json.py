@@ -53,7 +53,6 @@ def printed(site):
         "vm list",
         "vm show web1",
         "vm updateconf web1",
-        "vm forget web1",
         "check",
     ):
         found[" ".join(command.split()[:2])] = site.run(*command.split(), "--json").json
@@ -61,9 +60,9 @@ def printed(site):
     for command in ("image pin 1", "image unpin 1", "image prune"):
         found[" ".join(command.split()[:2])] = site.run(*command.split(), "--json").json
     site.run("vm", "updateconf", "web1", "--keep-last", "0")
-    for _ in range(2):
-        site.run("backup", "web1")
-    found["image flatten"] = site.run("image", "flatten", "2", "--json").json
+    site.run("backup", "web1")
+    found["image flatten"] = site.run("image", "flatten", "1", "--json").json
+    found["vm forget"] = site.run("vm", "forget", "web1", "--json").json
     site.run("backup", "web1")
     site.run("vm", "updateconf", "web1", "--keep-last", "1")
     found["backup"] = site.run("backup", "web1", "--json").json

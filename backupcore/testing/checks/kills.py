@@ -86,9 +86,11 @@ def killed_at_the_end(bench: Bench) -> None:
                     raise Failed("the driver did not read the manifest within a minute")
                 time.sleep(delay)  # whenever it is: what must hold, holds at any time
             finally:
+                family = processes.below(child.pid)
                 child.kill()
                 child.wait()
                 _close(child)
+            processes.survivors(family, bench.target.patience)  # one that ends late may publish late
         _release(bench, run)
         for one in bench.ours(vm):
             if one.labels.get("point") == run.point:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 from backupcore.testing import processes
 from backupcore.testing.bench import Bench, Failed, Kept
 from backupcore.testing.given import Held
+from backupcore.testing.life import DATE
 
 
 def labels(bench: Bench) -> None:
@@ -26,8 +28,7 @@ def labels(bench: Bench) -> None:
 
 
 def _compare(kept: Kept, found: dict[str, str]) -> None:
-    # Its run had no date yet: the bench's hypervisor tells one, as every hypervisor does.
-    wanted = {**kept.run.labels, "date": "2026-01-02T03:04:05Z"}
+    wanted = replace(kept.run, date=DATE).labels  # the bench's hypervisor told it, as every hypervisor does
     if found != wanted:
         wrong = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
         raise Failed(f"labels do not come back as they were given: {', '.join(wrong)}")

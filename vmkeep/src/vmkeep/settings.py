@@ -34,11 +34,11 @@ DISK_LISTS = ("VOLATILE_DISKS", "EXCLUDE_DISKS")
 """The settings that are lists of disk IDs, written ``vdb,vdc``; "" is the empty list."""
 _DISK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 
-FORMS: Mapping[str, tuple[str, str]] = {
-    "KEEP_CHAINS": (r"[0-9]{0,6}", "a number from 0 (keep all) to 999999, or empty (as KEEP_LAST)"),
-    "FULL_EVERY": (r"[0-9]{1,6}d?", "a number of increments, or of days (30d), or 0 (never)"),
+FORMS = {
+    "KEEP_CHAINS": (re.compile(r"[0-9]{0,6}"), "a number from 0 (keep all) to 999999, or empty (as KEEP_LAST)"),
+    "FULL_EVERY": (re.compile(r"[0-9]{1,6}d?"), "a number of increments, or of days (30d), or 0 (never)"),
 }
-"""The settings with a form of their own: a pattern, and what it says."""
+"""Further settings: what a value must look like, and the same in words."""
 
 BUILT_IN: Mapping[str, str] = {
     "MODE": "INCREMENT",
@@ -69,10 +69,6 @@ def validate(settings: Mapping[str, str], where: str) -> None:
         legal = LEGAL.get(key)
         if legal is None:
             wrong.append(f"{key[:40]!r} is no setting")
-        elif key in FORMS:
-            form, what = FORMS[key]
-            if not re.fullmatch(form, value):
-                wrong.append(f"{key} must be {what}")
         elif key in NUMBERS:
             first, last = NUMBERS[key]
             if not (value.isascii() and value.isdigit() and len(value) < 7 and first <= int(value) <= last):
@@ -81,6 +77,10 @@ def validate(settings: Mapping[str, str], where: str) -> None:
         elif key in DISK_LISTS:
             if not all(_DISK.fullmatch(disk) for disk in (value.split(",") if value else ())):
                 wrong.append(f"{key} must be a list of disks (vdb,vdc)")
+        elif key in FORMS:
+            form, what = FORMS[key]
+            if not form.fullmatch(value):
+                wrong.append(f"{key} must be {what}")
         elif value not in legal:
             wrong.append(f"{key} must be one of {', '.join(legal)}")
     if wrong:

@@ -124,6 +124,8 @@ class FileDriver:
         while waiting.exists():
             ctx.wait(0.02)
         token = new_id()
+        if (self.path / "talk").exists():
+            ctx.log.debug("token is %s", token)
         folder = self.path / f".{token}"
         folder.mkdir()
         size = 0

@@ -211,8 +211,8 @@ def config(detail: Detail) -> Document:
     """What counts for a VM, as in ``[defaults]``."""
     found: Document = {key.lower(): value for key, value in detail.settings.items()}
     found |= {key.lower(): int(detail.settings[key]) for key in NUMBERS}
-    found |= {key.lower(): disk_list(detail.settings[key]) for key in DISK_LISTS}
     found["keep_chains"] = int(detail.settings["KEEP_CHAINS"]) if detail.settings["KEEP_CHAINS"] else None
+    found |= {key.lower(): disk_list(detail.settings[key]) for key in DISK_LISTS}
     found["own"] = sorted(key.lower() for key in detail.own)
     return found
 

@@ -150,15 +150,15 @@ def _number(key: str) -> click.IntRange:
     "--freeze-timeout", type=_number("FREEZE_TIMEOUT"), metavar="S", help="How long the guest may stand still."
 )
 @click.option("--keep-last", type=click.IntRange(0, 999_999), metavar="N", help="How many backups to keep; 0: all.")
-@click.option("--keep-chains", metavar="N", help='How many closed images; 0: all, "": as --keep-last.')
-@click.option("--full-every", metavar="N|Nd", help="A new image every N increments or days; 0: never.")
-@click.option("--verify-flatten", type=_choice("VERIFY_FLATTEN"), help="Read a sample or all of it back.")
 @click.option("--backup-volatile", type=_choice("BACKUP_VOLATILE"), help="Also disks whose contents need not last.")
 @click.option("--volatile-disks", metavar="DISKS", help="Disks whose contents need not last: vdb,vdc; '' for none.")
 @click.option("--exclude-disks", metavar="DISKS", help="Disks that no backup holds: vdb,vdc; '' for none.")
 @click.option(
     "--encrypted-disks", type=_choice("ENCRYPTED_DISKS"), help="PLAIN: backups hold what the guest sees, unencrypted."
 )
+@click.option("--keep-chains", metavar="N", help='How many closed images; 0: all, "": as --keep-last.')
+@click.option("--full-every", metavar="N|Nd", help="A new image every N increments or days; 0: never.")
+@click.option("--verify-flatten", type=_choice("VERIFY_FLATTEN"), help="Read a sample or all of it back.")
 @common
 @click.pass_obj
 def updateconf(
