@@ -70,6 +70,7 @@ class SeaweedFS:
             f"-s3.key.file={self.folder / 'key.pem'}",
             f"-s3.port.grpc={others[-1]}",
             "-s3.port.iceberg=0",
+            "-s3.port.lance=0",  # 9101, where a second server would find it taken
             "-s3.iam=false",
             f"-s3.config={self.folder / 's3.json'}",
         ]
