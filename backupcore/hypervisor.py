@@ -6,12 +6,15 @@ libvirt, domain XML and QEMU.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from backupcore.model import VM, BackupRun, Estimate
+
+if TYPE_CHECKING:
+    from backupcore.context import Context
 
 __all__ = ["Finding", "Hypervisor", "VMDisk", "VMState", "open_hypervisor"]
 
@@ -80,6 +83,13 @@ class Hypervisor(Protocol):
         untrusted: only listed elements are carried over. `no_ip` drops the NICs' addresses (MACs and IPs), `no_nic`
         the NICs. The result has `name` and no UUID, so it can be defined beside the VM that it comes from.
         IntegrityError if `stored` is no domain definition.
+        """
+
+    def recover(self, vm: VM, keep: Collection[str], ctx: Context) -> None:
+        """Put right what dead runs of this VM have left, whatever is known of them, and tell `ctx.did` of each thing.
+
+        Guests frozen or stopped, jobs, files, and every checkpoint of ours whose point is not in `keep`. The caller
+        knows that no run of this VM lives. Repeated, it finds nothing to do. HypervisorError says what hinders it.
         """
 
     def check(self) -> Sequence[Finding]:

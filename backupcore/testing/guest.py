@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -96,11 +96,25 @@ class MemoryHypervisor:
     @hookimpl
     def postbackup(self, run: BackupRun, outcome: Outcome) -> None:
         """Let go of the guest and of the checkpoints that nobody needs any more."""
-        guest = self.guests[run.vm.uuid]
+        guest = self.guests.get(run.vm.uuid)
+        if guest is None:
+            return  # it was undefined meanwhile: nothing of it is held
         guest.busy = ""
         gone = run.spent if outcome.state is RunState.RECORDED else (run.point,)
         for point in gone:
             guest.checkpoints.pop(point, None)
+
+    def recover(self, vm: VM, keep: Collection[str], ctx: Context) -> None:
+        """Let go of the guest, and of every checkpoint that is not kept."""
+        guest = self.guests.get(vm.uuid)
+        if guest is None:
+            return
+        if guest.busy:
+            ctx.did(f"let go of the guest, held by run {guest.busy}")
+            guest.busy = ""
+        for point in sorted(set(guest.checkpoints) - set(keep)):
+            del guest.checkpoints[point]
+            ctx.did(f"forgot checkpoint {point}")
 
     def vms(self) -> Sequence[VMState]:
         """Every guest."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -45,6 +46,20 @@ def printed(site):
     (site.folder / "away").rename(site.store)
     for command in ("image list", "image show 1", "vm list", "vm show web1", "vm updateconf web1", "check"):
         found[" ".join(command.split()[:2])] = site.run(*command.split(), "--json").json
+    for command in ("cancel", "recover"):
+        (site.store / "waits").unlink(missing_ok=True)
+        (site.store / "wait").touch()
+        child = site.start("backup", "web1")
+        site.until((site.store / "waits").exists, "the backup")
+        if command == "recover":
+            child.kill()
+            child.wait()
+            (site.guests.parent / "fail-release").touch()
+            found[command] = json.loads(site.run(command, "--json").out)
+            (site.guests.parent / "fail-release").unlink()
+        else:
+            found[command] = site.run(command, "web1", "--json").json
+    (site.store / "wait").unlink()
     found["restore"] = site.run("restore", "1", "--to", str(site.folder / "to"), "--json").json
     for command in ("datastore list", "datastore check nas", "driver list", "image delete 1 --yes"):
         found[" ".join(command.split()[:2])] = site.run(*command.split(), "--json").json

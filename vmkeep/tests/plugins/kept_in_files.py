@@ -9,7 +9,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence
 from pathlib import Path
 
 import backupcore
@@ -77,6 +77,11 @@ class FileHypervisor(MemoryHypervisor):
             file.write(f"{run.id} {outcome.state.value} {run.point}\n")
         if self.path.with_name("fail-release").exists():
             raise HypervisorError("the guest could not be released", "See to it.")
+
+    def recover(self, vm: VM, keep: Collection[str], ctx: Context) -> None:
+        self.read()
+        super().recover(vm, keep, ctx)
+        save(self.path, self.guests.values())
 
     def vms(self) -> Sequence[VMState]:
         self.read()

@@ -17,7 +17,7 @@ from backupcore_libvirt.connection import NO_CHECKPOINT, Domain, code_of
 from backupcore_libvirt.disks import Node, SourceDisk, nodes, source_disks
 from backupcore_libvirt.xml import parse
 
-__all__ = ["checkpoint_name", "checkpoint_xml", "delete", "require_parent"]
+__all__ = ["checkpoint_name", "checkpoint_xml", "delete", "ours", "require_parent"]
 
 OFFLINE_LIMIT = 5.0
 
@@ -25,6 +25,12 @@ OFFLINE_LIMIT = 5.0
 def checkpoint_name(point: str) -> str:
     """The checkpoint of a point; bitmaps have its name too."""
     return f"backupcore-{point}"
+
+
+def ours(domain: Domain) -> list[str]:
+    """The points of every checkpoint of ours that libvirt knows on this VM."""
+    prefix = checkpoint_name("")
+    return [name.removeprefix(prefix) for name in domain.checkpoints() if name.startswith(prefix)]
 
 
 def checkpoint_xml(point: str, vm_disks: Sequence[str], tracked: Collection[str]) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -43,9 +43,10 @@ from backupcore_libvirt.definition import restored_definition
 from backupcore_libvirt.disks import source_disks
 from backupcore_libvirt.export import artifact
 from backupcore_libvirt.findings import findings
-from backupcore_libvirt.folder import RunFolder, dead_folders
+from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.look import Look, look
 from backupcore_libvirt.nvram import read_nvram
+from backupcore_libvirt.recovery import clear, recover
 from backupcore_libvirt.scratch_watch import ScratchWatch, watch
 from backupcore_libvirt.settings import read as read_settings
 from backupcore_libvirt.settings import write as write_settings
@@ -78,12 +79,9 @@ class Libvirt:
         """
         connection = ctx.stack.enter_context(Connection(self.uri))
         domain = connection.domain(run.vm.uuid)
-        dead = left_behind(domain, self.scratch)
-        if dead is not None:
-            ctx.log.warning("VM %s: ending the backup job that a dead run (%s) has left", domain.name, dead.run)
-            end(domain, dead)
-        for left in dead_folders(self.scratch, domain.uuid):
-            left.remove()
+        clear(domain, self.scratch, ctx)
+        for line in ctx.put_right:
+            ctx.log.warning("VM %s: %s", domain.name, line)
         seen = look(connection, domain, run, self.scratch)
         folder = RunFolder(self.scratch, run.id)
         lock = folder.make(seen.owner, domain.uuid)
@@ -139,6 +137,15 @@ class Libvirt:
                 ctx.log.warning("%s holds what no run puts there, and stays: %s", folder.path, ", ".join(strange))
             if domain is not None:
                 checkpoint.delete(domain, run.spent if outcome.state is RunState.RECORDED else (run.point,))
+
+    def recover(self, vm: VM, keep: Collection[str], ctx: Context) -> None:
+        """Put right what dead runs of this VM have left; see `backupcore_libvirt.recovery`."""
+        with Connection(self.uri) as connection:
+            try:
+                domain = connection.domain(vm.uuid)
+            except NotFound:
+                domain = None
+            recover(domain, vm, self.scratch, keep, ctx)
 
     def vms(self) -> Sequence[VMState]:
         """Every VM of this host, by name. HypervisorError if libvirt is away."""

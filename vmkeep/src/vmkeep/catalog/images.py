@@ -17,7 +17,7 @@ from vmkeep.catalog.database import Catalog
 if TYPE_CHECKING:
     from backupcore.session import Recorded
 
-__all__ = ["close", "find", "last_dates", "newest", "record", "remove", "retired", "tokens", "where"]
+__all__ = ["close", "find", "last_dates", "newest", "points", "record", "remove", "retired", "tokens", "where"]
 
 _PREFIX = 4  # hex digits: fewer would too easily be meant as a number
 
@@ -200,6 +200,19 @@ def retired(catalog: Catalog, vm: VM) -> Sequence[str]:
     with catalog.reading() as connection:
         query = select(schema.retired.c.point).where(schema.retired.c.vm_uuid == vm.uuid)
         return connection.execute(query).scalars().all()
+
+
+def points(catalog: Catalog, vm: VM) -> Sequence[str]:
+    """The points from which this VM's next increments may be tracked: the last two of each image that is not closed.
+
+    The last but one as well, so that a failed run can be taken again.
+    """
+    return [
+        increment.point
+        for image in where(catalog, vm=vm.uuid)
+        if image.state != "closed"
+        for increment in image.increments[-2:]
+    ]
 
 
 def tokens(catalog: Catalog) -> Sequence[str]:

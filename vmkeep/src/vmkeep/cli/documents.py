@@ -6,12 +6,14 @@ from datetime import UTC, datetime
 
 from backupcore.model import Image, LeftOut
 from vmkeep.backup import Planned, Taken
+from vmkeep.cancel import Stopped
 from vmkeep.catalog.runs import PastRun
 from vmkeep.cli.figures import iso
+from vmkeep.recovery import PutRight
 from vmkeep.restore import Files
 from vmkeep.vms import Detail, Listing
 
-__all__ = ["backup", "config", "image", "images", "plan", "restore", "vm", "vms"]
+__all__ = ["backup", "cancel", "config", "image", "images", "plan", "recovered", "restore", "vm", "vms"]
 
 Document = dict[str, object]
 
@@ -64,6 +66,35 @@ def plan(planned: Planned) -> Document:
         "disks": [{"id": disk.id, "bytes": disk.bytes, "whole": disk.whole} for disk in disks],
         "left_out": _left_out(planned.estimate.left_out),
     }
+
+
+def cancel(stopped: Stopped) -> Document:
+    """``vmkeep cancel``."""
+    return {
+        "vm": stopped.vm.name,
+        "uuid": stopped.vm.uuid,
+        "process": stopped.process,
+        "doing": stopped.doing,
+        "state": stopped.state,
+        "seconds": round(stopped.seconds, 3),
+        "did": list(stopped.did),
+    }
+
+
+def recovered(found: list[PutRight]) -> list[Document]:
+    """``vmkeep recover``: the VMs of which something was put right, or could not be."""
+    return [
+        {
+            "vm": one.vm.name,
+            "uuid": one.vm.uuid,
+            "did": list(one.did),
+            "errors": [
+                {"class": type(error).__name__, "message": error.message, "hint": error.hint} for error in one.errors
+            ],
+        }
+        for one in found
+        if one.did or one.errors
+    ]
 
 
 def image(found: Image, *, increments: bool) -> Document:

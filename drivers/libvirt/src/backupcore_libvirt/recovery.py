@@ -1,0 +1,59 @@
+"""Putting right what dead runs left of a VM, whatever is known of them: found by looking, so it can be repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from backupcore.context import Context
+from backupcore.errors import Busy
+from backupcore.model import VM
+from backupcore_libvirt import checkpoint
+from backupcore_libvirt.backup_job import end, left_behind
+from backupcore_libvirt.connection import Domain
+from backupcore_libvirt.folder import RunFolder, dead_folders
+
+__all__ = ["clear", "recover"]
+
+
+def recover(domain: Domain | None, vm: VM, scratch: Path, keep: Collection[str], ctx: Context) -> None:
+    """End dead runs' job, let the guest go on, remove their folders, and every checkpoint of ours not in `keep`.
+
+    `domain` is None for a VM that is gone: only folders can be left of it. While a job runs that is no dead run's, the
+    VM is left alone.
+    """
+    if domain is None:
+        for folder in dead_folders(scratch, vm.uuid):
+            _remove(folder, ctx)
+        return
+    try:
+        clear(domain, scratch, ctx)
+    except Busy as busy:
+        ctx.log.info("%s", busy)
+        return
+    stray = sorted(set(checkpoint.ours(domain)) - set(keep))
+    checkpoint.delete(domain, stray)
+    for point in stray:
+        ctx.did(f"deleted checkpoint {checkpoint.checkpoint_name(point)}, which no backup needs")
+
+
+def clear(domain: Domain, scratch: Path, ctx: Context) -> None:
+    """Make the VM free for a backup: end dead runs' job and remove their folders. Busy where a job is not a dead run's.
+
+    HypervisorError where the job cannot be ended without harm, or is one that libvirt itself cannot get rid of.
+    """
+    dead = left_behind(domain, scratch)
+    folders = dead_folders(scratch, domain.uuid)
+    if dead is not None and dead.path not in [folder.path for folder in folders]:
+        folders.append(dead)
+    for folder in folders:
+        for line in end(domain, folder):
+            ctx.did(f"{line}; a dead run ({folder.run}) had left it so")
+        _remove(folder, ctx)
+
+
+def _remove(folder: RunFolder, ctx: Context) -> None:
+    if strange := folder.remove():
+        ctx.log.warning("%s holds what no run puts there, and stays: %s", folder.path, ", ".join(strange))
+    else:
+        ctx.did(f"removed {folder.path} (socket and scratch files of a dead run)")
