@@ -85,11 +85,12 @@ class Hypervisor(Protocol):
         IntegrityError if `stored` is no domain definition.
         """
 
-    def recover(self, vm: VM, keep: Collection[str], ctx: Context) -> None:
+    def recover(self, vm: VM, spent: Collection[str], ctx: Context) -> None:
         """Put right what dead runs of this VM have left, whatever is known of them, and tell `ctx.did` of each thing.
 
-        Guests frozen or stopped, jobs, files, and every checkpoint of ours whose point is not in `keep`. The caller
-        knows that no run of this VM lives. Repeated, it finds nothing to do. HypervisorError says what hinders it.
+        Guests frozen or stopped, jobs, files; and the checkpoints of the points in `spent` go. Those of other points
+        stay: they may be of a catalog that the caller does not have. The caller knows that no run of its own of this VM
+        lives. Repeated, it finds nothing to do. HypervisorError says what hinders it.
         """
 
     def check(self) -> Sequence[Finding]:

@@ -104,15 +104,15 @@ class MemoryHypervisor:
         for point in gone:
             guest.checkpoints.pop(point, None)
 
-    def recover(self, vm: VM, keep: Collection[str], ctx: Context) -> None:
-        """Let go of the guest, and of every checkpoint that is not kept."""
+    def recover(self, vm: VM, spent: Collection[str], ctx: Context) -> None:
+        """Let go of the guest, and of the checkpoints that nobody needs any more."""
         guest = self.guests.get(vm.uuid)
         if guest is None:
             return
         if guest.busy:
             ctx.did(f"let go of the guest, held by run {guest.busy}")
             guest.busy = ""
-        for point in sorted(set(guest.checkpoints) - set(keep)):
+        for point in sorted(set(guest.checkpoints) & set(spent)):
             del guest.checkpoints[point]
             ctx.did(f"forgot checkpoint {point}")
 

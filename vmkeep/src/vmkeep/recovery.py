@@ -85,7 +85,7 @@ def put_right(place: Workplace, vm: VM, did: list[str], other: Datastore | None 
     for run in runs.died(place.catalog, vm.uuid):
         did.append(f"run {run[:8]}: written down as failed, its process was killed")
     with _context(place, did) as ctx:
-        place.hypervisor.recover(vm, images.points(place.catalog, vm), ctx)
+        place.hypervisor.recover(vm, images.spent(place.catalog, vm), ctx)
 
     def release(run: BackupRun, folder: Path) -> None:
         with Context(folder) as ctx:

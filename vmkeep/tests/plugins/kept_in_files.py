@@ -78,9 +78,9 @@ class FileHypervisor(MemoryHypervisor):
         if self.path.with_name("fail-release").exists():
             raise HypervisorError("the guest could not be released", "See to it.")
 
-    def recover(self, vm: VM, keep: Collection[str], ctx: Context) -> None:
+    def recover(self, vm: VM, spent: Collection[str], ctx: Context) -> None:
         self.read()
-        super().recover(vm, keep, ctx)
+        super().recover(vm, spent, ctx)
         save(self.path, self.guests.values())
 
     def vms(self) -> Sequence[VMState]:

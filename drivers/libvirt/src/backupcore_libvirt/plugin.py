@@ -138,14 +138,14 @@ class Libvirt:
             if domain is not None:
                 checkpoint.delete(domain, run.spent if outcome.state is RunState.RECORDED else (run.point,))
 
-    def recover(self, vm: VM, keep: Collection[str], ctx: Context) -> None:
+    def recover(self, vm: VM, spent: Collection[str], ctx: Context) -> None:
         """Put right what dead runs of this VM have left; see `backupcore_libvirt.recovery`."""
         with Connection(self.uri) as connection:
             try:
                 domain = connection.domain(vm.uuid)
             except NotFound:
                 domain = None
-            recover(domain, vm, self.scratch, keep, ctx)
+            recover(domain, vm, self.scratch, spent, ctx)
 
     def vms(self) -> Sequence[VMState]:
         """Every VM of this host, by name. HypervisorError if libvirt is away."""

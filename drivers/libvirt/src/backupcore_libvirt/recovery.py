@@ -16,8 +16,8 @@ from backupcore_libvirt.folder import RunFolder, dead_folders
 __all__ = ["clear", "recover"]
 
 
-def recover(domain: Domain | None, vm: VM, scratch: Path, keep: Collection[str], ctx: Context) -> None:
-    """End dead runs' job, let the guest go on, remove their folders, and every checkpoint of ours not in `keep`.
+def recover(domain: Domain | None, vm: VM, scratch: Path, spent: Collection[str], ctx: Context) -> None:
+    """End dead runs' job, let the guest go on, remove their folders, and the checkpoints of the points in `spent`.
 
     `domain` is None for a VM that is gone: only folders can be left of it. While a job runs that is no dead run's, the
     VM is left alone.
@@ -31,9 +31,9 @@ def recover(domain: Domain | None, vm: VM, scratch: Path, keep: Collection[str],
     except Busy as busy:
         ctx.log.info("%s", busy)
         return
-    stray = sorted(set(checkpoint.ours(domain)) - set(keep))
-    checkpoint.delete(domain, stray)
-    for point in stray:
+    there = sorted(set(checkpoint.ours(domain)) & set(spent))
+    checkpoint.delete(domain, there)
+    for point in there:
         ctx.did(f"deleted checkpoint {checkpoint.checkpoint_name(point)}, which no backup needs")
 
 

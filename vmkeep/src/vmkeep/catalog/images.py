@@ -17,7 +17,7 @@ from vmkeep.catalog.database import Catalog
 if TYPE_CHECKING:
     from backupcore.session import Recorded
 
-__all__ = ["close", "find", "last_dates", "newest", "points", "record", "remove", "retired", "tokens", "where"]
+__all__ = ["close", "find", "last_dates", "newest", "record", "remove", "retired", "spent", "tokens", "where"]
 
 _PREFIX = 4  # hex digits: fewer would too easily be meant as a number
 
@@ -202,17 +202,15 @@ def retired(catalog: Catalog, vm: VM) -> Sequence[str]:
         return connection.execute(query).scalars().all()
 
 
-def points(catalog: Catalog, vm: VM) -> Sequence[str]:
-    """The points from which this VM's next increments may be tracked: the last two of each image that is not closed.
+def spent(catalog: Catalog, vm: VM) -> tuple[str, ...]:
+    """The points of this VM, of all that the catalog knows, that no next increment will build on.
 
-    The last but one as well, so that a failed run can be taken again.
+    One may build on the last two of every chain that is not closed: a run may have to be taken again.
     """
-    return [
-        increment.point
-        for image in where(catalog, vm=vm.uuid)
-        if image.state != "closed"
-        for increment in image.increments[-2:]
-    ]
+    chains = where(catalog, vm=vm.uuid)
+    kept = {increment.point for image in chains if image.state != "closed" for increment in image.increments[-2:]}
+    known = [*retired(catalog, vm), *(increment.point for image in chains for increment in image.increments)]
+    return tuple(point for point in known if point not in kept)
 
 
 def tokens(catalog: Catalog) -> Sequence[str]:

@@ -1,0 +1,151 @@
+"""kill -9 of vmkeep at every named step of a backup, then: the guest runs, the next backup works, all restores equal.
+
+The steps are functions of the product, told by Python's profiler (`lab.kill_at`); one that is never reached, since it
+was renamed or is not called any more, turns a test red.
+"""
+
+from __future__ import annotations
+
+import itertools
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from lab.domain_xml import DiskSpec
+from lab.host import RUNNING, Host, wait_until
+
+MIB = 1 << 20
+
+STEPS = {
+    "the VM is locked": "vmkeep.recovery:put_right call",
+    "the plan is made": "backupcore.chain:plan return",
+    "the run is written down": "vmkeep.catalog.runs:begin return",
+    "its folder is made": "vmkeep.folders:dump_run call",
+    "the datastore is ready": "lab.store:Folder.prebackup return",
+    "scratch is being made": "backupcore_libvirt.folder:RunFolder._locked call",
+    "scratch is made": "backupcore_libvirt.folder:RunFolder.make return",
+    "before the instant": "backupcore_libvirt.connection:Domain.begin_backup call",
+    "the instant": "backupcore_libvirt.connection:Domain.begin_backup return",
+    "before NBD is connected": "backupcore.disk.nbd:_connect call",
+    "NBD is connected": "backupcore.disk.nbd:_Handshake.run call",
+    "greeted": "backupcore.disk.nbd:_Handshake._greet return",
+    "between connect and GO": "backupcore.disk.nbd:_Handshake._go call",
+    "GO": "backupcore.disk.nbd:_Handshake._go return",
+    "block status": "backupcore.disk.nbd:Client.walk_status return",
+    "a disk is mapped": "backupcore_libvirt.export:artifact return",
+    "all is prepared": "backupcore_libvirt.plugin:Libvirt.prebackup return",
+    "before the datastore stores": "lab.store:Folder.backup call",
+    "reading": "backupcore.disk.nbd:Client.submit return",
+    "stored": "backupcore.datastore:Datastore.backup return",
+    "before the record": "vmkeep.catalog.images:record call",
+    "in the record": "vmkeep.catalog.images:record return",
+    "recorded": "vmkeep.catalog.runs:record return",
+    "before the release": "backupcore_libvirt.plugin:Libvirt.postbackup call",
+    "before the job is ended": "backupcore_libvirt.connection:Domain.abort_job call",
+    "the job is told to end": "backupcore_libvirt.connection:Domain.abort_job return",
+    "the job has ended": "backupcore_libvirt.backup_job:end return",
+    "scratch is being removed": "backupcore_libvirt.folder:RunFolder._remove call",
+    "scratch is removed": "backupcore_libvirt.folder:RunFolder.remove return",
+    "a checkpoint is deleted": "backupcore_libvirt.checkpoint:delete return",
+    "the guest is released": "backupcore_libvirt.plugin:Libvirt.postbackup return",
+    "all is released": "backupcore.datastore:Datastore.postbackup return",
+    "its folder is removed": "vmkeep.folders:_remove return",
+}
+"""What it is called for people, and the step for `lab.kill_at`."""
+
+QUICK = (
+    "its folder is made",
+    "scratch is being made",
+    "the instant",
+    "between connect and GO",
+    "reading",
+    "in the record",
+    "recorded",
+    "the job is told to end",
+    "scratch is removed",
+)
+"""One step of each kind of thing that can be left behind, for `make test`."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kill: at which step, of a full or an increment, and whether `recover` or the next backup puts it right."""
+
+    step: str
+    reset: bool
+    recover: bool
+
+
+def pairs(steps: Sequence[str]) -> list[Case]:
+    """Every step, with each value of the others as often as the other."""
+    values = itertools.cycle(itertools.product((False, True), (True, False)))
+    return [Case(step, reset, recover) for step, (reset, recover) in zip(steps, values, strict=False)]
+
+
+@pytest.fixture
+def host(make_vm, libvirt_uri: str, vm_folder: Path) -> Host:
+    vm = make_vm([DiskSpec(target="vda", size=32 * MIB), DiskSpec(target="vdb", size=16 * MIB + 512)], label="killed")
+    vm.io("vda", "write -P 0x55 1M 8M")
+    vm.io("vdb", "write -P 0x11 0 2M")
+    return Host(vm_folder, vm, libvirt_uri, driver="lab")
+
+
+def write(host: Host, number: int) -> None:
+    """What tells this round's disks from every other's: data, zeroes, a discard, on both disks."""
+    host.vm.io(
+        "vda",
+        f"write -P {number % 250 + 1} {number % 30}M 512k",
+        f"write -z {(number + 7) % 30}M 256k",
+        f"discard {(number + 13) % 30}M 1M",
+    )
+    host.vm.io("vdb", f"write -P {number % 250 + 2} {number % 15}M 640k")
+
+
+def matrix(host: Host, cases: Sequence[Case]) -> None:
+    truths: dict[str, dict[str, Path]] = {}
+
+    def note(truth: dict[str, Path]) -> None:
+        # A run that was killed may have been recorded before: it then holds the same bytes as the next.
+        for one in host.recorded():
+            truths.setdefault(one.point, truth)
+
+    first = host.note_truth("first")
+    host.backup()
+    note(first)
+    for number, case in enumerate(cases):
+        write(host, number)
+        truth = host.note_truth(str(number))
+        before = len(host.recorded())
+        killed = host.run("backup", host.vm.name, *(["--reset"] if case.reset else []), at=STEPS[case.step])
+        assert killed.code == -signal.SIGKILL, f"{case}: the step was not reached: {killed.err}"
+        wait_until(lambda: host.vm.domain.state()[0] == RUNNING, f"the guest to run: {case}")
+        host.vm.io("vda", "read 0 4k")  # the guest's disk answers
+        note(truth)
+        write(host, number + 100)
+        truth = host.note_truth(f"{number}-next")
+        if case.recover:
+            done = host.run("recover", host.vm.name)
+            assert done.code == 0, f"{case}: {done.err}"
+            assert host.left() == [], case
+            again = host.run("recover", host.vm.name)
+            assert again.out == "nothing to put right\n", f"{case}: {again.out}"
+        taken = host.backup()
+        note(truth)
+        assert host.left() == [], case
+        assert len(host.recorded()) - before in (1, 2), case
+        assert taken["type"] == "INCREMENT", f"{case}: {taken['reason']}"
+    for one in host.recorded():
+        assert host.differing(one.image, one.id, truths[one.point]) == [], one
+
+
+def test_killed_at_named_steps(host: Host):
+    matrix(host, pairs(QUICK))
+
+
+@pytest.mark.soak
+def test_killed_at_every_step(host: Host):
+    combinations = itertools.product(STEPS, (False, True), (True, False))
+    matrix(host, [Case(*values) for values in combinations])
