@@ -366,7 +366,10 @@ class Increment:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Image:
-    """The chain of increments of one VM in one datastore, oldest first. `number` is its alias on this host."""
+    """The chain of increments of one VM in one datastore, oldest first. `number` is its alias on this host.
+
+    `why_closed` says why no increment is added to it any more, "" where no reason was given.
+    """
 
     uuid: str
     number: int
@@ -375,6 +378,7 @@ class Image:
     state: typing.Literal["open", "closed", "flattening", "damaged"]
     increments: tuple[Increment, ...]
     pinned: bool = False
+    why_closed: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,13 +6,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from uuid import uuid4
 
 from backupcore import hookimpl
 from backupcore.context import Context
 from backupcore.disk.extents import Extent, Kind
 from backupcore.disk.qcow2 import CLUSTER, DiskArtifact, Layout, MemoryBlocks
-from backupcore.errors import IncrementImpossible, NotFound
-from backupcore.hypervisor import Finding, VMDisk, VMState
+from backupcore.errors import Busy, ConfigError, IncrementImpossible, NotFound
+from backupcore.hypervisor import Definition, DiskFile, Finding, VMDisk, VMState
 from backupcore.model import (
     VM,
     Artifact,
@@ -150,11 +151,42 @@ class MemoryHypervisor:
         self.guests[vm.uuid].settings = dict(settings)
 
     def definition(
-        self, stored: bytes, *, name: str, disks: Mapping[str, Path], nvram: Path | None, no_ip: bool, no_nic: bool
-    ) -> bytes:
+        self,
+        stored: bytes,
+        *,
+        name: str,
+        disks: Mapping[str, Path],
+        nvram: Path | None,
+        no_ip: bool,
+        no_nic: bool,
+        keep_uuid: bool = False,
+        new_mac: bool = False,
+    ) -> Definition:
         """A definition with nothing but the name."""
-        del stored, disks, nvram, no_ip, no_nic
-        return f"<domain><name>{name}</name></domain>".encode()
+        del stored, disks, nvram, no_ip, no_nic, keep_uuid, new_mac
+        return Definition(xml=f"<domain><name>{name}</name></domain>".encode(), left_out=("devices/hostdev",))
+
+    def require_definable(self, name: str, uuid: str | None, folder: Path) -> None:
+        """The name and the UUID must be free."""
+        del folder
+        if any(name == guest.vm.name or uuid == guest.vm.uuid for guest in self.guests.values()):
+            raise ConfigError(f"there is a VM {name} already", "Choose another --name.")
+
+    def define(self, definition: bytes) -> VM:
+        """A guest without disks."""
+        name = definition.decode().partition("<name>")[2].partition("</name>")[0]
+        vm = VM(uuid=str(uuid4()), name=name)
+        self.guests[vm.uuid] = MemoryGuest(vm, {})
+        return vm
+
+    def require_replaceable(self, vm: VM, disks: Sequence[str]) -> Mapping[str, DiskFile]:
+        """These guests always run."""
+        del disks
+        raise Busy(f"VM {vm.name} is running; its disks cannot be replaced", "Power it off.")
+
+    def fit(self, written: Path, old: DiskFile) -> None:
+        """Never asked for, see above."""
+        raise NotImplementedError
 
     def check(self) -> Sequence[Finding]:
         """All is well."""

@@ -7,9 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
+from kept_in_files import WEB
 
-from backupcore.model import LeftOut
+from backupcore.model import Image, LeftOut
+from backupcore.restore import RestoredDisk
 from vmkeep.cli import documents, exits
+from vmkeep.in_place import Replaced
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "json.md"
 
@@ -61,6 +64,10 @@ def printed(site):
             found[command] = site.run(command, "web1", "--json").json
     (site.store / "wait").unlink()
     found["restore"] = site.run("restore", "1", "--to", str(site.folder / "to"), "--json").json
+    disk = RestoredDisk(id="vda", path=Path("/vda"), virtual_size=1, layers=(), artifact="disk.vda.qcow2")
+    image = Image(uuid="0" * 32, number=1, vm=WEB, datastore="nas", state="open", increments=())
+    done = Replaced(vm=WEB, image=image, number=0, disks=(disk,), kept={})
+    found["restore --in-place"] = documents.replaced(done, "files")
     for command in ("datastore list", "datastore check nas", "driver list", "image delete 1 --yes"):
         found[" ".join(command.split()[:2])] = site.run(*command.split(), "--json").json
     site.config.unlink()

@@ -19,8 +19,8 @@ DISKS = {"vda": Path("/restored/a.qcow2")}
 
 def restore(stored: str | bytes, *, disks=DISKS, nvram=None, name="again", no_ip=False, no_nic=False):
     data = stored if isinstance(stored, bytes) else stored.encode()
-    text = restored_definition(data, name=name, disks=disks, nvram=nvram, no_ip=no_ip, no_nic=no_nic)
-    return ElementTree.fromstring(text)
+    made = restored_definition(data, name=name, disks=disks, nvram=nvram, no_ip=no_ip, no_nic=no_nic)
+    return ElementTree.fromstring(made.xml)
 
 
 def domain(devices: str = "", more: str = "", os: str = "", namespace: str = "") -> str:
@@ -183,8 +183,8 @@ def test_a_restored_vm_can_be_defined_and_started(lab, hypervisor):
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(disks[disk]), "8M"], check=True)
     name = f"{vm.name}-again"
     stored = vm.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE).encode()
-    text = hypervisor.definition(stored, name=name, disks=disks, nvram=None, no_ip=True, no_nic=False)
-    defined = vm.connection.defineXMLFlags(text.decode(), libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
+    made = hypervisor.definition(stored, name=name, disks=disks, nvram=None, no_ip=True, no_nic=False)
+    defined = vm.connection.defineXMLFlags(made.xml.decode(), libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
     lab.made.append(type(vm)(libvirt.open(hypervisor.uri), defined, lab.folder / "again"))
     defined.create()
     assert defined.UUIDString() != vm.uuid

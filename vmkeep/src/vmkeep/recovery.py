@@ -16,14 +16,14 @@ from backupcore.context import Context
 from backupcore.datastore import Datastore
 from backupcore.errors import BackupError, Busy, NotFound
 from backupcore.model import VM, BackupRun, Outcome, RunState
-from vmkeep import folders, lock
+from vmkeep import folders, lock, swap
 from vmkeep.catalog import images, runs
 from vmkeep.workplace import Workplace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["PutRight", "put_right", "recover"]
+__all__ = ["PutRight", "follow", "put_right", "recover"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +81,7 @@ def put_right(place: Workplace, vm: VM, did: list[str], other: Datastore | None 
     The caller holds the VM's lock. What hinders it on the hypervisor is raised: the next backup would meet it as well.
     `other` is a datastore to go by for runs whose own is not configured any more.
     """
+    _settle_swap(place, vm, did)
     errors: list[BackupError] = []
     for run in runs.died(place.catalog, vm.uuid):
         did.append(f"run {run[:8]}: written down as failed, its process was killed")
@@ -97,6 +98,24 @@ def put_right(place: Workplace, vm: VM, did: list[str], other: Datastore | None 
 
     folders.sweep(place.state, vm, release, did, errors)
     return errors
+
+
+def _settle_swap(place: Workplace, vm: VM, did: list[str]) -> None:
+    swaps, line = swap.settle(place.state, vm, lambda: place.hypervisor.find(vm.uuid).state == "off")
+    if swaps is not None:
+        follow(place, swaps)
+    if line:
+        did.append(line)
+
+
+def follow(place: Workplace, swaps: swap.Swaps) -> None:
+    """What follows when disks were swapped: no chain of the VM goes on, and its checkpoints go. Then the journal."""
+    for image in images.where(place.catalog, vm=swaps.vm.uuid):
+        if image.state == "open":
+            images.close(place.catalog, image, swaps.reason)
+    with _context(place, []) as ctx:
+        place.hypervisor.recover(swaps.vm, images.spent(place.catalog, swaps.vm), ctx)
+    swap.forget(place.state, swaps)
 
 
 @contextmanager

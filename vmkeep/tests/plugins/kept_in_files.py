@@ -83,6 +83,16 @@ class FileHypervisor(MemoryHypervisor):
         super().recover(vm, spent, ctx)
         save(self.path, self.guests.values())
 
+    def require_definable(self, name: str, uuid: str | None, folder: Path) -> None:
+        self.read()
+        super().require_definable(name, uuid, folder)
+
+    def define(self, definition: bytes) -> VM:
+        self.read()
+        vm = super().define(definition)
+        save(self.path, self.guests.values())
+        return vm
+
     def vms(self) -> Sequence[VMState]:
         self.read()
         return super().vms()

@@ -164,7 +164,7 @@ def _remove_bitmap(path: str, name: str) -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as error:
             raise HypervisorError(f"qemu-img, to remove bitmap {name} from {path}: {error.strerror}") from error
-        if done.returncode == 0 or "is not found" in done.stderr or "No such file" in done.stderr:
+        if done.returncode == 0 or "not found" in done.stderr or "No such file" in done.stderr:
             return
         if "lock" not in done.stderr or time.monotonic() > deadline:  # a QEMU that ends holds its lock for a moment
             raise HypervisorError(f"remove bitmap {name} from {path}: {done.stderr.strip()}")

@@ -13,7 +13,7 @@ from typing import Literal
 from backupcore import hookimpl
 from backupcore.context import Context
 from backupcore.errors import BackupError, HypervisorError, IncrementImpossible, NotFound
-from backupcore.hypervisor import Finding, VMDisk, VMState
+from backupcore.hypervisor import Definition, DiskFile, Finding, VMDisk, VMState
 from backupcore.model import (
     VM,
     Artifact,
@@ -39,11 +39,13 @@ from backupcore_libvirt.connection import (
     Domain,
     code_of,
 )
+from backupcore_libvirt.define import define, require_definable
 from backupcore_libvirt.definition import restored_definition
 from backupcore_libvirt.disks import source_disks
 from backupcore_libvirt.export import artifact
 from backupcore_libvirt.findings import findings
 from backupcore_libvirt.folder import RunFolder
+from backupcore_libvirt.in_place import fit, require_replaceable
 from backupcore_libvirt.look import Look, look
 from backupcore_libvirt.nvram import read_nvram
 from backupcore_libvirt.recovery import clear, recover
@@ -211,9 +213,39 @@ class Libvirt:
         nvram: Path | None,
         no_ip: bool,
         no_nic: bool,
-    ) -> bytes:
+        keep_uuid: bool = False,
+        new_mac: bool = False,
+    ) -> Definition:
         """A restored VM's definition; see `backupcore_libvirt.definition` for what is carried over."""
-        return restored_definition(stored, name=name, disks=disks, nvram=nvram, no_ip=no_ip, no_nic=no_nic)
+        return restored_definition(
+            stored,
+            name=name,
+            disks=disks,
+            nvram=nvram,
+            no_ip=no_ip,
+            no_nic=no_nic,
+            keep_uuid=keep_uuid,
+            new_mac=new_mac,
+        )
+
+    def require_definable(self, name: str, uuid: str | None, folder: Path) -> None:
+        """That a VM of this name (and UUID) can be defined on disks in `folder`: ConfigError, AccessDenied."""
+        with Connection(self.uri) as connection:
+            require_definable(connection, name, uuid, folder)
+
+    def define(self, definition: bytes) -> VM:
+        """Define a VM that is not there yet."""
+        with Connection(self.uri) as connection:
+            return define(connection, definition)
+
+    def require_replaceable(self, vm: VM, disks: Sequence[str]) -> Mapping[str, DiskFile]:
+        """That disks of a powered-off VM may be replaced, and their files; see `backupcore_libvirt.in_place`."""
+        with Connection(self.uri) as connection:
+            return require_replaceable(connection, connection.domain(vm.uuid), disks)
+
+    def fit(self, written: Path, old: DiskFile) -> None:
+        """Make a restored qcow2 file like the one that it replaces."""
+        fit(written, old)
 
     def check(self) -> Sequence[Finding]:
         """Is everything here that backups need: the daemon, versions, the scratch folder, QEMU's user?"""

@@ -56,6 +56,7 @@ def _load(connection: Connection, *conditions: ColumnElement[bool]) -> list[Imag
             state=row.state,
             increments=tuple(chains.get(row.number, ())),
             pinned=row.pinned,
+            why_closed=row.why_closed or "",
         )
         for row in rows
     ]
@@ -185,13 +186,13 @@ def remove(catalog: Catalog, image: Image) -> None:
         connection.execute(delete(schema.images).where(schema.images.c.number == image.number))
 
 
-def close(catalog: Catalog, image: Image) -> None:
-    """Let no further increment be added to an image: part of it is about to go."""
+def close(catalog: Catalog, image: Image, why: str = "") -> None:
+    """Let no further increment be added to an image; `why` becomes the reason of the full that follows."""
     with catalog.writing() as connection:
         connection.execute(
             update(schema.images)
             .where(schema.images.c.number == image.number, schema.images.c.state == "open")
-            .values(state="closed")
+            .values(state="closed", why_closed=why or None)
         )
 
 

@@ -34,6 +34,7 @@ images = Table(
     Column("datastore", Text, nullable=False),
     Column("state", String(16), nullable=False),
     Column("pinned", Boolean, nullable=False, default=False),
+    Column("why_closed", Text),
     # A number that was given once is never given again: a script may have noted it.
     sqlite_autoincrement=True,
 )

@@ -5,15 +5,17 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from backupcore.model import Image, LeftOut
+from backupcore.restore import RestoredDisk
 from vmkeep.backup import Planned, Taken
 from vmkeep.cancel import Stopped
 from vmkeep.catalog.runs import PastRun
 from vmkeep.cli.figures import iso
+from vmkeep.in_place import Replaced
 from vmkeep.recovery import PutRight
 from vmkeep.restore import Files
 from vmkeep.vms import Detail, Listing
 
-__all__ = ["backup", "cancel", "config", "image", "images", "plan", "recovered", "restore", "vm", "vms"]
+__all__ = ["backup", "cancel", "config", "image", "images", "plan", "recovered", "replaced", "restore", "vm", "vms"]
 
 Document = dict[str, object]
 
@@ -135,6 +137,30 @@ def images(found: list[Image]) -> list[Document]:
     return [image(one, increments=False) for one in found]
 
 
+def _restored(image: Image, disk: RestoredDisk, driver: str) -> Document:
+    layers = ",".join(f"{number}:{source}" for number, source in disk.layers)
+    return {
+        "id": disk.id,
+        "path": str(disk.path),
+        "size": disk.virtual_size,
+        "from": f"{driver}://{image.datastore}/{layers}//{disk.artifact}",
+    }
+
+
+def replaced(done: Replaced, driver: str) -> Document:
+    """``vmkeep restore --in-place``."""
+    return {
+        "vm": done.vm.name,
+        "uuid": done.vm.uuid,
+        "image": done.image.number,
+        "increment": done.number,
+        "disks": [
+            {**_restored(done.image, disk, driver), "kept": str(done.kept[disk.id]) if disk.id in done.kept else None}
+            for disk in done.disks
+        ],
+    }
+
+
 def restore(files: Files, driver: str) -> Document:
     """``vmkeep restore``; `driver` is the name of the datastore's driver."""
     return {
@@ -142,17 +168,9 @@ def restore(files: Files, driver: str) -> Document:
         "xml": str(files.definition) if files.definition else None,
         "nvram": str(files.nvram) if files.nvram else None,
         "increment": files.number,
-        "disks": [
-            {
-                "id": disk.id,
-                "path": str(disk.path),
-                "size": disk.virtual_size,
-                "from": f"{driver}://{files.image.datastore}/"
-                + ",".join(f"{number}:{source}" for number, source in disk.layers)
-                + f"//{disk.artifact}",
-            }
-            for disk in files.disks
-        ],
+        "disks": [_restored(files.image, disk, driver) for disk in files.disks],
+        "left_out": list(files.left_out),
+        "uuid": files.vm.uuid if files.vm else None,
     }
 
 
