@@ -1,6 +1,6 @@
 # Everything here works on a fresh Debian 12 with git, make and python3: lab/setup.py installs the rest, asking first.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint soak clean-lab
+.PHONY: help setup demo test lint bench soak clean-lab
 
 PYTHON ?= python3
 RUN := .venv/bin/python
@@ -28,6 +28,10 @@ lint: setup ## ruff (lint and format) and mypy --strict
 	@$(RUN) -m ruff check
 	@$(RUN) -m ruff format --check
 	@$(RUN) -m mypy
+
+bench: ## Run our work beside what a user would run instead, on the same live VM (ARGS="--rounds 5 full-restic")
+	@$(PYTHON) lab/setup.py bench
+	@$(RUN) -m benchmarks $(ARGS)
 
 soak: setup ## Run the tests that take long
 	@$(RUN) -m pytest --timeout 3600 -m soak $(ARGS)

@@ -1,6 +1,7 @@
 """Set up this checkout on a bare Debian: system packages, .venv, this repository's packages (standard library only).
 
     python3 lab/setup.py        what every make target runs first; well under a second when nothing is missing
+    python3 lab/setup.py bench  with the packages that only `make bench` needs
 
 Missing system packages are named before anything is installed: on a terminal you are asked, YES=1 answers yes, CI=true
 never asks, and without any of these the command to run is printed and the exit code is 1. Nothing else of the host is
@@ -45,6 +46,11 @@ SYSTEM_PACKAGES = (
     "restic",
     "rsync",
 )
+# For `make bench` alone: what our work is measured against.
+BENCH_PACKAGES = (
+    "libnbd-bin",  # nbdcopy
+    "virtnbdbackup",
+)
 # Debian splits these from its python3; other builds of Python bring them along.
 DEBIAN_PYTHON_PACKAGES = ("python3-dev", "python3-venv")
 
@@ -55,7 +61,7 @@ def say(text: str) -> None:
 
 def missing_packages() -> list[str]:
     """The system packages that dpkg does not report as installed."""
-    wanted = list(SYSTEM_PACKAGES)
+    wanted = [*SYSTEM_PACKAGES, *(BENCH_PACKAGES if "bench" in sys.argv[1:] else ())]
     if Path(sys.executable).resolve().parent == Path("/usr/bin"):
         wanted += DEBIAN_PYTHON_PACKAGES
     query = subprocess.run(

@@ -211,6 +211,25 @@ def test_a_read_that_fails_fails_the_backup_with_its_own_error(
     assert fresh.backup(make_artifacts(1000), make_run(), ctx)
 
 
+def test_a_restic_that_stands_still_is_ended(
+    options: Options,
+    fresh: Restic,
+    ctx: Context,
+    make_run: Runs,
+    make_artifacts: Artifacts,
+    running: Callable[[str], list[int]],
+    tmp_path: Path,
+) -> None:
+    gated = GatedArtifact("disk.vdb.qcow2", 4 << 20, tmp_path)
+    driver = options(fresh.repository, timeout=4)
+    with pytest.raises(TargetUnavailable, match="neither read nor written for 4 s"):
+        driver.backup([gated, *make_artifacts()], make_run(), ctx)
+    assert (tmp_path / "reached").exists()
+    assert names(fresh.repository, "snapshots") == []
+    assert names(fresh.repository, "locks") == []
+    assert running(str(tmp_path)) == []
+
+
 @pytest.mark.parametrize("kind", [SlowArtifact, GatedArtifact], ids=["slow", "hanging"])
 def test_cancelled_midway_leaves_nothing(
     kind: type[SlowArtifact | GatedArtifact],

@@ -26,6 +26,7 @@ from backupcore_restic.dump import DumpedArtifact
 from backupcore_restic.failures import NoRepository
 from backupcore_restic.place import creatable
 from backupcore_restic.repository import Repository, is_id
+from backupcore_restic.stall import Stall
 from backupcore_restic.tags import MARK, from_tags, point_tag, to_tags
 
 __all__ = ["Restic"]
@@ -50,7 +51,7 @@ class Restic:
     environment_file: Path | None = option("KEY=VALUE lines for restic, for the credentials of a cloud", default=None)
     binary: str = option("the restic program", default="restic")
     cache: str = option("the folder of restic's cache; \"off\": none; empty: restic's own choice", default="")
-    timeout: int = option("seconds within which the repository must answer before a backup", default=120)
+    timeout: int = option("seconds within which the repository must answer, and longest standstill", default=120)
 
     def __post_init__(self) -> None:
         wrong = []
@@ -140,10 +141,14 @@ class Restic:
                 running.append(child)
                 if view.failed:  # before the line above
                     child.stop()
-                summary = _follow(child, ctx)
-                code = child.wait()
+                stall = Stall(child, what, repository.folder, self.timeout)
+                with stall.watched():
+                    summary = _follow(child, stall, ctx)
+                    code = child.wait()
             ctx.check()
             view.check()
+            if stall.error:
+                raise stall.error
             if code:
                 raise repository.failed(child, code, what)
         _agree(summary, artifacts, what)
@@ -231,11 +236,12 @@ class Restic:
                 ctx.log.warning("%s can be read by everybody; chmod 600 %s", path, path)
 
 
-def _follow(child: Child, ctx: Context) -> dict[str, Any]:
+def _follow(child: Child, stall: Stall, ctx: Context) -> dict[str, Any]:
     """Tell the progress from restic's JSON lines until it ends; its summary, or {} if it gave none."""
     summary: dict[str, Any] = {}
     with os.fdopen(os.dup(child.output.fileno()), "rb") as lines:
         while line := lines.readline(LINE):
+            stall.said += len(line)
             try:
                 said = json.loads(line)
                 kind = said.get("message_type")

@@ -1,0 +1,1 @@
+"""Our work beside what a user would run instead, on the same live VM, in turn: `make bench`."""
