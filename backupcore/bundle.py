@@ -31,10 +31,11 @@ class Bundle:
     """
 
     def __init__(self, prepared: Prepared, run: BackupRun, ctx: Context) -> None:
-        """ContractViolation if `prepared` names an artifact twice, or a disk that is none."""
+        """ContractViolation if `prepared` names an artifact twice, a disk that is none, or one without its parent."""
         by_name = {check_name(artifact.name): artifact for artifact in prepared.artifacts}
         if len(by_name) != len(prepared.artifacts) or NAME in by_name:
             raise ContractViolation("prebackup named an artifact twice")
+        before = {disk.id for disk in run.parent.disks} if run.parent else set()
         self.disks: dict[str, HashedDisk] = {}
         self._layouts: dict[str, Layout] = {}
         self._sums: dict[str, SumsArtifact] = {}
@@ -42,6 +43,10 @@ class Bundle:
             artifact = by_name.pop(disk.artifact, None)
             if not isinstance(artifact, DiskArtifact) or disk.artifact != f"disk.{disk.id}.qcow2":
                 raise ContractViolation(f"prebackup names disk {disk.id}, but {disk.artifact} is no such artifact")
+            if not disk.whole and disk.id not in before:
+                raise ContractViolation(
+                    f"prebackup gave what changed of disk {disk.id}, which the parent does not hold"
+                )
             hashed = HashedDisk(artifact, ctx.folder / f"{run.image}.sums.{disk.id}")
             self.disks[disk.id] = hashed
             self._layouts[disk.id] = artifact.layout
@@ -76,6 +81,7 @@ class Bundle:
                     "size": self.disks[disk.id].size,
                     "whole": disk.whole,
                     "tables_digest": self._layouts[disk.id].tables_digest().hex(),
+                    "reason": disk.reason,
                 }
                 for disk in prepared.disks
             ],

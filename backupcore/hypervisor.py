@@ -32,11 +32,12 @@ class VMDisk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VMState:
-    """A VM as it is now."""
+    """A VM as it is now. `being_read` is whether a backup reads its disks: if it is off, it cannot start until then."""
 
     vm: VM
     state: Literal["running", "paused", "off", "saved", "other"]
     disks: tuple[VMDisk, ...]
+    being_read: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +77,12 @@ class Hypervisor(Protocol):
 
     def estimate(self, run: BackupRun) -> Estimate:
         """What `prebackup` would take for this run, raising what it would raise, and touching nothing."""
+
+    def forget(self, vm: VM) -> Sequence[str]:
+        """Delete every checkpoint that backupcore made on this VM, with its bitmaps; their names. The next backup of
+
+        each of its chains is then a full.
+        """
 
     def settings(self, vm: VM) -> Mapping[str, str]:
         """The VM's backup configuration out of its own metadata: upper-case keys (``MODE``) and their values."""

@@ -70,6 +70,7 @@ class DiskPart(_Part):
     whole: bool
     tables_digest: Hex64
     sums_digest: Hex64
+    reason: str = ""
 
     @property
     def sums(self) -> str:
@@ -79,7 +80,13 @@ class DiskPart(_Part):
     @property
     def disk(self) -> Disk:
         """The same as the model's value."""
-        return Disk(id=self.id, artifact=self.artifact, virtual_size=self.virtual_size, whole=self.whole)
+        return Disk(
+            id=self.id,
+            artifact=self.artifact,
+            virtual_size=self.virtual_size,
+            whole=self.whole,
+            reason=self.reason,
+        )
 
 
 class ArtifactPart(_Part):

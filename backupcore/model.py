@@ -198,13 +198,22 @@ class Disk:
 
     `id` is the target name in the VM (``vda``), `artifact` names the artifact with its blocks, `virtual_size` is what
     the guest sees. `whole` is true where the artifact does not build on the parent: in a full, or for a disk added
-    since.
+    since. `reason` says why a disk is whole within an increment, "" otherwise. `path` and `tail` stay on the host, for
+    the hypervisor: where the disk lay, since it must not take another image's changes for this one's, and the last
+    ranges that held data (offset, length), by which it notices a disk that was cut meanwhile.
     """
 
     id: str
     artifact: str
     virtual_size: int
     whole: bool
+    reason: str = ""
+    path: str = ""
+    tail: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        # JSON has no tuples, and the catalog keeps it as JSON.
+        object.__setattr__(self, "tail", tuple((offset, length) for offset, length in self.tail))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,9 +239,10 @@ class BackupRun:
 
     `parent` is None for a full. `reason` says why a full was taken (or "" for an increment). `builds_on` are the
     sources of the image so far, oldest first. `spent` are the points whose checkpoints may go once this run is
-    recorded: those of this chain that are older than the parent. `settings` is the VM's backup configuration
-    (upper-case keys). `date`, the instant, is set once `prebackup` has told it, so the driver sees it and the
-    hypervisor does not.
+    recorded: those of this chain that are older than the parent. `keep` are the points that next increments may build
+    on, of this VM's chains in all datastores; checkpoints of any other point, made by us, are strays and may go. None
+    says nothing of them. `settings` is the VM's backup configuration (upper-case keys). `date`, the instant, is set
+    once `prebackup` has told it, so the driver sees it and the hypervisor does not.
     """
 
     id: str
@@ -250,6 +260,7 @@ class BackupRun:
     settings: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     tracked: bool = True
     date: datetime | None = None
+    keep: tuple[str, ...] | None = None
 
     @property
     def labels(self) -> dict[str, str]:
@@ -383,11 +394,15 @@ class Image:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskEstimate:
-    """What a backup would take from one disk: bytes, or None where that is not known before the backup."""
+    """What a backup would take from one disk: bytes, or None where that is not known before the backup.
+
+    `reason` says why a disk is whole within an increment, "" otherwise.
+    """
 
     id: str
     bytes: int | None
     whole: bool
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -142,6 +142,12 @@ class MemoryHypervisor:
         disks = (DiskEstimate(id=name, bytes=len(data), whole=whole) for name, data in guest.disks.items())
         return Estimate(disks=tuple(disks), left_out=())
 
+    def forget(self, vm: VM) -> Sequence[str]:
+        """Drop every checkpoint."""
+        gone = sorted(self.guests[vm.uuid].checkpoints)
+        self.guests[vm.uuid].checkpoints.clear()
+        return gone
+
     def settings(self, vm: VM) -> Mapping[str, str]:
         """As `configure` set them."""
         return dict(self.guests[vm.uuid].settings)

@@ -47,7 +47,15 @@ def printed(site):
     site.store.rename(site.folder / "away")
     site.run("backup", "web1")
     (site.folder / "away").rename(site.store)
-    for command in ("image list", "image show 1", "vm list", "vm show web1", "vm updateconf web1", "check"):
+    for command in (
+        "image list",
+        "image show 1",
+        "vm list",
+        "vm show web1",
+        "vm updateconf web1",
+        "vm forget web1",
+        "check",
+    ):
         found[" ".join(command.split()[:2])] = site.run(*command.split(), "--json").json
     for command in ("cancel", "recover"):
         (site.store / "waits").unlink(missing_ok=True)

@@ -31,6 +31,25 @@ def test_show_has_disks_settings_images_and_runs(site):
     assert site.run("vm", "show", "nobody").code == 4
 
 
+def test_forget_removes_the_checkpoints_and_the_next_backup_is_a_full(site):
+    site.run("backup", "web1")
+    (point,) = site.guest(WEB).checkpoints
+    told = site.run("vm", "forget", "web1")
+    assert told.out == f"VM web1: checkpoints removed: 1\n  {point}\n"
+    assert site.guest(WEB).checkpoints == {}
+    assert site.run("vm", "forget", "web1", "--json").json["removed"] == []
+    assert site.run("backup", "web1", "--json").json["type"] == "FULL"
+
+
+def test_forget_is_busy_during_a_backup(site):
+    (site.store / "wait").touch()
+    child = site.start("backup", "web1")
+    site.until((site.store / "waits").exists, "the backup")
+    assert site.run("vm", "forget", "web1").code == 10
+    child.terminate()
+    child.communicate(timeout=60)
+
+
 def test_updateconf_stores_shows_and_says_what_is_not_applied(site):
     told = site.run("vm", "updateconf", "db1", "--mode", "full", "--keep-last", "3")
     assert told.code == 0

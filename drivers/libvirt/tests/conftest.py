@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -19,13 +20,19 @@ import libvirt
 import libvirt_qemu
 import pytest
 
-from backupcore import model
+from backupcore import model, run_backup
+from backupcore.chain import plan
 from backupcore.context import Context
-from backupcore.model import BackupRun, Link, Outcome, Prepared, RunState, Type, new_id
+from backupcore.datastore import Datastore
+from backupcore.model import BackupRun, Image, Increment, Link, Outcome, Prepared, RunState, Type, new_id
+from backupcore.restore import restore
+from backupcore.session import Recorded
+from backupcore.testing.memory import MemoryDriver
 from backupcore_libvirt.plugin import Libvirt
 from lab import graft
 from lab.domain_xml import DiskSpec, Firmware
 from lab.vm import VM
+from lab.vm import same as same_bytes
 
 MiB = 1 << 20
 _numbers = itertools.count(1)
@@ -74,13 +81,54 @@ class SmallVM(VM):
         return {checkpoint.getName() for checkpoint in self.domain.listAllCheckpoints(0)}
 
     def bitmaps(self) -> dict[str, list[str]]:
-        """The bitmaps on each qcow2 disk, as QEMU has them."""
+        """The bitmaps on each qcow2 disk, as QEMU has them, or as they lie in the images of a VM that is off."""
         found = {}
+        if not self.active:
+            for target in self.targets():
+                info = json.loads(qemu_img("info", "--output=json", self.disk(target)))
+                if info["format"] == "qcow2":
+                    listed = info["format-specific"]["data"].get("bitmaps", ())
+                    found[target] = sorted(bitmap["name"] for bitmap in listed)
+            return found
         for node in self.monitor("query-named-block-nodes", flat=True):
             for target in self.targets():
                 if node["drv"] == "qcow2" and node["file"] == str(self.disk(target)):
                     found[target] = sorted(bitmap["name"] for bitmap in node.get("dirty-bitmaps", ()))
         return found
+
+    def write(self, target: str, *commands: str) -> None:
+        """qemu-io commands, through the guest's device, or on the image of a VM that is off."""
+        if self.active:
+            self.io(target, *commands)
+            return
+        path = self.disk(target)
+        shape = json.loads(qemu_img("info", "--output=json", path))["format"] if path.suffix != ".raw" else "raw"
+        options = [part for command in commands for part in ("-c", command)]
+        subprocess.run(["qemu-io", "-f", shape, *options, str(path)], check=True, capture_output=True)
+
+    def qemu_img(self, *arguments: object, disk: str, more: Sequence[object] = ()) -> None:
+        """qemu-img on the qcow2 image of a VM that is off."""
+        qemu_img(*arguments, "-f", "qcow2", self.disk(disk), *more)
+
+    def resize(self, disk: str, *arguments: object) -> None:
+        """qemu-img resize; the size comes last."""
+        self.qemu_img("resize", "-q", *arguments[:-1], disk=disk, more=arguments[-1:])
+
+    def copy(self, folder: Path) -> dict[str, Path]:
+        """What the disks hold now, by QEMU's own tools."""
+        return (
+            self.copy_truth(folder) if self.domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING else self.copy_disks(folder)
+        )
+
+    def redefine(self) -> None:
+        """Undefine and define it, as management tools do: what libvirt knew of its checkpoints is lost."""
+        text = self.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE)
+        running = self.active
+        flags = libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
+        self.domain.undefineFlags(flags)
+        if running:
+            self.domain.destroy()
+        self.domain = self.connection.defineXML(text)
 
     def job(self) -> int:
         return self.domain.jobInfo()[0]
@@ -328,3 +376,95 @@ def same(tmp_path: Path) -> Callable[[Sequence[dict[str, Path]], dict[str, Path]
             assert done.returncode == 0, f"{disk}: {done.stdout}{done.stderr}"
 
     return check
+
+
+@dataclass
+class Chains:
+    """The chains of one VM in datastores "a" and "b", taken by the session; keeps what the disks held at each point."""
+
+    hypervisor: Libvirt
+    folder: Path
+    stores: dict[str, Datastore] = field(default_factory=dict)
+    images: list[Image] = field(default_factory=list)
+    truths: dict[str, dict[str, Path]] = field(default_factory=dict)
+    numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    def __post_init__(self) -> None:
+        for name in ("a", "b"):
+            self.stores[name] = Datastore(name, MemoryDriver(), plugins=[self.hypervisor])
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        chains = [image for image in self.images if image.state == "open"]
+        return tuple(increment.point for image in chains for increment in image.increments[-2:])
+
+    def newest(self, store: str) -> Image | None:
+        return next((image for image in reversed(self.images) if image.datastore == store), None)
+
+    def plan(self, vm: SmallVM, store: str = "a", *, reset: bool = False) -> BackupRun:
+        run = plan(self.newest(store), vm=vm.identity, host="here", datastore=store, settings={}, reset=reset)
+        return dataclasses.replace(run, keep=self.kept)
+
+    def context(self) -> Context:
+        folder = self.folder / str(next(self.numbers))
+        folder.mkdir(mode=0o700)
+        return Context(folder)
+
+    def backup(self, vm: SmallVM, store: str = "a", *, reset: bool = False) -> Recorded:
+        """Take one, with the truth beside it; nothing of it is left, and nothing went wrong afterwards."""
+        truth = vm.copy(self.folder / f"truth{next(self.numbers)}")
+        run = self.plan(vm, store, reset=reset)
+        with self.context() as ctx:
+            recorded = run_backup(self.stores[store], run, ctx, record=self.record)
+        self.truths[recorded.increment.point] = {disk.id: truth[disk.id] for disk in recorded.increment.disks}
+        assert not recorded.warnings
+        assert not list(self.hypervisor.scratch.iterdir())
+        return recorded
+
+    def record(self, recorded: Recorded) -> None:
+        run = recorded.run
+        before: tuple[Increment, ...] = ()
+        if run.type is Type.INCREMENT:
+            before = next(image for image in self.images if image.uuid == run.image).increments
+        self.images = [
+            dataclasses.replace(image, state="closed") if image.datastore == run.datastore else image
+            for image in self.images
+            if image.uuid != run.image
+        ]
+        self.images.append(
+            Image(
+                uuid=run.image,
+                number=len(self.images) + 1,
+                vm=run.vm,
+                datastore=run.datastore,
+                state="open",
+                increments=(*before, recorded.increment),
+            )
+        )
+
+    def check(self) -> None:
+        """Restore every increment of every image, and compare it with the truth of its point."""
+        for image in self.images:
+            for increment in image.increments:
+                target = self.folder / f"restored{next(self.numbers)}"
+                target.mkdir()
+                with self.context() as ctx:
+                    done = restore(
+                        self.stores[image.datastore],
+                        image,
+                        increment.id,
+                        ctx,
+                        target=lambda disk, target=target: target / f"{disk.id}.qcow2",
+                    )
+                truth = self.truths[increment.point]
+                assert {disk.id for disk in done.disks} == set(truth)
+                for disk in done.disks:
+                    assert same_bytes(truth[disk.id], disk.path), f"{image.datastore}/{increment.id}: {disk.id}"
+                shutil.rmtree(target)
+
+
+@pytest.fixture
+def chains(hypervisor: Libvirt, tmp_path: Path) -> Chains:
+    folder = tmp_path / "chains"
+    folder.mkdir()
+    return Chains(hypervisor, folder)

@@ -47,11 +47,8 @@ def refuse(runs):
     return check
 
 
-def test_a_vm_that_is_off_or_unknown(lab, runs, refuse):
-    vm = lab.vm(start=False)
-    error = refuse(runs.run(vm), UnsupportedOperation, f"{vm.name} is powered off")
-    assert f"virsh start {vm.name}" in error.hint
-    gone = replace(runs.run(vm), vm=VM(uuid="00000000-0000-0000-0000-000000000001", name="gone"))
+def test_a_vm_that_is_unknown(small, runs, refuse):
+    gone = replace(runs.run(small), vm=VM(uuid="00000000-0000-0000-0000-000000000001", name="gone"))
     refuse(gone, NotFound, "00000000-0000")
 
 
@@ -64,13 +61,17 @@ def test_qcow2_version_2(lab, runs, refuse):
         pass
 
 
-def test_snapshots(small, runs, refuse):
+def test_snapshots_allow_no_increment_and_get_no_bitmap_beside_them(small, runs, refuse):
+    with runs.take(runs.run(small)) as full:
+        pass
     snapshot = small.domain.snapshotCreateXML("<domainsnapshot><name>before</name></domainsnapshot>", 0)
     try:
-        refuse(runs.run(small), UnsupportedOperation, r"has snapshots \(before\)")
-        small.untouched()
+        refuse(runs.run(small, full), IncrementImpossible, r"has snapshots \(before\)")
         snapshot.delete(libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY)
-        refuse(runs.run(small), UnsupportedOperation, r"has snapshots \(before\)")  # one that only QEMU knows of
+        refuse(runs.run(small, full), IncrementImpossible, r"has snapshots \(before\)")  # one that only QEMU knows of
+        with runs.take(runs.run(small, spent=(full.run.point,))):
+            pass
+        small.untouched()  # or QEMU would refuse to revert to the snapshot
     finally:
         small.monitor("human-monitor-command", **{"command-line": "delvm before"})
 
@@ -93,29 +94,13 @@ def test_a_job_of_somebody_else(small, runs, refuse, wait_for):
     small.untouched()
 
 
-def test_an_increment_whose_parent_is_not_there(small, runs, refuse):
+def test_an_increment_whose_bitmaps_are_not_there(small, runs, refuse):
     with runs.take(runs.run(small)) as full:
         pass
     small.domain.checkpointLookupByName(f"backupcore-{full.run.point}").delete(0)
-    refuse(runs.run(small, full), IncrementImpossible, f"does not know the checkpoint backupcore-{full.run.point}")
+    missing = "the bitmap of the last backup is missing"
+    refuse(runs.run(small, full), IncrementImpossible, f"disk vda: {missing} .*; disk vdb: {missing}")
     small.untouched()
-
-
-def test_the_second_disk_alone_has_lost_its_bitmap(small, runs, refuse):
-    with runs.take(runs.run(small)) as full:
-        pass
-    name = f"backupcore-{full.run.point}"
-    node = next(n["node-name"] for n in small.monitor("query-named-block-nodes") if n["file"] == str(small.disk("vdb")))
-    small.monitor("block-dirty-bitmap-disable", node=node, name=name)
-    refuse(runs.run(small, full), IncrementImpossible, "on disk vdb is not recording")
-    small.monitor("block-dirty-bitmap-remove", node=node, name=name)
-    refuse(runs.run(small, full), IncrementImpossible, "missing on disk vdb")
-    assert small.checkpoints() == {name}
-    # A full goes on, and lets the old checkpoint go although half of it is missing.
-    with runs.take(runs.run(small, spent=(full.run.point,))) as taken:
-        pass
-    assert small.checkpoints() == {f"backupcore-{taken.run.point}"}
-    assert small.bitmaps() == {disk: [f"backupcore-{taken.run.point}"] for disk in ("vda", "vdb")}
 
 
 def test_bitmaps_after_a_restart_and_after_a_crash_of_qemu(lab, runs, refuse):
@@ -127,25 +112,14 @@ def test_bitmaps_after_a_restart_and_after_a_crash_of_qemu(lab, runs, refuse):
     with runs.take(runs.run(vm, old)) as new:  # what was closed cleanly works
         pass
     vm.kill()
-    vm.start()
-    refuse(runs.run(vm, old), IncrementImpossible, "on disk vda is inconsistent; QEMU has probably crashed")
-    refuse(runs.run(vm, new), IncrementImpossible, "missing on disk vda; QEMU has probably crashed")
+    for start in (lambda: None, vm.start):  # off, and running
+        start()
+        refuse(runs.run(vm, old), IncrementImpossible, "disk vda: .* is inconsistent; QEMU has probably crashed")
+        refuse(runs.run(vm, new), IncrementImpossible, r"disk vda: .* is missing \(after a crash of QEMU")
     with runs.take(runs.run(vm, spent=(old.run.point, new.run.point))) as full:
         pass
     assert vm.checkpoints() == {f"backupcore-{full.run.point}"}
     assert vm.bitmaps()["vdb"] == [f"backupcore-{full.run.point}"]
-
-
-def test_disks_that_were_added_or_have_shrunk(small, runs, refuse):
-    with runs.take(runs.run(small)) as full:
-        pass
-    first, second = full.prepared.disks
-    for disks, match in (
-        ((first,), "disk vdb was added"),
-        ((first, replace(second, virtual_size=9 * MiB)), f"disk vdb has shrunk from {9 * MiB} to {8 * MiB} bytes"),
-    ):
-        run = runs.run(small, full)
-        refuse(replace(run, parent=replace(run.parent, disks=disks)), IncrementImpossible, match)
 
 
 def test_another_image_under_the_same_target(lab, runs, refuse):
@@ -158,7 +132,7 @@ def test_another_image_under_the_same_target(lab, runs, refuse):
     shutil.copy(image, other)  # with a bitmap that looks healthy
     vm.change((str(image), str(other)))
     vm.start()
-    refuse(runs.run(vm, full), IncrementImpossible, f"disk vda is now {other}, at the last backup it was {image}")
+    refuse(runs.run(vm, full), IncrementImpossible, f"disk vda: it is now {other}, at the last backup it was {image}")
 
 
 def test_scratch_that_qemu_cannot_reach(needs_root, lab, small, runs, refuse):

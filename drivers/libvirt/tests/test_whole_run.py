@@ -86,10 +86,11 @@ def test_backups_of_a_real_vm_are_restored_to_every_point(small, site, tmp_path,
 def test_an_increment_that_is_impossible_becomes_a_full_with_the_reason(small, site):
     site.backup(small)
     (old,) = small.checkpoints()
-    small.monitor("block-dirty-bitmap-remove", node=small.node("vdb"), name=old)
+    for disk in ("vda", "vdb"):
+        small.monitor("block-dirty-bitmap-remove", node=small.node(disk), name=old)
     recorded = site.backup(small)
     assert recorded.run.type is Type.FULL
-    assert "bitmap of the last backup is missing on disk vdb" in recorded.increment.reason
+    assert "disk vdb: the bitmap of the last backup is missing" in recorded.increment.reason
     assert small.checkpoints() == {f"backupcore-{recorded.increment.point}"}
     assert site.backup(small).run.type is Type.INCREMENT
 

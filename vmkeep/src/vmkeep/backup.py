@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -18,6 +18,7 @@ from backupcore.model import BackupRun, Estimate, Image, RunState, Type
 from backupcore.session import Recorded, run_backup
 from vmkeep import folders, interrupt, lock, recovery, settings
 from vmkeep.catalog import images, runs
+from vmkeep.catalog.database import Catalog
 from vmkeep.workplace import Workplace
 
 __all__ = ["Planned", "Taken", "plan", "take"]
@@ -54,7 +55,7 @@ def _run(
     found: VMState,
     datastore: str,
     newest: Image | None,
-    retired: Sequence[str],
+    catalog: Catalog,
     *,
     reset: bool,
 ) -> BackupRun:
@@ -66,7 +67,8 @@ def _run(
         settings=_settings(place, found),
         reset=reset,
     )
-    return replace(run, spent=(*retired, *run.spent))
+    spent = (*images.retired(catalog, found.vm), *run.spent)
+    return replace(run, spent=spent, keep=images.kept(catalog, found.vm))
 
 
 def plan(place: Workplace, vm: str, *, datastore: str | None = None, reset: bool = False) -> Planned:
@@ -74,7 +76,7 @@ def plan(place: Workplace, vm: str, *, datastore: str | None = None, reset: bool
     name = place.config.datastore(datastore)
     found = place.hypervisor.find(vm)
     newest = images.newest(place.catalog_if_any, found.vm, name)
-    run = _run(place, found, name, newest, images.retired(place.catalog_if_any, found.vm), reset=reset)
+    run = _run(place, found, name, newest, place.catalog_if_any, reset=reset)
     try:
         estimate = place.hypervisor.estimate(run)
     except IncrementImpossible as error:
@@ -103,7 +105,7 @@ def take(
         stack.enter_context(lock.vm_run(place.state, found.vm))
         _recover(place, found, store)
         newest = _newest_locked(place, found, name, stack)
-        run = _run(place, found, name, newest, images.retired(place.catalog, found.vm), reset=reset)
+        run = _run(place, found, name, newest, place.catalog, reset=reset)
         runs.begin(place.catalog, run)
         numbers: list[int] = []
         with _written_down(place, run):

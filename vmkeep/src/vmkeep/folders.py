@@ -182,7 +182,8 @@ def _mounts_below(folder: Path) -> list[str]:
     return sorted(found, reverse=True)
 
 
-_SIMPLE = {f.name for f in fields(BackupRun)} - {"vm", "type", "parent", "builds_on", "spent", "settings", "date"}
+_COMPOUND = {"vm", "type", "parent", "builds_on", "spent", "keep", "settings", "date"}
+_SIMPLE = {f.name for f in fields(BackupRun)} - _COMPOUND
 
 
 def dump_run(run: BackupRun) -> str:
@@ -201,6 +202,7 @@ def dump_run(run: BackupRun) -> str:
             },
             "builds_on": [source.token for source in run.builds_on],
             "spent": list(run.spent),
+            "keep": None if run.keep is None else list(run.keep),
             "settings": dict(run.settings),
             "date": run.date.isoformat() if run.date else None,
         }
@@ -219,6 +221,7 @@ def load_run(text: str) -> BackupRun:
         and Link(point=parent["point"], digest=parent["digest"], disks=tuple(Disk(**disk) for disk in parent["disks"])),
         builds_on=tuple(SourceRef(token) for token in found["builds_on"]),
         spent=tuple(found["spent"]),
+        keep=None if found.get("keep") is None else tuple(found["keep"]),
         settings=found["settings"],
         date=datetime.fromisoformat(found["date"]) if found["date"] else None,
     )

@@ -136,6 +136,8 @@ def _release(place: Workplace, run: BackupRun, ctx: Context, other: Datastore | 
     if run.datastore in place.config.datastores or store is None:
         name = run.datastore if run.datastore in place.config.datastores else next(iter(place.config.datastores), None)
         store = place.datastore(place.config.datastore(name), hypervisor=True)
+    # What other chains have recorded since it died is no stray.
+    run = replace(run, keep=images.kept(place.catalog, run.vm))
     written = runs.increment_of(place.catalog, run.id)
     outcome = Outcome(state=RunState.RECORDED if written else RunState.FAILED)
     if written and written[0].uuid != run.image:  # it became a full in a new image after its folder was made

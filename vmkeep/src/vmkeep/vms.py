@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 from backupcore.hypervisor import VMState
 from backupcore.model import Image
-from vmkeep import settings
+from vmkeep import lock, settings
 from vmkeep.catalog import images, runs
 from vmkeep.workplace import Workplace
 
-__all__ = ["Detail", "Listing", "configure", "detail", "listing"]
+__all__ = ["Detail", "Listing", "configure", "detail", "forget", "listing"]
 
 _RUNS = 10
 
@@ -53,6 +53,16 @@ def detail(place: Workplace, vm: str) -> Detail:
         images=tuple(images.where(place.catalog_if_any, vm=found.vm.uuid)),
         last_runs=tuple(runs.last(place.catalog_if_any, found.vm.uuid, _RUNS)),
     )
+
+
+def forget(place: Workplace, vm: str) -> tuple[VMState, Sequence[str]]:
+    """Remove every checkpoint and bitmap that backups made on a VM; their names. Busy while it is being backed up.
+
+    The next backup of each of its chains is then a full in a new image.
+    """
+    found = place.hypervisor.find(vm)
+    with lock.vm_run(place.state, found.vm):
+        return found, place.hypervisor.forget(found.vm)
 
 
 def configure(place: Workplace, vm: str, changes: Mapping[str, str]) -> Detail:

@@ -101,6 +101,11 @@ class FileHypervisor(MemoryHypervisor):
         self.read()
         return super().find(vm)
 
+    def forget(self, vm: VM) -> Sequence[str]:
+        gone = super().forget(vm)
+        save(self.path, self.guests.values())
+        return gone
+
     def configure(self, vm: VM, settings: dict[str, str]) -> None:
         super().configure(vm, settings)
         save(self.path, self.guests.values())

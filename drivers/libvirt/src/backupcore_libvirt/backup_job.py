@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from xml.etree.ElementTree import Element, SubElement, tostring
 
@@ -27,14 +27,13 @@ def bitmap_name(disk: str) -> str:
     return f"backup-{disk}"
 
 
-def backup_xml(disks: Sequence[str], folder: RunFolder, parent: str | None) -> str:
-    """The ``<domainbackup>`` of a run: these disks and no other, since the checkpoint `parent` or in full."""
+def backup_xml(disks: Sequence[str], folder: RunFolder, since: Mapping[str, str]) -> str:
+    """The ``<domainbackup>`` of a run: these disks and no other, those in `since` since that checkpoint."""
     root = Element("domainbackup", mode="pull")
-    if parent:
-        SubElement(root, "incremental").text = parent
     SubElement(root, "server", transport="unix", socket=str(folder.socket))
     listed = SubElement(root, "disks")
     for disk in disks:
+        parent = since.get(disk)
         mode = {"backupmode": "incremental", "incremental": parent} if parent else {"backupmode": "full"}
         names = {"exportname": disk} | ({"exportbitmap": bitmap_name(disk)} if parent else {})
         element = SubElement(listed, "disk", {"name": disk, "backup": "yes", "type": "file"} | mode | names)

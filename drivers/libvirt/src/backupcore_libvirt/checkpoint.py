@@ -1,25 +1,30 @@
 """Checkpoints: the points from which changed blocks are tracked, by libvirt's record and by QEMU's bitmaps.
 
-The two are two truths: after a crash of QEMU libvirt still lists checkpoints whose bitmaps were never written. So a
-parent counts only where both agree, on every disk.
+The bitmaps are the truth. libvirt's record is lost by an undefine, by the end of a transient VM, and was never made
+for a VM that was off; it outlives bitmaps that a crash of QEMU has lost. So a disk's changes are told by the parent's
+bitmap alone, on the image that the disk was at the parent; the record is made anew where libvirt asks for it.
 """
 
 from __future__ import annotations
 
-import subprocess
+import re
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from xml.etree.ElementTree import Element, SubElement, tostring
 
 from backupcore.errors import BackupError, HypervisorError, IncrementImpossible
-from backupcore.model import Link
-from backupcore_libvirt.connection import NO_CHECKPOINT, Domain, code_of
+from backupcore.model import BackupRun, Link, Outcome, RunState
+from backupcore_libvirt.connection import CHECKPOINT_INCONSISTENT, NO_CHECKPOINT, Domain, code_of
 from backupcore_libvirt.disks import Node, SourceDisk, nodes, source_disks
+from backupcore_libvirt.stopped import remove_bitmap, stopped_nodes
 from backupcore_libvirt.xml import parse
 
-__all__ = ["checkpoint_name", "checkpoint_xml", "delete", "ours", "require_parent"]
+__all__ = ["Since", "checkpoint_name", "checkpoint_xml", "forget", "make_known", "remove", "since", "tidy"]
 
-OFFLINE_LIMIT = 5.0
+_OURS = re.compile(r"backupcore-[0-9a-f]{32}")
 
 
 def checkpoint_name(point: str) -> str:
@@ -40,132 +45,178 @@ def checkpoint_xml(point: str, vm_disks: Sequence[str], tracked: Collection[str]
     """
     if not tracked:
         return None
-    name = checkpoint_name(point)
+    return tostring(_checkpoint(checkpoint_name(point), vm_disks, tracked), encoding="unicode")
+
+
+def _checkpoint(name: str, vm_disks: Sequence[str], tracked: Collection[str]) -> Element:
     root = Element("domaincheckpoint")
     SubElement(root, "name").text = name
     listed = SubElement(root, "disks")
     for disk in vm_disks:
         kind = {"checkpoint": "bitmap", "bitmap": name} if disk in tracked else {"checkpoint": "no"}
         SubElement(listed, "disk", {"name": disk} | kind)
-    return tostring(root, encoding="unicode")
+    return root
 
 
-def require_parent(domain: Domain, parent: Link, disks: Sequence[SourceDisk], opened: Mapping[str, Node]) -> None:
-    """That every one of `disks` can tell what changed since `parent`. IncrementImpossible with the reason."""
-    sizes = {disk.id: disk.virtual_size for disk in parent.disks}
-    for disk in disks:
-        if disk.format == "raw":
-            raise IncrementImpossible(
-                f"disk {disk.id} is raw; changed blocks are tracked in qcow2 only",
-                f"For increments convert it, with the VM off: qemu-img convert -O qcow2 {disk.path} …",
-            )
-        if disk.id not in sizes:
-            raise IncrementImpossible(f"disk {disk.id} was added since the last backup")
-        size = opened[disk.id].virtual_size
-        if size < sizes[disk.id]:
-            # Its bitmap looks healthy, but what lay behind the cut is stale.
-            raise IncrementImpossible(f"disk {disk.id} has shrunk from {sizes[disk.id]} to {size} bytes")
+@dataclass(frozen=True, slots=True)
+class Since:
+    """How an increment can be taken: the disks whose changes since the parent are told by bitmap `name`, and why each
+
+    of the others is taken whole.
+    """
+
+    name: str
+    changed: tuple[str, ...]
+    whole: Mapping[str, str]
+
+
+def since(domain: Domain, parent: Link, disks: Sequence[SourceDisk], opened: Mapping[str, Node]) -> Since:
+    """What can tell the changes of `disks` since `parent`. IncrementImpossible with the reasons if nothing can."""
     name = checkpoint_name(parent.point)
+    held = {disk.id: disk for disk in parent.disks}
+    recorded: Mapping[str, str] | None = None
+    whole: dict[str, str] = {}
+    for disk in disks:
+        before = held.get(disk.id)
+        if before is None:
+            whole[disk.id] = "added since the last backup"
+            continue
+        path = before.path
+        if not path:
+            recorded = _recorded_paths(domain, name) if recorded is None else recorded
+            path = recorded.get(disk.id, "")
+        if reason := _why_whole(disk, opened[disk.id], name, path, before.virtual_size):
+            whole[disk.id] = reason
+    changed = tuple(disk.id for disk in disks if disk.id not in whole)
+    if not changed:
+        raise IncrementImpossible("; ".join(f"disk {disk}: {reason}" for disk, reason in whole.items()))
+    return Since(name, changed, whole)
+
+
+def _why_whole(disk: SourceDisk, node: Node, name: str, path: str, size: int) -> str:  # noqa: PLR0911 - one return a rule
+    if disk.format == "raw":
+        return "raw: changed blocks are tracked in qcow2 only"
+    if node.virtual_size < size:
+        # Its bitmap looks healthy, but what lay behind the cut is stale.
+        return f"it has shrunk from {size} to {node.virtual_size} bytes"
+    bitmap = next((bitmap for bitmap in node.bitmaps if bitmap.name == name), None)
+    if bitmap is None:
+        return "the bitmap of the last backup is missing (after a crash of QEMU, or since this is another image)"
+    if bitmap.inconsistent:
+        return "the bitmap of the last backup is inconsistent; QEMU has probably crashed since"
+    if not bitmap.recording:
+        return "the bitmap of the last backup is not recording"
+    if not path:
+        return "which image it was at the last backup is not known any more"
+    if path != disk.path:
+        # Another image under the same target, two disks swapped, or an overlay: its bitmap counts other changes.
+        return f"it is now {disk.path}, at the last backup it was {path}"
+    return ""
+
+
+def _recorded_paths(domain: Domain, name: str) -> dict[str, str]:
+    """Where each disk lay when libvirt made this checkpoint; empty where libvirt does not know it, or not that."""
     try:
-        checkpoint = parse(domain.checkpoint_xml(name))
+        then = parse(domain.checkpoint_xml(name)).find("domain")
     except BackupError as error:
         if code_of(error) != NO_CHECKPOINT:
             raise
-        raise IncrementImpossible(f"libvirt does not know the checkpoint {name} of the last backup") from error
-    covered = {
-        entry.get("name"): entry.get("bitmap") or name
-        for entry in checkpoint.iterfind("./disks/disk")
-        if entry.get("checkpoint") == "bitmap"
-    }
-    then = checkpoint.find("domain")
-    sources = {d.id: d.path for d in source_disks(tostring(then, encoding="unicode"))} if then is not None else {}
-    for disk in disks:
-        if disk.id not in covered:
-            raise IncrementImpossible(f"disk {disk.id} is not covered by the checkpoint {name} of the last backup")
-        if disk.id in sources and sources[disk.id] != disk.path:
-            # Another image under the same target, two disks swapped, or an overlay: its bitmap counts other changes.
-            raise IncrementImpossible(
-                f"disk {disk.id} is now {disk.path}, at the last backup it was {sources[disk.id]}"
-            )
-        bitmap = next((b for b in opened[disk.id].bitmaps if b.name == covered[disk.id]), None)
-        if bitmap is None:
-            raise IncrementImpossible(
-                f"the bitmap of the last backup is missing on disk {disk.id}; QEMU has probably crashed since"
-            )
-        if not bitmap.usable:
-            state = "inconsistent; QEMU has probably crashed since" if bitmap.inconsistent else "not recording"
-            raise IncrementImpossible(f"the bitmap of the last backup on disk {disk.id} is {state}")
+        return {}
+    if then is None:
+        return {}
+    return {disk.id: disk.path for disk in source_disks(tostring(then, encoding="unicode"))}
 
 
-def delete(domain: Domain, points: Sequence[str]) -> None:
-    """Delete the checkpoints of these points with their bitmaps, whether the VM runs or not; absent ones are skipped.
+def make_known(domain: Domain, parent: Since, vm_disks: Sequence[str]) -> None:
+    """Have libvirt know the checkpoint that a running VM's increment builds on: it may have forgotten it.
 
-    Children stay: other chains' checkpoints may hang below these in libvirt's tree. HypervisorError where one stays.
+    libvirt looks at the bitmaps itself (REDEFINE_VALIDATE); IncrementImpossible where it finds one unfit.
     """
-    known = set(domain.checkpoints())
-    errors: list[HypervisorError] = []
-    for name in (checkpoint_name(point) for point in points):
-        if name in known:
-            try:
-                _delete(domain, name)
-            except HypervisorError as error:  # the others can go all the same
-                errors.append(error)
-    if errors:
-        raise errors[0]
+    if parent.name in domain.checkpoints():
+        return
+    root = _checkpoint(parent.name, vm_disks, parent.changed)
+    SubElement(root, "creationTime").text = str(int(time.time()))  # demanded, and only shown
+    try:
+        domain.redefine_checkpoint(tostring(root, encoding="unicode"))
+    except BackupError as error:
+        if code_of(error) == CHECKPOINT_INCONSISTENT:
+            raise IncrementImpossible(error.message) from error
+        raise
 
 
-def _delete(domain: Domain, name: str) -> None:
+def tidy(domain: Domain, run: BackupRun, outcome: Outcome) -> None:
+    """Delete the checkpoints and bitmaps that this run's end makes superfluous, whether the VM runs or not.
+
+    Once it is recorded those are `run.spent`, otherwise its own; and, where `run.keep` is given, every other one that
+    backupcore made: a dead run's, or a deleted image's. Nobody else's is touched. Idempotent. HypervisorError where one
+    stays.
+    """
+    kept = {run.parent.point} if run.parent else set()
+    gone = {run.point}
+    if outcome.state is RunState.RECORDED:
+        kept.add(run.point)
+        gone = set(run.spent) - kept
+    kept |= set(run.keep or ()) - gone
+    superfluous = {checkpoint_name(point) for point in gone}
+    needed = {checkpoint_name(point) for point in kept}
+    _remove(domain, lambda name: name in superfluous or (run.keep is not None and name not in needed))
+
+
+def remove(domain: Domain, points: Collection[str]) -> list[str]:
+    """Delete the checkpoints and bitmaps of these points, on a VM that runs or not; the names of those there were."""
+    names = {checkpoint_name(point) for point in points}
+    return _remove(domain, lambda name: name in names)
+
+
+def forget(domain: Domain) -> list[str]:
+    """Delete every checkpoint and bitmap that backupcore made on this VM, running or not; their names."""
+    return _remove(domain, lambda name: True)
+
+
+def _remove(domain: Domain, chosen: Callable[[str], bool]) -> list[str]:
+    """Delete those of our checkpoints and bitmaps that are `chosen`; their names.
+
+    Children stay: other chains' checkpoints may hang below these in libvirt's tree.
+    """
+    records = {name for name in domain.checkpoints() if _OURS.fullmatch(name) and chosen(name)}
     if domain.is_active():
         try:
-            domain.delete_checkpoint(name)
+            gone = _remove_running(domain, records, chosen)
         except HypervisorError:
             if domain.is_active():
-                if not _delete_in_pieces(domain, name):
-                    raise
-                return
-        else:
-            return
-    _delete_offline(domain, name)
+                raise
+            gone = _remove_stopped(domain, chosen)
+    else:
+        gone = _remove_stopped(domain, chosen)
+    for name in records.intersection(domain.checkpoints()):
+        domain.delete_checkpoint(name, metadata_only=True)
+    return sorted(gone | records)
 
 
-def _delete_in_pieces(domain: Domain, name: str) -> bool:
-    """Delete a checkpoint that has lost a bitmap, which libvirt refuses to do; False if it has lost none."""
-    covered = _covered(domain, name)
-    running = [disk for disk in source_disks(domain.live_xml()) if disk.id in covered and not disk.left_out]
-    found = nodes(domain, running)
-    left = [node for node in found.values() if any(bitmap.name == name for bitmap in node.bitmaps)]
-    if len(left) == len(found):
-        return False
-    for node in left:
-        domain.query("block-dirty-bitmap-remove", node=node.name, name=name)
-    domain.delete_checkpoint(name, metadata_only=True)
-    return True
+def _remove_running(domain: Domain, records: Collection[str], chosen: Callable[[str], bool]) -> set[str]:
+    for name in records:
+        # It refuses one that has lost a bitmap on some disk; the others go below.
+        with suppress(HypervisorError):
+            domain.delete_checkpoint(name)
+    gone = set()
+    trackable = [disk for disk in source_disks(domain.live_xml()) if disk.format == "qcow2" and not disk.left_out]
+    for node in nodes(domain, trackable).values():
+        for name in _ours(node, chosen):
+            domain.query("block-dirty-bitmap-remove", node=node.name, name=name)
+            gone.add(name)
+    return gone
 
 
-def _covered(domain: Domain, name: str) -> set[str]:
-    listed = parse(domain.checkpoint_xml(name)).iterfind("./disks/disk")
-    return {entry.get("name", "") for entry in listed if entry.get("checkpoint") == "bitmap"}
-
-
-def _delete_offline(domain: Domain, name: str) -> None:
+def _remove_stopped(domain: Domain, chosen: Callable[[str], bool]) -> set[str]:
     # libvirt deletes bitmaps of running VMs only; for others it can just forget them, and they would stay in the image.
-    covered = _covered(domain, name)
+    gone = set()
     for disk in source_disks(domain.inactive_xml()):
-        if disk.id in covered and disk.format == "qcow2" and disk.kind in ("file", "block"):
-            _remove_bitmap(disk.path, name)
-    domain.delete_checkpoint(name, metadata_only=True)
+        if disk.format == "qcow2" and not disk.left_out and Path(disk.path).exists():
+            for name in _ours(stopped_nodes(domain.name, [disk])[disk.id], chosen):
+                remove_bitmap(disk, name)
+                gone.add(name)
+    return gone
 
 
-def _remove_bitmap(path: str, name: str) -> None:
-    command = ["qemu-img", "bitmap", "--remove", "-f", "qcow2", path, name]
-    deadline = time.monotonic() + OFFLINE_LIMIT
-    while True:
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except OSError as error:
-            raise HypervisorError(f"qemu-img, to remove bitmap {name} from {path}: {error.strerror}") from error
-        if done.returncode == 0 or "not found" in done.stderr or "No such file" in done.stderr:
-            return
-        if "lock" not in done.stderr or time.monotonic() > deadline:  # a QEMU that ends holds its lock for a moment
-            raise HypervisorError(f"remove bitmap {name} from {path}: {done.stderr.strip()}")
-        time.sleep(0.1)
+def _ours(node: Node, chosen: Callable[[str], bool]) -> list[str]:
+    return [bitmap.name for bitmap in node.bitmaps if _OURS.fullmatch(bitmap.name) and chosen(bitmap.name)]

@@ -32,6 +32,7 @@ __all__ = [
     "OFF",
     "PAUSED",
     "RUNNING",
+    "SHUTTING_DOWN",
     "Connection",
     "Domain",
     "code_of",
@@ -39,6 +40,7 @@ __all__ = [
 
 RUNNING: int = libvirt.VIR_DOMAIN_RUNNING
 PAUSED: int = libvirt.VIR_DOMAIN_PAUSED
+SHUTTING_DOWN: int = libvirt.VIR_DOMAIN_SHUTDOWN
 OFF = (int(libvirt.VIR_DOMAIN_SHUTOFF), int(libvirt.VIR_DOMAIN_NOSTATE))
 IO_ERROR: int = libvirt.VIR_DOMAIN_PAUSED_IOERROR
 """The reason of a PAUSED VM that QEMU stopped since it could not write (a full disk, or a full scratch file)."""
@@ -251,6 +253,12 @@ class Domain:
         with self._calling(f"checkpoint {name}"):
             checkpoint = self._domain.checkpointLookupByName(name, 0)
             return str(checkpoint.getXMLDesc(libvirt.VIR_DOMAIN_CHECKPOINT_XML_SIZE if size else 0))
+
+    def redefine_checkpoint(self, xml: str) -> None:
+        """Have libvirt know a checkpoint whose bitmaps exist, which it looks at. Running VMs only."""
+        flags = libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE | libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE_VALIDATE
+        with self._calling("redefine a checkpoint"):
+            self._domain.checkpointCreateXML(xml, flags)
 
     def delete_checkpoint(self, name: str, *, metadata_only: bool = False) -> None:
         """Delete one checkpoint with its bitmaps, or only libvirt's record of it. Its children stay."""

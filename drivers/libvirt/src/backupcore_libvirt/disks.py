@@ -83,11 +83,12 @@ def _left_out(disk: Any, kind: str, shape: str, place: Mapping[str, str]) -> str
 
 @dataclass(frozen=True, slots=True)
 class Bitmap:
-    """One dirty bitmap as QEMU has it. Only one that is `usable` tells what changed."""
+    """One dirty bitmap as QEMU has it. Only one that is `usable` tells what changed: `dirty` bytes, where known."""
 
     name: str
     recording: bool
     inconsistent: bool
+    dirty: int | None = None
 
     @property
     def usable(self) -> bool:
@@ -126,7 +127,12 @@ def nodes(domain: Domain, disks: Sequence[SourceDisk]) -> dict[str, Node]:
             virtual_size=int(image["virtual-size"]),
             compat=str(special.get("compat", "")) if disk.format == "qcow2" else "",
             bitmaps=tuple(
-                Bitmap(str(bitmap.get("name", "")), bool(bitmap["recording"]), bool(bitmap.get("inconsistent", False)))
+                Bitmap(
+                    str(bitmap.get("name", "")),
+                    bool(bitmap["recording"]),
+                    bool(bitmap.get("inconsistent", False)),
+                    int(bitmap["count"]),
+                )
                 for bitmap in node.get("dirty-bitmaps", ())
             ),
             snapshots=tuple(str(snapshot["name"]) for snapshot in image.get("snapshots", ())),

@@ -1,23 +1,31 @@
-"""What a backup job exports of one disk, turned into a disk artifact."""
+"""What an export shows of one disk, turned into a disk artifact."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from backupcore.disk.extents import CLUSTER, Kind, intersect, to_clusters
 from backupcore.disk.nbd import ALLOCATION, Address, Client, allocation, dirty
 from backupcore.disk.qcow2 import DiskArtifact, Layout
-from backupcore_libvirt.backup_job import bitmap_name
 
-__all__ = ["artifact"]
+__all__ = ["Export", "artifact"]
 
 _NEAR = 16 << 20
 
 
-def artifact(disk: str, socket: str, *, increment: bool) -> DiskArtifact:
+@dataclass(frozen=True, slots=True)
+class Export:
+    """Where one disk of a run can be read, and the bitmap that tells what changed there; None for the whole disk."""
+
+    address: Address
+    bitmap: str | None
+
+
+def artifact(disk: str, export: Export) -> DiskArtifact:
     """The artifact of a disk: every block that holds data, or every block that changed. No connection stays open."""
-    address = Address(socket, disk)
-    layout = _changed(address, disk) if increment else _allocated(address)
+    address = export.address
+    layout = _changed(address, export.bitmap) if export.bitmap else _allocated(address)
     return DiskArtifact(f"disk.{disk}.qcow2", layout, address)
 
 
@@ -28,9 +36,9 @@ def _allocated(address: Address) -> Layout:
         return Layout(size, to_clusters(held, size))
 
 
-def _changed(address: Address, disk: str) -> Layout:
+def _changed(address: Address, bitmap: str) -> Layout:
     # Two connections: one that shows both contexts would make QEMU look up the allocation of the whole disk as well.
-    context = f"qemu:dirty-bitmap:{bitmap_name(disk)}"
+    context = f"qemu:dirty-bitmap:{bitmap}"
     with Client(address, [context]) as client:
         size = client.size
         ranges = list(_rounded(dirty(client, context, 0, size), size))

@@ -1,7 +1,8 @@
 """The run's folder below the scratch folder: QEMU puts its socket and scratch files there, and nobody else gets in.
 
 ``SCRATCH/RUN/`` holds ``nbd.sock``, one ``DISK.scratch`` per disk, and ``lock``, which the process of the run keeps
-locked. It is 0700 and belongs to the user that QEMU runs as; the folders above only have to let that user pass (0711).
+locked; for a VM that is off one ``nbd.DISK.sock`` per disk instead. It is 0700 and belongs to the user that QEMU runs
+as; the folders above only have to let that user pass (0711).
 """
 
 from __future__ import annotations
@@ -20,9 +21,18 @@ from pathlib import Path
 
 from backupcore.errors import AccessDenied, HypervisorError, TargetFull, from_os_error
 
-__all__ = ["Owner", "RunFolder", "check_scratch", "dead_folders", "require_room", "reserve", "scratch_room"]
+__all__ = [
+    "Owner",
+    "RunFolder",
+    "check_scratch",
+    "dead_folders",
+    "living_vms",
+    "require_room",
+    "reserve",
+    "scratch_room",
+]
 
-_KNOWN = re.compile(r"nbd\.sock|lock|[A-Za-z0-9_.-]+\.scratch")
+_KNOWN = re.compile(r"nbd\.sock|lock|[A-Za-z0-9_.-]+\.scratch|nbd\.[A-Za-z0-9_.-]+\.sock")
 _RUN = re.compile(r"[0-9a-f]{32}")
 _SOCKET_PATH_LIMIT = 107  # bytes in sockaddr_un.sun_path, less the NUL
 
@@ -125,12 +135,17 @@ class RunFolder:
 
     def check_length(self) -> None:
         """HypervisorError if the socket's path is too long for a unix socket."""
-        length = len(os.fsencode(self.socket))
+        socket = self.socket_of("vdzz")
+        length = len(os.fsencode(socket))
         if length > _SOCKET_PATH_LIMIT:
             raise HypervisorError(
-                f"the path of the socket would have {length} bytes, {_SOCKET_PATH_LIMIT} is the limit: {self.socket}",
+                f"the path of a socket would have {length} bytes, {_SOCKET_PATH_LIMIT} is the limit: {socket}",
                 "Set 'scratch' in the configuration to a folder with a shorter path.",
             )
+
+    def socket_of(self, disk: str) -> Path:
+        """The socket of one disk, where each has a server of its own."""
+        return self.path / f"nbd.{disk}.sock"
 
     def disk(self, disk: str) -> Path:
         """Where a disk's scratch file goes."""
@@ -182,7 +197,7 @@ class RunFolder:
         except OSError:
             return False
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: who else looks is not its owner
         except BlockingIOError:
             return True
         finally:
@@ -221,6 +236,19 @@ def dead_folders(scratch: Path, vm: str) -> list[RunFolder]:
 
     A folder whose lock names no VM is a dead run's too, of whichever VM: it was killed while it made or removed it.
     """
+    return [folder for folder, of, in_use in _folders(scratch) if of in (vm, "") and not in_use]
+
+
+def living_vms(scratch: Path) -> set[str]:
+    """The UUIDs of the VMs that a run of ours is backing up now, as far as we may look."""
+    try:
+        return {of for _, of, in_use in _folders(scratch) if in_use}
+    except OSError:
+        return set()  # another user's scratch
+
+
+def _folders(scratch: Path) -> list[tuple[RunFolder, str, bool]]:
+    """Every run's folder, the UUID of its VM ("" if it names none), and whether that run lives."""
     if not scratch.is_dir():
         return []
     found = []
@@ -235,8 +263,7 @@ def dead_folders(scratch: Path, vm: str) -> list[RunFolder]:
                 of = ""
             except OSError:
                 continue  # not ours to read
-            if of in (vm, "") and not folder.is_in_use():
-                found.append(folder)
+            found.append((folder, of, folder.is_in_use()))
     return found
 
 

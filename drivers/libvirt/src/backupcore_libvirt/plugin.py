@@ -6,12 +6,14 @@ import contextlib
 import difflib
 import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
 from backupcore import hookimpl
 from backupcore.context import Context
+from backupcore.disk.qcow2 import DiskArtifact
 from backupcore.errors import BackupError, HypervisorError, IncrementImpossible, NotFound
 from backupcore.hypervisor import Definition, DiskFile, Finding, VMDisk, VMState
 from backupcore.model import (
@@ -24,11 +26,10 @@ from backupcore.model import (
     Estimate,
     Outcome,
     Prepared,
-    RunState,
 )
 from backupcore_libvirt import __version__, checkpoint
 from backupcore_libvirt.backup_job import backup_xml, end, left_behind
-from backupcore_libvirt.checkpoint import checkpoint_name, checkpoint_xml
+from backupcore_libvirt.checkpoint import checkpoint_xml, make_known
 from backupcore_libvirt.connection import (
     CHECKPOINT_INCONSISTENT,
     NO_CHECKPOINT,
@@ -39,20 +40,23 @@ from backupcore_libvirt.connection import (
     Domain,
     code_of,
 )
+from backupcore_libvirt.cut import REASON as CUT
+from backupcore_libvirt.cut import tail, was_cut
 from backupcore_libvirt.define import define, require_definable
 from backupcore_libvirt.definition import restored_definition
-from backupcore_libvirt.disks import source_disks
-from backupcore_libvirt.export import artifact
+from backupcore_libvirt.disks import SourceDisk, source_disks
+from backupcore_libvirt.export import Export, artifact
 from backupcore_libvirt.findings import findings
-from backupcore_libvirt.folder import RunFolder
+from backupcore_libvirt.folder import RunFolder, living_vms
+from backupcore_libvirt.hold import hold, live_exports
 from backupcore_libvirt.in_place import fit, require_replaceable
 from backupcore_libvirt.look import Look, look
 from backupcore_libvirt.nvram import read_nvram
+from backupcore_libvirt.qemu_nbd import end_stray
 from backupcore_libvirt.recovery import clear, recover
 from backupcore_libvirt.scratch_watch import ScratchWatch, watch
 from backupcore_libvirt.settings import read as read_settings
 from backupcore_libvirt.settings import write as write_settings
-from backupcore_libvirt.xml import parse
 
 __all__ = ["Libvirt"]
 
@@ -74,7 +78,7 @@ class Libvirt:
 
     @hookimpl
     def prebackup(self, run: BackupRun, ctx: Context) -> Prepared:
-        """Hold one instant of all disks of a running VM, and begin to track what changes from there.
+        """Hold one instant of all disks, and begin to track what changes from there.
 
         The artifacts: ``disk.<id>.qcow2`` per disk, ``vm.xml`` (the inactive definition, without secrets), ``nvram``
         for UEFI. Their exports live until `postbackup`.
@@ -89,16 +93,24 @@ class Libvirt:
         lock = folder.make(seen.owner, domain.uuid)
         ctx.stack.callback(os.close, lock)
         ctx.check()
-        date = _begin(domain, run, folder, seen)
-        scratch_watch = ScratchWatch(self.uri, domain.uuid, domain.name, folder, ctx)
-        ctx.stack.callback(scratch_watch.stop)
-        scratch_watch.start()
+        if seen.live:
+            if seen.since:
+                make_known(domain, seen.since, seen.all_disks)
+            date = _begin(domain, run, folder, seen)
+            scratch_watch = ScratchWatch(self.uri, domain.uuid, domain.name, folder, ctx)
+            ctx.stack.callback(scratch_watch.stop)
+            scratch_watch.start()
+            exports = live_exports(folder, seen)
+        else:
+            date, exports = hold(run, folder, seen, ctx)
         nvram = read_nvram(domain.name, seen.nvram) if seen.nvram else None
-        increment = run.parent is not None
-        exported = [artifact(disk.id, str(folder.socket), increment=increment) for disk in seen.disks]
-        for disk_artifact in exported:
+        taken = [_taken(disk, exports[disk.id], seen, run) for disk in seen.disks]
+        for disk_artifact, _ in taken:
             ctx.stack.callback(disk_artifact.close)
-        artifacts: list[Artifact] = [*exported, BytesArtifact("vm.xml", domain.inactive_xml().encode())]
+        artifacts: list[Artifact] = [
+            *(disk_artifact for disk_artifact, _ in taken),
+            BytesArtifact("vm.xml", domain.inactive_xml().encode()),
+        ]
         if nvram is not None:
             artifacts.append(BytesArtifact("nvram", nvram))
         return Prepared(
@@ -106,15 +118,7 @@ class Libvirt:
             date=date,
             consistency=seen.consistency,
             frozen_seconds=0.0,
-            disks=tuple(
-                Disk(
-                    id=disk.id,
-                    artifact=disk_artifact.name,
-                    virtual_size=disk_artifact.layout.virtual_size,
-                    whole=not increment,
-                )
-                for disk, disk_artifact in zip(seen.disks, exported, strict=True)
-            ),
+            disks=tuple(disk for _, disk in taken),
             left_out=seen.left_out,
             versions={**seen.versions, "backupcore-libvirt": __version__},
         )
@@ -128,6 +132,7 @@ class Libvirt:
         if (running := watch(run.id)) is not None:
             running.stop()
         folder = RunFolder(self.scratch, run.id)
+        end_stray(folder.path)
         with Connection(self.uri) as connection:
             try:
                 domain = connection.domain(run.vm.uuid)
@@ -138,7 +143,7 @@ class Libvirt:
             if strange := folder.remove():
                 ctx.log.warning("%s holds what no run puts there, and stays: %s", folder.path, ", ".join(strange))
             if domain is not None:
-                checkpoint.delete(domain, run.spent if outcome.state is RunState.RECORDED else (run.point,))
+                checkpoint.tidy(domain, run, outcome)
 
     def recover(self, vm: VM, spent: Collection[str], ctx: Context) -> None:
         """Put right what dead runs of this VM have left; see `backupcore_libvirt.recovery`."""
@@ -151,11 +156,12 @@ class Libvirt:
 
     def vms(self) -> Sequence[VMState]:
         """Every VM of this host, by name. HypervisorError if libvirt is away."""
+        backed_up = living_vms(self.scratch)
         with Connection(self.uri) as connection:
             states = []
             for domain in connection.domains():
                 with contextlib.suppress(NotFound):  # one that ended, or was undefined, since it was listed
-                    states.append(_state(domain))
+                    states.append(_state(domain, backed_up))
         return sorted(states, key=lambda state: state.vm.name)
 
     def find(self, vm: str) -> VMState:
@@ -164,10 +170,10 @@ class Libvirt:
             domains = connection.domains()
             for domain in domains:
                 if domain.name == vm:
-                    return _state(domain)
+                    return _state(domain, living_vms(self.scratch))
             for domain in domains:
                 if domain.uuid == vm.lower():
-                    return _state(domain)
+                    return _state(domain, living_vms(self.scratch))
             names = [domain.name for domain in domains]
         near = difflib.get_close_matches(vm, names, n=3, cutoff=0.5)
         hint = f"Did you mean: {', '.join(near)}?" if near else "List the VMs with: vmkeep vm list"
@@ -179,20 +185,13 @@ class Libvirt:
             domain = connection.domain(run.vm.uuid)
             left_behind(domain, self.scratch)
             seen = look(connection, domain, run, self.scratch)
-            if run.parent is None:
-                # libvirt cannot tell how much of a block device is in use.
-                files = [disk for disk in seen.disks if disk.kind != "block"]
-                sizes = {disk.id: domain.block_sizes(disk.id)[1] for disk in files}
-            else:
-                name = checkpoint_name(run.parent.point)
-                listed = parse(domain.checkpoint_xml(name, size=True)).iterfind("./disks/disk")
-                sizes = {disk.get("name", ""): int(disk.get("size", 0)) for disk in listed}
-        return Estimate(
-            disks=tuple(
-                DiskEstimate(id=disk.id, bytes=sizes.get(disk.id), whole=run.parent is None) for disk in seen.disks
-            ),
-            left_out=seen.left_out,
-        )
+            disks = tuple(_estimated(domain, disk, seen) for disk in seen.disks)
+        return Estimate(disks=disks, left_out=seen.left_out)
+
+    def forget(self, vm: VM) -> Sequence[str]:
+        """Delete every checkpoint and bitmap that backupcore made on this VM, and return their names."""
+        with Connection(self.uri) as connection:
+            return checkpoint.forget(connection.domain(vm.uuid))
 
     def settings(self, vm: VM) -> Mapping[str, str]:
         """The VM's backup configuration out of its own metadata: upper-case keys (``MODE``) and their values."""
@@ -254,9 +253,7 @@ class Libvirt:
 
 def _begin(domain: Domain, run: BackupRun, folder: RunFolder, seen: Look) -> datetime:
     """The one call that fixes the instant of all disks; the instant in UTC."""
-    job = backup_xml(
-        [disk.id for disk in seen.disks], folder, checkpoint_name(run.parent.point) if run.parent else None
-    )
+    job = backup_xml([disk.id for disk in seen.disks], folder, seen.bitmaps)
     points = checkpoint_xml(run.point, seen.all_disks, seen.tracked)
     date = datetime.now(UTC)
     try:
@@ -281,7 +278,38 @@ def _begin(domain: Domain, run: BackupRun, folder: RunFolder, seen: Look) -> dat
     return date
 
 
-def _state(domain: Domain) -> VMState:
+def _taken(disk: SourceDisk, export: Export, seen: Look, run: BackupRun) -> tuple[DiskArtifact, Disk]:
+    """The artifact of one disk: what changed, or all of it."""
+    reason = seen.since.whole.get(disk.id, "") if seen.since else ""
+    found = artifact(disk.id, export)
+    held = next((one.tail for one in run.parent.disks if one.id == disk.id), ()) if run.parent else ()
+    if export.bitmap is not None and was_cut(export.address, found.layout, held):
+        export, reason = replace(export, bitmap=None), CUT
+        found = artifact(disk.id, export)
+    whole = export.bitmap is None
+    return found, Disk(
+        id=disk.id,
+        artifact=found.name,
+        virtual_size=found.layout.virtual_size,
+        whole=whole,
+        reason=reason,
+        path=disk.path,
+        tail=tail(found.layout, () if whole else held),
+    )
+
+
+def _estimated(domain: Domain, disk: SourceDisk, seen: Look) -> DiskEstimate:
+    name = seen.bitmaps.get(disk.id)
+    if name is None:
+        # libvirt cannot tell how much of a block device is in use.
+        size = domain.block_sizes(disk.id)[1] if disk.kind != "block" else None
+    else:
+        size = next(bitmap.dirty for bitmap in seen.nodes[disk.id].bitmaps if bitmap.name == name)
+    reason = seen.since.whole.get(disk.id, "") if seen.since else ""
+    return DiskEstimate(id=disk.id, bytes=size, whole=name is None, reason=reason)
+
+
+def _state(domain: Domain, backed_up: Collection[str]) -> VMState:
     number, _ = domain.state()
     state: Literal["running", "paused", "off", "saved", "other"] = "other"
     if number == RUNNING:
@@ -300,7 +328,9 @@ def _state(domain: Domain) -> VMState:
         )
         for disk in source_disks(domain.live_xml())
     )
-    return VMState(vm=VM(uuid=domain.uuid, name=domain.name), state=state, disks=disks)
+    return VMState(
+        vm=VM(uuid=domain.uuid, name=domain.name), state=state, disks=disks, being_read=domain.uuid in backed_up
+    )
 
 
 def _virtual_size(domain: Domain, disk: str) -> int | None:

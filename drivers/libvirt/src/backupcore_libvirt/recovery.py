@@ -12,6 +12,7 @@ from backupcore_libvirt import checkpoint
 from backupcore_libvirt.backup_job import end, left_behind
 from backupcore_libvirt.connection import Domain
 from backupcore_libvirt.folder import RunFolder, dead_folders
+from backupcore_libvirt.qemu_nbd import end_stray
 
 __all__ = ["clear", "recover"]
 
@@ -31,10 +32,8 @@ def recover(domain: Domain | None, vm: VM, scratch: Path, spent: Collection[str]
     except Busy as busy:
         ctx.log.info("%s", busy)
         return
-    there = sorted(set(checkpoint.ours(domain)) & set(spent))
-    checkpoint.delete(domain, there)
-    for point in there:
-        ctx.did(f"deleted checkpoint {checkpoint.checkpoint_name(point)}, which no backup needs")
+    for name in checkpoint.remove(domain, spent):
+        ctx.did(f"deleted checkpoint {name}, which no backup needs")
 
 
 def clear(domain: Domain, scratch: Path, ctx: Context) -> None:
@@ -53,6 +52,8 @@ def clear(domain: Domain, scratch: Path, ctx: Context) -> None:
 
 
 def _remove(folder: RunFolder, ctx: Context) -> None:
+    if end_stray(folder.path):
+        ctx.did(f"ended the qemu-nbd of a dead run ({folder.run})")
     if strange := folder.remove():
         ctx.log.warning("%s holds what no run puts there, and stays: %s", folder.path, ", ".join(strange))
     else:

@@ -6,7 +6,7 @@ from backupcore.errors import UnsupportedOperation
 from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.xml import parse
 
-__all__ = ["qemu_of", "require", "text"]
+__all__ = ["qemu_of", "require", "require_stopped", "text"]
 
 LIBVIRT = (7, 2, 0)
 QEMU = (5, 2, 0)
@@ -21,6 +21,16 @@ def qemu_of(domain: Domain) -> tuple[int, int, int]:
     """The version of the QEMU that a running VM runs in, which may be older than the one installed."""
     qemu = domain.query("query-version")["qemu"]
     return int(qemu["major"]), int(qemu["minor"]), int(qemu["micro"])
+
+
+def require_stopped(connection: Connection, domain: Domain) -> dict[str, str]:
+    """The versions that take part in the backup of a VM that is off: of QEMU, the one that is installed."""
+    libvirt, qemu = connection.libvirt_version(), connection.qemu_version()
+    if qemu < QEMU:
+        raise UnsupportedOperation(
+            f"VM {domain.name}: a backup needs QEMU {text(QEMU)} at least; {text(qemu)} is here", "Upgrade it."
+        )
+    return {"libvirt": text(libvirt), "qemu": text(qemu)}
 
 
 def require(connection: Connection, domain: Domain) -> dict[str, str]:

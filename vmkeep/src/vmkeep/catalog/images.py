@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from vmkeep.catalog.database import Catalog
 if TYPE_CHECKING:
     from backupcore.session import Recorded
 
-__all__ = ["close", "find", "last_dates", "newest", "record", "remove", "retired", "spent", "tokens", "where"]
+__all__ = ["close", "find", "kept", "last_dates", "newest", "record", "remove", "retired", "spent", "tokens", "where"]
 
 _PREFIX = 4  # hex digits: fewer would too easily be meant as a number
 
@@ -147,10 +148,7 @@ def record(connection: Connection, recorded: Recorded) -> int:
 
 def _columns(number: int, recorded: Recorded) -> dict[str, object]:
     increment = recorded.increment
-    disks = [
-        {"id": disk.id, "artifact": disk.artifact, "virtual_size": disk.virtual_size, "whole": disk.whole}
-        for disk in increment.disks
-    ]
+    disks = [{key.name: getattr(disk, key.name) for key in fields(Disk)} for disk in increment.disks]
     return {
         "image": number,
         "id": increment.id,
@@ -203,15 +201,21 @@ def retired(catalog: Catalog, vm: VM) -> Sequence[str]:
         return connection.execute(query).scalars().all()
 
 
-def spent(catalog: Catalog, vm: VM) -> tuple[str, ...]:
-    """The points of this VM, of all that the catalog knows, that no next increment will build on.
+def kept(catalog: Catalog, vm: VM) -> tuple[str, ...]:
+    """The points of this VM that a next increment may build on: the last two of every chain that is not closed.
 
-    One may build on the last two of every chain that is not closed: a run may have to be taken again.
+    The last but one as well: a run may have to be taken again.
     """
-    chains = where(catalog, vm=vm.uuid)
-    kept = {increment.point for image in chains if image.state != "closed" for increment in image.increments[-2:]}
-    known = [*retired(catalog, vm), *(increment.point for image in chains for increment in image.increments)]
-    return tuple(point for point in known if point not in kept)
+    table = schema.images.c
+    with catalog.reading() as connection:
+        chains = _load(connection, table.vm_uuid == vm.uuid, table.state != "closed")
+    return tuple(increment.point for image in chains for increment in image.increments[-2:])
+
+
+def spent(catalog: Catalog, vm: VM) -> tuple[str, ...]:
+    """The points of this VM, of all that the catalog knows, that no next increment will build on."""
+    known = {increment.point for image in where(catalog, vm=vm.uuid) for increment in image.increments}
+    return tuple(sorted(known.union(retired(catalog, vm)).difference(kept(catalog, vm))))
 
 
 def tokens(catalog: Catalog) -> Sequence[str]:

@@ -22,7 +22,7 @@ __all__ = ["backup"]
 @common
 @click.pass_obj
 def backup(asked: Asked, vm: str, datastore: str | None, reset: bool, dry_run: bool) -> int:
-    """Back up VM (a name or a UUID) while it runs: an increment where that is possible, else a full."""
+    """Back up VM (a name or a UUID), running or not: an increment where that is possible, else a full."""
     place = workplace(asked)
     if dry_run:
         planned = work.plan(place, vm, datastore=datastore, reset=reset)
@@ -54,6 +54,9 @@ def _show(taken: work.Taken) -> None:
         f"  {size(increment.size)}{stored}, {size(recorded.read)} read, {seconds(recorded.seconds)},"
         f" consistency {increment.consistency}, frozen {seconds(recorded.frozen_seconds)}"
     )
+    for disk in increment.disks:
+        if disk.reason:
+            output.line(f"  disk {disk.id} whole: {disk.reason}")
     for left in recorded.left_out:
         output.line(f"  not in it: disk {left.id}: {left.reason}")
 
@@ -65,6 +68,8 @@ def _show_plan(planned: work.Planned) -> None:
     output.line(f"{run.vm.name}: {run.type.value} backup{why} would go into {into} in {run.datastore}")
     for disk in planned.estimate.disks:
         how = "whole" if disk.whole else "what changed"
-        output.line(f"  disk {disk.id}: {how}, {size(disk.bytes) if disk.bytes is not None else 'size not known yet'}")
+        why = f" ({disk.reason})" if disk.reason else ""
+        amount = size(disk.bytes) if disk.bytes is not None else "size not known yet"
+        output.line(f"  disk {disk.id}: {how}{why}, {amount}")
     for left in planned.estimate.left_out:
         output.line(f"  not in it: disk {left.id}: {left.reason}")

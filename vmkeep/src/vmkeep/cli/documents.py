@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from backupcore.model import Image, LeftOut
+from backupcore.model import Image, Increment, LeftOut
 from backupcore.restore import RestoredDisk
 from vmkeep.backup import Planned, Taken
 from vmkeep.cancel import Stopped
@@ -18,6 +18,13 @@ from vmkeep.vms import Detail, Listing
 __all__ = ["backup", "cancel", "config", "image", "images", "plan", "recovered", "replaced", "restore", "vm", "vms"]
 
 Document = dict[str, object]
+
+
+def _disks(increment: Increment) -> list[Document]:
+    return [
+        {"id": disk.id, "size": disk.virtual_size, "whole": disk.whole, "reason": disk.reason}
+        for disk in increment.disks
+    ]
 
 
 def _left_out(left: tuple[LeftOut, ...]) -> list[Document]:
@@ -46,6 +53,7 @@ def backup(taken: Taken) -> Document:
         "consistency": increment.consistency,
         "frozen_seconds": round(recorded.frozen_seconds, 3),
         "seconds": round(recorded.seconds, 3),
+        "disks": _disks(increment),
         "left_out": _left_out(recorded.left_out),
         "warnings": list(recorded.warnings),
     }
@@ -65,7 +73,7 @@ def plan(planned: Planned) -> Document:
         "uuid": run.vm.uuid,
         "datastore": run.datastore,
         "size": sum(known) if len(known) == len(disks) else None,
-        "disks": [{"id": disk.id, "bytes": disk.bytes, "whole": disk.whole} for disk in disks],
+        "disks": [{"id": disk.id, "bytes": disk.bytes, "whole": disk.whole, "reason": disk.reason} for disk in disks],
         "left_out": _left_out(planned.estimate.left_out),
     }
 
@@ -126,6 +134,7 @@ def image(found: Image, *, increments: bool) -> Document:
                 "source": increment.source.token,
                 "consistency": increment.consistency,
                 "reason": increment.reason,
+                "disks": _disks(increment),
             }
             for increment in found.increments
         ]
@@ -182,6 +191,7 @@ def vms(found: list[Listing], now: datetime | None = None) -> list[Document]:
             "name": one.found.vm.name,
             "uuid": one.found.vm.uuid,
             "state": one.found.state,
+            "being_read": one.found.being_read,
             "last_backup": iso(one.last_backup),
             "age_seconds": max(0, int((now - one.last_backup).total_seconds())) if one.last_backup else None,
         }
@@ -203,6 +213,7 @@ def vm(detail: Detail) -> Document:
         "name": detail.found.vm.name,
         "uuid": detail.found.vm.uuid,
         "state": detail.found.state,
+        "being_read": detail.found.being_read,
         "disks": [
             {
                 "id": disk.id,

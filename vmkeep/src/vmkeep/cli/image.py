@@ -76,12 +76,12 @@ def show(asked: Asked, reference: str) -> None:
             date(one.date),
             short(one.source.token, tokens),
             one.consistency,
-            one.reason,
+            one.reason or "; ".join(f"disk {disk.id}: {disk.reason}" for disk in one.disks if disk.reason),
         )
         for one in found.increments
     ]
     output.table(
-        ("ID", "PID", "T", "SIZE", "DATE", "SOURCE", "CONSISTENCY", "WHY A FULL"), rows, right=("ID", "PID", "SIZE")
+        ("ID", "PID", "T", "SIZE", "DATE", "SOURCE", "CONSISTENCY", "WHY WHOLE"), rows, right=("ID", "PID", "SIZE")
     )
 
 

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 import click
 
+from backupcore.hypervisor import VMState
 from vmkeep import vms
 from vmkeep.cli import documents, output
 from vmkeep.cli.asked import Asked, common
@@ -36,7 +37,7 @@ def list_(asked: Asked) -> None:
     rows = [
         (
             one.found.vm.name,
-            one.found.state,
+            f"{one.found.state}, being read" if one.found.being_read else one.found.state,
             date(one.last_backup) if one.last_backup else "never",
             age(max(0, int((now - one.last_backup).total_seconds()))) if one.last_backup else "-",
             one.found.vm.uuid,
@@ -56,7 +57,7 @@ def show(asked: Asked, name: str) -> None:
     if asked.json:
         output.document(documents.vm(found))
         return
-    output.line(f"VM {found.found.vm.name} ({found.found.vm.uuid}), {found.found.state}")
+    output.line(f"VM {found.found.vm.name} ({found.found.vm.uuid}), {_state(found.found)}")
     output.line("")
     output.table(
         ("DISK", "SIZE", "FORMAT", "PATH", "LEFT OUT"),
@@ -100,6 +101,32 @@ def show(asked: Asked, name: str) -> None:
 def _show_settings(found: vms.Detail) -> None:
     rows = [(key, value, "VM" if key in found.own else "default") for key, value in found.settings.items()]
     output.table(("SETTING", "VALUE", "FROM"), rows)
+
+
+def _state(found: VMState) -> str:
+    if not found.being_read:
+        return found.state
+    # QEMU's lock on the disks refuses the start, and libvirt's message does not say whose lock it is.
+    stopped = "; it can start once that has ended" if found.state in ("off", "saved") else ""
+    return f"{found.state}, being read by a backup{stopped}"
+
+
+@vm.command(short_help="Remove the checkpoints and bitmaps of a VM's backups.")
+@click.argument("name", metavar="VM")
+@common
+@click.pass_obj
+def forget(asked: Asked, name: str) -> None:
+    """Remove every checkpoint and bitmap that backups made on VM: QEMU reverts no disk to a snapshot that has bitmaps.
+
+    No backup is lost. The next one of each chain is a full in a new image.
+    """
+    found, gone = vms.forget(workplace(asked), name)
+    if asked.json:
+        output.document({"name": found.vm.name, "uuid": found.vm.uuid, "removed": list(gone)})
+    elif not asked.quiet:
+        output.line(f"VM {found.vm.name}: checkpoints removed: {len(gone)}")
+        for checkpoint in gone:
+            output.line(f"  {checkpoint}")
 
 
 def _choice(key: str) -> click.Choice[str]:

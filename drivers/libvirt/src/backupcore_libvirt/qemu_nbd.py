@@ -1,0 +1,195 @@
+"""Reading an image that no VM has open: `qemu-nbd`, read-only, on a unix socket in the run's folder.
+
+While it serves an image QEMU's lock keeps everybody from opening it for writing: a VM with that disk cannot start. So
+it never outlives its run: the kernel kills it with our process, and `end_stray` finds one that got away all the same.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from backupcore.disk.nbd import Address, Client, ConnectionLost, NbdError
+from backupcore.errors import BackupError, Busy, HypervisorError, from_os_error
+
+__all__ = ["DEPTH", "QemuNbd", "end_stray", "image_options", "is_locked"]
+
+DEPTH = "qemu:allocation-depth"
+"""The context of an export with `depth`: 0 where no layer holds the block, 1 where the top one does, 2 for the next."""
+
+START_LIMIT = 30.0
+STOP_LIMIT = 5.0
+_CLIENTS = 16
+
+# The death signal comes when the *thread* that forked ends, so all are forked by one that lives as long as we do.
+_forker = ThreadPoolExecutor(1, thread_name_prefix="fork-qemu-nbd")
+
+
+def image_options(path: str | os.PathLike[str], shape: str) -> str:
+    """The ``--image-opts`` of an image: its format and file are named, so that nothing is guessed from its contents,
+
+    and no path is taken for an option or a URL.
+    """
+    name = os.fspath(path)
+    driver = "host_device" if stat.S_ISBLK(Path(name).stat().st_mode) else "file"
+    return f"driver={shape},file.driver={driver},file.filename={name.replace(',', ',,')}"
+
+
+def is_locked(message: str) -> bool:
+    """Whether one of QEMU's programs said that another process has the image open."""
+    return '" lock' in message
+
+
+class QemuNbd:
+    """One image, served until `stop`, the end of the ``with`` block, or the end of this process.
+
+    `path` is a file or device of format `shape` (qcow2, raw), with its backing chain below it; `socket` must not exist.
+    `bitmaps` become contexts ``qemu:dirty-bitmap:NAME``, `depth` adds the context `DEPTH`. Building it does nothing.
+    """
+
+    def __init__(
+        self,
+        socket: Path,
+        path: str | os.PathLike[str],
+        shape: str,
+        *,
+        bitmaps: Sequence[str] = (),
+        depth: bool = False,
+    ) -> None:
+        self.address = Address(str(socket))
+        """Where its one export is; its name is empty."""
+        self._path = os.fspath(path)
+        self._shape = shape
+        self._more = [f"--bitmap={name}" for name in bitmaps] + (["--allocation-depth"] if depth else [])
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it, and wait until it answers.
+
+        Busy where another process has the image open for writing (its VM runs); HypervisorError, AccessDenied.
+        """
+        try:
+            options = image_options(self._path, self._shape)
+        except OSError as error:
+            raise from_os_error(error, f"read {self._path}") from error
+        # setpriv sets the death signal and becomes qemu-nbd; a function of ours between fork and exec could lock up.
+        command = ["setpriv", "--pdeathsig", "KILL", "qemu-nbd", "--read-only", "--persistent", f"--shared={_CLIENTS}"]
+        command += [f"--socket={self.address.socket}", *self._more, "--image-opts", options]
+        errors = os.memfd_create("stderr")
+        try:
+            self._process = _forker.submit(_start, command, errors).result()
+            self._wait(self._process, errors)
+        except BaseException:
+            self.stop()
+            raise
+        finally:
+            os.close(errors)
+
+    def _wait(self, process: subprocess.Popen[bytes], errors: int) -> None:
+        deadline = time.monotonic() + START_LIMIT
+        while not self._answers():
+            if process.poll() is not None:
+                raise self._failed(os.pread(errors, 4096, 0).decode(errors="replace"))
+            if time.monotonic() > deadline:
+                raise HypervisorError(f"qemu-nbd does not answer within {START_LIMIT:.0f} s for {self._path}")
+            time.sleep(0.005)
+
+    def _answers(self) -> bool:
+        if not Path(self.address.socket).exists():
+            return False
+        try:
+            Client(self.address, timeout=START_LIMIT).close()
+        except ConnectionLost:
+            return False  # bound, and not listening yet
+        except NbdError:
+            self.stop()
+            raise
+        return True
+
+    def _failed(self, said: str) -> BackupError:
+        text = " ".join(line.removeprefix("qemu-nbd: ") for line in said.strip().splitlines())
+        if is_locked(said):
+            return Busy(
+                f"{self._path} is open in another process: {text}",
+                "Has its VM just been started? Run it again: it is then backed up while it runs.",
+            )
+        if said.startswith("setpriv:") and "qemu-nbd" in said:
+            return HypervisorError(f"qemu-nbd cannot be run: {text}", "Install it (Debian, Ubuntu: qemu-utils).")
+        return HypervisorError(f"qemu-nbd cannot serve {self._path}: {text or 'it ended without a word'}")
+
+    def stop(self) -> None:
+        """End it. Idempotent; connections to it break."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.terminate()
+        try:
+            process.wait(STOP_LIMIT)
+        except subprocess.TimeoutExpired:
+            process.kill()  # it only reads: nothing is lost
+            process.wait()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def _start(command: Sequence[str], errors: int) -> subprocess.Popen[bytes]:
+    try:
+        # In a session of its own: a Ctrl-C on our terminal is not for it, we end it when nobody reads any more.
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            start_new_session=True,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+    except OSError as error:
+        raise HypervisorError(f"{command[0]} cannot be run: {error.strerror}", "Install util-linux.") from error
+
+
+def end_stray(folder: Path) -> bool:
+    """Kill every qemu-nbd whose socket lies in `folder`, and wait for its end: a dead run's. Whether there was one.
+
+    They are found by their command lines, since the number of a process may meanwhile be another's.
+    """
+    found = [pid for pid in _processes() if _serves(pid, folder)]
+    for pid in found:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + STOP_LIMIT
+    while any(_serves(pid, folder) for pid in found):
+        if time.monotonic() > deadline:
+            raise HypervisorError(f"qemu-nbd (process {found[0]}) with a socket in {folder} cannot be ended")
+        time.sleep(0.01)
+    return bool(found)
+
+
+def _processes() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208 - names, not paths
+
+
+def _serves(pid: int, folder: Path) -> bool:
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False  # it has ended, or is not ours to look at
+    if not command or not command[0].endswith((b"qemu-nbd", b"setpriv")):
+        return False
+    start = b"--socket=" + os.fsencode(folder) + b"/"
+    return any(argument.startswith(start) for argument in command)
