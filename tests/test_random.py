@@ -72,7 +72,8 @@ class Life:
         size = self._size(disk)
         grow = size + self.choice.choice([512, 65536, 3 * MIB])
         if self.vm.active:
-            if grow <= 64 * MIB:
+            # QEMU refuses it while a job runs, also a dead run's.
+            if grow <= 64 * MIB and not self.vm.domain.jobInfo()[0]:
                 self.log[-1] += f" {disk} to {grow}"
                 self.vm.domain.blockResize(disk, grow, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
             return
