@@ -22,7 +22,7 @@ from types import FrameType
 
 from lab.places import LAB
 
-_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _VIRTLOGD_SOCKET = "/run/libvirt/virtlogd-sock"
 
 
@@ -35,10 +35,10 @@ def _stop(_signal: int, _frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     signal.signal(signal.SIGTERM, _stop)
     if "--hide-kvm" in sys.argv:
-        _hide_kvm()
+        hide_kvm()
     children = []
     try:
         if not _answers(_VIRTLOGD_SOCKET):
@@ -65,7 +65,7 @@ def _answers(path: str) -> bool:
         return probe.connect_ex(path) == 0
 
 
-def _hide_kvm() -> None:
+def hide_kvm() -> None:
     """Give this mount namespace a /dev like the host's, but without kvm (`lab.kvm` says why).
 
     A file bound over /dev/kvm would not do: libvirt moves every mount below /dev into QEMU's own /dev, and fails on a

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,6 +105,46 @@ def site(tmp_path: Path) -> Site:
     guest.write("vdb", 0, bytes(1 << 20))
     site.backup()
     return site
+
+
+def test_disks_that_come_and_go_within_a_chain(tmp_path: Path):
+    random = Random(3)
+    site = Site(tmp_path, {WEB: {"vda": bytearray(random.randbytes(1 << 20))}})
+    disks, guest = site.guests[WEB].disks, site.guests[WEB]
+    site.backup()
+    disks["vdb"] = bytearray(random.randbytes(1 << 20))
+    guest.write("vda", 70_000, random.randbytes(70_000))
+    site.backup()
+    guest.write("vdb", 300_000, bytes(200_000))
+    site.backup()
+    taken_out = disks.pop("vdb")
+    guest.write("vda", 400_000, random.randbytes(70_000))
+    site.backup()
+    disks["vdb"] = bytearray(taken_out[: 1 << 19])  # what was put back is shorter
+    site.backup()
+    guest.write("vdb", 0, random.randbytes(70_000))
+    site.backup()
+    whole = [{disk.id: disk.whole for disk in one.disks} for one in site.images[WEB].increments]
+    assert whole == [
+        {"vda": True},
+        {"vda": False, "vdb": True},
+        {"vda": False, "vdb": False},
+        {"vda": False},
+        {"vda": False, "vdb": True},
+        {"vda": False, "vdb": False},
+    ]
+    for number in range(6):
+        restored = site.restore(number)
+        assert {disk.id: raw(disk.path) for disk in restored.disks} == site.truth[WEB, number]
+        for disk in restored.disks:
+            disk.path.unlink()
+            disk.path.with_suffix(".raw").unlink()
+        restored.disks[0].path.parent.rmdir()
+    layers = {disk.id: [number for number, _ in disk.layers] for disk in site.restore(5).disks}
+    assert layers == {"vda": [0, 1, 2, 3, 4, 5], "vdb": [4, 5]}
+    manifest = json.loads(site.kept(1)[NAME])
+    assert [disk["reason"] for disk in manifest["disks"]] == ["", "added since the last backup"]
+    assert "memory" not in json.dumps(manifest["disks"]), "no path of a host"
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])

@@ -316,6 +316,34 @@ def test_what_a_driver_may_not_do(site: Site):
             SourceRef(token)
 
 
+class Unfounded(MemoryHypervisor):
+    """Gives what changed of every disk, whatever the parent holds."""
+
+    @hookimpl
+    def prebackup(self, run, ctx):
+        prepared = MemoryHypervisor.prebackup(self, run, ctx)
+        return replace(prepared, disks=tuple(replace(disk, whole=run.parent is None) for disk in prepared.disks))
+
+
+def test_changes_of_a_disk_that_the_parent_does_not_hold_are_a_breach_of_the_contract(site: Site):
+    site.hypervisor = Unfounded([site.guest])
+    site.backup()
+    site.guest.disks["vdc"] = bytearray(MIB)
+    with pytest.raises(ContractViolation, match="what changed of disk vdc, which the parent does not hold"):
+        site.backup()
+    assert not site.guest.busy
+
+
+def test_checkpoints_that_no_chain_needs_go_with_a_run(site: Site):
+    site.backup()
+    site.guest.checkpoints |= {"of another chain": {}, "stray": {}}
+    parent = site.image.increments[-1].point
+    run = plan(site.image, vm=WEB, host="h", datastore="mem", settings={})
+    with site.context() as ctx:
+        run_backup(site.datastore(), replace(run, keep=(parent, "of another chain")), ctx, record=site.record)
+    assert set(site.guest.checkpoints) == {parent, site.image.increments[-1].point, "of another chain"}
+
+
 def test_an_increment_that_is_impossible_twice_is_an_error(site: Site):
     class Never(MemoryHypervisor):
         @hookimpl

@@ -5,6 +5,7 @@ Guests here have no operating system: their disks are written through QEMU's mon
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import libvirt
 import pytest
 
 from lab.domain_xml import DiskSpec
@@ -305,6 +307,54 @@ def test_a_vm_switched_off_in_the_middle_fails_the_backup_and_keeps_the_chain(ho
     taken = host.backup()
     for disk, path in host.restore(taken["increment"]).items():
         assert same(truth[disk], path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_vm_that_is_off_can_start_once_its_backup_has_ended_in_any_way(host: Host, number: signal.Signals):
+    host.backup()
+    slow(host)
+    host.vm.destroy()
+    process = host.start("backup", host.vm.name)
+    wait_until(reading(host))
+    shown = host.ask("vm", "show", host.vm.name)
+    assert (shown["state"], shown["being_read"]) == ("off", True)
+    assert "off, being read by a backup" in host.run("vm", "show", host.vm.name).stdout
+    with pytest.raises(libvirt.libvirtError, match="lock"):
+        host.vm.start()
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    host.configure()
+
+    def starts() -> bool:
+        with contextlib.suppress(libvirt.libvirtError):
+            host.vm.start()
+        return host.vm.active
+
+    wait_until(starts)
+    truth = host.vm.copy_truth(host.folder / "truth")
+    taken = host.backup()
+    assert (taken["type"], taken["increment"]) == ("INCREMENT", 1)
+    host.assert_released()
+    for disk, path in host.restore(1).items():
+        assert same(truth[disk], path)
+
+
+def test_a_chain_in_each_of_two_datastores(host: Host):
+    second = host.config.read_text().partition("[datastores.nas]")[2].replace(str(host.repository), f"{host.folder}/r2")
+    host.config.write_text(f"{host.config.read_text()}\n[datastores.other]{second}")
+    stray = "backupcore-" + "0" * 32
+    host.vm.domain.checkpointCreateXML(f"<domaincheckpoint><name>{stray}</name></domaincheckpoint>", 0)
+    truths: dict[str, dict[str, Path]] = {}
+    for number, store in enumerate(("nas", "other", "nas", "other")):
+        host.vm.io("vda", f"write -P {0x60 + number} {number}M 1M", f"write -z {number + 8}M 64k")
+        truths[store] = host.vm.copy_truth(host.folder / f"truth{number}")
+        taken = host.backup("-d", store)
+        assert taken["type"] == ("INCREMENT" if number > 1 else "FULL")
+    assert len(host.checkpoints()) == 4
+    assert stray not in host.checkpoints()
+    for image, store in (("1", "nas"), ("2", "other")):
+        for disk in host.ask("restore", image, "--to", str(host.folder / f"to-{store}"))["disks"]:
+            assert same(truths[store][disk["id"]], Path(disk["path"]))
 
 
 def test_a_lost_source_leads_to_a_full_that_says_why(host: Host):

@@ -74,15 +74,18 @@ class MemoryHypervisor:
             if run.parent.point not in guest.checkpoints:
                 raise IncrementImpossible(f"checkpoint of point {run.parent.point} is gone")
             dirty = guest.checkpoints[run.parent.point]
+        held = {disk.id for disk in run.parent.disks} if run.parent else set()
         guest.busy = run.id
         artifacts: list[Artifact] = [BytesArtifact("vm.xml", f"<domain><name>{run.vm.name}</name></domain>".encode())]
         disks = []
         for name, content in guest.disks.items():
             data = bytes(content)
-            extents = self._extents(data, dirty.get(name, set()) if dirty is not None else None)
+            whole = dirty is None or name not in held
+            extents = self._extents(data, None if whole or dirty is None else dirty.get(name, set()))
             artifact = DiskArtifact(f"disk.{name}.qcow2", Layout(len(data), extents), MemoryBlocks(data))
             artifacts.append(artifact)
-            disks.append(Disk(id=name, artifact=artifact.name, virtual_size=len(data), whole=dirty is None))
+            reason = "added since the last backup" if whole and run.parent else ""
+            disks.append(Disk(id=name, artifact=artifact.name, virtual_size=len(data), whole=whole, reason=reason))
         if run.tracked:
             guest.checkpoints[run.point] = {}
         return Prepared(
@@ -101,7 +104,11 @@ class MemoryHypervisor:
         if guest is None:
             return  # it was undefined meanwhile: nothing of it is held
         guest.busy = ""
-        gone = run.spent if outcome.state is RunState.RECORDED else (run.point,)
+        recorded = outcome.state is RunState.RECORDED
+        gone = set(run.spent if recorded else (run.point,))
+        if run.keep is not None:
+            needed = {*run.keep, *((run.parent.point,) if run.parent else ()), *((run.point,) if recorded else ())}
+            gone |= set(guest.checkpoints) - needed
         for point in gone:
             guest.checkpoints.pop(point, None)
 

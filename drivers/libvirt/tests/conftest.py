@@ -30,7 +30,8 @@ from backupcore.session import Recorded
 from backupcore.testing.memory import MemoryDriver
 from backupcore_libvirt.plugin import Libvirt
 from lab import graft
-from lab.domain_xml import DiskSpec, Firmware
+from lab.domain_xml import DiskSpec, Firmware, domain_xml
+from lab.private_libvirtd import PrivateLibvirtd
 from lab.vm import VM
 from lab.vm import same as same_bytes
 
@@ -309,6 +310,10 @@ class Runs:
         with Context(folder) as ctx:
             yield ctx
 
+    @staticmethod
+    def taken(run: BackupRun, ctx: Context, prepared: Prepared) -> Taken:
+        return Taken(run, ctx, prepared)
+
     @contextlib.contextmanager
     def take(self, run: BackupRun, *, state: RunState = RunState.RECORDED) -> Iterator[Taken]:
         """prebackup, the block, the artifacts closed, postbackup with this state (FAILED after an error)."""
@@ -338,6 +343,37 @@ class Runs:
             assert kept[disk.id].stat().st_size == artifact.size
             qemu_img("check", "-q", kept[disk.id])
         return kept
+
+
+@pytest.fixture
+def daemon(needs_root: None, libvirt_uri: str, qemu_tools: None, vm_folder: Path) -> Iterator[PrivateLibvirtd]:
+    """A libvirtd that a test may kill."""
+    with PrivateLibvirtd(vm_folder / "libvirt") as started:
+        yield started
+
+
+@pytest.fixture
+def private(daemon: PrivateLibvirtd, vm_prefix: str, vm_folder: Path, tmp_path: Path) -> tuple[SmallVM, Runs]:
+    """A running VM of `daemon`, with vda and vdb (16 MiB, qcow2), and what takes its backups."""
+    disks = [(DiskSpec(target=target, size=16 * MiB), vm_folder / f"{target}.qcow2") for target in ("vda", "vdb")]
+    for disk, path in disks:
+        qemu_img("create", "-q", "-f", "qcow2", path, disk.size)
+    connection = libvirt.open(daemon.uri)
+    text = domain_xml(
+        name=f"{vm_prefix}private",
+        folder=vm_folder,
+        disks=disks,
+        memory_mib=64,
+        kernel=None,
+        firmware=None,
+        emulator=None,
+        devices="",
+    )
+    made = SmallVM(connection, connection.defineXML(text), vm_folder)
+    made.start()
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    return made, Runs(Libvirt(daemon.uri, vm_folder / "scratch"), folder)
 
 
 @pytest.fixture

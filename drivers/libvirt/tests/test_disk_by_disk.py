@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -145,7 +146,7 @@ def test_one_disk_has_lost_its_bitmap(running, lab, chains):
     vm.write("vda", "write -P 0x12 2M 64k")
     vm.write("vdb", "write -P 0x13 3M 64k")
     recorded = chains.backup(vm)
-    why = "not recording" if running else "missing (after a crash of QEMU, or since this is another image)"
+    why = "not recording" if running else "missing: QEMU has crashed, it was removed, or this is another image"
     assert whole(recorded) == {"vdb": f"the bitmap of the last backup is {why}"}
     vm.write("vdb", "write -P 0x14 4M 64k")
     assert whole(chains.backup(vm)) == {}
@@ -173,4 +174,57 @@ def test_disks_that_were_exchanged_are_not_taken_for_each_other(forgotten, lab, 
     vm.start()
     vm.write("vda", "write -P 0x13 3M 64k")
     assert whole(chains.backup(vm)) == {}
+    chains.check()
+
+
+@pytest.mark.parametrize("taken", ["before the last backup", "after the last backup"])
+def test_a_file_level_copy_of_a_disk_that_was_put_back(taken, lab, chains):
+    vm = lab.vm(["qcow2:8", "qcow2:8"], start=False)
+    copy = vm.disk("vda").with_name("copy.qcow2")
+    vm.write("vda", "write -P 0x11 0 8M")
+    chains.backup(vm)
+    vm.write("vda", "write -P 0x12 1M 64k")
+    if taken.startswith("before"):
+        shutil.copy(vm.disk("vda"), copy)
+    chains.backup(vm)
+    vm.write("vda", "write -P 0x13 2M 64k")
+    if taken.startswith("after"):
+        shutil.copy(vm.disk("vda"), copy)
+    vm.write("vda", "write -P 0x14 3M 64k")
+    shutil.copy(copy, vm.disk("vda"))
+    vm.write("vda", "write -P 0x15 4M 64k")
+    assert set(whole(chains.backup(vm))) == ({"vda"} if taken.startswith("before") else set())
+    chains.check()
+
+
+def test_somebody_else_moves_the_vm_onto_an_overlay_and_back(lab, chains, wait_for):
+    vm = lab.vm(["qcow2:8", "qcow2:8"])
+    vm.write("vda", "write -P 0x11 0 1M")
+    chains.backup(vm)
+    base = vm.disk("vda")
+    overlay = base.with_name("overlay.qcow2")
+    vm.domain.snapshotCreateXML(
+        f"<domainsnapshot><disks><disk name='vda' snapshot='external'><source file='{overlay}'/></disk>"
+        "<disk name='vdb' snapshot='no'/></disks></domainsnapshot>",
+        libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA,
+    )
+    vm.write("vda", "write -P 0x12 1M 64k")
+    assert whole(chains.backup(vm)) == {"vda": f"it is now {overlay}, at the last backup it was {base}"}
+    vm.write("vda", "write -P 0x13 2M 64k", "discard 0 64k")
+    assert whole(chains.backup(vm)) == {}
+    vm.domain.blockCommit("vda", None, None, 0, libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE)
+
+    def pivots() -> bool:
+        with contextlib.suppress(libvirt.libvirtError):  # not ready yet
+            vm.domain.blockJobAbort("vda", libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
+        return vm.disk("vda") == base
+
+    wait_for(pivots, "the commit has caught up", 60)
+    vm.write("vda", "write -P 0x14 3M 64k")
+    assert whole(chains.backup(vm)) == {"vda": f"it is now {base}, at the last backup it was {overlay}"}
+    vm.write("vda", "write -P 0x15 4M 64k")
+    assert whole(chains.backup(vm)) == {}
+    assert len(chains.images) == 1
+    points = sorted(f"backupcore-{point}" for point in chains.kept)
+    assert vm.bitmaps() == {"vda": points, "vdb": points}
     chains.check()

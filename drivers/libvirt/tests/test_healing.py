@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import libvirt
 import pytest
 
 from backupcore.model import Type
+from backupcore_libvirt import checkpoint
+from backupcore_libvirt.connection import Connection
 
 MiB = 1 << 20
 
@@ -117,8 +121,35 @@ def test_a_reset_is_possible_whatever_lies_about(running, lab, chains):
     chains.check()
 
 
+def snapshot(what: str, vm) -> None:
+    command = ["qemu-img", "snapshot", what, "before", str(vm.disk("vda"))]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def test_a_revert_that_bitmaps_hinder_works_once_they_are_forgotten(lab, chains, hypervisor):
+    vm = lab.vm(["qcow2:8"], start=False)
+    vm.write("vda", "write -P 0x11 0 1M")
+    chains.backup(vm)
+    snapshot("-c", vm)
+    vm.write("vda", "write -P 0x12 0 1M")
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        snapshot("-a", vm)
+    assert "Device has active dirty bitmaps" in refused.value.stderr
+    hypervisor.forget(vm.identity)
+    snapshot("-a", vm)
+    recorded = chains.backup(vm)
+    assert recorded.run.type is Type.FULL
+    assert "has snapshots (before)" in recorded.increment.reason
+    assert vm.bitmaps() == {"vda": []}, "none beside a snapshot"
+    snapshot("-a", vm)
+    snapshot("-d", vm)
+    for kind in (Type.FULL, Type.INCREMENT):
+        assert chains.backup(vm).run.type is kind
+    chains.check()
+
+
 @pytest.mark.parametrize("running", [True, False])
-def test_all_of_ours_can_be_removed_so_that_a_snapshot_can_be_reverted_to(running, lab, chains, hypervisor):
+def test_all_of_ours_can_be_removed(running, lab, chains, hypervisor):
     vm = lab.vm(["qcow2:8"])
     vm.write("vda", "write -P 0x11 0 1M")
     foreign(vm, "somebody")
@@ -127,6 +158,9 @@ def test_all_of_ours_can_be_removed_so_that_a_snapshot_can_be_reverted_to(runnin
     if not running:
         vm.destroy()
     names = sorted(f"backupcore-{point}" for point in chains.kept)
+    with Connection(hypervisor.uri) as connection:
+        found = checkpoint.ours(connection.domain(vm.uuid))
+    assert [f"backupcore-{point}" for point in found] == names
     assert hypervisor.forget(vm.identity) == names
     assert hypervisor.forget(vm.identity) == []
     assert vm.bitmaps() == {"vda": ["somebody"]}

@@ -22,7 +22,17 @@ from backupcore_libvirt.disks import Node, SourceDisk, nodes, source_disks
 from backupcore_libvirt.stopped import remove_bitmap, stopped_nodes
 from backupcore_libvirt.xml import parse
 
-__all__ = ["Since", "checkpoint_name", "checkpoint_xml", "forget", "make_known", "remove", "since", "tidy"]
+__all__ = [
+    "Since",
+    "checkpoint_name",
+    "checkpoint_xml",
+    "delete",
+    "forget",
+    "make_known",
+    "ours",
+    "since",
+    "tidy",
+]
 
 _OURS = re.compile(r"backupcore-[0-9a-f]{32}")
 
@@ -30,12 +40,6 @@ _OURS = re.compile(r"backupcore-[0-9a-f]{32}")
 def checkpoint_name(point: str) -> str:
     """The checkpoint of a point; bitmaps have its name too."""
     return f"backupcore-{point}"
-
-
-def ours(domain: Domain) -> list[str]:
-    """The points of every checkpoint of ours that libvirt knows on this VM."""
-    prefix = checkpoint_name("")
-    return [name.removeprefix(prefix) for name in domain.checkpoints() if name.startswith(prefix)]
 
 
 def checkpoint_xml(point: str, vm_disks: Sequence[str], tracked: Collection[str]) -> str | None:
@@ -101,7 +105,7 @@ def _why_whole(disk: SourceDisk, node: Node, name: str, path: str, size: int) ->
         return f"it has shrunk from {size} to {node.virtual_size} bytes"
     bitmap = next((bitmap for bitmap in node.bitmaps if bitmap.name == name), None)
     if bitmap is None:
-        return "the bitmap of the last backup is missing (after a crash of QEMU, or since this is another image)"
+        return "the bitmap of the last backup is missing: QEMU has crashed, it was removed, or this is another image"
     if bitmap.inconsistent:
         return "the bitmap of the last backup is inconsistent; QEMU has probably crashed since"
     if not bitmap.recording:
@@ -162,15 +166,26 @@ def tidy(domain: Domain, run: BackupRun, outcome: Outcome) -> None:
     _remove(domain, lambda name: name in superfluous or (run.keep is not None and name not in needed))
 
 
-def remove(domain: Domain, points: Collection[str]) -> list[str]:
-    """Delete the checkpoints and bitmaps of these points, on a VM that runs or not; the names of those there were."""
+def ours(domain: Domain) -> list[str]:
+    """The points of every checkpoint and bitmap that backupcore made on this VM, running or not."""
+    names = {name for name in domain.checkpoints() if _OURS.fullmatch(name)}
+    for node in _trackable(domain).values():
+        names.update(_ours(node, lambda _: True))
+    return sorted(name.removeprefix(checkpoint_name("")) for name in names)
+
+
+def delete(domain: Domain, points: Collection[str]) -> list[str]:
+    """Delete the checkpoints of these points with their bitmaps, whether the VM runs or not; the names of those found.
+
+    HypervisorError where one stays.
+    """
     names = {checkpoint_name(point) for point in points}
-    return _remove(domain, lambda name: name in names)
+    return _remove(domain, names.__contains__)
 
 
 def forget(domain: Domain) -> list[str]:
     """Delete every checkpoint and bitmap that backupcore made on this VM, running or not; their names."""
-    return _remove(domain, lambda name: True)
+    return _remove(domain, lambda _: True)
 
 
 def _remove(domain: Domain, chosen: Callable[[str], bool]) -> list[str]:
@@ -199,8 +214,7 @@ def _remove_running(domain: Domain, records: Collection[str], chosen: Callable[[
         with suppress(HypervisorError):
             domain.delete_checkpoint(name)
     gone = set()
-    trackable = [disk for disk in source_disks(domain.live_xml()) if disk.format == "qcow2" and not disk.left_out]
-    for node in nodes(domain, trackable).values():
+    for node in nodes(domain, _trackable_disks(domain)).values():
         for name in _ours(node, chosen):
             domain.query("block-dirty-bitmap-remove", node=node.name, name=name)
             gone.add(name)
@@ -210,12 +224,25 @@ def _remove_running(domain: Domain, records: Collection[str], chosen: Callable[[
 def _remove_stopped(domain: Domain, chosen: Callable[[str], bool]) -> set[str]:
     # libvirt deletes bitmaps of running VMs only; for others it can just forget them, and they would stay in the image.
     gone = set()
-    for disk in source_disks(domain.inactive_xml()):
-        if disk.format == "qcow2" and not disk.left_out and Path(disk.path).exists():
-            for name in _ours(stopped_nodes(domain.name, [disk])[disk.id], chosen):
-                remove_bitmap(disk, name)
-                gone.add(name)
+    disks = _trackable_disks(domain)
+    found = stopped_nodes(domain.name, disks)
+    for disk in disks:
+        for name in _ours(found[disk.id], chosen):
+            remove_bitmap(disk, name)
+            gone.add(name)
     return gone
+
+
+def _trackable_disks(domain: Domain) -> list[SourceDisk]:
+    """The disks that may have bitmaps; while the VM is off, those whose image is there."""
+    running = domain.is_active()
+    disks = (disk for disk in source_disks(domain.live_xml()) if disk.format == "qcow2" and not disk.left_out)
+    return [disk for disk in disks if running or Path(disk.path).exists()]
+
+
+def _trackable(domain: Domain) -> Mapping[str, Node]:
+    disks = _trackable_disks(domain)
+    return nodes(domain, disks) if domain.is_active() else stopped_nodes(domain.name, disks)
 
 
 def _ours(node: Node, chosen: Callable[[str], bool]) -> list[str]:

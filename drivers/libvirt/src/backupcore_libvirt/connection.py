@@ -36,6 +36,7 @@ __all__ = [
     "Connection",
     "Domain",
     "code_of",
+    "is_away",
 ]
 
 RUNNING: int = libvirt.VIR_DOMAIN_RUNNING
@@ -63,6 +64,11 @@ def code_of(error: BaseException | None) -> int:
     """libvirt's error code (VIR_ERR_…) behind a translated error; 0 if there is none."""
     cause = error.__cause__ if error is not None else None
     return int(cause.get_error_code() or 0) if isinstance(cause, libvirt.libvirtError) else 0
+
+
+def is_away(error: BackupError) -> bool:
+    """Whether the daemon did not answer, or no longer: it is away, or was started anew."""
+    return error.hint == START_HINT
 
 
 @contextmanager
@@ -96,7 +102,7 @@ def _translate(error: Any, what: str) -> BackupError:  # noqa: PLR0911 - one ret
         return Busy(message, BUSY_HINT)
     if code in (libvirt.VIR_ERR_OPERATION_UNSUPPORTED, libvirt.VIR_ERR_NO_SUPPORT, libvirt.VIR_ERR_CONFIG_UNSUPPORTED):
         return UnsupportedOperation(message)
-    if "client socket is closed" in lower or "failed to connect socket" in lower or "broken pipe" in lower:
+    if error.get_error_domain() == libvirt.VIR_FROM_RPC or "client socket is closed" in lower or "broken pipe" in lower:
         return HypervisorError(f"{what}: libvirt does not answer: {text}", START_HINT)
     if code in (libvirt.VIR_ERR_NO_CONNECT, libvirt.VIR_ERR_INVALID_CONN) or "unexpected qemu uri" in lower:
         return HypervisorError(message, "Check 'uri' in the configuration: qemu:///system or qemu:///session.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -39,6 +40,7 @@ from backupcore_libvirt.connection import (
     Connection,
     Domain,
     code_of,
+    is_away,
 )
 from backupcore_libvirt.cut import REASON as CUT
 from backupcore_libvirt.cut import tail, was_cut
@@ -59,6 +61,9 @@ from backupcore_libvirt.settings import read as read_settings
 from backupcore_libvirt.settings import write as write_settings
 
 __all__ = ["Libvirt"]
+
+AWAY_LIMIT = 60.0
+"""Seconds that a release waits for a libvirtd that does not answer: it reconnects to every QEMU as it starts."""
 
 
 class Libvirt:
@@ -133,17 +138,18 @@ class Libvirt:
             running.stop()
         folder = RunFolder(self.scratch, run.id)
         end_stray(folder.path)
-        with Connection(self.uri) as connection:
+        # Where something is held, a libvirtd that is just being started anew is waited for.
+        deadline = time.monotonic() + (AWAY_LIMIT if folder.path.exists() else 0)
+        while True:
             try:
-                domain = connection.domain(run.vm.uuid)
-            except NotFound:
-                domain = None  # a transient VM that has ended, or one that was undefined: nothing of it is held
-            if domain is not None:
-                end(domain, folder)
-            if strange := folder.remove():
-                ctx.log.warning("%s holds what no run puts there, and stays: %s", folder.path, ", ".join(strange))
-            if domain is not None:
-                checkpoint.tidy(domain, run, outcome)
+                with Connection(self.uri) as connection:
+                    _release(connection, run, outcome, folder, ctx)
+            except HypervisorError as error:
+                if not is_away(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+            else:
+                return
 
     def recover(self, vm: VM, spent: Collection[str], ctx: Context) -> None:
         """Put right what dead runs of this VM have left; see `backupcore_libvirt.recovery`."""
@@ -276,6 +282,19 @@ def _begin(domain: Domain, run: BackupRun, folder: RunFolder, seen: Look) -> dat
             ) from error
         raise
     return date
+
+
+def _release(connection: Connection, run: BackupRun, outcome: Outcome, folder: RunFolder, ctx: Context) -> None:
+    try:
+        domain = connection.domain(run.vm.uuid)
+    except NotFound:
+        domain = None  # a transient VM that has ended, or one that was undefined: nothing of it is held
+    if domain is not None:
+        end(domain, folder)
+    if strange := folder.remove():
+        ctx.log.warning("%s holds what no run puts there, and stays: %s", folder.path, ", ".join(strange))
+    if domain is not None:
+        checkpoint.tidy(domain, run, outcome)
 
 
 def _taken(disk: SourceDisk, export: Export, seen: Look, run: BackupRun) -> tuple[DiskArtifact, Disk]:

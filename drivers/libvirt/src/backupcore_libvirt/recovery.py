@@ -32,7 +32,7 @@ def recover(domain: Domain | None, vm: VM, scratch: Path, spent: Collection[str]
     except Busy as busy:
         ctx.log.info("%s", busy)
         return
-    for name in checkpoint.remove(domain, spent) if spent else ():
+    for name in checkpoint.delete(domain, spent) if spent else ():
         ctx.did(f"deleted checkpoint {name}, which no backup needs")
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import ExitStack
 
 from backupcore.context import Context
 from backupcore.errors import BackupError, HypervisorError, NotFound, TargetFull
-from backupcore_libvirt.connection import IO_ERROR, OFF, PAUSED, Connection
+from backupcore_libvirt.connection import IO_ERROR, OFF, PAUSED, Connection, Domain, is_away
 from backupcore_libvirt.folder import RunFolder, scratch_room
 
 __all__ = ["ScratchWatch", "watch"]
@@ -43,23 +44,8 @@ class ScratchWatch(threading.Thread):
     def run(self) -> None:
         """Look until asked to stop, or until there is something to fail for."""
         try:
-            with Connection(self._uri) as connection:
-                domain = connection.domain(self._uuid)
-                state_due = time.monotonic()
-                while not self._stop_asked.wait(FREE_EVERY):
-                    free, kept = scratch_room(self.folder.scratch)
-                    if free <= kept:
-                        self._fail(f"{free >> 20} MiB are left of the reserve of {kept >> 20} MiB")
-                        return
-                    if time.monotonic() >= state_due:
-                        state = domain.state()
-                        if state[0] in OFF:
-                            self._ctx.fail(self._ended())
-                            return
-                        if state == (PAUSED, IO_ERROR):
-                            self._fail("QEMU has stopped the guest after an I/O error; ending the backup lets it go on")
-                            return
-                        state_due = time.monotonic() + STATE_EVERY
+            with ExitStack() as stack:
+                self._look(stack)
         except NotFound:
             self._ctx.fail(self._ended())
         except (BackupError, OSError) as error:
@@ -69,6 +55,39 @@ class ScratchWatch(threading.Thread):
                     if isinstance(error, BackupError)
                     else HypervisorError(f"scratch folder {self.folder.scratch} cannot be watched: {error}")
                 )
+
+    def _look(self, stack: ExitStack) -> None:
+        state_due = time.monotonic()
+        domain: Domain | None = None
+        away = False
+        while not self._stop_asked.wait(FREE_EVERY):
+            free, kept = scratch_room(self.folder.scratch)
+            if free <= kept:
+                self._fail(f"{free >> 20} MiB are left of the reserve of {kept >> 20} MiB")
+                return
+            if time.monotonic() < state_due:
+                continue
+            try:
+                if domain is None:
+                    domain = stack.enter_context(Connection(self._uri)).domain(self._uuid)
+                state = domain.state()
+            except HypervisorError as error:
+                if not is_away(error):
+                    raise
+                # The export is QEMU's, and goes on while libvirtd is started anew; scratch is watched all the same.
+                if not away:
+                    self._ctx.log.warning("VM %s: %s; the backup goes on meanwhile", self._vm, error)
+                domain, away = None, True
+                stack.close()
+            else:
+                away = False
+                if state[0] in OFF:
+                    self._ctx.fail(self._ended())
+                    return
+                if state == (PAUSED, IO_ERROR):
+                    self._fail("QEMU has stopped the guest after an I/O error; ending the backup lets it go on")
+                    return
+            state_due = time.monotonic() + STATE_EVERY
 
     def _ended(self) -> HypervisorError:
         return HypervisorError(

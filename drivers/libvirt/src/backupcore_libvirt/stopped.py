@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from backupcore.errors import BackupError, Busy, HypervisorError, NotFound, UnsupportedOperation, from_os_error
@@ -32,6 +33,7 @@ def stopped_nodes(vm: str, disks: Sequence[SourceDisk]) -> dict[str, Node]:
                 "Start the VM: then libvirt tells it.",
             )
         info: dict[str, Any] = json.loads(_qemu_img("info", "--output=json", disk=disk))
+        _check_backing(vm, disk, info)
         special: dict[str, Any] = info.get("format-specific", {}).get("data", {})
         found[disk.id] = Node(
             name="",
@@ -44,6 +46,30 @@ def stopped_nodes(vm: str, disks: Sequence[SourceDisk]) -> dict[str, Node]:
             snapshots=tuple(str(snapshot["name"]) for snapshot in info.get("snapshots", ())),
         )
     return found
+
+
+def _check_backing(vm: str, disk: SourceDisk, top: dict[str, Any]) -> None:
+    """That every file below the top is a local one of a recorded format.
+
+    QEMU would guess it from the contents, and a guest that once wrote to that file as to a raw disk could have made it
+    look like an image which has a file of the host below.
+    """
+    image, info = disk, top
+    while "backing-filename" in info:
+        below = str(info.get("full-backing-filename", info["backing-filename"]))
+        shape = info.get("backing-filename-format")
+        if shape not in ("qcow2", "raw"):
+            raise UnsupportedOperation(
+                f"VM {vm}: disk {disk.id}: {image.path} does not say which format its backing file {below} has",
+                f"With the VM off: qemu-img rebase -u -F FORMAT -b {below} {image.path}; or back it up while it runs.",
+            )
+        if not below.startswith("/"):
+            raise UnsupportedOperation(
+                f"VM {vm} is off, and the backing file of disk {disk.id} is no local file ({below})",
+                "Start the VM: it can be backed up while it runs.",
+            )
+        image = replace(image, path=below, format=shape)
+        info = json.loads(_qemu_img("info", "--output=json", disk=image))
 
 
 def add_bitmaps(disks: Sequence[SourceDisk], name: str) -> None:
