@@ -29,6 +29,14 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = 60) 
         time.sleep(0.02)
 
 
+def stopped(process: int) -> bool:
+    """Whether it stands still at the step that it was to stop at; see `Host.start`."""
+    state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    if state == "Z":
+        raise AssertionError("the process ended before it came to the step")
+    return state == "T"
+
+
 @dataclass
 class Done:
     """How one command ended."""
@@ -167,7 +175,8 @@ class Host:
                 found.append(f"the guest stands still: {self.vm.domain.state()}")
         for folder in (self.scratch, self.state / "runs"):
             found += [str(path) for path in folder.glob("*") if path.is_dir()]
-        found += [line for line in Path("/proc/self/mounts").read_text().splitlines() if str(self.folder) in line]
+        mounts = Path("/proc/self/mounts").read_text().splitlines()
+        found += [line for line in mounts if "fuse" in line and str(self.folder) in line]
         known = {f"backupcore-{point}" for point in self.points()}
         found += [f"checkpoint {name}" for name in self.checkpoints() if name not in known]
         return [*found, *processes(str(self.folder))]

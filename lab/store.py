@@ -53,7 +53,7 @@ class _File(Artifact):
 
 @backupcore.driver
 class Folder:
-    """``path/SOURCE/``; an unfinished upload is ``path/.RUN.part/``."""
+    """``path/SOURCE/``; an unfinished upload is ``path/.HOST.VM.RUN.part/``."""
 
     path: Path = backupcore.option("where the backups lie")
 
@@ -67,7 +67,7 @@ class Folder:
 
     @hookimpl
     def backup(self, artifacts: Sequence[Artifact], run: BackupRun, ctx: Context) -> Stored:
-        part = self._part(run)
+        part = self.path / f".{run.host}.{run.vm.uuid}.{run.id}.part"
         part.mkdir()
         size = 0
         for artifact in artifacts:
@@ -83,12 +83,10 @@ class Folder:
 
     @hookimpl
     def postbackup(self, run: BackupRun, outcome: Outcome, ctx: Context) -> None:
-        if self._part(run).exists():
-            shutil.rmtree(self._part(run))
+        # Of this VM and host no other run lives; an earlier one may have lost sight of the folder.
+        for part in self.path.glob(f".{run.host}.{run.vm.uuid}.*.part"):
+            shutil.rmtree(part)
             ctx.did(f"removed an unfinished upload from {self.path}")
-
-    def _part(self, run: BackupRun) -> Path:
-        return self.path / f".{run.id}.part"
 
     @hookimpl
     def restore(self, source: SourceRef) -> Sequence[Artifact]:

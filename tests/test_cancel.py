@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lab.domain_xml import DiskSpec
-from lab.host import RUNNING, Host, wait_until
+from lab.host import RUNNING, Host, stopped, wait_until
 from tests.test_killed import STEPS
 
 MIB = 1 << 20
@@ -20,12 +20,6 @@ def host(make_vm, libvirt_uri: str, vm_folder: Path) -> Host:
     vm = make_vm([DiskSpec(target="vda", size=32 * MIB)], label="cancel")
     vm.io("vda", "write -P 0x55 1M 8M")
     return Host(vm_folder, vm, libvirt_uri, driver="lab")
-
-
-def stopped(process: int) -> bool:
-    state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    assert state != "Z", "the backup ended before it came to the step"
-    return state == "T"
 
 
 def test_cancel_at_named_steps_leaves_all_as_it_was(host: Host):

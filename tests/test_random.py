@@ -21,7 +21,7 @@ import libvirt
 import pytest
 
 from lab.domain_xml import DiskSpec
-from lab.host import Host, Recorded, size_of, wait_until
+from lab.host import Host, Recorded, size_of, stopped, wait_until
 from tests.test_killed import STEPS
 
 MIB = 1 << 20
@@ -142,7 +142,7 @@ class Life:
             return
         truth = self._truth()
         process = self.host.start("backup", self.vm.name, *self._reset(), at=STEPS["the instant"], stop=True)
-        wait_until(partial(_stopped, process.pid), "the instant")
+        wait_until(partial(stopped, process.pid), "the instant")
         for _ in range(3):
             self.log.append("  meanwhile")
             self.write()
@@ -169,7 +169,7 @@ class Life:
         step = self.choice.choice(["the instant", "between connect and GO", "a disk is mapped", "all is prepared"])
         self.log[-1] += f" at {step!r}"
         process = self.host.start("backup", self.vm.name, *self._reset(), at=STEPS[step], stop=True)
-        wait_until(partial(_stopped, process.pid), step)
+        wait_until(partial(stopped, process.pid), step)
         os.kill(process.pid, signal.SIGTERM)
         process.send_signal(signal.SIGCONT)
         done = self.host.end(process)
@@ -247,12 +247,6 @@ class Life:
     def _tool(self, *command: str) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{command}: {done.stderr}"
-
-
-def _stopped(process: int) -> bool:
-    state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    assert state != "Z", "the backup ended before it came to the step"
-    return state == "T"
 
 
 def live(host: Host, seconds: float) -> None:
