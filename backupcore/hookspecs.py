@@ -64,8 +64,9 @@ def prebackup(run: BackupRun, ctx: Context) -> Prepared | None:
 
     The hypervisor returns Prepared: artifacts that show one instant of all disks, readable until `postbackup`. All that
     can fail or wait is looked at before the guest is touched; what rules out an increment but not a full is
-    IncrementImpossible, raised before as well. If it fails halfway it may leave the rest to `postbackup`, which always
-    follows. Exactly one plugin returns a Prepared.
+    IncrementImpossible, raised before as well. A disk of which nothing can tell what changed is whole within the
+    increment, with the reason; where that is so of every disk, the increment is impossible. If it fails halfway it may
+    leave the rest to `postbackup`, which always follows. Exactly one plugin returns a Prepared.
     """
 
 
@@ -93,7 +94,7 @@ def postbackup(run: BackupRun, outcome: Outcome, ctx: Context) -> None:
     Always called, also where `prebackup` failed or never ran, and again in a fresh process after a crash: find out what
     is there, release it, and be content if nothing is. An error here is logged and never masks the first one. Only
     where `outcome.state` is RECORDED may the checkpoints of `run.spent` go; where it is not, the one this run made
-    goes.
+    goes. Either way those may go that are in nobody's `run.keep`, where that is given.
     """
 
 

@@ -35,6 +35,8 @@ class PrivateLibvirtd:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._hold = folder / "hold"
+        self.runtime = folder / f"own{_OWN.index('/run/libvirt')}"
+        """What it has as /run/libvirt."""
         self.uri = f"qemu+unix:///system?socket={folder}/socket/libvirt-sock"
 
     def __enter__(self) -> Self:

@@ -77,6 +77,11 @@ class Site:
             f'[host]\nuri = "file://{self.guests}"\nstate = "{self.state}"\nhypervisor = "files"\n{extra}\n{table}'
         )
 
+    def second_store(self) -> str:
+        """The table of a datastore named other."""
+        (self.folder / "other").mkdir()
+        return f'[datastores.other]\ndriver = "files"\npath = "{self.folder}/other"\n'
+
     def write(self, vm: VM, disk: str, offset: int, data: bytes) -> None:
         guests = load(self.guests)
         for guest in guests:

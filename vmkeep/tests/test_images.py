@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from kept_in_files import WEB
+from kept_in_files import WEB, load, save
 
 
 @pytest.fixture
@@ -21,6 +21,35 @@ def test_the_table_of_increments(site, two):
     assert lines[4][:3] == ["0", "-1", "F"]
     assert lines[5][:3] == ["1", "0", "I"]
     assert two[1]["source"][:8] in lines[5]
+
+
+def test_a_disk_that_is_whole_within_an_increment_says_why(site):
+    site.run("backup", "web1")
+    guests = load(site.guests)
+    next(guest for guest in guests if guest.vm == WEB).disks["vdz"] = bytearray(1 << 16)
+    save(site.guests, guests)
+    told = site.run("backup", "web1")
+    assert "  disk vdz whole: added since the last backup\n" in told.out
+    assert "disk vdz: added since the last backup" in site.run("image", "show", "1").out
+    increment = site.run("image", "show", "1", "--json").json["increments"][1]
+    assert increment["type"] == "I"
+    assert {disk["id"]: (disk["whole"], disk["reason"]) for disk in increment["disks"]} == {
+        "vda": (False, ""),
+        "vdb": (False, ""),
+        "vdz": (True, "added since the last backup"),
+    }
+
+
+def test_the_points_that_next_increments_may_build_on_are_kept(site):
+    site.configure(extra=site.second_store())
+    for store in ("nas", "nas", "other", "nas", "other"):
+        site.run("backup", "web1", "-d", store)
+    chains = [site.run("image", "show", number, "--json").json["increments"] for number in ("1", "2")]
+    points = [[increment["point"] for increment in chain] for chain in chains]
+    assert set(site.guest(WEB).checkpoints) == {*points[0][-2:], *points[1][-2:]}
+    site.run("backup", "web1", "-d", "nas", "--reset")
+    newest = site.run("image", "show", "3", "--json").json["increments"][0]["point"]
+    assert set(site.guest(WEB).checkpoints) == {newest, *points[1][-2:]}
 
 
 def test_an_id_is_a_number_a_uuid_or_a_unique_prefix(site, two):

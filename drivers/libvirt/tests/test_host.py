@@ -70,7 +70,7 @@ def test_estimates_touch_nothing(small, runs, hypervisor):
 def test_check(hypervisor, lab):
     findings = {finding.subject: finding for finding in hypervisor.check()}
     assert all(finding.ok for finding in findings.values()), findings
-    assert {"libvirt", "QEMU", "QEMU's user", "scratch folder"} <= set(findings)
+    assert {"libvirt", "QEMU", "QEMU's programs", "QEMU's user", "scratch folder"} <= set(findings)
 
 
 def test_check_names_a_scratch_folder_that_qemu_cannot_reach(needs_root, hypervisor, lab):

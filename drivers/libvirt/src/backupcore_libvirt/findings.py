@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def findings(uri: str, scratch: Path) -> Sequence[Finding]:
             return [
                 _version("libvirt", libvirt, LIBVIRT, f" at {uri}"),
                 _qemu(connection),
+                _programs(),
                 *_folders(connection, scratch),
             ]
     except BackupError as error:
@@ -41,6 +43,17 @@ def _qemu(connection: Connection) -> Finding:
         return _version("QEMU", connection.qemu_version(), QEMU)
     except BackupError as error:
         return Finding(subject="QEMU", ok=False, detail=error.message, hint="Install QEMU.")
+
+
+def _programs() -> Finding:
+    """What a VM that is off is read and tracked with."""
+    missing = [name for name in ("qemu-img", "qemu-nbd", "setpriv") if shutil.which(name) is None]
+    return Finding(
+        subject="QEMU's programs",
+        ok=not missing,
+        detail=f"not installed: {', '.join(missing)}" if missing else "qemu-img, qemu-nbd",
+        hint="VMs that are off need them (Debian, Ubuntu: qemu-utils, util-linux)." if missing else "",
+    )
 
 
 def _folders(connection: Connection, scratch: Path) -> list[Finding]:
