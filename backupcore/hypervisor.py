@@ -72,8 +72,12 @@ class Hypervisor(Protocol):
     def vms(self) -> Sequence[VMState]:
         """Every VM of this host, by name. HypervisorError if libvirt is away."""
 
-    def find(self, vm: str) -> VMState:
-        """The VM of that name or UUID. NotFound, with near names as a hint."""
+    def find(self, vm: str, defaults: Mapping[str, str] | None = None) -> VMState:
+        """The VM of that name or UUID. NotFound, with near names as a hint.
+
+        With `defaults`, the settings of VMs that say nothing themselves, its disks are shown as the VM's own settings
+        over these choose them; without, by rule alone.
+        """
 
     def estimate(self, run: BackupRun) -> Estimate:
         """What `prebackup` would take for this run, raising what it would raise, and touching nothing."""
@@ -101,13 +105,15 @@ class Hypervisor(Protocol):
         no_nic: bool,
         keep_uuid: bool = False,
         new_mac: bool = False,
+        boot: Mapping[str, Path] | None = None,
     ) -> Definition:
         """A restored VM's definition from the ``vm.xml`` of a backup.
 
         `disks` maps each restored disk's ID to its file; disks that are not in it are dropped. The stored XML is
         untrusted: only listed elements are carried over. `no_ip` drops the NICs' addresses (MACs and IPs), `no_nic`
-        the NICs, `new_mac` the MACs only. The result has `name` and, without `keep_uuid`, no UUID, so it can be defined
-        beside the VM that it comes from. IntegrityError if `stored` is no domain definition.
+        the NICs, `new_mac` the MACs only. `boot` are restored files that the VM boots from (``kernel``, ``initrd``,
+        ``dtb``). The result has `name` and, without `keep_uuid`, no UUID, so it can be defined beside the VM that it
+        comes from. IntegrityError if `stored` is no domain definition.
         """
 
     def require_definable(self, name: str, uuid: str | None, folder: Path) -> None:

@@ -98,7 +98,7 @@ class ArtifactPart(_Part):
 
 
 class LeftOutPart(_Part):
-    """A disk that the backup does not hold, and why."""
+    """A disk, or another part of the VM (``tpm``, ``kernel``), that the backup does not hold, and why."""
 
     id: str
     reason: str

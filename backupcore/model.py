@@ -218,7 +218,7 @@ class Disk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeftOut:
-    """A disk that the backup does not hold, and why."""
+    """A disk, or another part of the VM (``tpm``, ``kernel``), that the backup does not hold, and why."""
 
     id: str
     reason: str

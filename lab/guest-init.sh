@@ -13,6 +13,13 @@ sectors=0
 [ -b /dev/vdb ] && sectors=$(cat /sys/block/vdb/size)
 chunks=$((sectors / 128)) # of 64 KiB
 
+if [ -x /bin/qemu-ga ]; then
+    # What udev would do: the agent's port under its name.
+    mkdir -p /dev/virtio-ports
+    for port in /sys/class/virtio-ports/*; do ln -s "/dev/${port##*/}" "/dev/virtio-ports/$(cat "$port/name")"; done
+    qemu-ga --daemonize --path=/dev/virtio-ports/org.qemu.guest_agent.0 --statedir=/tmp --pidfile=/tmp/qemu-ga.pid
+fi
+
 echo "lab: guest is writing"
 count=0
 while true; do

@@ -22,10 +22,14 @@ _FOLDER = LAB / "guest"
 _INIT = Path(__file__).with_name("guest-init.sh")
 # What the guest needs; what a kernel has built in (ext4, in Debian's cloud kernel) has no file and is left out.
 _MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "ext4")
+AGENT_CHANNEL = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
 
 
-def files() -> Kernel:
-    """The kernel and the initramfs of the writing guest; vda must hold ext4, a vdb gets raw writes."""
+def files(*, agent: bool = False) -> Kernel:
+    """The kernel and the initramfs of the writing guest; vda must hold ext4, a vdb gets raw writes.
+
+    With `agent` it runs QEMU's guest agent, which answers where the VM has the channel `AGENT_CHANNEL`.
+    """
     with locked("guest"):
         kernel = _FOLDER / "vmlinuz"
         if not kernel.exists():
@@ -36,11 +40,11 @@ def files() -> Kernel:
             shutil.move(unpacked / "lib/modules", _FOLDER / "modules")
             shutil.move(image, kernel)
             shutil.rmtree(unpacked)  # 100 MB, of which 10 are used
-        initramfs = _FOLDER / "initramfs.gz"
+        initramfs = _FOLDER / ("initramfs-agent.gz" if agent else "initramfs.gz")
         if not initramfs.exists() or initramfs.stat().st_mtime < max(
             _INIT.stat().st_mtime, Path(__file__).stat().st_mtime
         ):
-            _write_initramfs(initramfs)
+            _write_initramfs(initramfs, _agent() if agent else [])
         return Kernel(kernel, initramfs)
 
 
@@ -103,15 +107,33 @@ def _apt(program: str) -> list[str]:
     return [program, *options]
 
 
-def _write_initramfs(target: Path) -> None:
+def _agent() -> list[tuple[str, int, bytes]]:
+    """qemu-ga and the libraries that it loads; those are the host's own, which QEMU itself depends on."""
+    program = LAB / "packages/qemu-guest-agent/usr/sbin/qemu-ga"
+    if not program.exists():
+        fetched("qemu-guest-agent")
+    listed = _output("ldd", str(program), folder=LAB)
+    if "not found" in listed:
+        raise OSError(f"qemu-ga needs libraries that are not here:\n{listed}")
+    libraries = re.findall(r"(/\S+) \(0x", listed)
+    folders = {str(folder) for library in libraries for folder in Path(library).parents} - {"/"}
+    return [
+        *((folder[1:], stat.S_IFDIR | 0o755, b"") for folder in sorted(folders)),
+        *((library[1:], stat.S_IFREG | 0o755, Path(library).read_bytes()) for library in libraries),
+        ("bin/qemu-ga", stat.S_IFREG | 0o755, program.read_bytes()),
+    ]
+
+
+def _write_initramfs(target: Path, more: list[tuple[str, int, bytes]]) -> None:
     busybox = LAB / "packages/busybox-static/bin/busybox"
     if not busybox.exists():
         fetched("busybox-static")
     entries: list[tuple[str, int, bytes]] = [
-        (folder, stat.S_IFDIR | 0o755, b"") for folder in ("bin", "dev", "proc", "sys", "disk", "modules")
+        (folder, stat.S_IFDIR | 0o755, b"") for folder in ("bin", "dev", "proc", "sys", "tmp", "disk", "modules")
     ]
     entries.append(("init", stat.S_IFREG | 0o755, _INIT.read_bytes()))
     entries.append(("bin/busybox", stat.S_IFREG | 0o755, busybox.read_bytes()))
+    entries += more
     modules = _in_loading_order(_MODULES)
     entries += [(f"modules/{file.name}", stat.S_IFREG | 0o644, file.read_bytes()) for file in modules]
     entries.append(("modules/order", stat.S_IFREG | 0o644, "".join(f"{file.name}\n" for file in modules).encode()))

@@ -45,6 +45,8 @@ SYSTEM_PACKAGES = (
     "qemu-utils",
     "restic",
     "rsync",
+    "swtpm",  # the TPM of a guest, which libvirt starts
+    "swtpm-tools",
 )
 # For `make bench` alone: what our work is measured against.
 BENCH_PACKAGES = (

@@ -32,12 +32,13 @@ __all__ = ["MemoryGuest", "MemoryHypervisor"]
 
 @dataclass
 class MemoryGuest:
-    """One VM. `checkpoints` maps a point to the clusters written since, per disk."""
+    """One VM. `checkpoints` maps a point to the clusters written since, per disk; `files` are further artifacts."""
 
     vm: VM
     disks: dict[str, bytearray]
     settings: dict[str, str] = field(default_factory=dict)
     checkpoints: dict[str, dict[str, set[int]]] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
     busy: str = ""
 
     def write(self, disk: str, offset: int, data: bytes) -> None:
@@ -77,6 +78,7 @@ class MemoryHypervisor:
         held = {disk.id for disk in run.parent.disks} if run.parent else set()
         guest.busy = run.id
         artifacts: list[Artifact] = [BytesArtifact("vm.xml", f"<domain><name>{run.vm.name}</name></domain>".encode())]
+        artifacts += [BytesArtifact(name, data) for name, data in guest.files.items()]
         disks = []
         for name, content in guest.disks.items():
             data = bytes(content)
@@ -128,8 +130,9 @@ class MemoryHypervisor:
         """Every guest."""
         return [self._state(guest) for guest in sorted(self.guests.values(), key=lambda guest: guest.vm.name)]
 
-    def find(self, vm: str) -> VMState:
-        """By name or UUID."""
+    def find(self, vm: str, defaults: Mapping[str, str] | None = None) -> VMState:
+        """By name or UUID; the settings choose nothing here."""
+        del defaults
         for guest in self.guests.values():
             if vm in (guest.vm.name, guest.vm.uuid):
                 return self._state(guest)
@@ -174,10 +177,13 @@ class MemoryHypervisor:
         no_nic: bool,
         keep_uuid: bool = False,
         new_mac: bool = False,
+        boot: Mapping[str, Path] | None = None,
     ) -> Definition:
-        """A definition with nothing but the name."""
+        """A definition with nothing but the name and the files to boot from."""
         del stored, disks, nvram, no_ip, no_nic, keep_uuid, new_mac
-        return Definition(xml=f"<domain><name>{name}</name></domain>".encode(), left_out=("devices/hostdev",))
+        named = "".join(f"<{part}>{path}</{part}>" for part, path in (boot or {}).items())
+        xml = f"<domain><name>{name}</name>{named}</domain>".encode()
+        return Definition(xml=xml, left_out=("devices/hostdev",))
 
     def require_definable(self, name: str, uuid: str | None, folder: Path) -> None:
         """The name and the UUID must be free."""

@@ -172,7 +172,7 @@ def test_settings_come_from_the_vm_then_from_the_defaults(site):
     assert site.run("backup", "web1", "--json").json["image"] == 3
 
 
-@pytest.mark.parametrize(("key", "value"), [("fs_freeze", "AGENT"), ("increment_mode", "SNAPSHOT")])
+@pytest.mark.parametrize(("key", "value"), [("increment_mode", "SNAPSHOT")])
 def test_what_is_not_supported_is_refused_by_name(site, key, value):
     site.configure(extra=f'[defaults]\n{key} = "{value}"')
     for more in ((), ("--dry-run",)):

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from kept_in_files import WEB
+from kept_in_files import WEB, load, save
 
 from backupcore.model import Image, LeftOut
 from backupcore.restore import RestoredDisk
@@ -42,6 +42,9 @@ def keys(document: object, before: str = "") -> set[str]:
 @pytest.fixture
 def printed(site):
     """Every command's document."""
+    guests = load(site.guests)
+    guests[0].files = {"kernel": b"bzImage"}
+    save(site.guests, guests)
     found = {"backup --dry-run": site.run("backup", "web1", "--dry-run", "--json").json}
     found["backup"] = site.run("backup", "web1", "--json").json
     site.store.rename(site.folder / "away")

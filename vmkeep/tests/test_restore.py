@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from kept_in_files import WEB
+from kept_in_files import WEB, load, save
 
 from vmkeep.naming import file_name, short
 
@@ -64,7 +64,29 @@ def test_the_last_increment_in_the_current_folder_is_the_default(site, chain, mo
     assert b"<name>copy</name>" in Path("copy.xml").read_bytes()
 
 
-@pytest.mark.parametrize("existing", ["copy-disk-vdb.qcow2", "copy.xml"])
+def test_files_that_the_vm_consists_of_besides_come_back_beside_its_disks(site):
+    guests = load(site.guests)
+    files = {"kernel": b"bzImage", "initrd": b"cpio", "dtb": b"tree", "tpm": b"seeds"}
+    next(guest for guest in guests if guest.vm == WEB).files = files
+    save(site.guests, guests)
+    site.run("backup", "web1")
+    told = site.run("restore", "1", "--to", str(site.folder / "to"), "--name", "copy")
+    assert told.code == 0, told.err
+    restored = {name: site.folder / "to" / f"copy-{name}" for name in files}
+    assert {name: path.read_bytes() for name, path in restored.items()} == files
+    assert f"{restored['tpm']}  (TPM state)" in told.out
+    assert f"{restored['tpm']} /var/lib/libvirt/swtpm/$(virsh domuuid copy)/tpm2/tpm2-00.permall" in told.out
+    definition = (site.folder / "to" / "copy.xml").read_text()
+    assert f"<kernel>{restored['kernel']}</kernel>" in definition
+    assert "swtpm" not in definition
+    assert "copy-tpm" not in definition
+    made = site.run("restore", "1", "--to", str(site.folder / "json"), "--name", "copy", "--json").json
+    assert made["beside"] == [{"artifact": n, "path": str(site.folder / "json" / f"copy-{n}")} for n in files]
+    one = site.run("restore", "1", "--to", str(site.folder / "one"), "--disk", "vda", "--json").json
+    assert one["beside"] == [], "a disk without its VM"
+
+
+@pytest.mark.parametrize("existing", ["copy-disk-vdb.qcow2", "copy.xml", "copy-initrd"])
 @pytest.mark.parametrize("dangling", [False, True])
 def test_nothing_is_overwritten(site, chain, existing, dangling):
     to = site.folder / "to"

@@ -60,8 +60,13 @@ def test_updateconf_stores_shows_and_says_what_is_not_applied(site):
         "mode": "FULL",
         "increment_mode": "CBT",
         "fs_freeze": "NONE",
+        "fs_freeze_fallback": "NO",
+        "freeze_timeout": 10,
         "keep_last": 3,
         "backup_volatile": "NO",
+        "volatile_disks": [],
+        "exclude_disks": [],
+        "encrypted_disks": "REFUSE",
         "own": ["backup_volatile", "keep_last", "mode"],
     }
 
@@ -71,7 +76,9 @@ def test_updateconf_stores_shows_and_says_what_is_not_applied(site):
     [
         ("--mode", "SOMETIMES", 2, "'FULL', 'INCREMENT'"),
         ("--keep-last", "-1", 2, "0<=x<=999999"),
-        ("--fs-freeze", "AGENT", 9, "VM db1: FS_FREEZE=AGENT is not supported"),
+        ("--freeze-timeout", "0", 2, "1<=x<=600"),
+        ("--exclude-disks", "vda,vdz,vdy", 2, "VM db1 has no disk vdz, vdy, which EXCLUDE_DISKS would name"),
+        ("--volatile-disks", "../vda", 2, "VOLATILE_DISKS must be a list of disks (vdb,vdc)"),
         ("--increment-mode", "SNAPSHOT", 9, "VM db1: INCREMENT_MODE=SNAPSHOT is not supported"),
     ],
 )
@@ -81,13 +88,24 @@ def test_updateconf_refuses(site, option, value, code, said):
     assert site.guest(DB).settings == {}
 
 
+def test_updateconf_takes_lists_of_disks_and_empties_them(site):
+    options = ("--exclude-disks", "vda", "--fs-freeze", "agent", "--freeze-timeout", "5", "--encrypted-disks", "plain")
+    config = site.run("vm", "updateconf", "db1", *options, "--json").json["config"]
+    shown = {"exclude_disks": ["vda"], "fs_freeze": "AGENT", "freeze_timeout": 5, "encrypted_disks": "PLAIN"}
+    assert config | shown == config
+    config = site.run("vm", "updateconf", "db1", "--exclude-disks", "", "--json").json["config"]
+    assert config["exclude_disks"] == []
+    assert site.guest(DB).settings["EXCLUDE_DISKS"] == ""
+
+
 def test_settings_that_somebody_wrote_by_hand_are_checked(site):
     guests = load(site.guests)
-    guests[0].settings = {"MODE": "Full", "MDOE": "FULL"}
+    guests[0].settings = {"MODE": "Full", "MDOE": "FULL", "FREEZE_TIMEOUT": "1e3"}
     save(site.guests, guests)
     told = site.run("backup", "web1")
     assert told.code == 2
-    assert "VM web1: MODE must be one of FULL, INCREMENT; 'MDOE' is no setting" in told.err
+    wrong = "MODE must be one of FULL, INCREMENT; 'MDOE' is no setting; FREEZE_TIMEOUT must be a number from 1 to 600"
+    assert f"VM web1: {wrong}" in told.err
 
 
 def test_the_hypervisor_away(site):

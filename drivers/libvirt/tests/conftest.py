@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,7 @@ from backupcore.restore import restore
 from backupcore.session import Recorded
 from backupcore.testing.memory import MemoryDriver
 from backupcore_libvirt.plugin import Libvirt
-from lab import graft
+from lab import graft, kernel
 from lab.domain_xml import DiskSpec, Firmware, domain_xml
 from lab.private_libvirtd import PrivateLibvirtd
 from lab.vm import VM
@@ -237,6 +238,57 @@ def small(_shared: SmallVM) -> Iterator[SmallVM]:
             checkpoint.delete(0)
     if _shared.domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
         _shared.domain.resume()
+
+
+class AgentGuest(SmallVM):
+    """A Linux that writes to an ext4 on vda, with QEMU's guest agent."""
+
+    def agent(self, command: str, limit: int = 5, **arguments: object) -> object:
+        request = json.dumps({"execute": command, "arguments": arguments})
+        return json.loads(libvirt_qemu.qemuAgentCommand(self.domain, request, limit, 0))["return"]
+
+    def status(self) -> object:
+        """thawed, frozen, or None while the agent does not answer."""
+        with contextlib.suppress(libvirt.libvirtError):
+            return self.agent("guest-fsfreeze-status")
+        return None
+
+    def written(self) -> int:
+        """How often the guest has written so far, by its console; in steps of ten."""
+        return int(re.findall(r"wrote (\d+)", self.console())[-1])
+
+
+@pytest.fixture(scope="session")
+def _agent_guest(
+    libvirt_uri: str, qemu_tools: None, vm_prefix: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[AgentGuest]:
+    disk = tmp_path_factory.mktemp("ext4") / "disk.raw"
+    kernel.make_ext4(disk, 48 * MiB)
+    vm = AgentGuest.create(
+        f"{vm_prefix}agent",
+        [DiskSpec(target="vda", size=48 * MiB, content=disk)],
+        kernel=kernel.files(agent=True),
+        memory_mib=192,
+        devices=kernel.AGENT_CHANNEL,
+    )
+    try:
+        vm.start()
+        vm.wait_for_console("lab: wrote 10")
+        wait_for(lambda: vm.status() == "thawed", "the agent answers", 60)
+        yield vm
+    finally:
+        vm.remove()
+
+
+@pytest.fixture
+def agent_guest(_agent_guest: AgentGuest) -> Iterator[AgentGuest]:
+    """A running guest with an agent, shared by tests; each has to leave it as it was: running, not frozen, no job."""
+    yield _agent_guest
+    for checkpoint in _agent_guest.domain.listAllCheckpoints(0):
+        checkpoint.delete(0)
+    assert (_agent_guest.status(), _agent_guest.job()) == ("thawed", 0)
+    before = _agent_guest.written()
+    wait_for(lambda: _agent_guest.written() > before, "the guest goes on", 60)
 
 
 @pytest.fixture(name="wait_for")

@@ -70,13 +70,16 @@ class Host(_Table):
 
 
 class Defaults(_Table):
-    """``[defaults]``: settings of VMs that say nothing themselves."""
+    """``[defaults]``: settings of VMs that say nothing themselves. Lists of disks are a VM's own affair."""
 
     mode: Literal["FULL", "INCREMENT"] | None = None
     increment_mode: Literal["CBT", "SNAPSHOT"] | None = None
     fs_freeze: Literal["NONE", "AGENT", "SUSPEND"] | None = None
+    fs_freeze_fallback: bool | None = None
+    freeze_timeout: Annotated[int, Field(ge=1, le=600)] | None = None
     keep_last: Annotated[int, Field(ge=0, le=999_999)] | None = None
     backup_volatile: bool | None = None
+    encrypted_disks: Literal["REFUSE", "PLAIN"] | None = None
 
     @property
     def settings(self) -> dict[str, str]:

@@ -26,6 +26,11 @@ _HEAD = """\
 
 [defaults]                        # for VMs that say nothing themselves (vmkeep vm updateconf)
 # mode = "INCREMENT"              # or "FULL": every backup a full
+# fs_freeze = "NONE"              # "AGENT": the guest's file systems at rest for a moment; "SUSPEND": its processors
+# fs_freeze_fallback = false      # true: a backup whose freeze fails goes on without it
+# freeze_timeout = 10             # seconds that the guest may stand still
+# backup_volatile = false         # true: also transient disks and those that a VM calls volatile
+# encrypted_disks = "REFUSE"      # "PLAIN": backups of encrypted disks hold their contents unencrypted
 # keep_last = 0                   # how many backups to keep; 0: all. Not applied yet
 """
 

@@ -60,6 +60,10 @@ class Names:
         """The file of the definition."""
         return self.folder / f"{self.base}.xml"
 
+    def file(self, artifact: str) -> Path:
+        """The file of an artifact that is neither: a kernel, the state of a TPM."""
+        return self.folder / f"{self.base}-{artifact}"
+
     @property
     def nvram(self) -> Path:
         """The file of the UEFI variables."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,12 +32,19 @@ class Define:
     keep_mac: bool = False
 
 
+BOOT = ("kernel", "initrd", "dtb")
+"""Artifacts that a VM boots from, named in its definition."""
+BESIDE = (*BOOT, "tpm")
+"""Artifacts that are restored as files beside the disks, where a backup holds them."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Files:
     """What a restore made.
 
     `definition` is None where none was asked for (some disks only) or none could be made (`no_definition` says why);
     `left_out` are the parts of the stored definition that it does not hold. `vm` is the VM that was defined from it.
+    `beside` are the files of `BESIDE`, by artifact.
     """
 
     name: str
@@ -46,6 +53,7 @@ class Files:
     disks: tuple[core.RestoredDisk, ...]
     definition: Path | None
     nvram: Path | None
+    beside: Mapping[str, Path]
     no_definition: str = ""
     left_out: tuple[str, ...] = ()
     vm: VM | None = None
@@ -85,7 +93,8 @@ def restore(
         base = f"{file_name(image.vm.name)}-{source}" if name is None else name
         names = Names.given(folder.absolute(), base)
         wanted = [names.disk(disk) for disk in disks or held]
-        _require_free([*wanted, *(() if disks else (names.definition, names.nvram))])
+        others = () if disks else (names.definition, names.nvram, *map(names.file, BESIDE))
+        _require_free([*wanted, *others])
         if define:
             kept = image.vm.uuid if define.keep_uuid else None
             place.hypervisor.require_definable(names.base, kept, names.folder)
@@ -157,6 +166,8 @@ def _publish(
     left_out: tuple[str, ...] = ()
     if nvram:
         finished.append(_write(staged, nvram, made.files["nvram"]))
+    beside = {name: names.file(name) for name in BESIDE if whole and name in made.files}
+    finished += [_write(staged, path, made.files[name]) for name, path in beside.items()]
     if whole:
         if "vm.xml" in made.files:
             disks = {disk.id: names.disk(disk.id) for disk in made.disks}
@@ -170,6 +181,7 @@ def _publish(
                 no_nic=no_nic,
                 keep_uuid=bool(define and define.keep_uuid),
                 new_mac=bool(define and not define.keep_mac),
+                boot={name: path for name, path in beside.items() if name in BOOT},
             )
         else:
             made_definition, why_not = None, "the backup holds none"
@@ -185,6 +197,7 @@ def _publish(
         disks=tuple(replace(disk, path=names.disk(disk.id)) for disk in made.disks),
         definition=definition,
         nvram=nvram,
+        beside=beside,
         no_definition=why_not,
         left_out=left_out,
     )
@@ -201,6 +214,7 @@ def _definition(
     no_nic: bool,
     keep_uuid: bool,
     new_mac: bool,
+    boot: Mapping[str, Path],
 ) -> tuple[Definition | None, str]:
     """The definition, or None and why: on a host without the hypervisor's plugin the disks still count."""
     try:
@@ -216,6 +230,7 @@ def _definition(
         no_nic=no_nic,
         keep_uuid=keep_uuid,
         new_mac=new_mac,
+        boot=boot,
     )
     return made, ""
 

@@ -6,29 +6,50 @@ The VM's own settings lie in its libvirt metadata (`Hypervisor.settings`); what 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from backupcore.errors import ConfigError, UnsupportedOperation
 
-__all__ = ["BUILT_IN", "LEGAL", "effective", "require_supported", "validate"]
+__all__ = ["BUILT_IN", "DISK_LISTS", "LEGAL", "NUMBERS", "disk_list", "effective", "require_supported", "validate"]
 
 LEGAL: Mapping[str, tuple[str, ...]] = {
     "MODE": ("FULL", "INCREMENT"),
     "INCREMENT_MODE": ("CBT", "SNAPSHOT"),
     "FS_FREEZE": ("NONE", "AGENT", "SUSPEND"),
+    "FS_FREEZE_FALLBACK": ("YES", "NO"),  # whether a backup goes on where its freeze fails
+    "FREEZE_TIMEOUT": (),  # a number: seconds that the guest may stand still
     "KEEP_LAST": (),  # a number, 0 for "keep all"
     "BACKUP_VOLATILE": ("YES", "NO"),
+    "VOLATILE_DISKS": (),  # disk IDs
+    "EXCLUDE_DISKS": (),  # disk IDs
+    "ENCRYPTED_DISKS": ("REFUSE", "PLAIN"),
 }
+NUMBERS: Mapping[str, tuple[int, int]] = {"KEEP_LAST": (0, 999_999), "FREEZE_TIMEOUT": (1, 600)}
+"""The settings that are numbers: from, to."""
+DISK_LISTS = ("VOLATILE_DISKS", "EXCLUDE_DISKS")
+"""The settings that are lists of disk IDs, written ``vdb,vdc``; "" is the empty list."""
+_DISK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 
 BUILT_IN: Mapping[str, str] = {
     "MODE": "INCREMENT",
     "INCREMENT_MODE": "CBT",
     "FS_FREEZE": "NONE",
+    "FS_FREEZE_FALLBACK": "NO",
+    "FREEZE_TIMEOUT": "10",
     "KEEP_LAST": "0",
     "BACKUP_VOLATILE": "NO",
+    "VOLATILE_DISKS": "",
+    "EXCLUDE_DISKS": "",
+    "ENCRYPTED_DISKS": "REFUSE",
 }
 
-_SUPPORTED = {"INCREMENT_MODE": ("CBT",), "FS_FREEZE": ("NONE",)}
+_SUPPORTED = {"INCREMENT_MODE": ("CBT",)}
+
+
+def disk_list(value: str) -> list[str]:
+    """The disk IDs of a setting that lists some."""
+    return [disk for disk in value.split(",") if disk]
 
 
 def validate(settings: Mapping[str, str], where: str) -> None:
@@ -38,9 +59,14 @@ def validate(settings: Mapping[str, str], where: str) -> None:
         legal = LEGAL.get(key)
         if legal is None:
             wrong.append(f"{key[:40]!r} is no setting")
-        elif key == "KEEP_LAST":
-            if not (value.isascii() and value.isdigit() and len(value) < 7):
-                wrong.append("KEEP_LAST must be a number from 0 (keep all) to 999999")
+        elif key in NUMBERS:
+            first, last = NUMBERS[key]
+            if not (value.isascii() and value.isdigit() and len(value) < 7 and first <= int(value) <= last):
+                keep_all = " (keep all)" if key == "KEEP_LAST" else ""
+                wrong.append(f"{key} must be a number from {first}{keep_all} to {last}")
+        elif key in DISK_LISTS:
+            if not all(_DISK.fullmatch(disk) for disk in (value.split(",") if value else ())):
+                wrong.append(f"{key} must be a list of disks (vdb,vdc)")
         elif value not in legal:
             wrong.append(f"{key} must be one of {', '.join(legal)}")
     if wrong:

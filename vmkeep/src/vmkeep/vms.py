@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from backupcore.errors import ConfigError
 from backupcore.hypervisor import VMState
 from backupcore.model import Image
 from vmkeep import lock, settings
@@ -44,7 +45,7 @@ def listing(place: Workplace) -> list[Listing]:
 
 def detail(place: Workplace, vm: str) -> Detail:
     """One VM by name or UUID."""
-    found = place.hypervisor.find(vm)
+    found = place.hypervisor.find(vm, place.config.defaults)
     own = place.hypervisor.settings(found.vm)
     return Detail(
         found=found,
@@ -68,11 +69,25 @@ def forget(place: Workplace, vm: str) -> tuple[VMState, Sequence[str]]:
 def configure(place: Workplace, vm: str, changes: Mapping[str, str]) -> Detail:
     """Change some of a VM's own settings, and return what counts now.
 
-    ConfigError for a value that is not legal, UnsupportedOperation for one that this version cannot do.
+    ConfigError for a value that is not legal, or a disk that the VM has not; UnsupportedOperation for what this version
+    cannot do.
     """
     found = place.hypervisor.find(vm)
     settings.validate(changes, f"VM {found.vm.name}")
     settings.require_supported(changes, found.vm.name)
+    _require_disks(found, changes)
     if changes:
         place.hypervisor.configure(found.vm, {**place.hypervisor.settings(found.vm), **changes})
     return detail(place, found.vm.uuid)
+
+
+def _require_disks(found: VMState, changes: Mapping[str, str]) -> None:
+    """That lists of disks name disks of the VM, as it is when they are set: later one may be detached."""
+    here = [disk.id for disk in found.disks]
+    for key in settings.DISK_LISTS:
+        unknown = [disk for disk in settings.disk_list(changes.get(key, "")) if disk not in here]
+        if unknown:
+            raise ConfigError(
+                f"VM {found.vm.name} has no disk {', '.join(unknown)}, which {key} would name",
+                f"It has: {', '.join(here) or 'none'}.",
+            )

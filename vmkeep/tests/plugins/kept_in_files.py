@@ -9,7 +9,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Collection, Generator, Iterable, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import backupcore
@@ -97,9 +97,9 @@ class FileHypervisor(MemoryHypervisor):
         self.read()
         return super().vms()
 
-    def find(self, vm: str) -> VMState:
+    def find(self, vm: str, defaults: Mapping[str, str] | None = None) -> VMState:
         self.read()
-        return super().find(vm)
+        return super().find(vm, defaults)
 
     def forget(self, vm: VM) -> Sequence[str]:
         gone = super().forget(vm)

@@ -18,7 +18,7 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 from backupcore.errors import BackupError, HypervisorError, IncrementImpossible
 from backupcore.model import BackupRun, Link, Outcome, RunState
 from backupcore_libvirt.connection import CHECKPOINT_INCONSISTENT, NO_CHECKPOINT, Domain, code_of
-from backupcore_libvirt.disks import Node, SourceDisk, nodes, source_disks
+from backupcore_libvirt.disks import Node, SourceDisk, located, nodes, source_disks
 from backupcore_libvirt.stopped import remove_bitmap, stopped_nodes
 from backupcore_libvirt.xml import parse
 
@@ -128,7 +128,8 @@ def _recorded_paths(domain: Domain, name: str) -> dict[str, str]:
         return {}
     if then is None:
         return {}
-    return {disk.id: disk.path for disk in source_disks(tostring(then, encoding="unicode"))}
+    before = source_disks(tostring(then, encoding="unicode"))
+    return {disk.id: located(domain, disk).path for disk in before}
 
 
 def make_known(domain: Domain, parent: Since, vm_disks: Sequence[str]) -> None:
@@ -234,10 +235,14 @@ def _remove_stopped(domain: Domain, chosen: Callable[[str], bool]) -> set[str]:
 
 
 def _trackable_disks(domain: Domain) -> list[SourceDisk]:
-    """The disks that may have bitmaps; while the VM is off, those whose image is there."""
+    """The disks that may have bitmaps; while the VM is off, those whose image is there and can be opened without a key:
+
+    the bitmaps of an encrypted disk go when the VM runs.
+    """
     running = domain.is_active()
-    disks = (disk for disk in source_disks(domain.live_xml()) if disk.format == "qcow2" and not disk.left_out)
-    return [disk for disk in disks if running or Path(disk.path).exists()]
+    every = (located(domain, disk) for disk in source_disks(domain.live_xml()))
+    disks = (disk for disk in every if disk.format == "qcow2" and not disk.left_out)
+    return [disk for disk in disks if running or (Path(disk.path).exists() and not disk.encrypted)]
 
 
 def _trackable(domain: Domain) -> Mapping[str, Node]:

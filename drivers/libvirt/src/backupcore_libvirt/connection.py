@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import libvirt
 import libvirt_qemu
@@ -24,6 +24,7 @@ from backupcore.errors import (
 )
 
 __all__ = [
+    "AGENT_UNRESPONSIVE",
     "BACKUP",
     "CHECKPOINT_INCONSISTENT",
     "IO_ERROR",
@@ -31,6 +32,7 @@ __all__ = [
     "NO_JOB",
     "OFF",
     "PAUSED",
+    "PAUSED_BY_USER",
     "RUNNING",
     "SHUTTING_DOWN",
     "Connection",
@@ -45,6 +47,9 @@ SHUTTING_DOWN: int = libvirt.VIR_DOMAIN_SHUTDOWN
 OFF = (int(libvirt.VIR_DOMAIN_SHUTOFF), int(libvirt.VIR_DOMAIN_NOSTATE))
 IO_ERROR: int = libvirt.VIR_DOMAIN_PAUSED_IOERROR
 """The reason of a PAUSED VM that QEMU stopped since it could not write (a full disk, or a full scratch file)."""
+PAUSED_BY_USER: int = libvirt.VIR_DOMAIN_PAUSED_USER
+"""The reason of a PAUSED VM that somebody asked libvirt to pause."""
+AGENT_UNRESPONSIVE: int = libvirt.VIR_ERR_AGENT_UNRESPONSIVE
 BACKUP: int = libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP
 CHECKPOINT_INCONSISTENT: int = libvirt.VIR_ERR_CHECKPOINT_INCONSISTENT
 NO_CHECKPOINT: int = libvirt.VIR_ERR_NO_DOMAIN_CHECKPOINT
@@ -233,10 +238,39 @@ class Domain:
         with self._calling("end the backup job"):
             self._domain.abortJob()
 
+    def number(self) -> int:
+        """libvirt's number of the running VM: another one each time it is started; -1 if it is off."""
+        with self._calling("number"):
+            return int(self._domain.ID())
+
+    def suspend(self) -> None:
+        """Stop the guest's processors."""
+        with self._calling("suspend"):
+            self._domain.suspend()
+
+    def agent(self, command: str, limit: int) -> Any:
+        """What the guest's agent answers to a command within `limit` seconds (and up to 5 before it reads it).
+
+        HypervisorError with VIR_ERR_AGENT_UNRESPONSIVE if it does not; the command may yet be carried out later.
+        """
+        with self._calling(f"guest agent, {command}"):
+            answer = libvirt_qemu.qemuAgentCommand(self._domain, json.dumps({"execute": command}), limit, 0)
+        return json.loads(answer)["return"]
+
     def resume(self) -> None:
         """Let the guest run on."""
         with self._calling("resume"):
             self._domain.resume()
+
+    def volume(self, pool: str, volume: str) -> tuple[str, Literal["file", "block", "network"]]:
+        """(path, kind) of a volume of a storage pool."""
+        with self._calling(f"volume {volume} of the storage pool {pool}"):
+            found = self._domain.connect().storagePoolLookupByName(pool).storageVolLookupByName(volume)
+            number = int(found.info()[0])
+            path = str(found.path())
+        if number == libvirt.VIR_STORAGE_VOL_FILE:
+            return path, "file"
+        return path, "block" if number == libvirt.VIR_STORAGE_VOL_BLOCK else "network"
 
     def block_job(self, disk: str) -> bool:
         """Whether a block job (commit, copy, pull) works on the disk."""

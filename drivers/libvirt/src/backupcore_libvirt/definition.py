@@ -8,7 +8,8 @@ What is dropped, among all that is not listed there:
 
 - disks that were not restored, and with them CD-ROMs, floppies, network and passed-through disks; of the others source,
   backing store, encryption, authentication, transient and read-only flags, cache and I/O modes
-- the emulator's path (libvirt picks its own), kernel, initrd, command line, device tree, ACPI tables, firmware by path
+- the emulator's path (libvirt picks its own); kernel, initrd and device tree (unless they were restored: then these are
+  named) and with the kernel its command line; ACPI tables, firmware by path
   (except from the distributions' folders of UEFI firmware; others turn into ``firmware='efi'``), NVRAM templates
 - namespaces of libvirt that pass arguments or environment to QEMU, and every foreign namespace
 - host devices, shared memory, file systems of the host, leases, smart cards, character devices other than PTYs, guest
@@ -42,6 +43,7 @@ __all__ = ["restored_definition"]
 _FIRMWARE = re.compile(
     r"/usr/share/(OVMF|ovmf|AAVMF|edk2|edk2-ovmf|edk2-armvirt|qemu|qemu-efi[a-z0-9-]*)/[A-Za-z0-9_/.-]+"
 )
+_BUSES = {"sd": "sata", "hd": "ide", "xvd": "xen", "vd": "virtio"}
 _NAME = re.compile(r"[^/\x00-\x1f\x7f]{1,200}")
 
 
@@ -55,12 +57,14 @@ def restored_definition(
     no_nic: bool,
     keep_uuid: bool = False,
     new_mac: bool = False,
+    boot: Mapping[str, Path] | None = None,
 ) -> Definition:
     """The definition of a VM `name` on these restored disk files (by disk ID), and what was left out of it.
 
+    `boot` are the restored files that it boots from: ``kernel``, ``initrd``, ``dtb``, as far as there are any.
     `no_ip` drops the MACs and IPs of its NICs, `new_mac` only the MACs, `no_nic` the NICs. `keep_uuid` keeps the UUID.
-    IntegrityError if `stored` is no domain definition or lacks one of the disks; UnsupportedOperation if it is not one
-    of QEMU; ConfigError for a name no VM can have.
+    IntegrityError if `stored` is no domain definition; UnsupportedOperation if it is not one of QEMU; ConfigError for a
+    name no VM can have.
     """
     if not _NAME.fullmatch(name):
         raise ConfigError(f"{name!r:.250} cannot be the name of a VM")
@@ -84,7 +88,7 @@ def restored_definition(
             _add(result, _carry(element, allowed, element.tag, left))
         elif element.tag not in ("name", "metadata", "os", "devices", *(("uuid",) if keep_uuid else ())):
             left.append(element.tag)
-    result.append(_os(root, nvram, left))
+    result.append(_os(root, nvram, boot or {}, left))
     result.append(_devices(root, disks, left, no_ip=no_ip, no_nic=no_nic, new_mac=new_mac))
     indent(result)
     return Definition(xml=tostring(result, encoding="unicode").encode() + b"\n", left_out=tuple(_counted(left)))
@@ -150,7 +154,7 @@ def _carry_settings(root: Element, result: Element, left: list[str]) -> None:
         SubElement(result, "metadata").append(kept)
 
 
-def _os(root: Element, nvram: Path | None, left: list[str]) -> Element:
+def _os(root: Element, nvram: Path | None, boot: Mapping[str, Path], left: list[str]) -> Element:
     stored = root.find("os")
     if stored is None or stored.find("type") is None:
         raise IntegrityError("the stored definition has no <os> with a <type>")
@@ -172,6 +176,12 @@ def _os(root: Element, nvram: Path | None, left: list[str]) -> Element:
             result.set("firmware", "efi")
         if nvram is not None:
             SubElement(result, "nvram").text = str(nvram.absolute())
+    if "kernel" in boot:  # the others mean nothing without it
+        for part in ("kernel", "initrd", "dtb"):
+            if part in boot:
+                SubElement(result, part).text = str(boot[part].absolute())
+        if stored.findtext("cmdline"):
+            SubElement(result, "cmdline").text = stored.findtext("cmdline")
     made_anew = {f"os/{child.tag}" for child in result} | ({"os/@firmware"} if result.get("firmware") else set())
     left += [path for path in dropped if path not in made_anew]
     return result
@@ -203,8 +213,20 @@ def _devices(
             if device.tag == "graphics":
                 copied.set("autoport", "yes")  # the stored port may be taken, by the original VM for one
             result.append(copied)
-    if missing:
-        raise IntegrityError(f"the stored definition has no disk {', '.join(sorted(missing))}")
+    for disk in sorted(missing):
+        # It was attached to the running VM only, and the stored definition is that of the next start.
+        result.append(_unknown_disk(disk, disks[disk]))
+        left.append(f"devices/disk[{disk}]/*")
+    return result
+
+
+def _unknown_disk(disk: str, path: Path) -> Element:
+    """A disk of which nothing is known but its target: its name tells the kind of bus."""
+    bus = next((bus for prefix, bus in _BUSES.items() if disk.startswith(prefix)), "virtio")
+    result = Element("disk", type="file", device="disk")
+    SubElement(result, "driver", name="qemu", type="qcow2")
+    SubElement(result, "source", file=str(path.absolute()))
+    SubElement(result, "target", dev=disk, bus=bus)
     return result
 
 

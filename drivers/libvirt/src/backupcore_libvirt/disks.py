@@ -3,14 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from backupcore.errors import HypervisorError
 from backupcore_libvirt.connection import Domain
 from backupcore_libvirt.xml import parse
 
-__all__ = ["Bitmap", "Node", "SourceDisk", "nodes", "source_disks"]
+__all__ = ["BY_RULE", "Bitmap", "DiskChoice", "Node", "SourceDisk", "located", "nodes", "source_disks"]
+
+
+@dataclass(frozen=True, slots=True)
+class DiskChoice:
+    """What a VM's settings say about its disks: those that no backup holds, those whose contents need not last
+
+    (`volatile`), whether these are kept all the same, and whether encrypted ones may be kept in plain text.
+    """
+
+    excluded: frozenset[str] = frozenset()
+    volatile: frozenset[str] = frozenset()
+    keep_volatile: bool = False
+    plain_text: bool = False
+
+    @classmethod
+    def of(cls, settings: Mapping[str, str]) -> DiskChoice:
+        """Out of EXCLUDE_DISKS, VOLATILE_DISKS, BACKUP_VOLATILE, ENCRYPTED_DISKS."""
+        return cls(
+            excluded=frozenset(filter(None, settings.get("EXCLUDE_DISKS", "").split(","))),
+            volatile=frozenset(filter(None, settings.get("VOLATILE_DISKS", "").split(","))),
+            keep_volatile=settings.get("BACKUP_VOLATILE", "NO") == "YES",
+            plain_text=settings.get("ENCRYPTED_DISKS", "REFUSE") == "PLAIN",
+        )
+
+
+BY_RULE = DiskChoice()
+"""No settings: what is left out is left out by rule."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +45,8 @@ class SourceDisk:
     """One disk out of a domain's XML.
 
     `id` is its target name, `kind` libvirt's disk type (file, block, volume, network …), `path` the file or device
-    ("" where it has none), `index` libvirt's number of the source while the VM runs ("" otherwise). `left_out` says why
-    a backup does not hold it, or "".
+    (POOL/VOLUME for a volume, see `located`; "" where it has none), `index` libvirt's number of the source while the VM
+    runs ("" otherwise). `left_out` says why a backup does not hold it, or "".
     """
 
     id: str
@@ -32,7 +59,7 @@ class SourceDisk:
     left_out: str
 
 
-def source_disks(xml: str) -> tuple[SourceDisk, ...]:
+def source_disks(xml: str, choice: DiskChoice = BY_RULE) -> tuple[SourceDisk, ...]:
     """Every disk of the domain definition `xml`, in its order, also those that a backup leaves out."""
     found = []
     for disk in parse(xml).iterfind("./devices/disk"):
@@ -44,16 +71,18 @@ def source_disks(xml: str) -> tuple[SourceDisk, ...]:
         kind = disk.get("type", "")
         path = place.get("file") or place.get("dev") or "/".join(filter(None, (place.get("pool"), place.get("volume"))))
         shape = options.get("type", "raw")
+        name = target.get("dev", "") if target is not None else ""
         found.append(
             SourceDisk(
-                id=target.get("dev", "") if target is not None else "",
+                id=name,
                 kind=kind,
                 path=path,
                 format=shape,
                 index=place.get("index", ""),
                 error_policy=options.get("error_policy", ""),
                 encrypted=disk.find(".//encryption") is not None,
-                left_out=_left_out(disk, kind, shape, place),
+                left_out=_left_out(disk, kind, shape, place)
+                or _not_chosen(disk, name, choice, running="index" in place),
             )
         )
     return tuple(found)
@@ -71,14 +100,41 @@ def _left_out(disk: Any, kind: str, shape: str, place: Mapping[str, str]) -> str
         return "read-only"
     if disk.find("shareable") is not None:
         return "shareable: others write to it as well, so no instant of it can be held"
-    if disk.find("transient") is not None:
-        return "transient: what the guest writes to it is thrown away at power-off"
     if kind not in ("file", "block", "volume"):
         protocol = place.get("protocol", "")
         return f"a {kind} disk{f' ({protocol})' if protocol else ''}; file and block disks are supported"
     if shape not in ("qcow2", "raw"):
         return f"format {shape}; qcow2 and raw are supported"
     return ""
+
+
+def _not_chosen(disk: Any, name: str, choice: DiskChoice, *, running: bool) -> str:
+    if name in choice.excluded:
+        return "excluded (EXCLUDE_DISKS)"
+    if disk.find("transient") is not None:
+        if not choice.keep_volatile:
+            return "transient: what the guest writes to it is thrown away at power-off (BACKUP_VOLATILE=NO)"
+        if running:
+            return "transient: libvirt makes no backup of such a disk while the VM runs"
+    if name in choice.volatile and not choice.keep_volatile:
+        return "volatile (VOLATILE_DISKS, BACKUP_VOLATILE=NO)"
+    return ""
+
+
+def located(domain: Domain, disk: SourceDisk) -> SourceDisk:
+    """The disk with the path of its file or device, for programs other than libvirt: a volume's pool knows it.
+
+    Unchanged where it does not tell: while a VM runs its pool may be gone.
+    """
+    if disk.kind != "volume":
+        return disk
+    pool, _, volume = disk.path.partition("/")
+    try:
+        path, kind = domain.volume(pool, volume)
+    except HypervisorError:
+        return disk
+    left_out = "a volume on the network; file and block disks are supported" if kind == "network" else ""
+    return replace(disk, kind=kind, path=path, left_out=disk.left_out or left_out)
 
 
 @dataclass(frozen=True, slots=True)

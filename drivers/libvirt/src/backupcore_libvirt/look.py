@@ -11,13 +11,13 @@ from backupcore.errors import Busy, HypervisorError, IncrementImpossible, Target
 from backupcore.model import BackupRun, Consistency, LeftOut
 from backupcore_libvirt.checkpoint import Since, since
 from backupcore_libvirt.connection import IO_ERROR, OFF, PAUSED, RUNNING, SHUTTING_DOWN, Connection, Domain
-from backupcore_libvirt.disks import Node, SourceDisk, nodes, source_disks
+from backupcore_libvirt.disks import DiskChoice, Node, SourceDisk, located, nodes, source_disks
 from backupcore_libvirt.folder import Owner, RunFolder, check_scratch, require_room, scratch_room
-from backupcore_libvirt.nvram import nvram_file
+from backupcore_libvirt.freeze import Freeze, plan
 from backupcore_libvirt.owner import qemu_owner
 from backupcore_libvirt.stopped import stopped_nodes
 from backupcore_libvirt.versions import require, require_stopped
-from backupcore_libvirt.xml import parse
+from backupcore_libvirt.vm_files import VMFile, vm_files
 
 __all__ = ["Look", "look"]
 
@@ -26,7 +26,8 @@ __all__ = ["Look", "look"]
 class Look:
     """What was found: the disks to back up, all disks by ID, those that get a bitmap, and what the run needs.
 
-    `live` is whether QEMU runs for the VM, `since` is None for a full.
+    `live` is whether QEMU runs for the VM, `since` is None for a full. `files` are what the VM consists of besides,
+    `remarks` what its settings say in vain.
     """
 
     disks: tuple[SourceDisk, ...]
@@ -36,9 +37,10 @@ class Look:
     nodes: Mapping[str, Node]
     live: bool
     since: Since | None
-    consistency: Consistency
+    freeze: Freeze
     owner: Owner
-    nvram: Path | None
+    files: tuple[VMFile, ...]
+    remarks: tuple[str, ...]
     versions: Mapping[str, str]
 
     @property
@@ -57,9 +59,10 @@ def look(connection: Connection, domain: Domain, run: BackupRun, scratch: Path) 
     consistency = _consistency(domain)
     versions = require(connection, domain) if live else require_stopped(connection, domain)
     xml = domain.live_xml()
-    every = source_disks(xml)
+    choice = DiskChoice.of(run.settings)
+    every = tuple(located(domain, disk) for disk in source_disks(xml, choice))
     disks = tuple(disk for disk in every if not disk.left_out)
-    _refuse(domain, every, disks)
+    _refuse(domain, every, disks, choice, live=live)
     opened = nodes(domain, disks) if live else stopped_nodes(domain.name, disks)
     snapshots = _snapshots(domain, opened)
     if snapshots and run.parent is not None:
@@ -87,19 +90,19 @@ def look(connection: Connection, domain: Domain, run: BackupRun, scratch: Path) 
     if live:
         _require_room(domain, disks, opened, scratch)
     left_out = [LeftOut(id=disk.id, reason=disk.left_out) for disk in every if disk.left_out]
-    if parse(xml).find("./devices/tpm") is not None:
-        left_out.append(LeftOut(id="tpm", reason="the state of a TPM is not kept yet"))
+    files, not_kept = vm_files(domain, connection.uri)
     return Look(
         disks=disks,
         all_disks=tuple(disk.id for disk in every),
         tracked=tracked,
-        left_out=tuple(left_out),
+        left_out=(*left_out, *not_kept),
         nodes=opened,
         live=live,
         since=builds_on,
-        consistency=consistency,
+        freeze=plan(domain, xml, run.settings, consistency, running=live),
         owner=owner,
-        nvram=nvram_file(domain.name, xml),
+        files=files,
+        remarks=_in_vain(domain, every, choice),
         versions=versions,
     )
 
@@ -125,14 +128,34 @@ def _consistency(domain: Domain) -> Consistency:
     )
 
 
-def _refuse(domain: Domain, every: Sequence[SourceDisk], disks: Sequence[SourceDisk]) -> None:
+def _in_vain(domain: Domain, every: Sequence[SourceDisk], choice: DiskChoice) -> tuple[str, ...]:
+    """Disks that the settings name and the VM has not. A disk may have been detached, so that is no error."""
+    here = {disk.id for disk in every}
+    return tuple(
+        f"VM {domain.name} has no disk {', '.join(sorted(named - here))}, which its setting {setting} names"
+        for setting, named in (("EXCLUDE_DISKS", choice.excluded), ("VOLATILE_DISKS", choice.volatile))
+        if named - here
+    )
+
+
+def _refuse(
+    domain: Domain, every: Sequence[SourceDisk], disks: Sequence[SourceDisk], choice: DiskChoice, *, live: bool
+) -> None:
     if not disks:
         reasons = "; ".join(f"{disk.id}: {disk.left_out}" for disk in every) or "it has none"
         raise UnsupportedOperation(f"VM {domain.name} has no disk that a backup could hold ({reasons})")
     for disk in disks:
-        if disk.encrypted:
+        if disk.encrypted and not choice.plain_text:
             raise UnsupportedOperation(
-                f"VM {domain.name}: disk {disk.id} is encrypted; its backup would hold it in plain text"
+                f"VM {domain.name}: disk {disk.id} is encrypted; QEMU shows what the guest sees, so its backup would "
+                "hold it in plain text",
+                f"Leave it out: vmkeep vm updateconf {domain.name} --exclude-disks {disk.id}; or, where the datastore "
+                "may hold its contents: --encrypted-disks PLAIN",
+            )
+        if disk.encrypted and not live:
+            raise UnsupportedOperation(
+                f"VM {domain.name} is off, and disk {disk.id} is encrypted; only the QEMU of a running VM has its key",
+                "Start the VM: encrypted disks are read while it runs.",
             )
 
 

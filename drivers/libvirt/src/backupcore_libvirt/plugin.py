@@ -28,7 +28,7 @@ from backupcore.model import (
     Outcome,
     Prepared,
 )
-from backupcore_libvirt import __version__, checkpoint
+from backupcore_libvirt import __version__, checkpoint, freeze_record
 from backupcore_libvirt.backup_job import backup_xml, end, left_behind
 from backupcore_libvirt.checkpoint import checkpoint_xml, make_known
 from backupcore_libvirt.connection import (
@@ -46,19 +46,20 @@ from backupcore_libvirt.cut import REASON as CUT
 from backupcore_libvirt.cut import tail, was_cut
 from backupcore_libvirt.define import define, require_definable
 from backupcore_libvirt.definition import restored_definition
-from backupcore_libvirt.disks import SourceDisk, source_disks
+from backupcore_libvirt.disks import BY_RULE, DiskChoice, SourceDisk, source_disks
 from backupcore_libvirt.export import Export, artifact
 from backupcore_libvirt.findings import findings
 from backupcore_libvirt.folder import RunFolder, living_vms
+from backupcore_libvirt.freeze import DEAD_LIMIT, frozen, release
 from backupcore_libvirt.hold import hold, live_exports
 from backupcore_libvirt.in_place import fit, require_replaceable
 from backupcore_libvirt.look import Look, look
-from backupcore_libvirt.nvram import read_nvram
 from backupcore_libvirt.qemu_nbd import end_stray
 from backupcore_libvirt.recovery import clear, recover
 from backupcore_libvirt.scratch_watch import ScratchWatch, watch
 from backupcore_libvirt.settings import read as read_settings
 from backupcore_libvirt.settings import write as write_settings
+from backupcore_libvirt.vm_files import read as read_file
 
 __all__ = ["Libvirt"]
 
@@ -85,44 +86,45 @@ class Libvirt:
     def prebackup(self, run: BackupRun, ctx: Context) -> Prepared:
         """Hold one instant of all disks, and begin to track what changes from there.
 
-        The artifacts: ``disk.<id>.qcow2`` per disk, ``vm.xml`` (the inactive definition, without secrets), ``nvram``
-        for UEFI. Their exports live until `postbackup`.
+        The artifacts: ``disk.<id>.qcow2`` per disk, ``vm.xml`` (the inactive definition, without secrets), and the
+        files of `backupcore_libvirt.vm_files`. Their exports live until `postbackup`.
         """
         connection = ctx.stack.enter_context(Connection(self.uri))
         domain = connection.domain(run.vm.uuid)
         clear(domain, self.scratch, ctx)
-        for line in ctx.put_right:
-            ctx.log.warning("VM %s: %s", domain.name, line)
         seen = look(connection, domain, run, self.scratch)
+        for remark in seen.remarks:
+            ctx.log.warning(remark)
         folder = RunFolder(self.scratch, run.id)
         lock = folder.make(seen.owner, domain.uuid)
         ctx.stack.callback(os.close, lock)
         ctx.check()
+        if seen.live and seen.since:
+            make_known(domain, seen.since, seen.all_disks)
+        with frozen(self.uri, domain, folder, seen.freeze, ctx) as held:
+            if seen.live:
+                date = _begin(domain, run, folder, seen)
+                exports = live_exports(folder, seen)
+            else:
+                date, exports = hold(run, folder, seen, ctx)
         if seen.live:
-            if seen.since:
-                make_known(domain, seen.since, seen.all_disks)
-            date = _begin(domain, run, folder, seen)
             scratch_watch = ScratchWatch(self.uri, domain.uuid, domain.name, folder, ctx)
             ctx.stack.callback(scratch_watch.stop)
             scratch_watch.start()
-            exports = live_exports(folder, seen)
-        else:
-            date, exports = hold(run, folder, seen, ctx)
-        nvram = read_nvram(domain.name, seen.nvram) if seen.nvram else None
+        files = [read_file(domain.name, file) for file in seen.files]
         taken = [_taken(disk, exports[disk.id], seen, run) for disk in seen.disks]
         for disk_artifact, _ in taken:
             ctx.stack.callback(disk_artifact.close)
         artifacts: list[Artifact] = [
             *(disk_artifact for disk_artifact, _ in taken),
             BytesArtifact("vm.xml", domain.inactive_xml().encode()),
+            *files,
         ]
-        if nvram is not None:
-            artifacts.append(BytesArtifact("nvram", nvram))
         return Prepared(
             artifacts=tuple(artifacts),
             date=date,
-            consistency=seen.consistency,
-            frozen_seconds=0.0,
+            consistency=held.consistency,
+            frozen_seconds=held.seconds,
             disks=tuple(disk for _, disk in taken),
             left_out=seen.left_out,
             versions={**seen.versions, "backupcore-libvirt": __version__},
@@ -170,16 +172,16 @@ class Libvirt:
                     states.append(_state(domain, backed_up))
         return sorted(states, key=lambda state: state.vm.name)
 
-    def find(self, vm: str) -> VMState:
-        """The VM of that name or UUID. NotFound, with near names as a hint."""
+    def find(self, vm: str, defaults: Mapping[str, str] | None = None) -> VMState:
+        """The VM of that name or UUID; with `defaults`, its disks as its settings choose. NotFound, with near names."""
         with Connection(self.uri) as connection:
             domains = connection.domains()
             for domain in domains:
                 if domain.name == vm:
-                    return _state(domain, living_vms(self.scratch))
+                    return _state(domain, living_vms(self.scratch), _choice(domain, defaults))
             for domain in domains:
                 if domain.uuid == vm.lower():
-                    return _state(domain, living_vms(self.scratch))
+                    return _state(domain, living_vms(self.scratch), _choice(domain, defaults))
             names = [domain.name for domain in domains]
         near = difflib.get_close_matches(vm, names, n=3, cutoff=0.5)
         hint = f"Did you mean: {', '.join(near)}?" if near else "List the VMs with: vmkeep vm list"
@@ -220,6 +222,7 @@ class Libvirt:
         no_nic: bool,
         keep_uuid: bool = False,
         new_mac: bool = False,
+        boot: Mapping[str, Path] | None = None,
     ) -> Definition:
         """A restored VM's definition; see `backupcore_libvirt.definition` for what is carried over."""
         return restored_definition(
@@ -231,6 +234,7 @@ class Libvirt:
             no_nic=no_nic,
             keep_uuid=keep_uuid,
             new_mac=new_mac,
+            boot=boot,
         )
 
     def require_definable(self, name: str, uuid: str | None, folder: Path) -> None:
@@ -289,12 +293,22 @@ def _release(connection: Connection, run: BackupRun, outcome: Outcome, folder: R
         domain = connection.domain(run.vm.uuid)
     except NotFound:
         domain = None  # a transient VM that has ended, or one that was undefined: nothing of it is held
-    if domain is not None:
+    at_rest: BackupError | None = None
+    if domain is None:
+        freeze_record.remove(folder)
+    else:
+        try:
+            release(domain, folder, DEAD_LIMIT)
+        except BackupError as error:  # the rest can go all the same
+            at_rest = error
         end(domain, folder)
-    if strange := folder.remove():
+    strange = [name for name in folder.remove() if at_rest is None or name != "freeze"]
+    if strange:
         ctx.log.warning("%s holds what no run puts there, and stays: %s", folder.path, ", ".join(strange))
     if domain is not None:
         checkpoint.tidy(domain, run, outcome)
+    if at_rest is not None:
+        raise at_rest
 
 
 def _taken(disk: SourceDisk, export: Export, seen: Look, run: BackupRun) -> tuple[DiskArtifact, Disk]:
@@ -328,7 +342,11 @@ def _estimated(domain: Domain, disk: SourceDisk, seen: Look) -> DiskEstimate:
     return DiskEstimate(id=disk.id, bytes=size, whole=name is None, reason=reason)
 
 
-def _state(domain: Domain, backed_up: Collection[str]) -> VMState:
+def _choice(domain: Domain, defaults: Mapping[str, str] | None) -> DiskChoice:
+    return BY_RULE if defaults is None else DiskChoice.of({**defaults, **read_settings(domain)})
+
+
+def _state(domain: Domain, backed_up: Collection[str], choice: DiskChoice = BY_RULE) -> VMState:
     number, _ = domain.state()
     state: Literal["running", "paused", "off", "saved", "other"] = "other"
     if number == RUNNING:
@@ -345,7 +363,7 @@ def _state(domain: Domain, backed_up: Collection[str]) -> VMState:
             virtual_size=_virtual_size(domain, disk.id) if not disk.left_out else None,
             left_out=disk.left_out,
         )
-        for disk in source_disks(domain.live_xml())
+        for disk in source_disks(domain.live_xml(), choice)
     )
     return VMState(
         vm=VM(uuid=domain.uuid, name=domain.name), state=state, disks=disks, being_read=domain.uuid in backed_up

@@ -12,6 +12,7 @@ from backupcore_libvirt import checkpoint
 from backupcore_libvirt.backup_job import end, left_behind
 from backupcore_libvirt.connection import Domain
 from backupcore_libvirt.folder import RunFolder, dead_folders
+from backupcore_libvirt.freeze import release_dead
 from backupcore_libvirt.qemu_nbd import end_stray
 
 __all__ = ["clear", "recover"]
@@ -24,20 +25,36 @@ def recover(domain: Domain | None, vm: VM, scratch: Path, spent: Collection[str]
     VM is left alone.
     """
     if domain is None:
+        # Nothing of it runs any more, whatever a record of the freeze says.
         for folder in dead_folders(scratch, vm.uuid):
             _remove(folder, ctx)
         return
+    errors = release_dead(domain, scratch, ctx)
     try:
-        clear(domain, scratch, ctx)
+        _free(domain, scratch, ctx)
     except Busy as busy:
         ctx.log.info("%s", busy)
-        return
+        spent = ()
     for name in checkpoint.delete(domain, spent) if spent else ():
         ctx.did(f"deleted checkpoint {name}, which no backup needs")
+    if errors:
+        raise errors[0]
 
 
 def clear(domain: Domain, scratch: Path, ctx: Context) -> None:
-    """Make the VM free for a backup: end dead runs' job and remove their folders. Busy where a job is not a dead run's.
+    """Make the VM free for a backup, and say in the log what that took.
+
+    Busy where a job runs that is no dead run's. A guest that cannot be let go on is logged: a backup may still work.
+    """
+    for error in release_dead(domain, scratch, ctx):
+        ctx.log.warning("%s %s", error.message, error.hint)
+    _free(domain, scratch, ctx)
+    for line in ctx.put_right:
+        ctx.log.warning("VM %s: %s", domain.name, line)
+
+
+def _free(domain: Domain, scratch: Path, ctx: Context) -> None:
+    """End dead runs' job and remove their folders. Busy where a job runs that is no dead run's.
 
     HypervisorError where the job cannot be ended without harm, or is one that libvirt itself cannot get rid of.
     """

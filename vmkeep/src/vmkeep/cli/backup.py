@@ -58,7 +58,7 @@ def _show(taken: work.Taken) -> None:
         if disk.reason:
             output.line(f"  disk {disk.id} whole: {disk.reason}")
     for left in recorded.left_out:
-        output.line(f"  not in it: disk {left.id}: {left.reason}")
+        output.line(f"  not in it: {left.id}: {left.reason}")
 
 
 def _show_plan(planned: work.Planned) -> None:
@@ -72,4 +72,4 @@ def _show_plan(planned: work.Planned) -> None:
         amount = size(disk.bytes) if disk.bytes is not None else "size not known yet"
         output.line(f"  disk {disk.id}: {how}{why}, {amount}")
     for left in planned.estimate.left_out:
-        output.line(f"  not in it: disk {left.id}: {left.reason}")
+        output.line(f"  not in it: {left.id}: {left.reason}")

@@ -13,6 +13,7 @@ from vmkeep.cli.figures import iso
 from vmkeep.in_place import Replaced
 from vmkeep.recovery import PutRight
 from vmkeep.restore import Files
+from vmkeep.settings import DISK_LISTS, NUMBERS, disk_list
 from vmkeep.vms import Detail, Listing
 
 __all__ = ["backup", "cancel", "config", "image", "images", "plan", "recovered", "replaced", "restore", "vm", "vms"]
@@ -176,6 +177,7 @@ def restore(files: Files, driver: str) -> Document:
         "name": files.name,
         "xml": str(files.definition) if files.definition else None,
         "nvram": str(files.nvram) if files.nvram else None,
+        "beside": [{"artifact": name, "path": str(path)} for name, path in files.beside.items()],
         "increment": files.number,
         "disks": [_restored(files.image, disk, driver) for disk in files.disks],
         "left_out": list(files.left_out),
@@ -202,7 +204,8 @@ def vms(found: list[Listing], now: datetime | None = None) -> list[Document]:
 def config(detail: Detail) -> Document:
     """What counts for a VM, as in ``[defaults]``."""
     found: Document = {key.lower(): value for key, value in detail.settings.items()}
-    found["keep_last"] = int(detail.settings["KEEP_LAST"])
+    found |= {key.lower(): int(detail.settings[key]) for key in NUMBERS}
+    found |= {key.lower(): disk_list(detail.settings[key]) for key in DISK_LISTS}
     found["own"] = sorted(key.lower() for key in detail.own)
     return found
 

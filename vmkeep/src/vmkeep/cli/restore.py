@@ -89,6 +89,8 @@ def _show(files: work.Files) -> None:
         output.line(f"{disk.path}  ({size(disk.virtual_size)} disk {disk.id})")
     if files.nvram:
         output.line(f"{files.nvram}  (UEFI variables)")
+    for name, path in files.beside.items():
+        output.line(f"{path}  ({'TPM state' if name == 'tpm' else name})")
     if files.definition:
         output.line(f"{files.definition}  (definition)")
     if files.left_out:
@@ -97,6 +99,12 @@ def _show(files: work.Files) -> None:
         output.line(f"VM {files.vm.name} ({files.vm.uuid}) is defined; look it through: virsh dumpxml {files.vm.uuid}")
     elif files.definition:
         output.line(f"Look it through, then: virsh define {shlex.quote(str(files.definition))}")
+        if "tpm" in files.beside:
+            output.line(
+                "The VM will have a new, empty TPM. To give it this state, before its first start: install -D -m 600 "
+                f"{shlex.quote(str(files.beside['tpm']))} /var/lib/libvirt/swtpm/"
+                f"$(virsh domuuid {shlex.quote(files.name)})/tpm2/tpm2-00.permall"
+            )
 
 
 def _check_together(*, define: bool, keep_uuid: bool, keep_mac: bool, in_place: bool, drop_old: bool) -> None:

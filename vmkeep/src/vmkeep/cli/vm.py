@@ -12,7 +12,7 @@ from vmkeep.cli import documents, output
 from vmkeep.cli.asked import Asked, common
 from vmkeep.cli.figures import age, date, size
 from vmkeep.cli.opening import workplace
-from vmkeep.settings import LEGAL
+from vmkeep.settings import LEGAL, NUMBERS
 
 __all__ = ["vm"]
 
@@ -133,13 +133,28 @@ def _choice(key: str) -> click.Choice[str]:
     return click.Choice(LEGAL[key], case_sensitive=False)
 
 
+def _number(key: str) -> click.IntRange:
+    return click.IntRange(*NUMBERS[key])
+
+
 @vm.command(short_help="Change a VM's backup settings.")
 @click.argument("name", metavar="VM")
 @click.option("--mode", type=_choice("MODE"), help="Every backup a full, or increments.")
 @click.option("--increment-mode", type=_choice("INCREMENT_MODE"), help="How changes are found.")
 @click.option("--fs-freeze", type=_choice("FS_FREEZE"), help="How the guest is brought to rest.")
+@click.option(
+    "--fs-freeze-fallback", type=_choice("FS_FREEZE_FALLBACK"), help="Back up all the same where the freeze fails."
+)
+@click.option(
+    "--freeze-timeout", type=_number("FREEZE_TIMEOUT"), metavar="S", help="How long the guest may stand still."
+)
 @click.option("--keep-last", type=click.IntRange(0, 999_999), metavar="N", help="How many backups to keep; 0: all.")
-@click.option("--backup-volatile", type=_choice("BACKUP_VOLATILE"), help="Also disks that a power-off empties.")
+@click.option("--backup-volatile", type=_choice("BACKUP_VOLATILE"), help="Also disks whose contents need not last.")
+@click.option("--volatile-disks", metavar="DISKS", help="Disks whose contents need not last: vdb,vdc; '' for none.")
+@click.option("--exclude-disks", metavar="DISKS", help="Disks that no backup holds: vdb,vdc; '' for none.")
+@click.option(
+    "--encrypted-disks", type=_choice("ENCRYPTED_DISKS"), help="PLAIN: backups hold what the guest sees, unencrypted."
+)
 @common
 @click.pass_obj
 def updateconf(
@@ -149,16 +164,26 @@ def updateconf(
     mode: str | None,
     increment_mode: str | None,
     fs_freeze: str | None,
+    fs_freeze_fallback: str | None,
+    freeze_timeout: int | None,
     keep_last: int | None,
     backup_volatile: str | None,
+    volatile_disks: str | None,
+    exclude_disks: str | None,
+    encrypted_disks: str | None,
 ) -> None:
     """Change the backup settings of VM; without options, show them. They are kept in the VM's own definition."""
     given = {
         "MODE": mode,
         "INCREMENT_MODE": increment_mode,
         "FS_FREEZE": fs_freeze,
+        "FS_FREEZE_FALLBACK": fs_freeze_fallback,
+        "FREEZE_TIMEOUT": None if freeze_timeout is None else str(freeze_timeout),
         "KEEP_LAST": None if keep_last is None else str(keep_last),
         "BACKUP_VOLATILE": backup_volatile,
+        "VOLATILE_DISKS": volatile_disks,
+        "EXCLUDE_DISKS": exclude_disks,
+        "ENCRYPTED_DISKS": encrypted_disks,
     }
     changes = {key: value for key, value in given.items() if value is not None}
     found = vms.configure(workplace(asked), name, changes)

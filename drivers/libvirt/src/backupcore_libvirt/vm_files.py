@@ -1,0 +1,128 @@
+"""What a VM consists of besides its disks and its definition: small files that libvirt's backup does not hold.
+
+Firmware variables, the state of an emulated TPM, and the kernel, initrd and device tree of a VM that boots from files
+of the host. They are read beside the disks, so not of quite the same instant.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from backupcore.errors import HypervisorError, from_os_error
+from backupcore.model import BytesArtifact, LeftOut
+from backupcore_libvirt.connection import Domain
+from backupcore_libvirt.xml import Element, parse
+
+__all__ = ["VMFile", "read", "vm_files"]
+
+LIMIT = 64 << 20
+"""Bytes of one file; the core holds artifacts that are no disks in memory."""
+TRIES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class VMFile:
+    """One file to keep, as the artifact of that name: ``nvram``, ``tpm``, ``kernel``, ``initrd``, ``dtb``."""
+
+    artifact: str
+    path: Path
+
+
+def vm_files(domain: Domain, uri: str) -> tuple[tuple[VMFile, ...], tuple[LeftOut, ...]]:
+    """The files that a backup keeps, and those that it cannot, each with the reason.
+
+    HypervisorError where a running VM has lost its firmware variables: it could not be started again.
+    """
+    live = parse(domain.live_xml())
+    # The kernel that the definition of the next start names, as the backup keeps that definition.
+    named = [_nvram(live), _tpm(live, domain.uuid, uri), *_boot(parse(domain.inactive_xml()))]
+    found = [_looked_at(one, domain) if isinstance(one, VMFile) else one for one in named]
+    files = tuple(one for one in found if isinstance(one, VMFile))
+    return files, tuple(one for one in found if isinstance(one, LeftOut))
+
+
+def _nvram(root: Element) -> VMFile | LeftOut | None:
+    nvram = root.find("./os/nvram")
+    if nvram is None:
+        return None
+    source = nvram.find("source")
+    name = (nvram.text or "").strip() or (source.get("file", "") if source is not None else "")
+    if not name:
+        return LeftOut(id="nvram", reason="the firmware's variables (NVRAM) do not lie in a file")
+    if nvram.get("format", "raw") != "raw":
+        return LeftOut(id="nvram", reason=f"NVRAM {name} has the format {nvram.get('format')}; raw is supported")
+    return VMFile("nvram", Path(name))
+
+
+def _tpm(root: Element, uuid: str, uri: str) -> VMFile | LeftOut | None:
+    tpm = root.find("./devices/tpm/backend")
+    if tpm is None:
+        return None
+    if tpm.get("type") != "emulator":
+        return LeftOut(id="tpm", reason=f"a TPM whose state is not a file of this host ({tpm.get('type')})")
+    if tpm.find("source") is not None:
+        return LeftOut(id="tpm", reason="a TPM whose state lies in a place of its own (<source>)")
+    one, two = "tpm1.2/tpm-00.permall", "tpm2/tpm2-00.permall"
+    if urlsplit(uri).path == "/session":
+        base = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "libvirt/qemu/swtpm"
+    else:
+        base = Path("/var/lib/libvirt/swtpm")
+    return VMFile("tpm", base / uuid / (one if tpm.get("version") == "1.2" else two))
+
+
+def _boot(root: Element) -> Iterator[VMFile]:
+    for name in ("kernel", "initrd", "dtb"):
+        path = root.findtext(f"./os/{name}", "").strip()
+        if path:
+            yield VMFile(name, Path(path))
+
+
+def _looked_at(file: VMFile, domain: Domain) -> VMFile | LeftOut | None:
+    """The file, or why it cannot be kept; None where there is none yet."""
+    try:
+        with file.path.open("rb") as opened:
+            size = os.fstat(opened.fileno()).st_size
+    except FileNotFoundError as error:
+        if file.artifact in ("nvram", "tpm") and not domain.is_active():
+            return None  # made at the first start
+        if file.artifact == "nvram":
+            raise HypervisorError(
+                f"VM {domain.name}: its NVRAM {file.path} is missing", "It is made when the VM starts."
+            ) from error
+        return LeftOut(id=file.artifact, reason=f"{file.path} is missing")
+    except OSError as error:
+        return LeftOut(id=file.artifact, reason=f"{file.path} cannot be read: {error.strerror}")
+    if size > LIMIT:
+        reason = f"{file.path} has {size >> 20} MiB; files of up to {LIMIT >> 20} MiB are kept"
+        return LeftOut(id=file.artifact, reason=reason)
+    return file
+
+
+def read(vm: str, file: VMFile, pause: Callable[[float], object] = time.sleep) -> BytesArtifact:
+    """Its contents, read twice until equal: the guest, or the host, may write to it. HypervisorError, AccessDenied."""
+    before = _read(vm, file)
+    for _ in range(TRIES):
+        pause(0.02)
+        after = _read(vm, file)
+        if after == before and after is not None:
+            return BytesArtifact(file.artifact, after)
+        before = after
+    raise HypervisorError(f"VM {vm}: {file.path} keeps changing while it is read", "Run it again.")
+
+
+def _read(vm: str, file: VMFile) -> bytes | None:
+    try:
+        with file.path.open("rb") as opened:
+            data = opened.read(LIMIT + 1)
+    except FileNotFoundError:
+        return None  # for a moment, where it is replaced
+    except OSError as error:
+        raise from_os_error(error, f"VM {vm}: {file.artifact}") from error
+    if len(data) > LIMIT:
+        raise HypervisorError(f"VM {vm}: {file.path} has grown beyond {LIMIT >> 20} MiB")
+    return data

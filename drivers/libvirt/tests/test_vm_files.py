@@ -1,0 +1,161 @@
+"""What a backup keeps beside the disks: firmware variables, the state of a TPM, kernel, initrd and device tree."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from backupcore.errors import HypervisorError
+from backupcore_libvirt.vm_files import LIMIT, VMFile, read, vm_files
+from lab import kernel
+
+TPM = "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>"
+
+
+def small_artifacts(taken) -> dict[str, bytes]:
+    return {a.name: a.open().read() for a in taken.prepared.artifacts if not a.name.startswith("disk.")}
+
+
+def test_the_state_of_a_tpm_is_kept_and_can_be_given_to_another_vm(needs_root, lab, runs):
+    vm = lab.vm(["qcow2:8"], more=TPM)
+    state = Path(f"/var/lib/libvirt/swtpm/{vm.uuid}/tpm2/tpm2-00.permall")
+    with runs.take(runs.run(vm)) as taken:
+        kept = small_artifacts(taken)["tpm"]
+        assert kept == state.read_bytes()
+        assert taken.prepared.left_out == ()
+
+    other = lab.vm(["qcow2:8"], more=TPM)
+    target = Path(f"/var/lib/libvirt/swtpm/{other.uuid}/tpm2/tpm2-00.permall")
+
+    def differing() -> int:
+        return sum(a != b for a, b in zip(target.read_bytes(), kept, strict=True))
+
+    assert differing() > 100, "its own seeds"
+    other.destroy()
+    file = lab.folder / "restored-tpm"
+    file.write_bytes(kept)
+    subprocess.run(["install", "-D", "-m", "600", file, target], check=True)  # as the output of a restore says
+    other.start()
+    with runs.take(runs.run(other)):
+        assert differing() < 20, "the emulator took it, and counts its own starts in it"
+
+
+@pytest.fixture
+def booting(lab, libvirt_uri):
+    """A VM that boots from files of the host."""
+    files = {}
+    for name in ("kernel", "initrd"):
+        files[name] = lab.folder / name
+    built = kernel.files()
+    shutil.copy(built.image, files["kernel"])
+    shutil.copy(built.initramfs, files["initrd"])
+    vm = lab.vm(["qcow2:8"], start=False)
+    direct = f"<kernel>{files['kernel']}</kernel><initrd>{files['initrd']}</initrd><cmdline>quiet a,b</cmdline>"
+    vm.change(("<boot dev='hd'/>", direct), (">65536<", ">196608<"))  # a kernel needs more memory
+    vm.start()
+    return vm, files
+
+
+def test_kernel_and_initrd_are_kept_and_named_by_the_restored_definition(booting, runs, hypervisor, lab):
+    vm, files = booting
+    with runs.take(runs.run(vm)) as taken:
+        kept = small_artifacts(taken)
+        assert {name: kept[name] for name in files} == {name: path.read_bytes() for name, path in files.items()}
+    boot = {name: lab.folder / f"restored-{name}" for name in files}
+    options = {"name": "again", "disks": {"vda": lab.folder / "vda"}, "nvram": None, "no_ip": False, "no_nic": False}
+    made = ElementTree.fromstring(hypervisor.definition(kept["vm.xml"], **options, boot=boot))
+    assert {name: made.findtext(f"os/{name}") for name in ("kernel", "initrd", "cmdline", "dtb")} == {
+        "kernel": str(boot["kernel"]),
+        "initrd": str(boot["initrd"]),
+        "cmdline": "quiet a,b",
+        "dtb": None,
+    }
+    none = ElementTree.fromstring(hypervisor.definition(kept["vm.xml"], **options))
+    assert [none.find(f"os/{name}") for name in ("kernel", "initrd", "cmdline")] == [None, None, None]
+
+
+def test_files_that_cannot_be_kept_are_named_with_the_reason(booting, runs):
+    vm, files = booting
+    with files["initrd"].open("ab") as file:
+        file.truncate(LIMIT + (1 << 20))
+    files["kernel"].unlink()
+    with runs.take(runs.run(vm)) as taken:
+        assert set(small_artifacts(taken)) == {"vm.xml"}
+        assert {left.id: left.reason for left in taken.prepared.left_out} == {
+            "kernel": f"{files['kernel']} is missing",
+            "initrd": f"{files['initrd']} has 65 MiB; files of up to 64 MiB are kept",
+        }
+    assert taken.prepared.left_out == runs.hypervisor.estimate(runs.run(vm)).left_out
+
+
+class Described:
+    """A VM that is a definition and nothing else."""
+
+    name = "described"
+    uuid = "00000000-0000-0000-0000-000000000001"
+
+    def __init__(self, xml: str, *, active: bool = True) -> None:
+        self._xml = f"<domain>{xml}</domain>"
+        self._active = active
+
+    def live_xml(self) -> str:
+        return self._xml
+
+    inactive_xml = live_xml
+
+    def is_active(self) -> bool:
+        return self._active
+
+
+@pytest.mark.parametrize(
+    ("xml", "left_out"),
+    [
+        ("<os><nvram type='block'><source dev='/dev/vg/nvram'/></nvram></os>", ("nvram", "do not lie in a file")),
+        ("<os><nvram format='qcow2'>/n</nvram></os>", ("nvram", "NVRAM /n has the format qcow2")),
+        ("<devices><tpm><backend type='passthrough'/></tpm></devices>", ("tpm", "(passthrough)")),
+        ("<devices><tpm><backend type='external'/></tpm></devices>", ("tpm", "(external)")),
+        (
+            "<devices><tpm><backend type='emulator'><source type='dir' path='/t'/></backend></tpm></devices>",
+            ("tpm", "a place of its own"),
+        ),
+        (
+            "<devices><tpm><backend type='emulator' version='2.0'/></tpm></devices>",
+            ("tpm", "tpm2-00.permall is missing"),
+        ),
+        ("<os><kernel>/bin/sh</kernel></os>", None),
+        ("<os><initrd>/proc</initrd></os>", ("initrd", "/proc cannot be read: Is a directory")),
+    ],
+)
+def test_what_is_left_out_and_why(xml, left_out):
+    _, found = vm_files(Described(xml), "qemu:///system")
+    assert len(found) == (left_out is not None)
+    if left_out:
+        assert found[0].id == left_out[0]
+        assert left_out[1] in found[0].reason
+
+
+def test_a_vm_that_was_never_started_has_none_of_it_yet():
+    xml = "<os><nvram>/nowhere/nvram</nvram></os><devices><tpm><backend type='emulator' version='1.2'/></tpm></devices>"
+    assert vm_files(Described(xml, active=False), "qemu:///session") == ((), ())
+    with pytest.raises(HypervisorError, match="NVRAM /nowhere/nvram is missing"):
+        vm_files(Described(xml), "qemu:///system")
+
+
+def test_a_file_that_is_replaced_while_it_is_read(tmp_path):
+    path = tmp_path / "nvram"
+    contents = iter([b"a", None, b"b", b"c", b"c"])
+
+    def next_contents(_seconds: float) -> None:
+        found = next(contents)
+        path.unlink(missing_ok=True)
+        if found is not None:
+            path.write_bytes(found)
+
+    next_contents(0)
+    assert read("web", VMFile("nvram", path), next_contents).data == b"c"
+    with pytest.raises(HypervisorError, match="keeps changing while it is read"):
+        read("web", VMFile("nvram", path), lambda _: path.write_bytes(path.read_bytes() + b"."))
