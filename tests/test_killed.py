@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import itertools
 import signal
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from lab.domain_xml import DiskSpec
-from lab.host import RUNNING, Host, wait_until
+from lab.host import RUNNING, Host, processes, wait_until
 
 MIB = 1 << 20
 
@@ -49,24 +50,47 @@ STEPS = {
     "the job has ended": "backupcore_libvirt.backup_job:end return",
     "scratch is being removed": "backupcore_libvirt.folder:RunFolder._remove call",
     "scratch is removed": "backupcore_libvirt.folder:RunFolder.remove return",
-    "a checkpoint is deleted": "backupcore_libvirt.checkpoint:delete return",
+    "checkpoints are tidied": "backupcore_libvirt.checkpoint:tidy return",
     "the guest is released": "backupcore_libvirt.plugin:Libvirt.postbackup return",
     "all is released": "backupcore.datastore:Datastore.postbackup return",
     "its folder is removed": "vmkeep.folders:_remove return",
 }
 """What it is called for people, and the step for `lab.kill_at`."""
 
+SUSPEND = {
+    "the freeze is noted": "backupcore_libvirt.freeze_record:write return",
+    "before the guest stands still": "backupcore_libvirt.connection:Domain.suspend call",
+    "the guest stands still": "backupcore_libvirt.connection:Domain.suspend return",
+    "the instant, at rest": "backupcore_libvirt.connection:Domain.begin_backup return",
+    "before the guest goes on": "backupcore_libvirt.connection:Domain.resume call",
+    "the guest goes on": "backupcore_libvirt.connection:Domain.resume return",
+    "the freeze is forgotten": "backupcore_libvirt.freeze_record:remove return",
+}
+"""Those of FS_FREEZE=SUSPEND."""
+
+OFF = {
+    "before changes are tracked": "backupcore_libvirt.stopped:add_bitmaps call",
+    "one disk is tracked": "backupcore_libvirt.stopped:_qemu_img return",
+    "changes are tracked": "backupcore_libvirt.stopped:add_bitmaps return",
+    "a disk is served": "backupcore_libvirt.qemu_nbd:QemuNbd.__enter__ return",
+    **{
+        name: step
+        for name, step in STEPS.items()
+        if "Domain." not in step and name not in ("the job has ended", "block status")
+    },
+}
+"""Those of a VM that is off."""
+
 QUICK = (
     "its folder is made",
-    "scratch is being made",
     "the instant",
     "between connect and GO",
     "reading",
     "in the record",
-    "recorded",
-    "the job is told to end",
     "scratch is removed",
 )
+QUICK_SUSPEND = ("the guest stands still", "the instant, at rest")
+QUICK_OFF = ("one disk is tracked", "a disk is served", "recorded")
 """One step of each kind of thing that can be left behind, for `make test`."""
 
 
@@ -85,6 +109,11 @@ def pairs(steps: Sequence[str]) -> list[Case]:
     return [Case(step, reset, recover) for step, (reset, recover) in zip(steps, values, strict=False)]
 
 
+def every(steps: Iterable[str]) -> list[Case]:
+    """Every step with every value of the others."""
+    return [Case(*values) for values in itertools.product(steps, (False, True), (True, False))]
+
+
 @pytest.fixture
 def host(make_vm, libvirt_uri: str, vm_folder: Path) -> Host:
     vm = make_vm([DiskSpec(target="vda", size=32 * MIB), DiskSpec(target="vdb", size=16 * MIB + 512)], label="killed")
@@ -95,22 +124,36 @@ def host(make_vm, libvirt_uri: str, vm_folder: Path) -> Host:
 
 def write(host: Host, number: int) -> None:
     """What tells this round's disks from every other's: data, zeroes, a discard, on both disks."""
-    host.vm.io(
-        "vda",
-        f"write -P {number % 250 + 1} {number % 30}M 512k",
-        f"write -z {(number + 7) % 30}M 256k",
-        f"discard {(number + 13) % 30}M 1M",
-    )
-    host.vm.io("vdb", f"write -P {number % 250 + 2} {number % 15}M 640k")
+    commands = {
+        "vda": [
+            f"write -P {number % 250 + 1} {number % 30}M 512k",
+            f"write -z {(number + 7) % 30}M 256k",
+            f"discard {(number + 13) % 30}M 1M",
+        ],
+        "vdb": [f"write -P {number % 250 + 2} {number % 15}M 640k"],
+    }
+    for disk, pieces in commands.items():
+        if host.vm.active:
+            host.vm.io(disk, *pieces)
+        else:
+            arguments = [argument for piece in pieces for argument in ("-c", piece)]
+            subprocess.run(
+                ["qemu-io", "-f", "qcow2", *arguments, str(host.vm.disk(disk))], check=True, capture_output=True
+            )
 
 
-def matrix(host: Host, cases: Sequence[Case]) -> None:
+def matrix(host: Host, steps: Mapping[str, str], cases: Sequence[Case]) -> None:
     truths: dict[str, dict[str, Path]] = {}
 
     def note(truth: dict[str, Path]) -> None:
         # A run that was killed may have been recorded before: it then holds the same bytes as the next.
         for one in host.recorded():
             truths.setdefault(one.point, truth)
+
+    def goes_on(case: Case) -> None:
+        if host.vm.active:
+            wait_until(lambda: host.vm.domain.state()[0] == RUNNING, f"the guest to run: {case}")
+            host.vm.io("vda", "read 0 4k")  # the guest's disk answers
 
     first = host.note_truth("first")
     host.backup()
@@ -119,10 +162,10 @@ def matrix(host: Host, cases: Sequence[Case]) -> None:
         write(host, number)
         truth = host.note_truth(str(number))
         before = len(host.recorded())
-        killed = host.run("backup", host.vm.name, *(["--reset"] if case.reset else []), at=STEPS[case.step])
+        killed = host.run("backup", host.vm.name, *(["--reset"] if case.reset else []), at=steps[case.step])
         assert killed.code == -signal.SIGKILL, f"{case}: the step was not reached: {killed.err}"
-        wait_until(lambda: host.vm.domain.state()[0] == RUNNING, f"the guest to run: {case}")
-        host.vm.io("vda", "read 0 4k")  # the guest's disk answers
+        wait_until(lambda: not processes(str(host.folder)), f"its children to end: {case}")
+        goes_on(case)
         note(truth)
         write(host, number + 100)
         truth = host.note_truth(f"{number}-next")
@@ -135,6 +178,7 @@ def matrix(host: Host, cases: Sequence[Case]) -> None:
         taken = host.backup()
         note(truth)
         assert host.left() == [], case
+        goes_on(case)
         assert len(host.recorded()) - before in (1, 2), case
         assert taken["type"] == "INCREMENT", f"{case}: {taken['reason']}"
     for one in host.recorded():
@@ -142,10 +186,33 @@ def matrix(host: Host, cases: Sequence[Case]) -> None:
 
 
 def test_killed_at_named_steps(host: Host):
-    matrix(host, pairs(QUICK))
+    matrix(host, STEPS, pairs(QUICK))
+
+
+def test_killed_while_the_guest_is_suspended(host: Host):
+    host.ask("vm", "updateconf", host.vm.name, "--fs-freeze", "SUSPEND")
+    matrix(host, SUSPEND, pairs(QUICK_SUSPEND))
+
+
+def test_killed_while_a_vm_that_is_off_is_read(host: Host):
+    host.vm.destroy()
+    matrix(host, OFF, pairs(QUICK_OFF))
+    host.vm.start()
+    assert host.backup()["type"] == "INCREMENT"
 
 
 @pytest.mark.soak
 def test_killed_at_every_step(host: Host):
-    combinations = itertools.product(STEPS, (False, True), (True, False))
-    matrix(host, [Case(*values) for values in combinations])
+    matrix(host, STEPS, every(STEPS))
+
+
+@pytest.mark.soak
+def test_killed_at_every_step_of_a_suspension(host: Host):
+    host.ask("vm", "updateconf", host.vm.name, "--fs-freeze", "SUSPEND")
+    matrix(host, SUSPEND, every(SUSPEND))
+
+
+@pytest.mark.soak
+def test_killed_at_every_step_with_the_vm_off(host: Host):
+    host.vm.destroy()
+    matrix(host, OFF, every(OFF))
