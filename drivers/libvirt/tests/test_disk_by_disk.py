@@ -94,8 +94,9 @@ def test_a_disk_that_was_shrunk_is_taken_whole_and_then_goes_on(lab, chains):
     chains.check()
 
 
-@pytest.mark.parametrize("running", [True, False])
-@pytest.mark.parametrize("end", ["rewritten", "left alone", "grown further"])
+@pytest.mark.parametrize(
+    ("running", "end"), [(True, "rewritten"), (False, "rewritten"), (False, "left alone"), (True, "grown further")]
+)
 def test_a_disk_that_was_shrunk_and_grown_again_is_taken_whole(running, end, lab, chains):
     vm = lab.vm(["qcow2:16", "qcow2:16"], start=running)
     for disk in ("vda", "vdb"):
@@ -122,7 +123,7 @@ def test_a_disk_whose_end_is_discarded_or_rewritten_is_not_taken_for_one_that_wa
     vm = lab.vm(["qcow2:16"])
     vm.write("vda", "write -P 0x11 0 16M")
     chains.backup(vm)
-    for command in ("discard 8M 8M", "write -z 4M 4M", "write -P 0x12 12M 1M", "discard 13M 1M", "discard 0 16M"):
+    for command in ("discard 8M 8M", "write -P 0x12 12M 1M", "discard 0 16M"):
         vm.write("vda", command)
         assert whole(chains.backup(vm)) == {}
     vm.write("vda", "write -P 0x13 3M 64k")

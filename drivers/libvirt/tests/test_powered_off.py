@@ -113,6 +113,12 @@ def test_backing_chains_of_a_vm_that_is_off(lab, chains, runs):
     with pytest.raises(UnsupportedOperation, match="does not say which format its backing file") as refused:
         chains.hypervisor.estimate(chains.plan(vm))
     assert "qemu-img rebase -u -F FORMAT" in refused.value.hint
+    top.unlink()
+    data = top.with_name("data")
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={data},data_file_raw=on", top, "8M"]
+    subprocess.run(command, check=True)
+    with pytest.raises(UnsupportedOperation, match="keeps its data in another file"):
+        chains.hypervisor.estimate(chains.plan(vm))
 
 
 def test_no_bitmap_stays_where_one_disk_cannot_get_it(lab, runs, monkeypatch):

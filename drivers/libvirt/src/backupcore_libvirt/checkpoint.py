@@ -100,6 +100,9 @@ def since(domain: Domain, parent: Link, disks: Sequence[SourceDisk], opened: Map
 def _why_whole(disk: SourceDisk, node: Node, name: str, path: str, size: int) -> str:  # noqa: PLR0911 - one return a rule
     if disk.format == "raw":
         return "raw: changed blocks are tracked in qcow2 only"
+    if path and path != disk.path:
+        # Another image under the same target, two disks swapped, or an overlay: its bitmap counts other changes.
+        return f"it is now {disk.path}, at the last backup it was {path}"
     if node.virtual_size < size:
         # Its bitmap looks healthy, but what lay behind the cut is stale.
         return f"it has shrunk from {size} to {node.virtual_size} bytes"
@@ -112,9 +115,6 @@ def _why_whole(disk: SourceDisk, node: Node, name: str, path: str, size: int) ->
         return "the bitmap of the last backup is not recording"
     if not path:
         return "which image it was at the last backup is not known any more"
-    if path != disk.path:
-        # Another image under the same target, two disks swapped, or an overlay: its bitmap counts other changes.
-        return f"it is now {disk.path}, at the last backup it was {path}"
     return ""
 
 

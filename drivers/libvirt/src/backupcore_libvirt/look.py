@@ -15,7 +15,7 @@ from backupcore_libvirt.disks import DiskChoice, Node, SourceDisk, located, node
 from backupcore_libvirt.folder import Owner, RunFolder, check_scratch, require_room, scratch_room
 from backupcore_libvirt.freeze import Freeze, plan
 from backupcore_libvirt.owner import qemu_owner
-from backupcore_libvirt.stopped import stopped_nodes
+from backupcore_libvirt.stopped import check_backing, stopped_nodes
 from backupcore_libvirt.versions import require, require_stopped
 from backupcore_libvirt.vm_files import VMFile, vm_files
 
@@ -64,6 +64,8 @@ def look(connection: Connection, domain: Domain, run: BackupRun, scratch: Path) 
     disks = tuple(disk for disk in every if not disk.left_out)
     _refuse(domain, every, disks, choice, live=live)
     opened = nodes(domain, disks) if live else stopped_nodes(domain.name, disks)
+    if not live:
+        check_backing(domain.name, disks)
     snapshots = _snapshots(domain, opened)
     if snapshots and run.parent is not None:
         raise IncrementImpossible(

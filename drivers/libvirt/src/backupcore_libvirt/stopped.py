@@ -14,7 +14,7 @@ from backupcore.errors import BackupError, Busy, HypervisorError, NotFound, Unsu
 from backupcore_libvirt.disks import Bitmap, Node, SourceDisk
 from backupcore_libvirt.qemu_nbd import image_options, is_locked
 
-__all__ = ["add_bitmaps", "remove_bitmap", "stopped_nodes"]
+__all__ = ["add_bitmaps", "check_backing", "remove_bitmap", "stopped_nodes"]
 
 LOCK_LIMIT = 5.0
 """Seconds to wait for a lock: a QEMU that ends holds its own for a moment."""
@@ -32,8 +32,7 @@ def stopped_nodes(vm: str, disks: Sequence[SourceDisk]) -> dict[str, Node]:
                 f"VM {vm} is off, and the file of disk {disk.id} ({disk.kind} {disk.path}) is not known",
                 "Start the VM: then libvirt tells it.",
             )
-        info: dict[str, Any] = json.loads(_qemu_img("info", "--output=json", disk=disk))
-        _check_backing(vm, disk, info)
+        info = _info(disk)
         special: dict[str, Any] = info.get("format-specific", {}).get("data", {})
         found[disk.id] = Node(
             name="",
@@ -48,28 +47,36 @@ def stopped_nodes(vm: str, disks: Sequence[SourceDisk]) -> dict[str, Node]:
     return found
 
 
-def _check_backing(vm: str, disk: SourceDisk, top: dict[str, Any]) -> None:
-    """That every file below the top is a local one of a recorded format.
+def check_backing(vm: str, disks: Sequence[SourceDisk]) -> None:
+    """That every file below the top of these disks is a local one of a recorded format. UnsupportedOperation.
 
     QEMU would guess it from the contents, and a guest that once wrote to that file as to a raw disk could have made it
-    look like an image which has a file of the host below.
+    look like an image which has a file of the host below. Nor may an image keep its data in another file: it could be
+    one that is closed to the VM's own QEMU, and we may be root.
     """
-    image, info = disk, top
-    while "backing-filename" in info:
-        below = str(info.get("full-backing-filename", info["backing-filename"]))
-        shape = info.get("backing-filename-format")
-        if shape not in ("qcow2", "raw"):
-            raise UnsupportedOperation(
-                f"VM {vm}: disk {disk.id}: {image.path} does not say which format its backing file {below} has",
-                f"With the VM off: qemu-img rebase -u -F FORMAT -b {below} {image.path}; or back it up while it runs.",
-            )
-        if not below.startswith("/"):
-            raise UnsupportedOperation(
-                f"VM {vm} is off, and the backing file of disk {disk.id} is no local file ({below})",
-                "Start the VM: it can be backed up while it runs.",
-            )
-        image = replace(image, path=below, format=shape)
-        info = json.loads(_qemu_img("info", "--output=json", disk=image))
+    for disk in disks:
+        image, info = disk, _info(disk)
+        while True:
+            if "data-file" in info.get("format-specific", {}).get("data", {}):
+                raise UnsupportedOperation(
+                    f"VM {vm} is off, and {image.path} (disk {disk.id}) keeps its data in another file: not read"
+                )
+            if "backing-filename" not in info:
+                break
+            below = str(info.get("full-backing-filename", info["backing-filename"]))
+            shape = info.get("backing-filename-format")
+            if shape not in ("qcow2", "raw"):
+                raise UnsupportedOperation(
+                    f"VM {vm}: disk {disk.id}: {image.path} does not say which format its backing file {below} has",
+                    f"Now that it is off: qemu-img rebase -u -F FORMAT -b {below} {image.path}; or start it first.",
+                )
+            if not below.startswith("/"):
+                raise UnsupportedOperation(
+                    f"VM {vm} is off, and the backing file of disk {disk.id} is no local file ({below})",
+                    "Start the VM: it can be backed up while it runs.",
+                )
+            image = replace(image, path=below, format=shape)
+            info = _info(image)
 
 
 def add_bitmaps(disks: Sequence[SourceDisk], name: str) -> None:
@@ -97,13 +104,21 @@ def remove_bitmap(disk: SourceDisk, name: str) -> None:
             raise
 
 
+def _info(disk: SourceDisk) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(_qemu_img("info", "--output=json", disk=disk))
+    return found
+
+
 def _qemu_img(command: str, *options: str, disk: SourceDisk, more: Sequence[str] = ()) -> str:
     what = f"disk {disk.id} ({disk.path}): qemu-img {command}"
     deadline = time.monotonic() + LOCK_LIMIT
     while True:
         try:
             call = ["qemu-img", command, *options, "--image-opts", image_options(disk.path, disk.format), *more]
-            done = subprocess.run(call, capture_output=True, text=True, errors="replace", check=False)
+            # In a session of its own: a Ctrl-C on our terminal must not end it in the middle of a change.
+            done = subprocess.run(
+                call, capture_output=True, text=True, errors="replace", check=False, start_new_session=True
+            )
         except OSError as error:
             if error.filename == "qemu-img":
                 raise HypervisorError("qemu-img is not installed", "Debian, Ubuntu: qemu-utils.") from error
