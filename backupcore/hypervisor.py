@@ -83,9 +83,9 @@ class Hypervisor(Protocol):
         """What `prebackup` would take for this run, raising what it would raise, and touching nothing."""
 
     def forget(self, vm: VM) -> Sequence[str]:
-        """Delete every checkpoint that backupcore made on this VM, with its bitmaps; their names. The next backup of
+        """Remove what backupcore made on this VM to tell changes: checkpoints, bitmaps, overlays; their names.
 
-        each of its chains is then a full.
+        The next backup of each of its chains is then a full.
         """
 
     def settings(self, vm: VM) -> Mapping[str, str]:

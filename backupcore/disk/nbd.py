@@ -32,6 +32,7 @@ from backupcore.errors import HypervisorError
 
 __all__ = [
     "ALLOCATION",
+    "DEPTH",
     "Address",
     "Client",
     "ConnectionLost",
@@ -42,10 +43,14 @@ __all__ = [
     "allocation",
     "changes",
     "dirty",
+    "held",
 ]
 
 ALLOCATION = "base:allocation"
 """The metadata context that tells holes and zeros from data."""
+
+DEPTH = "qemu:allocation-depth"
+"""The metadata context that tells which image of a chain holds a block: 0 none, 1 the top one, 2 the one below it."""
 
 _STATE_ZERO = 2  # of base:allocation; NBD_STATE_HOLE (1) alone promises nothing about what a read gives
 _STATE_DIRTY = 1  # of qemu:dirty-bitmap:*
@@ -813,6 +818,19 @@ def dirty(client: Client, context: str, offset: int, length: int) -> Iterator[tu
         if flags & _STATE_DIRTY
     )
     return ((extent.offset, extent.length) for extent in coalesce(marked))
+
+
+def held(client: Client, context: str, offset: int, length: int, *, most: int) -> Iterator[tuple[int, int]]:
+    """The (offset, length) of what one of the `most` topmost images of a chain holds, by `context` (`DEPTH`), joined.
+
+    A block that such an image holds as zeros counts: it hides what lies below.
+    """
+    within = (
+        Extent(start, size, Kind.DATA)
+        for start, size, depth in _flags(client, context, offset, length)
+        if 1 <= depth <= most
+    )
+    return ((extent.offset, extent.length) for extent in coalesce(within))
 
 
 def changes(client: Client, context: str, offset: int, length: int) -> Iterator[Extent]:

@@ -172,16 +172,6 @@ def test_settings_come_from_the_vm_then_from_the_defaults(site):
     assert site.run("backup", "web1", "--json").json["image"] == 3
 
 
-@pytest.mark.parametrize(("key", "value"), [("increment_mode", "SNAPSHOT")])
-def test_what_is_not_supported_is_refused_by_name(site, key, value):
-    site.configure(extra=f'[defaults]\n{key} = "{value}"')
-    for more in ((), ("--dry-run",)):
-        told = site.run("backup", "web1", *more)
-        assert told.code == 9
-        assert told.err.startswith(f"vmkeep: VM web1: {key.upper()}={value} is not supported by this version")
-    assert not list(site.store.iterdir())
-
-
 def test_the_datastore_must_be_named_where_there_are_several(site):
     two = "".join(f'[datastores.{name}]\ndriver = "files"\npath = "{site.store}"\n' for name in ("nas", "cloud"))
     site.configure(datastores=two)

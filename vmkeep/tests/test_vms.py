@@ -35,7 +35,7 @@ def test_forget_removes_the_checkpoints_and_the_next_backup_is_a_full(site):
     site.run("backup", "web1")
     (point,) = site.guest(WEB).checkpoints
     told = site.run("vm", "forget", "web1")
-    assert told.out == f"VM web1: checkpoints removed: 1\n  {point}\n"
+    assert told.out == f"VM web1: checkpoints and overlays removed: 1\n  {point}\n"
     assert site.guest(WEB).checkpoints == {}
     assert site.run("vm", "forget", "web1", "--json").json["removed"] == []
     assert site.run("backup", "web1", "--json").json["type"] == "FULL"
@@ -79,7 +79,6 @@ def test_updateconf_stores_shows_and_says_what_is_not_applied(site):
         ("--freeze-timeout", "0", 2, "1<=x<=600"),
         ("--exclude-disks", "vda,vdz,vdy", 2, "VM db1 has no disk vdz, vdy, which EXCLUDE_DISKS would name"),
         ("--volatile-disks", "../vda", 2, "VOLATILE_DISKS must be a list of disks (vdb,vdc)"),
-        ("--increment-mode", "SNAPSHOT", 9, "VM db1: INCREMENT_MODE=SNAPSHOT is not supported"),
     ],
 )
 def test_updateconf_refuses(site, option, value, code, said):

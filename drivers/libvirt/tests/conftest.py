@@ -240,6 +240,36 @@ def small(_shared: SmallVM) -> Iterator[SmallVM]:
         _shared.domain.resume()
 
 
+def _counting_guest() -> bytes:
+    """A boot sector that counts, and writes each number to the first disk, then to the second, for ever."""
+    code = bytes.fromhex(
+        "31c0 8ed8"  # xor ax,ax; mov ds,ax
+        "66ff 06 0080"  # again: inc dword [8000h]
+        "be307c b443 30c0 b280 cd13"  # mov si,packet; mov ah,43h (write); xor al,al; mov dl,80h; int 13h
+        "be307c b443 30c0 b281 cd13 ebe3"  # the same with dl,81h; jmp again
+    )
+    packet = bytes.fromhex("1000 0100 0080 0000 0008000000000000")  # size, 1 sector, from 0000:8000, to sector 2048
+    return code.ljust(0x30, b"\0") + packet.ljust(510 - 0x30, b"\0") + b"\x55\xaa"
+
+
+@pytest.fixture
+def counting_vm(lab: Lab, tmp_path: Path) -> Callable[..., SmallVM]:
+    """Starts a VM whose guest writes a number to vda, then to vdb, for ever: at sector 2048, ever higher ones."""
+
+    def start(shape: str = "qcow2") -> SmallVM:
+        boot = tmp_path / "boot.raw"
+        boot.write_bytes(_counting_guest().ljust(MiB, b"\0"))
+        vm = lab.vm([f"{shape}:4", f"{shape}:4"], content=boot, start=False)
+        # SeaBIOS shows a guest only the disks that it may boot from.
+        targets = [f"<target dev='{disk}' bus='virtio'/>" for disk in ("vda", "vdb")]
+        orders = [(target, f"{target}<boot order='{order}'/>") for order, target in enumerate(targets, 1)]
+        vm.change(("<boot dev='hd'/>", ""), *orders)
+        vm.start()
+        return vm
+
+    return start
+
+
 class AgentGuest(SmallVM):
     """A Linux that writes to an ext4 on vda, with QEMU's guest agent."""
 

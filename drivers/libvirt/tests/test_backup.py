@@ -69,27 +69,8 @@ def test_full_and_increments_equal_what_the_disks_held_at_one_instant(lab, runs,
     assert sum(e.length for e in layout.extents() if e.kind is Kind.DATA) <= MiB + 5 * 65536
 
 
-def counting_guest() -> bytes:
-    """A boot sector that counts, and writes each number to the first disk, then to the second, for ever."""
-    code = bytes.fromhex(
-        "31c0 8ed8"  # xor ax,ax; mov ds,ax
-        "66ff 06 0080"  # again: inc dword [8000h]
-        "be307c b443 30c0 b280 cd13"  # mov si,packet; mov ah,43h (write); xor al,al; mov dl,80h; int 13h
-        "be307c b443 30c0 b281 cd13 ebe3"  # the same with dl,81h; jmp again
-    )
-    packet = bytes.fromhex("1000 0100 0080 0000 0008000000000000")  # size, 1 sector, from 0000:8000, to sector 2048
-    return code.ljust(0x30, b"\0") + packet.ljust(510 - 0x30, b"\0") + b"\x55\xaa"
-
-
-def test_all_disks_show_one_instant_of_a_guest_that_writes(lab, runs, restored, tmp_path, wait_for):
-    boot = tmp_path / "boot.raw"
-    boot.write_bytes(counting_guest().ljust(MiB, b"\0"))
-    vm = lab.vm(["qcow2:4", "qcow2:4"], content=boot, start=False)
-    # SeaBIOS shows a guest only the disks that it may boot from.
-    targets = [f"<target dev='{disk}' bus='virtio'/>" for disk in ("vda", "vdb")]
-    orders = [(target, f"{target}<boot order='{order}'/>") for order, target in enumerate(targets, 1)]
-    vm.change(("<boot dev='hd'/>", ""), *orders)
-    vm.start()
+def test_all_disks_show_one_instant_of_a_guest_that_writes(counting_vm, runs, restored, tmp_path, wait_for):
+    vm = counting_vm()
     parent, layers, seen = None, [], 0
     for number in range(4):
         before = vm.domain.blockStats("vdb")[2]

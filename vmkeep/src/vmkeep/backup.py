@@ -45,9 +45,7 @@ class Planned:
 
 def _settings(place: Workplace, found: VMState) -> dict[str, str]:
     own = place.hypervisor.settings(found.vm)
-    chosen = settings.effective(own, place.config.defaults, found.vm.name)
-    settings.require_supported(chosen, found.vm.name)
-    return chosen
+    return settings.effective(own, place.config.defaults, found.vm.name)
 
 
 def _run(

@@ -1,4 +1,4 @@
-"""What one VM's backups should be like: the settings, their legal values, and which of them this version can do.
+"""What one VM's backups should be like: the settings and their legal values.
 
 The VM's own settings lie in its libvirt metadata (`Hypervisor.settings`); what it leaves unsaid comes from
 ``[defaults]`` of the configuration, then from `BUILT_IN`. All values are strings, as the metadata hold them.
@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from backupcore.errors import ConfigError, UnsupportedOperation
+from backupcore.errors import ConfigError
 
-__all__ = ["BUILT_IN", "DISK_LISTS", "LEGAL", "NUMBERS", "disk_list", "effective", "require_supported", "validate"]
+__all__ = ["BUILT_IN", "DISK_LISTS", "LEGAL", "NUMBERS", "disk_list", "effective", "validate"]
 
 LEGAL: Mapping[str, tuple[str, ...]] = {
     "MODE": ("FULL", "INCREMENT"),
@@ -44,8 +44,6 @@ BUILT_IN: Mapping[str, str] = {
     "ENCRYPTED_DISKS": "REFUSE",
 }
 
-_SUPPORTED = {"INCREMENT_MODE": ("CBT",)}
-
 
 def disk_list(value: str) -> list[str]:
     """The disk IDs of a setting that lists some."""
@@ -77,15 +75,3 @@ def effective(own: Mapping[str, str], defaults: Mapping[str, str], vm: str) -> d
     """The settings that count for `vm`: its own over the defaults over the built-in ones, all checked."""
     validate(own, f"VM {vm}")
     return {**BUILT_IN, **defaults, **own}
-
-
-def require_supported(settings: Mapping[str, str], vm: str) -> None:
-    """UnsupportedOperation, naming the setting and the VM, for what this version cannot do yet."""
-    for key, able in _SUPPORTED.items():
-        value = settings.get(key, able[0])
-        if value not in able:
-            option = key.lower().replace("_", "-")
-            raise UnsupportedOperation(
-                f"VM {vm}: {key}={value} is not supported by this version",
-                f"Choose what is: vmkeep vm updateconf {vm} --{option} {able[0]}",
-            )

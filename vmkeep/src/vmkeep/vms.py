@@ -57,7 +57,7 @@ def detail(place: Workplace, vm: str) -> Detail:
 
 
 def forget(place: Workplace, vm: str) -> tuple[VMState, Sequence[str]]:
-    """Remove every checkpoint and bitmap that backups made on a VM; their names. Busy while it is being backed up.
+    """Remove every checkpoint, bitmap and overlay of a VM's backups; their names. Busy while it is being backed up.
 
     The next backup of each of its chains is then a full in a new image.
     """
@@ -69,12 +69,10 @@ def forget(place: Workplace, vm: str) -> tuple[VMState, Sequence[str]]:
 def configure(place: Workplace, vm: str, changes: Mapping[str, str]) -> Detail:
     """Change some of a VM's own settings, and return what counts now.
 
-    ConfigError for a value that is not legal, or a disk that the VM has not; UnsupportedOperation for what this version
-    cannot do.
+    ConfigError for a value that is not legal, or a disk that the VM has not.
     """
     found = place.hypervisor.find(vm)
     settings.validate(changes, f"VM {found.vm.name}")
-    settings.require_supported(changes, found.vm.name)
     _require_disks(found, changes)
     if changes:
         place.hypervisor.configure(found.vm, {**place.hypervisor.settings(found.vm), **changes})

@@ -28,6 +28,7 @@ __all__ = [
     "checkpoint_xml",
     "delete",
     "forget",
+    "is_ours",
     "make_known",
     "ours",
     "since",
@@ -40,6 +41,11 @@ _OURS = re.compile(r"backupcore-[0-9a-f]{32}")
 def checkpoint_name(point: str) -> str:
     """The checkpoint of a point; bitmaps have its name too."""
     return f"backupcore-{point}"
+
+
+def is_ours(name: str) -> bool:
+    """Whether a checkpoint or bitmap of this name was made by backupcore."""
+    return _OURS.fullmatch(name) is not None
 
 
 def checkpoint_xml(point: str, vm_disks: Sequence[str], tracked: Collection[str]) -> str | None:

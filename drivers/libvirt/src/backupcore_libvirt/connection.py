@@ -24,10 +24,13 @@ from backupcore.errors import (
 )
 
 __all__ = [
+    "ACTIVE_COMMIT",
     "AGENT_UNRESPONSIVE",
     "BACKUP",
     "CHECKPOINT_INCONSISTENT",
+    "COMMIT",
     "IO_ERROR",
+    "NOT_READY",
     "NO_CHECKPOINT",
     "NO_JOB",
     "OFF",
@@ -53,6 +56,9 @@ AGENT_UNRESPONSIVE: int = libvirt.VIR_ERR_AGENT_UNRESPONSIVE
 BACKUP: int = libvirt.VIR_DOMAIN_JOB_OPERATION_BACKUP
 CHECKPOINT_INCONSISTENT: int = libvirt.VIR_ERR_CHECKPOINT_INCONSISTENT
 NO_CHECKPOINT: int = libvirt.VIR_ERR_NO_DOMAIN_CHECKPOINT
+COMMIT: int = libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COMMIT
+ACTIVE_COMMIT: int = libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT
+NOT_READY: int = libvirt.VIR_ERR_BLOCK_COPY_ACTIVE
 NO_JOB: int = libvirt.VIR_ERR_NO_DOMAIN_BACKUP
 
 START_HINT = (
@@ -276,6 +282,48 @@ class Domain:
         """Whether a block job (commit, copy, pull) works on the disk."""
         with self._calling(f"block job of {disk}"):
             return bool(self._domain.blockJobInfo(disk, 0))
+
+    def block_job_progress(self, disk: str) -> tuple[int, int, int]:
+        """(virDomainBlockJobType, bytes done, bytes in all) of the block job on the disk; zeros if there is none."""
+        with self._calling(f"block job of {disk}"):
+            found = self._domain.blockJobInfo(disk, 0)
+            return (int(found["type"]), int(found["cur"]), int(found["end"])) if found else (0, 0, 0)
+
+    def begin_commit(self, disk: str, base: str, top: str | None) -> None:
+        """Begin to write `top` (None: the file that the VM writes to) and what lies between into `base`.
+
+        libvirt removes the files that are spent then. With `top` None it ends only when `pivot` is called.
+        """
+        flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_DELETE
+        if top is None:
+            flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE
+        with self._calling(f"commit disk {disk} into {base}"):
+            self._domain.blockCommit(disk, base, top, 0, flags)
+
+    def pivot(self, disk: str) -> None:
+        """End a commit of the file that the VM writes to: from now on it writes to the base."""
+        with self._calling(f"end the commit of disk {disk}"):
+            self._domain.blockJobAbort(disk, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
+
+    def give_up_block_job(self, disk: str) -> None:
+        """End a block job without its result; the disk stays as it is."""
+        with self._calling(f"give up the block job of disk {disk}"):
+            self._domain.blockJobAbort(disk, 0)
+
+    def snapshot(self, xml: str) -> None:
+        """Put a new file on disks, all at one instant or none; libvirt keeps no record of it."""
+        flags = (
+            libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
+            | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
+            | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
+        )
+        with self._calling("put overlays on the disks"):
+            self._domain.snapshotCreateXML(xml, flags)
+
+    def redefine_disk(self, xml: str) -> None:
+        """Replace one disk, found by its target, in the definition of the next start."""
+        with self._calling("change the stored definition of a disk"):
+            self._domain.updateDeviceFlags(xml, libvirt.VIR_DOMAIN_AFFECT_CONFIG)
 
     def block_sizes(self, disk: str) -> tuple[int, int]:
         """(virtual size, bytes allocated) of a disk."""

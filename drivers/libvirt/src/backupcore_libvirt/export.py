@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from backupcore.disk.extents import CLUSTER, Kind, intersect, to_clusters
-from backupcore.disk.nbd import ALLOCATION, Address, Client, allocation, dirty
+from backupcore.disk.nbd import ALLOCATION, DEPTH, Address, Client, allocation, dirty, held
 from backupcore.disk.qcow2 import DiskArtifact, Layout
 
 __all__ = ["Export", "artifact"]
@@ -16,16 +17,30 @@ _NEAR = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """Where one disk of a run can be read, and the bitmap that tells what changed there; None for the whole disk."""
+    """Where one disk of a run can be read, and what tells the changes there: a bitmap, or how many files of a chain
+
+    hold them, from the top. Neither for the whole disk.
+    """
 
     address: Address
     bitmap: str | None
+    depth: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of the disk is taken."""
+        return self.bitmap is None and not self.depth
 
 
 def artifact(disk: str, export: Export) -> DiskArtifact:
     """The artifact of a disk: every block that holds data, or every block that changed. No connection stays open."""
     address = export.address
-    layout = _changed(address, export.bitmap) if export.bitmap else _allocated(address)
+    if export.whole:
+        layout = _allocated(address)
+    elif export.bitmap:
+        layout = _changed(address, f"qemu:dirty-bitmap:{export.bitmap}", dirty)
+    else:
+        layout = _changed(address, DEPTH, partial(held, most=export.depth))
     return DiskArtifact(f"disk.{disk}.qcow2", layout, address)
 
 
@@ -36,12 +51,13 @@ def _allocated(address: Address) -> Layout:
         return Layout(size, to_clusters(held, size))
 
 
-def _changed(address: Address, bitmap: str) -> Layout:
+def _changed(
+    address: Address, context: str, told: Callable[[Client, str, int, int], Iterable[tuple[int, int]]]
+) -> Layout:
     # Two connections: one that shows both contexts would make QEMU look up the allocation of the whole disk as well.
-    context = f"qemu:dirty-bitmap:{bitmap}"
     with Client(address, [context]) as client:
         size = client.size
-        ranges = list(_rounded(dirty(client, context, 0, size), size))
+        ranges = list(_rounded(told(client, context, 0, size), size))
     with Client(address, [ALLOCATION]) as client:
         extents = (extent for offset, length in _joined(ranges) for extent in allocation(client, offset, length))
         return Layout(size, to_clusters(intersect(extents, ranges), size))

@@ -16,6 +16,7 @@ from backupcore.errors import Busy, HypervisorError, IntegrityError, NotFound, U
 from backupcore.hypervisor import DiskFile
 from backupcore_libvirt.connection import OFF, Connection, Domain
 from backupcore_libvirt.disks import source_disks
+from backupcore_libvirt.overlay import any_overlay
 from backupcore_libvirt.xml import parse
 
 __all__ = ["fit", "require_replaceable"]
@@ -30,6 +31,11 @@ def require_replaceable(connection: Connection, domain: Domain, disks: Sequence[
         raise UnsupportedOperation(
             f"VM {domain.name} has snapshots ({', '.join(names):.200}), which belong to the disks that it has now",
             f"Delete them: virsh snapshot-delete {domain.name} SNAPSHOT; or restore to new files with --to.",
+        )
+    if any_overlay(domain):
+        raise UnsupportedOperation(
+            f"VM {domain.name} writes to overlays (INCREMENT_MODE=SNAPSHOT), which lie on the disks that it has now",
+            f"Bring it back to plain disks with 'vmkeep vm forget {domain.name}', then run it again.",
         )
     definition = domain.inactive_xml()
     known = {disk.id: disk for disk in source_disks(definition)}

@@ -27,8 +27,9 @@ from backupcore.model import (
     Estimate,
     Outcome,
     Prepared,
+    new_id,
 )
-from backupcore_libvirt import __version__, checkpoint, freeze_record
+from backupcore_libvirt import __version__, checkpoint, freeze_record, overlay_run
 from backupcore_libvirt.backup_job import backup_xml, end, left_behind
 from backupcore_libvirt.checkpoint import checkpoint_xml, make_known
 from backupcore_libvirt.connection import (
@@ -54,6 +55,7 @@ from backupcore_libvirt.freeze import DEAD_LIMIT, frozen, release
 from backupcore_libvirt.hold import hold, live_exports
 from backupcore_libvirt.in_place import fit, require_replaceable
 from backupcore_libvirt.look import Look, look
+from backupcore_libvirt.overlay_plan import plan, without_bitmaps
 from backupcore_libvirt.qemu_nbd import end_stray
 from backupcore_libvirt.recovery import clear, recover
 from backupcore_libvirt.scratch_watch import ScratchWatch, watch
@@ -92,22 +94,31 @@ class Libvirt:
         connection = ctx.stack.enter_context(Connection(self.uri))
         domain = connection.domain(run.vm.uuid)
         clear(domain, self.scratch, ctx)
-        seen = look(connection, domain, run, self.scratch)
+        folder = RunFolder(self.scratch, run.id)
+        overlay_run.prepare(connection, domain, run, folder, ctx)
+        seen = look(connection, domain, without_bitmaps(run), self.scratch)
         for remark in seen.remarks:
             ctx.log.warning(remark)
-        folder = RunFolder(self.scratch, run.id)
+        overlays = plan(domain, run, seen.disks)
         lock = folder.make(seen.owner, domain.uuid)
         ctx.stack.callback(os.close, lock)
         ctx.check()
-        if seen.live and seen.since:
+        if overlays:
+            seen = replace(seen, since=overlays.since)
+            overlay_run.clear(domain, live=seen.live)
+        elif seen.live and seen.since:
             make_known(domain, seen.since, seen.all_disks)
         with frozen(self.uri, domain, folder, seen.freeze, ctx) as held:
-            if seen.live:
+            if overlays:
+                date = overlay_run.begin(domain, run, overlays, seen.all_disks)
+            elif seen.live:
                 date = _begin(domain, run, folder, seen)
                 exports = live_exports(folder, seen)
             else:
                 date, exports = hold(run, folder, seen, ctx)
-        if seen.live:
+        if overlays:
+            exports = overlay_run.serve(domain, run, overlays, live=seen.live, folder=folder, ctx=ctx)
+        elif seen.live:
             scratch_watch = ScratchWatch(self.uri, domain.uuid, domain.name, folder, ctx)
             ctx.stack.callback(scratch_watch.stop)
             scratch_watch.start()
@@ -192,14 +203,17 @@ class Libvirt:
         with Connection(self.uri) as connection:
             domain = connection.domain(run.vm.uuid)
             left_behind(domain, self.scratch)
-            seen = look(connection, domain, run, self.scratch)
-            disks = tuple(_estimated(domain, disk, seen) for disk in seen.disks)
+            seen = look(connection, domain, without_bitmaps(run), self.scratch)
+            overlays = plan(domain, run, seen.disks)
+            disks = overlays.estimate() if overlays else tuple(_estimated(domain, disk, seen) for disk in seen.disks)
         return Estimate(disks=disks, left_out=seen.left_out)
 
     def forget(self, vm: VM) -> Sequence[str]:
-        """Delete every checkpoint and bitmap that backupcore made on this VM, and return their names."""
+        """Delete every checkpoint, bitmap and overlay that backupcore made on this VM, and return their names."""
         with Connection(self.uri) as connection:
-            return checkpoint.forget(connection.domain(vm.uuid))
+            domain = connection.domain(vm.uuid)
+            overlays = overlay_run.forget(connection, domain, RunFolder(self.scratch, new_id()))
+            return [*checkpoint.forget(domain), *overlays]
 
     def settings(self, vm: VM) -> Mapping[str, str]:
         """The VM's backup configuration out of its own metadata: upper-case keys (``MODE``) and their values."""
@@ -293,22 +307,28 @@ def _release(connection: Connection, run: BackupRun, outcome: Outcome, folder: R
         domain = connection.domain(run.vm.uuid)
     except NotFound:
         domain = None  # a transient VM that has ended, or one that was undefined: nothing of it is held
-    at_rest: BackupError | None = None
+    problems: list[BackupError] = []
+    resting = False
     if domain is None:
         freeze_record.remove(folder)
     else:
         try:
             release(domain, folder, DEAD_LIMIT)
         except BackupError as error:  # the rest can go all the same
-            at_rest = error
+            problems.append(error)
+            resting = True
         end(domain, folder)
-    strange = [name for name in folder.remove() if at_rest is None or name != "freeze"]
+        try:
+            overlay_run.settle(connection, domain, run, outcome, folder=folder, ctx=ctx)
+        except BackupError as error:  # the next run merges what stays
+            problems.append(error)
+    strange = [name for name in folder.remove() if not resting or name != "freeze"]
     if strange:
         ctx.log.warning("%s holds what no run puts there, and stays: %s", folder.path, ", ".join(strange))
     if domain is not None:
         checkpoint.tidy(domain, run, outcome)
-    if at_rest is not None:
-        raise at_rest
+    if problems:
+        raise problems[0]
 
 
 def _taken(disk: SourceDisk, export: Export, seen: Look, run: BackupRun) -> tuple[DiskArtifact, Disk]:
@@ -319,7 +339,7 @@ def _taken(disk: SourceDisk, export: Export, seen: Look, run: BackupRun) -> tupl
     if export.bitmap is not None and was_cut(export.address, found.layout, held):
         export, reason = replace(export, bitmap=None), CUT
         found = artifact(disk.id, export)
-    whole = export.bitmap is None
+    whole = export.whole
     return found, Disk(
         id=disk.id,
         artifact=found.name,

@@ -8,7 +8,7 @@ from pathlib import Path
 from backupcore.context import Context
 from backupcore.errors import Busy
 from backupcore.model import VM
-from backupcore_libvirt import checkpoint
+from backupcore_libvirt import checkpoint, freeze_record
 from backupcore_libvirt.backup_job import end, left_behind
 from backupcore_libvirt.connection import Domain
 from backupcore_libvirt.folder import RunFolder, dead_folders
@@ -27,6 +27,7 @@ def recover(domain: Domain | None, vm: VM, scratch: Path, spent: Collection[str]
     if domain is None:
         # Nothing of it runs any more, whatever a record of the freeze says.
         for folder in dead_folders(scratch, vm.uuid):
+            freeze_record.remove(folder)
             _remove(folder, ctx)
         return
     errors = release_dead(domain, scratch, ctx)

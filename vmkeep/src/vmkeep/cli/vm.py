@@ -111,22 +111,23 @@ def _state(found: VMState) -> str:
     return f"{found.state}, being read by a backup{stopped}"
 
 
-@vm.command(short_help="Remove the checkpoints and bitmaps of a VM's backups.")
+@vm.command(short_help="Remove the checkpoints, bitmaps and overlays of a VM's backups.")
 @click.argument("name", metavar="VM")
 @common
 @click.pass_obj
 def forget(asked: Asked, name: str) -> None:
-    """Remove every checkpoint and bitmap that backups made on VM: QEMU reverts no disk to a snapshot that has bitmaps.
+    """Remove what backups made on VM to tell changes: checkpoints, bitmaps, overlays.
 
-    No backup is lost. The next one of each chain is a full in a new image.
+    QEMU reverts no disk to a snapshot that has bitmaps; overlays are merged into the VM's own disk files. No backup is
+    lost. The next one of each chain is a full in a new image.
     """
     found, gone = vms.forget(workplace(asked), name)
     if asked.json:
         output.document({"name": found.vm.name, "uuid": found.vm.uuid, "removed": list(gone)})
     elif not asked.quiet:
-        output.line(f"VM {found.vm.name}: checkpoints removed: {len(gone)}")
-        for checkpoint in gone:
-            output.line(f"  {checkpoint}")
+        output.line(f"VM {found.vm.name}: checkpoints and overlays removed: {len(gone)}")
+        for name_or_file in gone:
+            output.line(f"  {name_or_file}")
 
 
 def _choice(key: str) -> click.Choice[str]:

@@ -1,0 +1,204 @@
+"""Overlays: the files in which a disk's changes collect under INCREMENT_MODE=SNAPSHOT, as the disks themselves tell.
+
+An overlay is a qcow2 file beside the disk's own, ``<file>.backupcore-<point>-<disk>.qcow2``, with that file (the base)
+or an older overlay below it. It holds what was written since the instant of its point, until the next overlay. So the
+files of a disk, its *stack*, say which points they reach back to; nothing else records it, and a name counts only where
+the file below is the one that it says.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import stat
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from backupcore.errors import HypervisorError
+from backupcore_libvirt import qemu_img
+from backupcore_libvirt.connection import Domain
+from backupcore_libvirt.disks import SourceDisk, source_disks
+from backupcore_libvirt.xml import Element, parse
+
+__all__ = ["Overlay", "Stack", "any_overlay", "is_overlay", "is_regular", "overlay_path", "overlays_beside", "stacks"]
+
+_NAME = re.compile(r"(?P<base>/.+)\.backupcore-(?P<point>[0-9a-f]{32})-(?P<disk>[A-Za-z0-9]+)\.qcow2", re.DOTALL)
+_NAME_LIMIT = 255  # bytes of one component of a path, on every file system that holds images
+SETTLED_LIMIT = 1.0
+_MOST = 200  # files of one chain: what libvirt takes
+
+
+@dataclass(frozen=True, slots=True)
+class Overlay:
+    """One overlay: its file, the point since which it collects, and the disk that it was made for."""
+
+    path: str
+    point: str
+    disk: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """The files of one disk: `base`, of format `shape`, and our overlays on it, oldest first.
+
+    `foreign` is a file above an overlay of ours that is not ours (somebody's snapshot), `guessed` a file below whose
+    format no header tells; or "".
+    """
+
+    disk: str
+    base: str
+    shape: str
+    overlays: tuple[Overlay, ...]
+    foreign: str = ""
+    guessed: str = ""
+
+    @property
+    def top(self) -> str:
+        """The file that the VM writes to."""
+        return self.overlays[-1].path if self.overlays else self.base
+
+    @property
+    def top_shape(self) -> str:
+        """The format of that file."""
+        return "qcow2" if self.overlays else self.shape
+
+    def index(self, point: str) -> int | None:
+        """The place of this disk's overlay of that point; None if it has none."""
+        for index, overlay in enumerate(self.overlays):
+            if overlay.point == point and overlay.disk == self.disk:
+                return index
+        return None
+
+    def file(self, index: int) -> tuple[str, str]:
+        """(path, format) of overlay number `index`; of the base for -1."""
+        return (self.overlays[index].path, "qcow2") if index >= 0 else (self.base, self.shape)
+
+
+def overlay_path(base: str, point: str, disk: str) -> str:
+    """Where the overlay of a point goes. HypervisorError if that name is too long."""
+    path = f"{base}.backupcore-{point}-{disk}.qcow2"
+    if len(os.fsencode(Path(path).name)) > _NAME_LIMIT:
+        raise HypervisorError(
+            f"disk {disk}: the name of an overlay beside {base} would be longer than {_NAME_LIMIT} bytes",
+            "Give the disk's file a shorter name, or choose INCREMENT_MODE=CBT.",
+        )
+    return path
+
+
+def is_overlay(path: str) -> bool:
+    """Whether a file has a name that we give to overlays."""
+    return _NAME.fullmatch(path) is not None
+
+
+def stacks(domain: Domain) -> dict[str, Stack]:
+    """The stack of each disk of a VM that is a file, by ID, out of the images' own headers; also of disks left out.
+
+    HypervisorError where a running VM has other files open than the headers say: somebody has changed them.
+    """
+    deadline = time.monotonic() + SETTLED_LIMIT
+    while True:
+        try:
+            return _read(domain)
+        except HypervisorError:
+            # A commit that ends between two looks changes the definition, the headers and the files in turn.
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
+
+
+def _read(domain: Domain) -> dict[str, Stack]:
+    xml = domain.live_xml()
+    live = domain.is_active()
+    elements = _elements(xml)
+    found = {}
+    for disk in source_disks(xml):
+        if disk.kind != "file" or not disk.path.startswith("/"):
+            continue
+        stack = _stack(disk)
+        below = _backing_paths(elements[disk.id])
+        expected = [overlay.path for overlay in reversed(stack.overlays[:-1])]
+        expected += [stack.base] if stack.overlays else []
+        if live and below[: len(expected)] != expected:
+            raise HypervisorError(
+                f"VM {domain.name}: disk {disk.id} lies on {', '.join(below) or 'nothing'}, by libvirt, and on "
+                f"{', '.join(expected)}, by the images themselves",
+                "Were they changed by hand while the VM ran? Take care of the disk before anything else.",
+            )
+        found[disk.id] = stack
+    return found
+
+
+def _stack(disk: SourceDisk) -> Stack:
+    path, shape = disk.path, disk.format
+    overlays: list[Overlay] = []
+    while shape == "qcow2" and (name := _NAME.fullmatch(path)):
+        below = qemu_img.info(path, shape).backing
+        if below is None or below.shape not in ("qcow2", "raw"):
+            break
+        above = _NAME.fullmatch(below.path)
+        if below.path != name["base"] and (above is None or above["base"] != name["base"]):
+            break
+        overlays.append(Overlay(path, name["point"], name["disk"]))
+        path, shape = below.path, below.shape
+        if len(overlays) > _MOST:
+            raise HypervisorError(f"disk {disk.id}: more than {_MOST} files lie below {disk.path}")
+    deeper, guessed = _below(path, shape)
+    foreign = path if any(is_overlay(file) for file in deeper) else ""
+    return Stack(disk.id, path, shape, tuple(reversed(overlays)), foreign, guessed)
+
+
+def _below(path: str, shape: str) -> tuple[list[str], str]:
+    """Every file below an image, by the headers; and the one whose format they do not tell, or which is not local."""
+    found: list[str] = []
+    # Raw ends it: what a guest writes there must never be taken for a header.
+    while shape == "qcow2" and len(found) <= _MOST and Path(path).exists():
+        below = qemu_img.info(path, shape).backing
+        if below is None:
+            break
+        found.append(below.path)
+        if below.shape not in ("qcow2", "raw") or not below.path.startswith("/"):
+            return found, below.path
+        path, shape = below.path, below.shape
+    return found, ""
+
+
+def overlays_beside(base: str, disk: str) -> list[str]:
+    """Every file that has the name of an overlay of this disk, used or not."""
+    file = Path(base)
+    found = (str(path) for path in file.parent.glob(f"{glob.escape(file.name)}.backupcore-*-{disk}.qcow2"))
+    return sorted(path for path in found if (name := _NAME.fullmatch(path)) and name["base"] == base)
+
+
+def any_overlay(domain: Domain) -> bool:
+    """Whether a VM runs on overlays of ours, or some lie beside its disks; by their names alone, so it is quick."""
+    return any(
+        is_overlay(disk.path) or overlays_beside(disk.path, disk.id)
+        for disk in source_disks(domain.live_xml())
+        if disk.kind == "file"
+    )
+
+
+def _elements(xml: str) -> Mapping[str, Element]:
+    found = {}
+    for element in parse(xml).iterfind("./devices/disk"):
+        target = element.find("target")
+        if target is not None:
+            found[target.get("dev", "")] = element
+    return found
+
+
+def _backing_paths(disk: Element) -> list[str]:
+    """The files below a disk's top one, as a running VM's definition lists them."""
+    found = [source.get("file") or source.get("dev") or "" for source in disk.iter("source")]
+    return found[1:]
+
+
+def is_regular(path: str) -> bool:
+    """Whether it is an ordinary file, through links."""
+    try:
+        return stat.S_ISREG(Path(path).stat().st_mode)
+    except OSError:
+        return False

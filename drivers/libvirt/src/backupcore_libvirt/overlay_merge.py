@@ -1,0 +1,232 @@
+"""Writing overlays back into what lies below them, whether the VM runs or not.
+
+Every step leaves a disk that reads as before: what is written into the file below is still in the overlay above it
+until the VM no longer uses that. So a merge that is cut off, by a crash of ours or of QEMU, is just done again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from xml.etree.ElementTree import tostring
+
+from backupcore.disk.nbd import DEPTH, Client, held
+from backupcore.errors import BackupError, Busy, HypervisorError, NotFound, UnsupportedOperation
+from backupcore_libvirt import qemu_img
+from backupcore_libvirt.connection import ACTIVE_COMMIT, COMMIT, NOT_READY, Connection, Domain, code_of
+from backupcore_libvirt.overlay import Stack, is_overlay, overlays_beside, stacks
+from backupcore_libvirt.qemu_nbd import QemuNbd
+from backupcore_libvirt.xml import Element, parse
+
+__all__ = ["Merger", "set_source"]
+
+log = logging.getLogger("backupcore")
+
+EVERY = 0.02  # seconds between two looks at a block job
+GUARD = "nbd.guard.sock"
+GONE_LIMIT = 10.0  # for libvirt to write down the end of a job
+
+
+@dataclass(frozen=True, slots=True)
+class Merger:
+    """Merges the overlays of one VM.
+
+    `folder` is private to the run (a socket is made there); `check` is called while it waits, and raises to give up.
+    """
+
+    connection: Connection
+    domain: Domain
+    folder: Path
+    check: Callable[[], None]
+
+    def merge(self, stack: Stack, low: int, high: int) -> None:
+        """Write the overlays `low` to `high` of a disk into the file below them, and remove them.
+
+        With `high` the last of them, the VM writes to that file afterwards. HypervisorError, Busy; what `check` raises:
+        then a merge below the last overlay goes on in QEMU, and any other is given up.
+        """
+        for overlay in stack.overlays[low : high + 1]:
+            self._refuse_used(stack, overlay.path)
+        if self.domain.is_active():
+            self._merge_live(stack, low, high)
+        else:
+            self._merge_off(stack, low, high)
+
+    def merge_all(self, stack: Stack) -> None:
+        """Write every overlay of a disk into its base, which the VM then writes to."""
+        if self.domain.is_active():
+            self.finish(stack)
+            stack = stacks(self.domain)[stack.disk]
+        if stack.overlays:
+            log.info("VM %s: bringing disk %s back to %s", self.domain.name, stack.disk, stack.base)
+            self.merge(stack, 0, len(stack.overlays) - 1)
+
+    def finish(self, stack: Stack) -> None:
+        """Wait for a commit that a dead run, or a killed one's libvirt, has left behind on this disk."""
+        kind, _, _ = self.domain.block_job_progress(stack.disk)
+        if stack.overlays and kind in (COMMIT, ACTIVE_COMMIT):
+            self._follow(stack.disk)
+
+    def _merge_live(self, stack: Stack, low: int, high: int) -> None:
+        below, shape = stack.file(low - 1)
+        last = high == len(stack.overlays) - 1
+        if last and qemu_img.info(below, shape).virtual_size > qemu_img.info(stack.top, "qcow2").virtual_size:
+            raise UnsupportedOperation(
+                f"VM {self.domain.name}: disk {stack.disk} was made smaller, so {stack.top} can be merged into {below} "
+                "only while the VM is off",
+                "Power it off and run the backup again.",
+            )
+        self.domain.begin_commit(stack.disk, below, None if last else stack.overlays[high].path)
+        self._follow(stack.disk)
+        merged = {overlay.path for overlay in stack.overlays[low : high + 1]}
+        deadline = time.monotonic() + GONE_LIMIT
+        while merged & set(self._files(stack.disk)):
+            if time.monotonic() > deadline:
+                raise HypervisorError(
+                    f"VM {self.domain.name}: the commit of disk {stack.disk} into {below} has ended without success",
+                    f"Is its file system full? QEMU's log (/var/log/libvirt/qemu/{self.domain.name}.log) may say more. "
+                    "Nothing is lost; the next backup does it again.",
+                )
+            time.sleep(EVERY)
+
+    def _files(self, disk: str) -> list[str]:
+        """The files of a disk, by libvirt."""
+        for element in parse(self.domain.live_xml()).iterfind("./devices/disk"):
+            target = element.find("target")
+            if target is not None and target.get("dev") == disk:
+                return [source.get("file", "") for source in element.iter("source")]
+        return []
+
+    def _follow(self, disk: str) -> None:
+        """Until the block job has ended; that of the last overlay is brought to its end."""
+        while True:
+            kind, done, size = self.domain.block_job_progress(disk)
+            if not kind:
+                return
+            try:
+                self.check()
+            except BaseException:
+                if kind == ACTIVE_COMMIT:
+                    self._give_up(disk)
+                raise
+            if kind == ACTIVE_COMMIT and done == size:
+                try:
+                    self.domain.pivot(disk)
+                except BackupError as error:
+                    # Between the last byte and "ready" QEMU has more to do; and the guest goes on writing.
+                    if code_of(error) != NOT_READY:
+                        raise
+            time.sleep(EVERY)
+
+    def _give_up(self, disk: str) -> None:
+        self.domain.give_up_block_job(disk)
+        deadline = time.monotonic() + GONE_LIMIT
+        while self.domain.block_job_progress(disk)[0] and time.monotonic() < deadline:
+            time.sleep(EVERY)
+
+    def _merge_off(self, stack: Stack, low: int, high: int) -> None:
+        # One by one, from above: qemu-img empties an overlay only when it writes it into the file right below.
+        for index in range(high, low - 1, -1):
+            overlay = stack.overlays[index].path
+            below, shape = stack.file(index - 1)
+            if index == len(stack.overlays) - 1:
+                self._merge_top_off(stack, overlay, below, shape)
+            else:
+                # libvirt writes the chain of files into the stored definition, and believes that more than the images.
+                set_source(self.domain, stack.disk, stack.top, stack.top_shape)
+                qemu_img.commit(overlay, self.check)
+                qemu_img.rebase(stack.overlays[index + 1].path, below, shape)
+            self._discard(overlay)
+            stack = replace(stack, overlays=stack.overlays[:index] + stack.overlays[index + 1 :])
+
+    def _merge_top_off(self, stack: Stack, top: str, below: str, shape: str) -> None:
+        qemu_img.commit(top, self.check)
+        # While this process has it open the VM cannot start, so nothing is written to the overlay any more.
+        with QemuNbd(self.folder / GUARD, top, "qcow2", depth=True) as guard:
+            with Client(guard.address, [DEPTH]) as client:
+                size = client.size
+                written = any(held(client, DEPTH, 0, size, most=1))
+            if written:
+                raise Busy(
+                    f"VM {self.domain.name} ran while its disk {stack.disk} was merged into {below}",
+                    "Run the backup again.",
+                )
+            set_source(self.domain, stack.disk, below, shape)
+        if qemu_img.info(below, shape).virtual_size > size:
+            qemu_img.shrink(below, shape, size)  # the guest has seen it smaller since, and no less
+
+    def sweep(self, stack: Stack) -> None:
+        """Remove overlays of this disk that no VM uses and that hold nothing: a merge was cut off before its last step.
+
+        Any other that lies about may be all that is left of something, and stays.
+        """
+        used = {overlay.path for overlay in stack.overlays}
+        for path in overlays_beside(stack.base, stack.disk):
+            if path in used or qemu_img.is_open_elsewhere(path):
+                continue
+            guard = QemuNbd(self.folder / GUARD, path, "qcow2", depth=True)
+            with guard, Client(guard.address, [DEPTH]) as client:
+                holds = any(held(client, DEPTH, 0, client.size, most=1))
+            if not holds:
+                self._refuse_used(stack, path)
+                self._discard(path)
+
+    def _refuse_used(self, stack: Stack, path: str) -> None:
+        """HypervisorError if another VM uses the file, or if the next start of this one would, and it runs now."""
+        users = []
+        for other in self.connection.domains():
+            with contextlib.suppress(NotFound):  # it has ended meanwhile
+                if other.uuid == self.domain.uuid:
+                    # What libvirt itself keeps right is the file that the VM writes to.
+                    if other.is_active() and path != stack.top and path in _named(other.inactive_xml(), whole=False):
+                        users.append(f"the next start of VM {other.name}")
+                elif path in _named(other.live_xml(), whole=True) | _named(other.inactive_xml(), whole=True):
+                    users.append(f"VM {other.name}")
+        if users:
+            raise HypervisorError(
+                f"{path} of VM {self.domain.name} cannot be merged: it is used by {', '.join(users)}",
+                "See: virsh dumpxml --inactive; give that VM a disk of its own.",
+            )
+
+    def _discard(self, path: str) -> None:
+        """Remove an overlay that holds nothing any more and that nothing uses."""
+        texts = [self.domain.live_xml(), self.domain.inactive_xml()]
+        if not is_overlay(path) or any(path in _named(text, whole=True) for text in texts):
+            raise HypervisorError(f"{path} stays: VM {self.domain.name} still uses it")
+        if qemu_img.is_open_elsewhere(path):
+            raise Busy(f"{path} stays: a process still has it open", "It holds nothing any more: remove it by hand.")
+        Path(path).unlink()
+
+
+def _named(xml: str, *, whole: bool) -> set[str]:
+    """The files that a definition names: those of its disks, and with `whole` what it lists below them as well."""
+    disks = list(parse(xml).iterfind("./devices/disk"))
+    sources = [source for disk in disks for source in (disk.iter("source") if whole else disk.findall("source"))]
+    return {source.get("file", "") for source in sources if source.get("file")}
+
+
+def set_source(domain: Domain, disk: str, path: str, shape: str) -> None:
+    """Have the next start use this file for a disk, with what its own header says to lie below. Idempotent."""
+    for element in parse(domain.inactive_xml()).iterfind("./devices/disk"):
+        target, source, driver = element.find("target"), element.find("source"), element.find("driver")
+        if target is None or target.get("dev") != disk or source is None:
+            continue
+        below = element.find("backingStore")
+        if source.get("file") == path and _shape(driver) == shape and below is None:
+            return
+        source.set("file", path)
+        if driver is not None:
+            driver.set("type", shape)
+        if below is not None:
+            element.remove(below)
+        domain.redefine_disk(tostring(element, encoding="unicode"))
+        return
+    raise HypervisorError(f"VM {domain.name}: the stored definition has no disk {disk} any more")
+
+
+def _shape(driver: Element | None) -> str:
+    return "raw" if driver is None else driver.get("type", "raw")

@@ -1,0 +1,299 @@
+"""A run with INCREMENT_MODE=SNAPSHOT.
+
+At rest every disk is its base and one overlay, which holds what was written since the last backup. A run puts a new
+overlay on all disks at one instant, reads the files below it, which nobody writes to any more, and once it is recorded
+merges all but the new overlay into the base. A run that fails merges its new overlay back. Where that does not succeed
+nothing is lost: an increment reads every overlay down to the one of the parent's point.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from xml.etree.ElementTree import Element, SubElement, tostring
+
+from backupcore.context import Context
+from backupcore.errors import BackupError, Busy, Cancelled, HypervisorError, IncrementImpossible, from_os_error
+from backupcore.model import BackupRun, Outcome, RunState
+from backupcore_libvirt import checkpoint
+from backupcore_libvirt.connection import Connection, Domain
+from backupcore_libvirt.disks import source_disks
+from backupcore_libvirt.export import Export
+from backupcore_libvirt.folder import Owner, RunFolder
+from backupcore_libvirt.overlay import Stack, any_overlay, overlay_path, overlays_beside, stacks
+from backupcore_libvirt.overlay_merge import Merger, set_source
+from backupcore_libvirt.overlay_plan import Plan, wanted
+from backupcore_libvirt.qemu_nbd import QemuNbd
+
+__all__ = ["begin", "clear", "forget", "prepare", "serve", "settle"]
+
+log = logging.getLogger("backupcore")
+
+UNDO_LIMIT = 60.0
+"""Seconds for a failed run to merge its overlay back into a disk; the next run does it otherwise."""
+
+
+def prepare(connection: Connection, domain: Domain, run: BackupRun, folder: RunFolder, ctx: Context) -> None:
+    """Make the disks ready for a run: mend what earlier ones have left, or leave overlays where none are wanted.
+
+    IncrementImpossible where the parent was taken by overlays and this run shall not be.
+    """
+    if not any_overlay(domain):
+        return
+    found = stacks(domain).values()
+    if any(stack.overlays for stack in found):
+        if not wanted(run) and run.parent is not None:
+            if any(stack.index(run.parent.point) is not None for stack in found):
+                raise IncrementImpossible("INCREMENT_MODE=SNAPSHOT is no longer set")
+            return
+        with _work(folder, domain):
+            if wanted(run):
+                _mend(connection, domain, run, folder.path, ctx)
+            else:
+                _leave(connection, domain, folder.path, ctx)
+    found = stacks(domain).values()
+    if any(len(overlays_beside(stack.base, stack.disk)) > len(stack.overlays) for stack in found):
+        with _work(folder, domain):
+            for stack in found:
+                Merger(connection, domain, folder.path, ctx.check).sweep(stack)
+
+
+def forget(connection: Connection, domain: Domain, folder: RunFolder) -> list[str]:
+    """Bring the VM back to its plain disks, whatever increments would build on its overlays; the overlays' files."""
+    gone: list[str] = []
+    if not any_overlay(domain):
+        return gone
+    with _work(folder, domain):
+        merger = Merger(connection, domain, folder.path, _never)
+        for stack in stacks(domain).values():
+            gone += [overlay.path for overlay in stack.overlays]
+            merger.merge_all(stack)
+    folder.remove()
+    return gone
+
+
+@contextmanager
+def _work(folder: RunFolder, domain: Domain) -> Iterator[None]:
+    """With the run's folder, which may not be there yet, or not any more."""
+    lock = None if folder.path.exists() else folder.make(Owner(os.geteuid(), os.getegid()), domain.uuid)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _mend(connection: Connection, domain: Domain, run: BackupRun, folder: Path, ctx: Context) -> None:
+    """Finish what earlier runs have left: jobs, overlays that a recorded run has spent, and those of failed runs.
+
+    What cannot be done is logged, and no reason not to back up: the increment then reads one overlay more.
+    """
+    merger = Merger(connection, domain, folder, ctx.check)
+    for stack in stacks(domain).values():
+        if domain.is_active():
+            merger.finish(stack)
+    _mend_definition(domain, ctx)
+    own = {run.parent.point} | set(run.spent) if run.parent else set(run.spent)
+    others = set(run.keep or ()) - own
+    for stack in stacks(domain).values():
+        if any(overlay.point in others for overlay in stack.overlays):
+            continue
+        recorded = max((index for index, overlay in enumerate(stack.overlays) if overlay.point in own), default=-1)
+        try:
+            # The upper ones first: the numbers of the lower ones stay.
+            if recorded >= 0 and len(stack.overlays) - recorded > 2:
+                merger.merge(stack, recorded + 1, len(stack.overlays) - 2)
+            if recorded > 0:
+                merger.merge(stacks(domain)[stack.disk], 0, recorded - 1)
+        except BackupError as error:
+            ctx.check()
+            ctx.log.warning("disk %s of VM %s: overlays stay for now: %s", stack.disk, domain.name, error)
+
+
+def _mend_definition(domain: Domain, ctx: Context) -> None:
+    """Have the next start of a running VM use the overlays that it runs on.
+
+    Whoever defines a running VM anew, with its disks as they were before the first backup, would lose at its next start
+    what it has written since.
+    """
+    if not domain.is_active() or not domain.is_persistent():
+        return
+    stored = {disk.id: disk.path for disk in source_disks(domain.inactive_xml())}
+    for stack in stacks(domain).values():
+        below = [stack.base, *(overlay.path for overlay in stack.overlays[:-1])]
+        if stack.overlays and stored.get(stack.disk) in below:
+            set_source(domain, stack.disk, stack.top, stack.top_shape)
+            ctx.log.warning(
+                "VM %s was defined anew with %s for disk %s, without the overlay that it runs on; put right: %s",
+                domain.name,
+                stored[stack.disk],
+                stack.disk,
+                stack.top,
+            )
+
+
+def begin(domain: Domain, run: BackupRun, plan: Plan, every: Sequence[str]) -> datetime:
+    """The one call that fixes the instant: a new overlay on all disks, or on none. The instant in UTC.
+
+    `every` are the IDs of all disks of the VM, those that are left out among them.
+    """
+    date = datetime.now(UTC)
+    domain.snapshot(_snapshot_xml(every, _new(run, plan)))
+    return date
+
+
+def clear(domain: Domain, *, live: bool) -> None:
+    """Remove what would hinder overlays, before the guest is brought to rest. Busy if the VM was `live` and is not any
+
+    more, or the other way round.
+    """
+    # libvirt puts no overlay on the disks of a VM that is off while it knows checkpoints, and they are of no more use.
+    if forgotten := checkpoint.forget(domain):
+        log.info("VM %s: removed the checkpoints of changed block tracking: %s", domain.name, ", ".join(forgotten))
+    if domain.is_active() != live:
+        raise Busy(f"VM {domain.name} was {'switched off' if live else 'started'} just now", "Run the backup again.")
+
+
+def serve(
+    domain: Domain, run: BackupRun, plan: Plan, *, live: bool, folder: RunFolder, ctx: Context
+) -> Mapping[str, Export]:
+    """Serve the files below the new overlays; exports by disk ID.
+
+    The servers live until the end of `ctx`, or `end_stray`.
+    """
+    new = _new(run, plan)
+    after = stacks(domain)
+    for part in plan.parts:
+        if after[part.disk.id].top != new[part.disk.id]:
+            raise HypervisorError(
+                f"VM {domain.name}: libvirt has put an overlay on disk {part.disk.id}, but the VM does not use it"
+            )
+        if not live:
+            _like(new[part.disk.id], part.stack.top)
+    exports = {}
+    for part in plan.parts:
+        ctx.check()
+        server = QemuNbd(folder.socket_of(part.disk.id), part.stack.top, part.stack.top_shape, depth=part.depth > 0)
+        ctx.stack.enter_context(server)
+        exports[part.disk.id] = Export(server.address, None, part.depth)
+    return exports
+
+
+def _new(run: BackupRun, plan: Plan) -> Mapping[str, str]:
+    """Where the new overlay of each disk goes."""
+    return {part.disk.id: overlay_path(part.stack.base, run.point, part.disk.id) for part in plan.parts}
+
+
+def _snapshot_xml(every: Sequence[str], new: Mapping[str, str]) -> str:
+    root = Element("domainsnapshot")
+    listed = SubElement(root, "disks")
+    for disk in every:
+        if disk not in new:
+            SubElement(listed, "disk", name=disk, snapshot="no")
+            continue
+        element = SubElement(listed, "disk", name=disk, snapshot="external", type="file")
+        SubElement(element, "driver", type="qcow2")
+        SubElement(element, "source", file=new[disk])
+    return tostring(root, encoding="unicode")
+
+
+def _like(new: str, below: str) -> None:
+    """Give an overlay the owner and the mode of the file below: libvirt makes it as root, open to all, for a VM that is
+
+    off, and changes its owner at the start only where it is configured so.
+    """
+    try:
+        model = os.stat(below)  # noqa: PTH116 - as the next call, which pathlib has not
+        handle = os.open(new, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            os.fchmod(handle, stat.S_IMODE(model.st_mode))
+            if os.geteuid() == 0:
+                os.fchown(handle, model.st_uid, model.st_gid)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise from_os_error(error, f"the permissions of {new}") from error
+
+
+def settle(
+    connection: Connection, domain: Domain, run: BackupRun, outcome: Outcome, *, folder: RunFolder, ctx: Context
+) -> None:
+    """Bring the disks to rest after a run, whether the VM runs or not: the run's overlays tell what is to be done.
+
+    Recorded: all below them goes into the base. Otherwise they go themselves, so the disks are as before. Idempotent,
+    also in a fresh process. Nobody may read the files any more: QEMU's lock would refuse the merge. HypervisorError
+    where an overlay stays, Cancelled: the next run goes on with it.
+    """
+    if f".backupcore-{run.point}-" not in domain.live_xml():
+        return
+    found = stacks(domain)
+    recorded = outcome.state is RunState.RECORDED
+    check = _until_cancelled(domain, ctx) if recorded else _within(UNDO_LIMIT)
+    errors: list[BackupError] = []
+    with _work(folder, domain):
+        merger = Merger(connection, domain, folder.path, check)
+        for stack in found.values():
+            try:
+                if domain.is_active():
+                    merger.finish(stack)
+                now = stacks(domain)[stack.disk]
+                if recorded:
+                    _keep(merger, now, run.point)
+                elif now.overlays and now.index(run.point) == len(now.overlays) - 1:
+                    merger.merge(now, len(now.overlays) - 1, len(now.overlays) - 1)
+            except BackupError as error:  # the other disks all the same
+                errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def _keep(merger: Merger, stack: Stack, point: str) -> None:
+    index = stack.index(point)
+    if index is None:
+        index = len(stack.overlays)  # a disk that this run did not take: nothing builds on its overlays any more
+    if index > 0:
+        merger.merge(stack, 0, index - 1)
+
+
+def _leave(connection: Connection, domain: Domain, folder: Path, ctx: Context) -> None:
+    """Bring the VM back to its plain disks: every overlay of ours goes into its base. Idempotent.
+
+    What cannot be done is logged: a backup by changed block tracking works with overlays below it as well.
+    """
+    merger = Merger(connection, domain, folder, ctx.check)
+    for stack in stacks(domain).values():
+        try:
+            merger.merge_all(stack)
+        except BackupError as error:
+            ctx.check()
+            ctx.log.warning("disk %s of VM %s keeps its overlay for now: %s", stack.disk, domain.name, error)
+
+
+def _never() -> None:
+    """Nothing but an error ends the wait."""
+
+
+def _within(seconds: float) -> Callable[[], None]:
+    deadline = time.monotonic() + seconds
+
+    def check() -> None:
+        if time.monotonic() > deadline:
+            raise HypervisorError(f"an overlay was not merged within {seconds:.0f} s", "The next backup does it.")
+
+    return check
+
+
+def _until_cancelled(domain: Domain, ctx: Context) -> Callable[[], None]:
+    def check() -> None:
+        if ctx.cancelled:
+            raise Cancelled(
+                f"VM {domain.name}: the merge of its overlays was not waited for", "The next backup does it."
+            )
+
+    return check

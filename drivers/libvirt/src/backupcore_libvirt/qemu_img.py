@@ -1,0 +1,120 @@
+"""`qemu-img` and `qemu-io` on images: what their headers say, and the few changes to images that no VM has open."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from backupcore.errors import HypervisorError, from_os_error
+from backupcore_libvirt.qemu_nbd import is_locked
+
+__all__ = ["Backing", "Info", "commit", "info", "is_open_elsewhere", "rebase", "shrink"]
+
+LOCK_LIMIT = 5.0  # a QEMU that ends holds its lock for a moment
+
+
+@dataclass(frozen=True, slots=True)
+class Backing:
+    """The file below an image: its path, and its format (None where the header does not say)."""
+
+    path: str
+    shape: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """An image by its header: the size that the guest sees, bytes in use on the host, the file below, its snapshots."""
+
+    virtual_size: int
+    allocated: int
+    backing: Backing | None
+    snapshots: tuple[str, ...]
+
+
+def info(path: str, shape: str) -> Info:
+    """What the header of an image of format `shape` says, whether it is in use or not. HypervisorError."""
+    done = _run(["qemu-img", "info", "--force-share", "-f", shape, "--output=json", path])
+    if done.returncode != 0:
+        raise _failed(f"read the header of {path}", done)
+    found: Mapping[str, Any] = json.loads(done.stdout)
+    below = found.get("full-backing-filename") or found.get("backing-filename")
+    return Info(
+        virtual_size=int(found["virtual-size"]),
+        allocated=int(found.get("actual-size", 0)),
+        backing=Backing(str(below), found.get("backing-filename-format")) if below else None,
+        snapshots=tuple(str(snapshot["name"]) for snapshot in found.get("snapshots", ())),
+    )
+
+
+def commit(path: str, check: Callable[[], None]) -> None:
+    """Write what an overlay holds into the image right below it, and empty it. Repeatable after a crash.
+
+    HypervisorError, also where one of the two is in use. `check` is called now and then, and raises to give up.
+    """
+    _changing(f"commit {path}", ["qemu-img", "commit", "-q", "-f", "qcow2", path], check)
+
+
+def rebase(path: str, below: str, shape: str) -> None:
+    """Write another image below an overlay into its header; the contents of both must be the same already."""
+    _changing(
+        f"put {path} on {below}", ["qemu-img", "rebase", "-q", "-u", "-f", "qcow2", "-F", shape, "-b", below, path]
+    )
+
+
+def shrink(path: str, shape: str, size: int) -> None:
+    """Cut an image to `size` bytes."""
+    _changing(f"shrink {path}", ["qemu-img", "resize", "-q", "-f", shape, "--shrink", path, str(size)])
+
+
+def is_open_elsewhere(path: str) -> bool:
+    """Whether any process has a qcow2 image open, also as part of a chain: QEMU's lock tells."""
+    done = _run(["qemu-io", "-f", "qcow2", "-c", "quit", path])
+    if done.returncode != 0 and not is_locked(done.stderr):
+        raise _failed(f"open {path}", done)
+    return done.returncode != 0
+
+
+def _changing(what: str, command: list[str], check: Callable[[], None] = lambda: None) -> None:
+    deadline = time.monotonic() + LOCK_LIMIT
+    while (done := _run(command, check)).returncode != 0:
+        if not is_locked(done.stderr) or time.monotonic() > deadline:
+            raise _failed(what, done)
+        time.sleep(0.1)
+
+
+def _run(command: list[str], check: Callable[[], None] = lambda: None) -> subprocess.CompletedProcess[str]:
+    # Should we be killed it must not go on: the next run would find its lock on the image.
+    tied = ["setpriv", "--pdeathsig", "KILL", *command]
+    try:
+        child = subprocess.Popen(
+            tied,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env={**os.environ, "LC_ALL": "C"},
+        )
+    except OSError as error:
+        raise from_os_error(error, f"run {tied[0]}") from error
+    with child:
+        while True:
+            try:
+                out, err = child.communicate(timeout=0.2)
+                return subprocess.CompletedProcess(command, child.returncode, out, err)
+            except subprocess.TimeoutExpired:
+                try:
+                    check()
+                except BaseException:
+                    child.kill()
+                    raise
+
+
+def _failed(what: str, done: subprocess.CompletedProcess[str]) -> HypervisorError:
+    said = " ".join(line.removeprefix(f"{done.args[0]}: ") for line in done.stderr.strip().splitlines())
+    return HypervisorError(f"{what}: {said or f'it ended with {done.returncode}'}")

@@ -1,0 +1,346 @@
+"""INCREMENT_MODE=SNAPSHOT, compared byte for byte with what QEMU's own tools copied."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from xml.etree import ElementTree
+
+import libvirt
+import pytest
+
+from backupcore.context import Context
+from backupcore.disk.extents import Kind
+from backupcore.errors import IncrementImpossible
+from backupcore.model import Outcome, RunState
+
+MiB = 1 << 20
+SNAPSHOT = {"MODE": "INCREMENT", "INCREMENT_MODE": "SNAPSHOT"}
+
+
+def files(vm, disk: str, *, inactive: bool = False) -> list[str]:
+    """The files of a disk, the one that the VM writes to first: by libvirt where it runs, by their headers."""
+    root = ElementTree.fromstring(vm.domain.XMLDesc(2 if inactive else 0))
+    element = next(d for d in root.iterfind("devices/disk") if d.find("target").get("dev") == disk)
+    top, shape = element.find("source").get("file"), element.find("driver").get("type")
+    info = subprocess.run(
+        ["qemu-img", "info", "-U", "--backing-chain", "-f", shape, "--output=json", top],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    chain = [image["filename"] for image in json.loads(info.stdout)]
+    if vm.active and not inactive:
+        below = [s.get("file") for s in element.iterfind(".//backingStore/source")]
+        assert [top, *below] == chain
+    return chain
+
+
+def qemu_io(path: str, *commands: str) -> None:
+    options = [part for command in commands for part in ("-c", command)]
+    subprocess.run(["qemu-io", "-f", "qcow2", *options, path], check=True, capture_output=True)
+
+
+def qemu_img(*arguments: str) -> None:
+    subprocess.run(["qemu-img", *arguments], check=True, capture_output=True)
+
+
+def beside(vm) -> list[str]:
+    """The overlays that lie in the VM's folder."""
+    return sorted(path.name for path in vm.folder.iterdir() if "backupcore" in path.name)
+
+
+def name(vm, disk: str, run, shape: str = "qcow2") -> str:
+    return f"{vm.folder}/{disk}.{shape}.backupcore-{run.point}-{disk}.qcow2"
+
+
+class Chain:
+    """A chain of backups of one VM by overlays, each compared with the truth of its instant."""
+
+    def __init__(self, vm, runs, same, tmp_path):
+        self.vm, self.runs, self.same, self.folder = vm, runs, same, tmp_path
+        self.layers, self.truths, self.taken = [], [], []
+
+    @property
+    def parent(self):
+        return self.taken[-1] if self.taken else None
+
+    def truth(self) -> dict[str, Path]:
+        folder = self.folder / f"truth{len(self.truths)}"
+        return self.vm.copy_truth(folder) if self.vm.active else self.vm.copy_disks(folder)
+
+    def backup(self, *, truth=None, during=lambda: None, **more):
+        """One backup; its layers restored must be what the disks held (`truth`, where they were copied before)."""
+        self.truths.append(truth or self.truth())
+        spent = tuple(taken.run.point for taken in self.taken[:-1])
+        run = self.runs.run(self.vm, self.parent, settings=SNAPSHOT, spent=spent, **more)
+        with self.runs.take(run) as taken:
+            during()
+            self.layers.append(self.runs.keep(taken, self.folder / f"layer{len(self.layers)}"))
+        self.taken.append(taken)
+        self.same(self.layers, self.truths[-1])
+        return taken
+
+
+@pytest.fixture
+def chain(runs, same, tmp_path):
+    return lambda vm: Chain(vm, runs, same, tmp_path)
+
+
+def test_full_and_increments_of_raw_and_old_qcow2_disks(lab, chain):
+    vm = lab.vm(["raw:64", "qcow2v2:33"])
+    vm.io("vda", "write -P 0x11 0 8M", "write -P 0x12 30M 1M")
+    vm.io("vdb", "write -P 0x13 32M 1M")
+    held = chain(vm)
+    changes = [
+        [],
+        [
+            ("vda", "write -P 0x21 1M 64k"),
+            ("vda", "write -z 2M 1M"),
+            ("vda", "write -z -u 4M 1M"),
+            ("vda", "discard 6M 1M"),
+            ("vda", "write -P 0x22 40000k 512"),
+            ("vdb", "write -P 0x23 33500k 292k"),
+        ],
+        [("vda", "write -P 0x31 2500k 128k"), ("vda", "write -P 0x32 30M 4k"), ("vdb", "discard 32M 512k")],
+    ]
+
+    def during() -> None:
+        # What the guest writes from here on is no part of the backup, and part of the next one.
+        vm.io("vda", "write -P 0x77 0 1M")
+        vm.io("vdb", "write -P 0x78 0 1M")
+        assert len(files(vm, "vda")) == (3 if len(held.taken) else 2)
+
+    for number, change in enumerate(changes):
+        for disk, command in change:
+            vm.io(disk, command)
+        taken = held.backup(during=during)
+        assert taken.prepared.consistency == "crash"
+        assert [(d.id, d.virtual_size, d.whole) for d in taken.prepared.disks] == [
+            ("vda", 64 * MiB, not number),
+            ("vdb", 33 * MiB, not number),
+        ]
+        for inactive in (False, True):
+            assert files(vm, "vda", inactive=inactive) == [name(vm, "vda", taken.run, "raw"), f"{vm.folder}/vda.raw"]
+            assert files(vm, "vdb", inactive=inactive) == [name(vm, "vdb", taken.run), f"{vm.folder}/vdb.qcow2"]
+        assert len(beside(vm)) == 2
+    for number, truth in enumerate(held.truths):
+        held.same(held.layers[: number + 1], truth)
+    layout = held.parent.prepared.artifacts[0].layout
+    assert sum(e.length for e in layout.extents() if e.kind is Kind.DATA) <= MiB + 5 * 65536, "changes only"
+
+
+def test_all_disks_show_one_instant_of_a_guest_that_writes(counting_vm, runs, restored, tmp_path, wait_for):
+    """Overlays come and are merged, and failed runs take theirs back, below a guest that never stops writing."""
+    vm = counting_vm("raw")
+    parent, layers, seen = None, [], 0
+    for number in range(4):
+        before = vm.domain.blockStats("vdb")[2]
+        wait_for(lambda before=before: vm.domain.blockStats("vdb")[2] > before + 10, "the guest writes", 60)
+        with runs.take(runs.run(vm, parent, settings=SNAPSHOT), state=RunState.FAILED):
+            pass
+        with runs.take(runs.run(vm, parent, settings=SNAPSHOT)) as parent:
+            layers.append(runs.keep(parent, tmp_path / f"layer{number}"))
+        disks = [restored([layer[disk] for layer in layers], tmp_path / disk) for disk in ("vda", "vdb")]
+        first, second = (int.from_bytes(disk.read_bytes()[MiB : MiB + 4], "little") for disk in disks)
+        assert first - second in (0, 1), "the second disk is at most one write behind the first"
+        assert second > seen
+        seen = second
+    runs.hypervisor.forget(vm.identity)
+    assert beside(vm) == []
+    with vm.suspended():
+        now = [int.from_bytes(Path(files(vm, d)[0]).read_bytes()[MiB : MiB + 4], "little") for d in ("vda", "vdb")]
+    assert now[0] >= now[1] > seen, "nothing that the guest has written was lost on the way"
+
+
+def test_live_and_off_in_one_chain(lab, chain):
+    vm = lab.vm(["raw:32", "qcow2:16"])
+    held = chain(vm)
+
+    def change(number: int) -> None:
+        if vm.active:
+            vm.io("vda", f"write -P {number} {number}M 700k", f"write -z {number + 1}M 64k")
+            vm.io("vdb", f"write -P {number + 100} {number}M 4k")
+        else:
+            for disk in ("vda", "vdb"):
+                qemu_io(files(vm, disk)[0], f"write -P {number} {number}M 300k")
+
+    for number, on in enumerate((True, False, False, True, True, False), 1):
+        if on != vm.active:
+            vm.start() if on else vm.destroy()
+        if number > 1:
+            change(number)
+        taken = held.backup()
+        assert taken.prepared.consistency == ("crash" if on else "off")
+        assert files(vm, "vda") == [name(vm, "vda", taken.run, "raw"), f"{vm.folder}/vda.raw"]
+        assert len(beside(vm)) == 2
+        top, base = Path(files(vm, "vda")[0]), vm.folder / "vda.raw"
+        assert not top.stat().st_mode & ~base.stat().st_mode, "no more open than the disk itself"
+    vm.start()
+    vm.io("vda", "read -P 6 6M 300k")
+    assert files(vm, "vda", inactive=True) == files(vm, "vda")
+
+
+def test_a_vm_may_start_and_end_while_it_is_read(lab, chain):
+    vm = lab.vm(["raw:16"], start=False)
+    held = chain(vm)
+    held.backup()
+    qemu_io(files(vm, "vda")[0], "write -P 1 1M 1M")
+    held.backup(during=vm.start)
+    assert len(files(vm, "vda")) == 2
+    vm.io("vda", "write -P 2 2M 1M")
+    held.backup(during=vm.destroy)
+    assert len(files(vm, "vda")) == 2
+
+
+def test_a_vm_is_stopped_for_the_one_call(lab, runs, chain):
+    vm = lab.vm(["raw:16"])
+    held = chain(vm)
+    truth = held.truth()
+    with runs.take(runs.run(vm, settings={**SNAPSHOT, "FS_FREEZE": "SUSPEND"})) as taken:
+        assert vm.domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
+        layer = runs.keep(taken, held.folder / "layer")
+    held.same([layer], truth)
+    assert taken.prepared.consistency == "paused"
+    assert 0 < taken.prepared.frozen_seconds < 30
+
+
+@pytest.mark.parametrize("on", [True, False], ids=["live", "off"])
+def test_a_failed_run_leaves_the_disks_as_they_were(lab, runs, chain, on):
+    vm = lab.vm(["raw:16", "qcow2:16"], start=on)
+    plain = {disk: files(vm, disk) for disk in ("vda", "vdb")}
+    with runs.take(runs.run(vm, settings=SNAPSHOT), state=RunState.CANCELLED):
+        assert len(beside(vm)) == 2
+        if on:
+            vm.io("vda", "write -P 1 1M 1M")
+    assert {disk: files(vm, disk) for disk in plain} == plain, "a failed first backup leaves plain disks"
+    assert beside(vm) == []
+    held = chain(vm)
+    held.backup()
+    at_rest = {disk: files(vm, disk) for disk in plain}
+    if on:
+        vm.io("vda", "write -P 2 2M 1M")
+    with runs.take(runs.run(vm, held.parent, settings=SNAPSHOT), state=RunState.FAILED):
+        if on:
+            vm.io("vda", "write -P 3 3M 1M")
+        assert len(beside(vm)) == 4
+    assert {disk: files(vm, disk) for disk in plain} == at_rest
+    if on:
+        vm.io("vda", "read -P 1 1M 1M", "read -P 2 2M 1M", "read -P 3 3M 1M")
+    held.backup()
+    assert len(beside(vm)) == 2
+
+
+def killed(held, *, recorded: bool) -> None:
+    """A run whose process died before `postbackup`: its readers are gone, all else is as it was."""
+    run = held.runs.run(held.vm, held.parent, settings=SNAPSHOT, spent=tuple(t.run.point for t in held.taken[:-1]))
+    truth = held.truth()
+    with held.runs.context(run) as ctx:
+        taken = type(held.parent)(run, ctx, held.runs.hypervisor.prebackup(run, ctx))
+        layer = held.runs.keep(taken, held.folder / run.id)
+        for artifact in taken.prepared.artifacts:
+            artifact.close()
+    if recorded:
+        held.truths.append(truth)
+        held.layers.append(layer)
+        held.taken.append(taken)
+
+
+def settle(held, run, state: RunState) -> None:
+    with Context(held.folder) as ctx:
+        held.runs.hypervisor.postbackup(run, Outcome(state=state), ctx)
+
+
+@pytest.mark.parametrize("on", [True, False], ids=["live", "off"])
+def test_killed_runs_are_settled_by_the_next_one(lab, chain, on):
+    vm = lab.vm(["raw:16", "qcow2:16"], start=on)
+    held = chain(vm)
+    held.backup()
+    for number, recorded in enumerate((False, False, False, True, False)):
+        # Each overlay has blocks that no other one has.
+        if on:
+            vm.io("vda", f"write -P {number + 1} {number}M 256k", f"write -z {number + 8}M 64k")
+        else:
+            qemu_io(files(vm, "vda")[0], f"write -P {number + 1} {number}M 256k", f"write -z {number + 8}M 64k")
+        killed(held, recorded=recorded)
+        assert len(files(vm, "vda")) <= 5
+    # Two runs that nobody recorded, and one that was and did not merge.
+    held.backup()
+    assert len(beside(vm)) == 2
+    if on:
+        vm.io("vda", "write -P 9 6M 1M")
+    killed(held, recorded=True)
+    settle(held, held.parent.run, RunState.RECORDED)
+    assert files(vm, "vda") == [name(vm, "vda", held.parent.run, "raw"), f"{vm.folder}/vda.raw"]
+    settle(held, held.parent.run, RunState.RECORDED)  # once more is harmless
+    held.backup()
+    assert list(held.runs.hypervisor.scratch.iterdir()) == []
+
+
+def test_a_commit_that_was_cut_off_is_done_again(lab, chain, wait_for):
+    vm = lab.vm(["raw:64"])
+    held = chain(vm)
+    held.backup()
+
+    def half_merged() -> tuple[str, dict[str, Path]]:
+        vm.io("vda", "write -P 5 8M 24M")
+        killed(held, recorded=True)
+        # Copied before: QEMU 7.2 crashes where a VM is stopped in the moment in which a commit ends.
+        truth = held.truth()
+        _, middle, base = files(vm, "vda")
+        vm.domain.blockCommit("vda", base, middle, 2, libvirt.VIR_DOMAIN_BLOCK_COMMIT_DELETE)
+        wait_for(lambda: vm.domain.blockJobInfo("vda", 0).get("cur", 0) > 8 * MiB, "the commit is under way")
+        return middle, truth
+
+    # The process that began it is dead, QEMU goes on: the next run waits for it.
+    middle, truth = half_merged()
+    vm.domain.blockJobSetSpeed("vda", 0, 0)
+    held.backup(truth=truth)
+    assert not Path(middle).exists()
+    # QEMU itself is killed: nothing has moved, and the VM is off.
+    middle, truth = half_merged()
+    vm.kill()
+    assert len(files(vm, "vda")) == 3
+    held.backup(truth=truth)
+    assert not Path(middle).exists()
+    vm.start()
+    vm.io("vda", "read -P 5 8M 24M")
+    # A failed run was taking its overlay back when it was killed.
+    vm.io("vda", "write -P 6 1M 1M")
+    killed(held, recorded=False)
+    truth = held.truth()
+    vm.domain.blockCommit("vda", files(vm, "vda")[1], None, 0, libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE)
+    held.backup(truth=truth)
+    assert len(files(vm, "vda")) == 2
+
+
+def test_a_merge_of_a_vm_that_is_off_cut_off_at_each_step(lab, chain):
+    vm = lab.vm(["raw:16"], start=False)
+    held = chain(vm)
+    held.backup()
+    for steps in (1, 2):
+        qemu_io(files(vm, "vda")[0], f"write -P {steps} {steps}M 1M")
+        killed(held, recorded=True)
+        top, middle, base = files(vm, "vda")
+        qemu_img("commit", "-q", "-f", "qcow2", middle)
+        if steps == 2:
+            qemu_img("rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", base, top)
+            assert Path(middle).exists()
+        held.backup()
+        assert beside(vm) == [Path(files(vm, "vda")[0]).name]
+
+
+def test_an_overlay_that_lies_about_and_holds_something_stays(lab, chain, hypervisor):
+    vm = lab.vm(["raw:16"], start=False)
+    held = chain(vm)
+    held.backup()
+    lost = files(vm, "vda")[0]
+    qemu_io(lost, "write -P 1 1M 1M")
+    # The VM is defined as it was before its first backup: what it has written since is in the overlay only.
+    vm.change((lost, f"{vm.folder}/vda.raw"), ("type='qcow2'", "type='raw'"))
+    with pytest.raises(IncrementImpossible, match="no longer on .*, which holds what was written"):
+        held.backup()
+    held.truths.pop()
+    chain(vm).backup()
+    assert Path(lost).exists()
