@@ -181,6 +181,10 @@ class Host:
         found += [f"checkpoint {name}" for name in self.checkpoints() if name not in known]
         return [*found, *processes(str(self.folder))]
 
+    def overlays(self) -> list[str]:
+        """The overlays of ours beside the VM's disks."""
+        return sorted(path.name for path in self.vm.folder.glob("*.backupcore-*"))
+
     def points(self) -> list[str]:
         """The points that next increments may build on: the last two of each chain that is open."""
         chains: dict[int, list[str]] = {}

@@ -81,6 +81,24 @@ OFF = {
 }
 """Those of a VM that is off."""
 
+_SNAPSHOT = {
+    "before the new overlays": "backupcore_libvirt.overlay_run:begin call",
+    "the instant of the overlays": "backupcore_libvirt.overlay_run:begin return",
+    "a frozen layer is served": "backupcore_libvirt.qemu_nbd:QemuNbd.__enter__ return",
+    "before the merge": "backupcore_libvirt.overlay_run:settle call",
+    "one disk is merged": "backupcore_libvirt.overlay_merge:Merger.merge return",
+    "all is merged": "backupcore_libvirt.overlay_run:settle return",
+    **{
+        name: step
+        for name, step in STEPS.items()
+        if "Domain." not in step and name not in ("the job has ended", "block status")
+    },
+}
+SNAPSHOT = {"a merge has begun": "backupcore_libvirt.connection:Domain.begin_commit return", **_SNAPSHOT}
+"""Those of INCREMENT_MODE=SNAPSHOT, of a VM that runs."""
+SNAPSHOT_OFF = {"an overlay is dropped": "backupcore_libvirt.overlay_merge:Merger._discard return", **_SNAPSHOT}
+"""The same of one that is off."""
+
 QUICK = (
     "its folder is made",
     "the instant",
@@ -91,6 +109,8 @@ QUICK = (
 )
 QUICK_SUSPEND = ("the guest stands still", "the instant, at rest")
 QUICK_OFF = ("one disk is tracked", "a disk is served", "recorded")
+QUICK_SNAPSHOT = ("the instant of the overlays", "recorded", "a merge has begun")
+QUICK_SNAPSHOT_OFF = ("the instant of the overlays", "one disk is merged")
 """One step of each kind of thing that can be left behind, for `make test`."""
 
 
@@ -178,6 +198,7 @@ def matrix(host: Host, steps: Mapping[str, str], cases: Sequence[Case]) -> None:
         taken = host.backup()
         note(truth)
         assert host.left() == [], case
+        assert len(host.overlays()) <= 2, f"{case}: {host.overlays()}"
         goes_on(case)
         assert len(host.recorded()) - before in (1, 2), case
         assert taken["type"] == "INCREMENT", f"{case}: {taken['reason']}"
@@ -199,6 +220,38 @@ def test_killed_while_a_vm_that_is_off_is_read(host: Host):
     matrix(host, OFF, pairs(QUICK_OFF))
     host.vm.start()
     assert host.backup()["type"] == "INCREMENT"
+
+
+def snapshot_mode(host: Host) -> None:
+    host.ask("vm", "updateconf", host.vm.name, "--increment-mode", "SNAPSHOT")
+
+
+def test_killed_in_snapshot_mode(host: Host):
+    snapshot_mode(host)
+    matrix(host, SNAPSHOT, pairs(QUICK_SNAPSHOT))
+    assert len(host.overlays()) == 2, "one for each disk"
+
+
+def test_killed_in_snapshot_mode_with_the_vm_off(host: Host):
+    host.vm.destroy()
+    snapshot_mode(host)
+    matrix(host, SNAPSHOT_OFF, pairs(QUICK_SNAPSHOT_OFF))
+    host.vm.start()
+    assert host.backup()["type"] == "INCREMENT"
+    assert len(host.overlays()) == 2, "one for each disk"
+
+
+@pytest.mark.soak
+def test_killed_at_every_step_of_snapshot_mode(host: Host):
+    snapshot_mode(host)
+    matrix(host, SNAPSHOT, every(SNAPSHOT))
+
+
+@pytest.mark.soak
+def test_killed_at_every_step_of_snapshot_mode_with_the_vm_off(host: Host):
+    host.vm.destroy()
+    snapshot_mode(host)
+    matrix(host, SNAPSHOT_OFF, every(SNAPSHOT_OFF))
 
 
 @pytest.mark.soak

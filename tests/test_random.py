@@ -22,13 +22,9 @@ import pytest
 
 from lab.domain_xml import DiskSpec
 from lab.host import Host, Recorded, size_of, stopped, wait_until
-from tests.test_killed import STEPS
+from tests.test_killed import SNAPSHOT, STEPS
 
 MIB = 1 << 20
-LIVE_STEPS = [
-    name for name in STEPS if name not in ("checkpoints are tidied", "reading", "block status", "all is released")
-]
-"""Those that every backup of a running VM comes to."""
 
 
 class Life:
@@ -41,6 +37,7 @@ class Life:
         self.truths: dict[str, dict[str, Path]] = {}
         self.log: list[str] = []
         self.suspended = False
+        self.snapshots = False
         self.instant = 0
         self.spare = self.vm.folder / "vdc.qcow2"
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(self.spare), "8M"], check=True)
@@ -84,15 +81,18 @@ class Life:
         )
 
     def attach_or_detach(self) -> None:
-        xml = (
+        if "vdc" not in self.vm.targets():
+            flags = libvirt.VIR_DOMAIN_AFFECT_CONFIG | (libvirt.VIR_DOMAIN_AFFECT_LIVE if self.vm.active else 0)
+            self.vm.domain.attachDeviceFlags(self._spare_xml(), flags)
+        elif not self.vm.active:  # without an operating system no guest lets go of a disk
+            self.spare = self.vm.disk("vdc")  # it may be an overlay by now
+            self.vm.domain.detachDeviceFlags(self._spare_xml(), libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+
+    def _spare_xml(self) -> str:
+        return (
             f"<disk type='file' device='disk'><driver name='qemu' type='qcow2' discard='unmap'/>"
             f"<source file='{self.spare}'/><target dev='vdc' bus='virtio'/><alias name='ua-vdc'/></disk>"
         )
-        if "vdc" not in self.vm.targets():
-            flags = libvirt.VIR_DOMAIN_AFFECT_CONFIG | (libvirt.VIR_DOMAIN_AFFECT_LIVE if self.vm.active else 0)
-            self.vm.domain.attachDeviceFlags(xml, flags)
-        elif not self.vm.active:  # without an operating system no guest lets go of a disk
-            self.vm.domain.detachDeviceFlags(xml, libvirt.VIR_DOMAIN_AFFECT_CONFIG)
 
     def power(self) -> None:
         if self.vm.active:
@@ -125,6 +125,13 @@ class Life:
         self.vm.domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA)
         self.vm.connection.defineXML(xml)
 
+    def change_mode(self) -> None:
+        """How increments are found, and how the guest is brought to rest."""
+        self.snapshots = not self.snapshots
+        mode, freeze = "SNAPSHOT" if self.snapshots else "CBT", self.choice.choice(["NONE", "SUSPEND"])
+        self.log[-1] += f" {mode} {freeze}"
+        self.host.ask("vm", "updateconf", self.vm.name, "--increment-mode", mode, "--fs-freeze", freeze)
+
     # Backups
 
     def back_up(self) -> None:
@@ -141,7 +148,7 @@ class Life:
         if not self.vm.active:
             return
         truth = self._truth()
-        process = self.host.start("backup", self.vm.name, *self._reset(), at=STEPS["the instant"], stop=True)
+        process = self.host.start("backup", self.vm.name, *self._reset(), at=self._instant(), stop=True)
         wait_until(partial(stopped, process.pid), "the instant")
         for _ in range(3):
             self.log.append("  meanwhile")
@@ -156,9 +163,10 @@ class Life:
         if not self.vm.active:
             return
         truth = self._truth()
-        step = self.choice.choice(LIVE_STEPS)
+        steps = {**STEPS, **SNAPSHOT} if self.snapshots else STEPS
+        step = self.choice.choice(list(steps))
         self.log[-1] += f" at {step!r}"
-        killed = self.host.run("backup", self.vm.name, *self._reset(), at=STEPS[step])
+        killed = self.host.run("backup", self.vm.name, *self._reset(), at=steps[step])
         assert killed.code in (-signal.SIGKILL, 0), killed.err
         self._note(truth)
 
@@ -166,9 +174,10 @@ class Life:
         if not self.vm.active:
             return
         truth = self._truth()
-        step = self.choice.choice(["the instant", "between connect and GO", "a disk is mapped", "all is prepared"])
+        names = ("between connect and GO", "a disk is mapped", "all is prepared")
+        step = self.choice.choice([self._instant(), *(STEPS[name] for name in names)])
         self.log[-1] += f" at {step!r}"
-        process = self.host.start("backup", self.vm.name, *self._reset(), at=STEPS[step], stop=True)
+        process = self.host.start("backup", self.vm.name, *self._reset(), at=step, stop=True)
         wait_until(partial(stopped, process.pid), step)
         os.kill(process.pid, signal.SIGTERM)
         process.send_signal(signal.SIGCONT)
@@ -203,6 +212,7 @@ class Life:
             self.save: 1,
             self.suspend_or_resume: 2,
             self.define_again: 3,
+            self.change_mode: 2,
             self.recover: 2,
             self.check_one: 2,
         }
@@ -230,6 +240,9 @@ class Life:
     def _nothing_left(self) -> None:
         found = [line for line in self.host.left() if not (self.suspended and "stands still" in line)]
         assert found == []
+
+    def _instant(self) -> str:
+        return SNAPSHOT["the instant of the overlays"] if self.snapshots else STEPS["the instant"]
 
     def _reset(self) -> list[str]:
         return ["--reset"] if self.choice.random() < 0.15 else []
