@@ -11,9 +11,9 @@ from pathlib import Path
 import libvirt
 import pytest
 
-from backupcore.disk.nbd import ALLOCATION, Address, Client, ConnectionLost
+from backupcore.disk.nbd import ALLOCATION, DEPTH, Address, Client, ConnectionLost
 from backupcore.errors import Busy, HypervisorError
-from backupcore_libvirt.qemu_nbd import DEPTH, QemuNbd, end_stray
+from backupcore_libvirt.qemu_nbd import QemuNbd, end_stray
 
 MiB = 1 << 20
 

@@ -182,16 +182,26 @@ def test_live_and_off_in_one_chain(lab, chain):
     assert files(vm, "vda", inactive=True) == files(vm, "vda")
 
 
-def test_a_vm_may_start_and_end_while_it_is_read(lab, chain):
+def test_a_vm_may_start_and_end_while_it_is_read(lab, runs, chain):
     vm = lab.vm(["raw:16"], start=False)
     held = chain(vm)
     held.backup()
     qemu_io(files(vm, "vda")[0], "write -P 1 1M 1M")
-    held.backup(during=vm.start)
+    name = vm.identity.name
+
+    def start() -> None:
+        assert not runs.hypervisor.find(name).being_read, "it can start"
+        vm.start()
+        assert runs.hypervisor.find(name).being_read
+
+    held.backup(during=start)
     assert len(files(vm, "vda")) == 2
     vm.io("vda", "write -P 2 2M 1M")
     held.backup(during=vm.destroy)
     assert len(files(vm, "vda")) == 2
+    # A full without overlays, of another datastore, reads the file that the VM would write to.
+    with runs.take(runs.run(vm, settings=SNAPSHOT, keep=(held.parent.run.point,))):
+        assert runs.hypervisor.find(name).being_read
 
 
 def test_a_vm_is_stopped_for_the_one_call(lab, runs, chain):

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import libvirt
 import pytest
 
-from backupcore.errors import HypervisorError, IncrementImpossible, TargetFull
+from backupcore.errors import Busy, HypervisorError, IncrementImpossible, TargetFull
 
 MiB = 1 << 20
 CBT = {"MODE": "INCREMENT", "INCREMENT_MODE": "CBT"}
@@ -241,6 +241,24 @@ def test_a_backing_file_of_unknown_format_rules_overlays_out(lab, take, caplog):
     assert overlays(vm) == []
 
 
+def test_files_that_qemu_has_open_and_libvirt_does_not_know(lab, take):
+    """As after a kill of libvirtd between what QEMU does and libvirt writes down."""
+    vm = lab.vm(["raw:16"])
+    parent, _ = take(vm)
+    vm.io("vda", "write -P 1 1M 1M")
+    astray = vm.folder / f"vda.raw.backupcore-{'0' * 32}-vda.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", astray, "16M"], check=True)
+    astray.chmod(0o666)
+    vm.monitor("blockdev-add", **{"driver": "file", "node-name": "astray", "filename": str(astray)})
+    files = overlays(vm)
+    with pytest.raises(HypervisorError, match=f"it is not clear what disk vda lies on.*QEMU has {astray} open"):
+        take(vm, parent)
+    assert overlays(vm) == files
+    vm.monitor("blockdev-del", **{"node-name": "astray"})
+    take(vm, parent)
+    assert len(overlays(vm)) == 1, "the one that held nothing went"
+
+
 def test_an_overlay_that_another_vm_names_stays(lab, runs, take):
     vm, thief = lab.vm(["raw:16"]), lab.vm(["qcow2:16"], start=False)
     parent, _ = take(vm)
@@ -251,6 +269,46 @@ def test_an_overlay_that_another_vm_names_stays(lab, runs, take):
         take(vm, parent)
     assert Path(used).exists()
     vm.io("vda", "read -P 1 1M 1M")
+
+
+def test_the_files_of_a_saved_vm_stay_as_its_saved_memory_names_them(lab, runs, take, same, tmp_path):
+    vm = lab.vm(["raw:16"])
+    parent, layer = take(vm)
+    vm.io("vda", "write -P 1 1M 1M")
+    truth = vm.copy_truth(tmp_path / "1")
+    run = runs.run(vm, parent, settings=SNAPSHOT)
+    with pytest.raises(Busy, match="its memory is saved"), runs.take(run) as taken:
+        above = runs.keep(taken, tmp_path / "above")
+        vm.domain.managedSave()
+    assert len(overlays(vm)) == 2
+    vm.start()
+    vm.io("vda", "read -P 1 1M 1M", "write -P 2 2M 1M")
+    same([layer, above], truth)
+    truth = vm.copy_truth(tmp_path / "2")
+    _, last = take(vm, taken)
+    same([layer, above, last], truth)
+    assert len(overlays(vm)) == 1
+
+
+def test_disks_whose_size_is_no_multiple_of_a_sector(lab, take, same, tmp_path):
+    for on in (True, False):
+        vm = lab.vm(["raw:1"], start=False)
+        disk = vm.disk("vda")
+        disk.write_bytes(b"\x11" * (MiB + 100))
+        if on:
+            vm.start()
+        truth = vm.copy_truth(tmp_path / f"0{on}") if on else vm.copy_disks(tmp_path / f"0{on}")
+        parent, layer = take(vm)
+        same([layer], truth)
+        if on:
+            vm.io("vda", f"write -P 2 {MiB} 512")
+        else:
+            command = ["qemu-io", "-f", "qcow2", "-c", f"write -P 2 {MiB} 512", source(vm, "vda")]
+            subprocess.run(command, check=True, capture_output=True)
+        truth = vm.copy_truth(tmp_path / f"1{on}") if on else vm.copy_disks(tmp_path / f"1{on}")
+        assert truth["vda"].read_bytes()[MiB:] == b"\x02" * 512
+        _, above = take(vm, parent)
+        same([layer, above], truth)
 
 
 def test_vms_that_can_have_no_overlays(lab, runs, take, caplog):

@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,24 +111,36 @@ def stacks(domain: Domain) -> dict[str, Stack]:
 
 def _read(domain: Domain) -> dict[str, Stack]:
     xml = domain.live_xml()
-    live = domain.is_active()
     elements = _elements(xml)
     found = {}
     for disk in source_disks(xml):
-        if disk.kind != "file" or not disk.path.startswith("/"):
-            continue
-        stack = _stack(disk)
-        below = _backing_paths(elements[disk.id])
-        expected = [overlay.path for overlay in reversed(stack.overlays[:-1])]
-        expected += [stack.base] if stack.overlays else []
-        if live and below[: len(expected)] != expected:
-            raise HypervisorError(
-                f"VM {domain.name}: disk {disk.id} lies on {', '.join(below) or 'nothing'}, by libvirt, and on "
-                f"{', '.join(expected)}, by the images themselves",
-                "Were they changed by hand while the VM ran? Take care of the disk before anything else.",
-            )
-        found[disk.id] = stack
+        if disk.kind == "file" and disk.path.startswith("/"):
+            found[disk.id] = _stack(disk)
+    if domain.is_active() and any_overlay(domain):
+        opened = _opened(domain)
+        for stack in found.values():
+            _hold_against(domain.name, stack, _backing_paths(elements[stack.disk]), opened)
     return found
+
+
+def _opened(domain: Domain) -> set[str]:
+    """The files that QEMU itself has open."""
+    return {str(node["file"]) for node in domain.query("query-named-block-nodes", flat=True)}
+
+
+def _hold_against(vm: str, stack: Stack, listed: Sequence[str], opened: Collection[str]) -> None:
+    files = [stack.base, *(overlay.path for overlay in stack.overlays)]
+    below = files[-2::-1]
+    # libvirt killed in the middle of a call does not know what QEMU has done.
+    astray = [path for path in overlays_beside(stack.base, stack.disk) if path in opened and path not in files]
+    unopened = [path for path in files if not any(path in name for name in opened)] if stack.overlays else []
+    if list(listed[: len(below)]) == below and not astray and not unopened:
+        return
+    raise HypervisorError(
+        f"VM {vm}: it is not clear what disk {stack.disk} lies on: by the images {', '.join(reversed(files))}; below "
+        f"it, by libvirt, {', '.join(listed) or 'nothing'}; QEMU has {', '.join(astray) or 'others'} open",
+        "Were files changed by hand, or was libvirtd killed? Save the disk from within the guest before anything else.",
+    )
 
 
 def _stack(disk: SourceDisk) -> Stack:

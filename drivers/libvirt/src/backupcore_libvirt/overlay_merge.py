@@ -53,6 +53,11 @@ class Merger:
             self._refuse_used(stack, overlay.path)
         if self.domain.is_active():
             self._merge_live(stack, low, high)
+        elif self.domain.is_saved():
+            raise Busy(
+                f"VM {self.domain.name}: its memory is saved with the names of its disks' files, so its overlays stay",
+                "Start the VM; the next backup merges them.",
+            )
         else:
             self._merge_off(stack, low, high)
 

@@ -55,8 +55,9 @@ from backupcore_libvirt.freeze import DEAD_LIMIT, frozen, release
 from backupcore_libvirt.hold import hold, live_exports
 from backupcore_libvirt.in_place import fit, require_replaceable
 from backupcore_libvirt.look import Look, look
+from backupcore_libvirt.overlay import is_overlay
 from backupcore_libvirt.overlay_plan import plan, without_bitmaps
-from backupcore_libvirt.qemu_nbd import end_stray
+from backupcore_libvirt.qemu_nbd import end_stray, is_served
 from backupcore_libvirt.recovery import clear, recover
 from backupcore_libvirt.scratch_watch import ScratchWatch, watch
 from backupcore_libvirt.settings import read as read_settings
@@ -385,9 +386,10 @@ def _state(domain: Domain, backed_up: Collection[str], choice: DiskChoice = BY_R
         )
         for disk in source_disks(domain.live_xml(), choice)
     )
-    return VMState(
-        vm=VM(uuid=domain.uuid, name=domain.name), state=state, disks=disks, being_read=domain.uuid in backed_up
-    )
+    being_read = domain.uuid in backed_up
+    if being_read and state in ("off", "saved") and any(is_overlay(disk.path) for disk in disks):
+        being_read = any(is_served(disk.path) for disk in disks)  # what lies below an overlay keeps no VM from starting
+    return VMState(vm=VM(uuid=domain.uuid, name=domain.name), state=state, disks=disks, being_read=being_read)
 
 
 def _virtual_size(domain: Domain, disk: str) -> int | None:

@@ -21,10 +21,7 @@ from typing import Self
 from backupcore.disk.nbd import Address, Client, ConnectionLost, NbdError
 from backupcore.errors import BackupError, Busy, HypervisorError, from_os_error
 
-__all__ = ["DEPTH", "QemuNbd", "end_stray", "image_options", "is_locked"]
-
-DEPTH = "qemu:allocation-depth"
-"""The context of an export with `depth`: 0 where no layer holds the block, 1 where the top one does, 2 for the next."""
+__all__ = ["QemuNbd", "end_stray", "image_options", "is_locked", "is_served"]
 
 START_LIMIT = 30.0
 STOP_LIMIT = 5.0
@@ -53,7 +50,7 @@ class QemuNbd:
     """One image, served until `stop`, the end of the ``with`` block, or the end of this process.
 
     `path` is a file or device of format `shape` (qcow2, raw), with its backing chain below it; `socket` must not exist.
-    `bitmaps` become contexts ``qemu:dirty-bitmap:NAME``, `depth` adds the context `DEPTH`. Building it does nothing.
+    `bitmaps` become contexts ``qemu:dirty-bitmap:NAME``, `depth` adds `nbd.DEPTH`. Building it does nothing.
     """
 
     def __init__(
@@ -178,6 +175,19 @@ def end_stray(folder: Path) -> bool:
             raise HypervisorError(f"qemu-nbd (process {found[0]}) with a socket in {folder} cannot be ended")
         time.sleep(0.01)
     return bool(found)
+
+
+def is_served(path: str) -> bool:
+    """Whether a qemu-nbd of ours serves this image as the top of its chain: its VM cannot start then."""
+    named = f"file.filename={path.replace(',', ',,')}".encode()
+    for pid in _processes():
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue  # it has ended, or is not ours to look at
+        if command[0].endswith(b"qemu-nbd") and any(argument.endswith(named) for argument in command):
+            return True
+    return False
 
 
 def _processes() -> list[int]:
