@@ -117,9 +117,11 @@ def take(
 
 
 def _recover(place: Workplace, found: VMState, store: Datastore) -> None:
+    """Put right what dead runs left of this VM. What hinders it is logged: the run says what hinders itself."""
     did: list[str] = []
     try:
-        recovery.put_right(place, found.vm, did, store)
+        for error in recovery.put_right(place, found.vm, did, store):
+            log.warning("%s %s", error.message, error.hint)
     finally:
         for line in did:
             log.warning("VM %s: %s", found.vm.name, line)

@@ -62,8 +62,8 @@ def sweep(
 ) -> None:
     """Clear away the folders of dead runs of `vm`, and of dead verbs that were no backup. The caller has the VM's lock.
 
-    `release` is called for each backup among them, with its folder, before that goes. What it raises is logged, and
-    added to `errors`: the next run tries again. What was cleared away is added to `did`.
+    `release` is called for each backup among them, with its folder, before that goes. What it raises is added to
+    `errors`: the next run tries again. What was cleared away is added to `did`.
     """
     for folder in _dead_folders(state):
         record = folder / "run.json"
@@ -80,7 +80,7 @@ def sweep(
         try:
             release(run, folder)
         except Exception as error:  # noqa: BLE001 - the plugins' errors; the new run must go on, and says what is wrong
-            log.warning("what run %s left behind could not be released: %s", run.id, error)
+            log.info("what run %s left behind could not be released: %s", run.id, error)
             errors.append(error if isinstance(error, BackupError) else ContractViolation(str(error)))
             continue
         _remove(folder)

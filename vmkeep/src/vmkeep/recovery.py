@@ -76,9 +76,9 @@ def _of(place: Workplace, vm: VM) -> PutRight:
 
 
 def put_right(place: Workplace, vm: VM, did: list[str], other: Datastore | None = None) -> list[BackupError]:
-    """Put right what dead runs left of `vm`, adding a line to `did` for each; returns what hindered it in a datastore.
+    """Put right what dead runs left of `vm`, adding a line to `did` for each; returns what hindered it, and goes on.
 
-    The caller holds the VM's lock. What hinders it on the hypervisor is raised: the next backup would meet it as well.
+    The caller holds the VM's lock. HypervisorError where the VM has run on disks of which some were restored in place.
     `other` is a datastore to go by for runs whose own is not configured any more.
     """
     _settle_swap(place, vm, did)
@@ -86,7 +86,10 @@ def put_right(place: Workplace, vm: VM, did: list[str], other: Datastore | None 
     for run in runs.died(place.catalog, vm.uuid):
         did.append(f"run {run[:8]}: written down as failed, its process was killed")
     with _context(place, did) as ctx:
-        place.hypervisor.recover(vm, images.spent(place.catalog, vm), ctx)
+        try:
+            place.hypervisor.recover(vm, images.spent(place.catalog, vm), ctx)
+        except BackupError as error:
+            errors.append(error)
 
     def release(run: BackupRun, folder: Path) -> None:
         with Context(folder) as ctx:
@@ -97,7 +100,7 @@ def put_right(place: Workplace, vm: VM, did: list[str], other: Datastore | None 
         did.append(f"run {run.id[:8]}: released what it held, of VM {run.vm.name} and in datastore {run.datastore}")
 
     folders.sweep(place.state, vm, release, did, errors)
-    return errors
+    return list({error.message: error for error in errors}.values())
 
 
 def _settle_swap(place: Workplace, vm: VM, did: list[str]) -> None:
