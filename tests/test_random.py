@@ -83,12 +83,12 @@ class Life:
     def attach_or_detach(self) -> None:
         if "vdc" not in self.vm.targets():
             flags = libvirt.VIR_DOMAIN_AFFECT_CONFIG | (libvirt.VIR_DOMAIN_AFFECT_LIVE if self.vm.active else 0)
-            self.vm.domain.attachDeviceFlags(self._spare_xml(), flags)
+            self.vm.domain.attachDeviceFlags(self.spare_xml(), flags)
         elif not self.vm.active:  # without an operating system no guest lets go of a disk
             self.spare = self.vm.disk("vdc")  # it may be an overlay by now
-            self.vm.domain.detachDeviceFlags(self._spare_xml(), libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+            self.vm.domain.detachDeviceFlags(self.spare_xml(), libvirt.VIR_DOMAIN_AFFECT_CONFIG)
 
-    def _spare_xml(self) -> str:
+    def spare_xml(self) -> str:
         return (
             f"<disk type='file' device='disk'><driver name='qemu' type='qcow2' discard='unmap'/>"
             f"<source file='{self.spare}'/><target dev='vdc' bus='virtio'/><alias name='ua-vdc'/></disk>"
@@ -292,3 +292,32 @@ def test_a_random_life(host: Host):
 @pytest.mark.soak
 def test_a_long_random_life(host: Host):
     live(host, float(os.environ.get("SECONDS", "600")))
+
+
+# What random lives have found
+
+
+def test_a_disk_that_was_cut_off_before_its_full_and_grows_later(host: Host):
+    """QEMU shows what lay behind the cut within the same cluster of the image, and no bitmap tells it."""
+    host.vm.io("vdb", "write -P 0x55 0 6M")
+    host.vm.destroy()
+    path = str(host.vm.disk("vdb"))
+    subprocess.run(["qemu-img", "resize", "-q", "-f", "qcow2", "--shrink", path, str(4 * MIB + 66560)], check=True)
+    host.vm.start()
+    host.backup()
+    host.vm.domain.blockResize("vdb", 7 * MIB, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+    truth = host.note_truth("grown")
+    taken = host.backup()
+    assert (taken["type"], taken["read"] < 2 * MIB) == ("INCREMENT", True)
+    assert host.differing(taken["image"], taken["increment"], truth) == []
+
+
+def test_a_disk_that_only_the_running_vm_has_is_restored_with_a_definition(host: Host):
+    """``virsh attach-disk --live`` leaves the stored definition, which is what a backup keeps, without the disk."""
+    life = Life(host, 0)
+    host.vm.domain.attachDeviceFlags(life.spare_xml(), libvirt.VIR_DOMAIN_AFFECT_LIVE)
+    host.vm.io("vdc", "write -P 0x55 1M 1M")
+    truth = host.note_truth("attached")
+    taken = host.backup()
+    assert set(truth) == {"vda", "vdb", "vdc"}
+    assert host.differing(taken["image"], taken["increment"], truth) == []

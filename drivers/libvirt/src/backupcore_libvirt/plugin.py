@@ -335,8 +335,9 @@ def _release(connection: Connection, run: BackupRun, outcome: Outcome, folder: R
 def _taken(disk: SourceDisk, export: Export, seen: Look, run: BackupRun) -> tuple[DiskArtifact, Disk]:
     """The artifact of one disk: what changed, or all of it."""
     reason = seen.since.whole.get(disk.id, "") if seen.since else ""
-    found = artifact(disk.id, export)
-    held = next((one.tail for one in run.parent.disks if one.id == disk.id), ()) if run.parent else ()
+    then = next((one for one in run.parent.disks if one.id == disk.id), None) if run.parent else None
+    found = artifact(disk.id, export, then.virtual_size if then else None)
+    held = then.tail if then else ()
     if export.bitmap is not None and was_cut(export.address, found.layout, held):
         export, reason = replace(export, bitmap=None), CUT
         found = artifact(disk.id, export)
