@@ -19,6 +19,7 @@ from lab.host import RUNNING, Host, stopped, wait_until
 from tests.test_killed import STEPS
 
 MIB = 1 << 20
+pytestmark = pytest.mark.timeout(600)  # for a loaded machine
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from lab.host import Host
 from lab.vm import VM
 
 MIB = 1 << 20
+pytestmark = pytest.mark.timeout(600)  # for a loaded machine
 # Debian has these in /usr/sbin, which is not on every user's PATH.
 TOOLS = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
 

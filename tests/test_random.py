@@ -285,6 +285,7 @@ def host(make_vm, libvirt_uri: str, vm_folder: Path) -> Host:
     return Host(vm_folder, make_vm(disks, label="random"), libvirt_uri, driver="lab")
 
 
+@pytest.mark.timeout(600)  # a loaded machine takes longer for the comparisons at the end
 def test_a_random_life(host: Host):
     live(host, 60)
 
