@@ -1,23 +1,27 @@
-"""What a driver is given: the prepared artifacts, with sums and the manifest added, watched while they are read."""
+"""What a driver is given: the prepared artifacts, with sums and the manifest added."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from datetime import UTC
-from typing import TYPE_CHECKING, Any, BinaryIO
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
-from backupcore.disk.qcow2 import DiskArtifact, Layout
+from backupcore.disk.qcow2 import DiskArtifact
 from backupcore.disk.sums import HashedDisk, SumsArtifact
 from backupcore.errors import ContractViolation
 from backupcore.manifest import FORMAT, NAME, ManifestArtifact
-from backupcore.model import Artifact, BytesArtifact, check_name, stream
+from backupcore.model import Artifact, BytesArtifact, check_name
 
 if TYPE_CHECKING:
     from backupcore.context import Context
     from backupcore.model import BackupRun, Prepared
 
-__all__ = ["Bundle"]
+__all__ = ["Bundle", "draft"]
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 SMALL = 64 << 20
 """Artifacts that are no disks are held in memory, so they must stay small: definitions and firmware are under 1 MiB."""
@@ -30,15 +34,20 @@ class Bundle:
     else is read into memory. `artifacts` is in the order of their names, with the manifest among them.
     """
 
-    def __init__(self, prepared: Prepared, run: BackupRun, ctx: Context) -> None:
-        """ContractViolation if `prepared` names an artifact twice, a disk that is none, or one without its parent."""
+    def __init__(
+        self, prepared: Prepared, run: BackupRun, ctx: Context, *, merged: Mapping[str, Any] = _NOTHING
+    ) -> None:
+        """ContractViolation if `prepared` names an artifact twice, a disk that is none, or one without its parent.
+
+        `merged` are further entries of the manifest, for a flattened full.
+        """
         by_name = {check_name(artifact.name): artifact for artifact in prepared.artifacts}
         if len(by_name) != len(prepared.artifacts) or NAME in by_name:
             raise ContractViolation("prebackup named an artifact twice")
         before = {disk.id for disk in run.parent.disks} if run.parent else set()
         self.disks: dict[str, HashedDisk] = {}
-        self._layouts: dict[str, Layout] = {}
         self._sums: dict[str, SumsArtifact] = {}
+        tables: dict[str, bytes] = {}
         for disk in prepared.disks:
             artifact = by_name.pop(disk.artifact, None)
             if not isinstance(artifact, DiskArtifact) or disk.artifact != f"disk.{disk.id}.qcow2":
@@ -49,48 +58,13 @@ class Bundle:
                 )
             hashed = HashedDisk(artifact, ctx.folder / f"{run.image}.sums.{disk.id}")
             self.disks[disk.id] = hashed
-            self._layouts[disk.id] = artifact.layout
+            tables[disk.id] = artifact.layout.tables_digest()
             self._sums[disk.id] = SumsArtifact(f"sums.{disk.id}", hashed)
         small = [_in_memory(artifact) for artifact in by_name.values()]
-        self.manifest = ManifestArtifact(self._draft(prepared, run, small), self._sums)
+        sizes = {name: disk.size for name, disk in self.disks.items()}
+        self.manifest = ManifestArtifact({**draft(prepared, run, small, sizes, tables), **merged}, self._sums)
         everything = [*self.disks.values(), *self._sums.values(), *small, self.manifest]
-        self.artifacts: tuple[Artifact, ...] = tuple(
-            _Watched(artifact, ctx) for artifact in sorted(everything, key=lambda artifact: artifact.name)
-        )
-
-    def _draft(self, prepared: Prepared, run: BackupRun, small: list[BytesArtifact]) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "image": run.image,
-            "vm": {"uuid": run.vm.uuid, "name": run.vm.name},
-            "host": run.host,
-            "point": run.point,
-            "parent": {"point": run.parent.point, "digest": run.parent.digest} if run.parent else None,
-            "number": run.number,
-            "type": run.type.value,
-            "date": prepared.date.astimezone(UTC).isoformat(timespec="milliseconds"),
-            "reason": run.reason,
-            "consistency": prepared.consistency,
-            "frozen_seconds": round(prepared.frozen_seconds, 3),
-            "versions": dict(prepared.versions),
-            "disks": [
-                {
-                    "id": disk.id,
-                    "artifact": disk.artifact,
-                    "virtual_size": disk.virtual_size,
-                    "size": self.disks[disk.id].size,
-                    "whole": disk.whole,
-                    "tables_digest": self._layouts[disk.id].tables_digest().hex(),
-                    "reason": disk.reason,
-                }
-                for disk in prepared.disks
-            ],
-            "left_out": [{"id": left.id, "reason": left.reason} for left in prepared.left_out],
-            "artifacts": [
-                {"name": artifact.name, "size": artifact.size, "digest": blake3(artifact.data).hexdigest()}
-                for artifact in small
-            ],
-        }
+        self.artifacts: tuple[Artifact, ...] = tuple(sorted(everything, key=lambda artifact: artifact.name))
 
     @property
     def size(self) -> int:
@@ -114,33 +88,46 @@ class Bundle:
             disk.close()
 
 
-class _Watched(Artifact):
-    """An artifact that notices a cancelled run. In another process it is just the artifact: the context stays here."""
-
-    def __init__(self, inner: Artifact, ctx: Context | None) -> None:
-        self._inner = inner
-        self._ctx = ctx
-        self.name = inner.name
-        self.size = inner.size
-
-    def open(self) -> BinaryIO:
-        return stream(self)
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        if self._ctx is not None:
-            self._ctx.check()
-        return self._inner.read_at(offset, length)
-
-    def read_into(self, offset: int, buffer: memoryview) -> int:
-        if self._ctx is not None:
-            self._ctx.check()
-        return self._inner.read_into(offset, buffer)
-
-    def close(self) -> None:
-        self._inner.close()
-
-    def __reduce__(self) -> tuple[type[_Watched], tuple[Artifact, None]]:
-        return _Watched, (self._inner, None)
+def draft(
+    prepared: Prepared,
+    run: BackupRun,
+    small: Sequence[BytesArtifact],
+    sizes: Mapping[str, int],
+    tables: Mapping[str, bytes],
+) -> dict[str, Any]:
+    """The manifest without digests of sums. `sizes` and `tables` (their digests) are of the disks, by ID."""
+    return {
+        "format": FORMAT,
+        "image": run.image,
+        "vm": {"uuid": run.vm.uuid, "name": run.vm.name},
+        "host": run.host,
+        "point": run.point,
+        "parent": {"point": run.parent.point, "digest": run.parent.digest} if run.parent else None,
+        "number": run.number,
+        "type": run.type.value,
+        "date": prepared.date.astimezone(UTC).isoformat(timespec="milliseconds"),
+        "reason": run.reason,
+        "consistency": prepared.consistency,
+        "frozen_seconds": round(prepared.frozen_seconds, 3),
+        "versions": dict(prepared.versions),
+        "disks": [
+            {
+                "id": disk.id,
+                "artifact": disk.artifact,
+                "virtual_size": disk.virtual_size,
+                "size": sizes[disk.id],
+                "whole": disk.whole,
+                "tables_digest": tables[disk.id].hex(),
+                "reason": disk.reason,
+            }
+            for disk in prepared.disks
+        ],
+        "left_out": [{"id": left.id, "reason": left.reason} for left in prepared.left_out],
+        "artifacts": [
+            {"name": artifact.name, "size": artifact.size, "digest": blake3(artifact.data).hexdigest()}
+            for artifact in small
+        ],
+    }
 
 
 def _in_memory(artifact: Artifact) -> BytesArtifact:

@@ -1,13 +1,15 @@
-"""Pure arithmetic over images: full or increment, and which increments a restore needs."""
+"""Pure arithmetic over images: full or increment, which increments a restore needs, and what retention lets go."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from backupcore.errors import IntegrityError, NotFound
 from backupcore.model import VM, BackupRun, Image, Increment, Link, Type, new_id
 
-__all__ = ["lineage", "plan"]
+__all__ = ["Chain", "Flattening", "Passed", "Removal", "Retention", "full_is_due", "lineage", "plan", "retention"]
 
 
 def plan(
@@ -18,14 +20,17 @@ def plan(
     datastore: str,
     settings: Mapping[str, str],
     reset: bool = False,
+    now: datetime | None = None,
 ) -> BackupRun:
     """The next run of `vm` in `datastore`, where `image` is its newest image there (None if it has none).
 
     An increment if the image is open and MODE is INCREMENT (the default); otherwise a full in a new image, with the
-    reason. Whether the increment is really possible is for the hypervisor to say.
+    reason. Whether the increment is really possible is for the hypervisor to say. `now` is for FULL_EVERY in days.
     """
     tracked = settings.get("MODE", "INCREMENT") == "INCREMENT"
     reason = _why_full(image, tracked=tracked, reset=reset)
+    if image and not reason:
+        reason = full_is_due(image, settings.get("FULL_EVERY", "0"), now or datetime.now(UTC))
     points = tuple(increment.point for increment in image.increments) if image else ()
     if image is None or reason:
         return BackupRun(
@@ -71,6 +76,22 @@ def _why_full(image: Image | None, *, tracked: bool, reset: bool) -> str:
     return ""
 
 
+def full_is_due(image: Image, every: str, now: datetime) -> str:
+    """Why FULL_EVERY asks for a new image, or "". `every` is a number of increments, or of days (``30d``); 0: never.
+
+    Days are those of the calendar, in UTC: a nightly run that is a minute early must not wait for the next night.
+    """
+    count = int(every.removesuffix("d") or 0)
+    if not count or not image.increments:
+        return ""
+    if every.endswith("d"):
+        began = image.began or image.increments[0].date
+        days = (now.astimezone(UTC).date() - began.astimezone(UTC).date()).days
+        return f"FULL_EVERY={every}: image {image.number} is {days} days old" if days >= count else ""
+    taken = image.increments[-1].id + 1  # IDs are never renumbered, so those that were flattened count as well
+    return f"FULL_EVERY={every}: image {image.number} has had {taken} increments" if taken >= count else ""
+
+
 def lineage(image: Image, number: int | None = None) -> tuple[Increment, ...]:
     """The increments that make up increment `number` of `image` (None: its last), oldest first; the first is a full.
 
@@ -91,3 +112,106 @@ def lineage(image: Image, number: int | None = None) -> tuple[Increment, ...]:
             )
         chain.append(parent)
     return tuple(reversed(chain))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chain:
+    """What retention looks at of one image: `ids` are those of its increments, oldest first.
+
+    `ours` is false where another host's catalog, or nobody that is known, has written it.
+    """
+
+    number: int
+    state: str
+    pinned: bool
+    ours: bool
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Removal:
+    """An image that goes."""
+
+    number: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flattening:
+    """An image whose increments up to the ID `to` become one full."""
+
+    number: int
+    to: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passed:
+    """An image that would go or be flattened, and why it stays as it is."""
+
+    number: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retention:
+    """What retention does to the images of one VM in one datastore: `removals` oldest first."""
+
+    flattening: Flattening | None = None
+    removals: tuple[Removal, ...] = ()
+    passed: tuple[Passed, ...] = ()
+
+
+def retention(chains: Sequence[Chain], settings: Mapping[str, str]) -> Retention:
+    """What KEEP_LAST and KEEP_CHAINS let go of the images of one VM in one datastore.
+
+    - MODE=FULL keeps the last KEEP_LAST images.
+    - MODE=INCREMENT keeps KEEP_LAST increments of the open image: the older ones are flattened into the oldest that is
+      kept. Of the closed images it keeps KEEP_CHAINS, or as many as KEEP_LAST says where that is not set.
+    - 0 keeps all. Images that are pinned, damaged, another host's, or being flattened stay, and do not count.
+    - The newest image stays whatever the numbers. Where it is not open, a delete of it has begun or a flatten was
+      interrupted, and nothing goes: what is left of it may not be restorable.
+    """
+    keep = int(settings.get("KEEP_LAST") or 0)
+    closed = keep if settings.get("KEEP_CHAINS", "") == "" else int(settings["KEEP_CHAINS"])
+    full = settings.get("MODE") == "FULL"
+    limit = keep - 1 if full else closed  # how many images stay beside the open one
+    by_number = sorted((chain for chain in chains if chain.ids), key=lambda chain: chain.number)
+    if not by_number or not (keep if full else keep or closed):
+        return Retention()
+    *others, newest = by_number
+    if newest.state != "open":
+        why = f"it is {newest.state}, and may be all that is left: take a backup first"
+        return Retention(passed=(Passed(number=newest.number, why=why),))
+    flattening: Flattening | None = None
+    passed: list[Passed] = []
+    if keep and not full and len(newest.ids) > keep:
+        why = f"KEEP_LAST={keep}: it has {len(newest.ids)} increments"
+        if stays := _stays(newest):
+            passed.append(Passed(number=newest.number, why=f"{why}, but {stays}"))
+        else:
+            flattening = Flattening(number=newest.number, to=newest.ids[-keep], why=why)
+    counted = [chain for chain in others if not _stays(chain)]
+    going = counted[: max(0, len(counted) - limit)] if full or closed else []
+    setting = "KEEP_LAST" if full or settings.get("KEEP_CHAINS", "") == "" else "KEEP_CHAINS"
+    what = f"{keep} newer images stay" if full else f"{closed} newer closed images stay"
+    why = f"{setting}={keep if full else closed}: {what}"
+    removals = tuple(Removal(number=chain.number, why=why) for chain in going)
+    first_kept = min(chain.number for chain in [*counted[len(going) :], newest])
+    passed += [
+        Passed(number=chain.number, why=stays)
+        for chain in others
+        if chain.number < first_kept and (stays := _stays(chain))
+    ]
+    return Retention(flattening=flattening, removals=removals, passed=tuple(passed))
+
+
+def _stays(chain: Chain) -> str:
+    """Why retention does not touch an image, or ""."""
+    if chain.pinned:
+        return "it is pinned"
+    if not chain.ours:
+        return "this host's catalog did not write it"
+    if chain.state not in ("open", "closed"):
+        return f"it is {chain.state}"
+    return ""

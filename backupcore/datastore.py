@@ -17,12 +17,14 @@ from backupcore.model import (
     Artifact,
     BackupRun,
     Listed,
+    Merge,
     Outcome,
     Prepared,
     SourceRef,
     Stored,
     Usage,
     check_name,
+    stream,
 )
 from backupcore.options import build
 from backupcore.plugins import DRIVERS, load
@@ -43,6 +45,7 @@ class Datastore:
         """`driver` is a driver object; `plugins` are the hypervisor, then site plugins. Nothing is contacted."""
         self.name = name
         self.kind = kind or type(driver).__name__
+        self._driver = driver
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
         # pluggy calls the last registered first: site plugins wrap, then the driver, then the hypervisor.
@@ -78,9 +81,23 @@ class Datastore:
         return answers[0]
 
     def backup(self, artifacts: Sequence[Artifact], run: BackupRun, ctx: Context) -> Stored:
-        """The driver's `backup`."""
-        stored: Stored = self._answer("backup", Stored, artifacts=tuple(artifacts), run=run, ctx=ctx)
+        """The driver's `backup`. A read of an artifact that gives more or less than it promised fails it."""
+        given = tuple(_Given(artifact, ctx) for artifact in artifacts)
+        return self._stored("backup", self._answer("backup", Stored, artifacts=given, run=run, ctx=ctx))
+
+    def flatten(self, merge: Merge, run: BackupRun, ctx: Context) -> Stored | None:
+        """The driver's own way of keeping the result of a merge; None where it has none, or cannot do it for these."""
+        if not self.flattens:
+            return None
+        stored = self._call("flatten", merge=merge, run=run, ctx=ctx)
+        if stored is not None and not isinstance(stored, Stored):
+            raise ContractViolation(f"driver {self.kind}: flatten returned {type(stored).__name__}")
         return stored
+
+    @property
+    def flattens(self) -> bool:
+        """Whether the driver has a way of its own to flatten."""
+        return self.implements("flatten")
 
     def postbackup(self, run: BackupRun, outcome: Outcome, ctx: Context) -> list[BackupError]:
         """Each plugin's `postbackup` by itself, the hypervisor first; what failed is logged and returned."""
@@ -120,20 +137,26 @@ class Datastore:
 
     def check(self, ctx: Context) -> None:
         """Raise what is wrong with the datastore, if anything is. A driver without `check` is asked for its sources."""
-        if self._has("check"):
+        if self.implements("check"):
             self._answer("check", bool, ctx=ctx)
         else:
             self.sources(ctx)
 
     def usage(self, ctx: Context) -> Usage:
         """How full the datastore is, as far as its driver says."""
-        found: Usage = self._answer("usage", Usage, ctx=ctx) if self._has("usage") else Usage()
+        found: Usage = self._answer("usage", Usage, ctx=ctx) if self.implements("usage") else Usage()
         return found
 
     # Calling
 
-    def _has(self, hook: str) -> bool:
-        return bool(getattr(self._manager.hook, hook).get_hookimpls())
+    def implements(self, hook: str) -> bool:
+        """Whether the driver itself has this hook: what it leaves out, the core does or does without."""
+        return _implements(self._driver, hook)
+
+    def _stored(self, hook: str, stored: Stored) -> Stored:
+        if not isinstance(stored.source, SourceRef):
+            raise ContractViolation(f"driver {self.kind}: {hook} returned a source that is no SourceRef")
+        return stored
 
     def _call(self, hook: str, **arguments: Any) -> Any:
         with self._translated(hook):
@@ -163,10 +186,57 @@ class Datastore:
             ) from error
 
 
-class _Exact(Artifact):
-    """A stored artifact whose length is held against what it promised."""
+class _Given(Artifact):
+    """What a driver reads from: it notices a cancelled run, and that a giver breaks its promise.
 
-    def __init__(self, inner: Artifact, what: str, ctx: Context) -> None:
+    In another process it is just the artifact: the context stays here.
+    """
+
+    def __init__(self, inner: Artifact, ctx: Context | None) -> None:
+        self._inner = inner
+        self._ctx = ctx
+        self.name = inner.name
+        self.size = inner.size
+
+    def open(self) -> BinaryIO:
+        return stream(self)
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        self._check()
+        data = self._inner.read_at(offset, length)
+        self._exactly(offset, length, len(data))
+        return data
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        self._check()
+        count = self._inner.read_into(offset, buffer)
+        self._exactly(offset, len(buffer), count)
+        return count
+
+    def _check(self) -> None:
+        if self._ctx is not None:
+            self._ctx.check()
+
+    def _exactly(self, offset: int, length: int, count: int) -> None:
+        self._check()  # once more: after the last read a driver publishes
+        promised = max(0, min(length, self.size - offset))
+        if count != promised:
+            raise ContractViolation(
+                f"artifact {self.name} gave {count} of {promised} bytes at {offset} of {self.size}",
+                "Whoever prepared the backup is at fault, not the datastore.",
+            )
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def __reduce__(self) -> tuple[type[_Given], tuple[Artifact, None]]:
+        return _Given, (self._inner, None)
+
+
+class _Exact(Artifact):
+    """A stored artifact whose length is held against what it promised. Pickled, it leaves the context behind."""
+
+    def __init__(self, inner: Artifact, what: str, ctx: Context | None) -> None:
         self._inner = inner
         self._what = f"{what}//{inner.name}"
         self._ctx = ctx
@@ -174,13 +244,17 @@ class _Exact(Artifact):
         self.size = inner.size
         self.seekable = inner.seekable
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ctx": None}
+
     def open(self) -> BinaryIO:
         with _reading(self._what):
             inner = self._inner.open()
         return io.BufferedReader(_ExactStream(inner, self.size, self._what, self._ctx), 1 << 20)
 
     def read_at(self, offset: int, length: int) -> bytes:
-        self._ctx.check()
+        if self._ctx is not None:
+            self._ctx.check()
         with _reading(self._what):
             data = self._inner.read_at(offset, length)
         if len(data) != max(0, min(length, self.size - offset)):
@@ -189,7 +263,7 @@ class _Exact(Artifact):
 
 
 class _ExactStream(io.RawIOBase):
-    def __init__(self, inner: BinaryIO, size: int, what: str, ctx: Context) -> None:
+    def __init__(self, inner: BinaryIO, size: int, what: str, ctx: Context | None) -> None:
         super().__init__()
         self._inner = inner
         self._left = size
@@ -200,7 +274,8 @@ class _ExactStream(io.RawIOBase):
         return True
 
     def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]  # Buffer has no length
-        self._ctx.check()
+        if self._ctx is not None:
+            self._ctx.check()
         with _reading(self._what):
             data = self._inner.read(len(buffer))
         if not data and self._left:

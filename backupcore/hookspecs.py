@@ -112,8 +112,13 @@ def restore(source: SourceRef, ctx: Context) -> Sequence[Artifact]:
 def flatten(merge: Merge, run: BackupRun, ctx: Context) -> Stored | None:
     """Keep the merged result of `merge.sources` as a new full, and return its source; the old ones stay untouched.
 
-    Optional: without it the core stores ``merge.artifacts`` through `backup`. A store that can copy on its own side
-    follows ``merge.pieces(artifact)``. The rules of `backup` hold.
+    Optional: without it, or where it returns None, the core stores ``merge.artifacts`` through `backup`. A store that
+    can copy on its own side follows ``merge.pieces(artifact)``. The rules of `backup` hold.
+
+    `prebackup` does not come before it; `run.builds_on` are the sources to merge. `run.point` and `run.number` are
+    those of the last of them, which stays until the result is proved and recorded. So never take a source for your own
+    because it has this point: whatever cleans up after a flatten (or a `backup` that stores one) that failed must tell
+    the two apart.
     """
 
 

@@ -11,23 +11,26 @@ exchanged, out of order or another VM's.
 Every artifact but the disks and the manifest itself stands in `artifacts` with its digest. A disk's digests are two:
 `tables_digest` covers its qcow2 tables (everything before the first data cluster), `sums_digest` covers
 ``sums.<id>``, the BLAKE3 of each of its 64 KiB data clusters in file order.
+
+A flattened full names the points that it `replaces`, the last of which is its own, and in `stands_for` the digest of
+the manifest of the increment that had this point before: a child that was taken then holds it as its parent's. `began`
+is the date of the image's first full. Where a store made it by copying on its own side, the `order` of a disk is
+``file``: its data clusters lie as they were copied, those that were replaced among them, and the sums cover all.
 """
 
 from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from backupcore.errors import IntegrityError, UnsupportedOperation
 from backupcore.model import Artifact, Disk, Type
 from backupcore.options import problems
-
-if TYPE_CHECKING:
-    from backupcore.disk.sums import SumsArtifact
 
 __all__ = ["FORMAT", "LIMIT", "NAME", "Manifest", "ManifestArtifact", "parse"]
 
@@ -61,7 +64,7 @@ class ParentPart(_Part):
 
 
 class DiskPart(_Part):
-    """One disk; `size` is that of its artifact."""
+    """One disk; `size` is that of its artifact, `order` how its data clusters lie in it (`backupcore.disk.stored`)."""
 
     id: DiskId
     artifact: Name
@@ -71,6 +74,7 @@ class DiskPart(_Part):
     tables_digest: Hex64
     sums_digest: Hex64
     reason: str = ""
+    order: Literal["guest", "file"] = "guest"
 
     @property
     def sums(self) -> str:
@@ -125,6 +129,7 @@ class Manifest(_Part):
     artifacts: tuple[ArtifactPart, ...]
     replaces: tuple[Hex32, ...] = ()
     stands_for: Hex64 | None = None
+    began: datetime | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
@@ -139,6 +144,8 @@ class Manifest(_Part):
                 raise ValueError(f"disk {disk.id} and its artifacts do not agree")
             if self.type is Type.FULL and not disk.whole:
                 raise ValueError(f"disk {disk.id} of a full is not whole")
+            if disk.order == "file" and not disk.whole:
+                raise ValueError(f"disk {disk.id} lies in the order of a full, and is not whole")
         return self
 
 
@@ -164,6 +171,16 @@ def parse(data: bytes, what: str) -> Manifest:
         raise IntegrityError(f"{what}: not a manifest: {type(error).__name__}") from None
 
 
+class Sums(Protocol):
+    """What is needed of a sums artifact; `backupcore.disk.sums.SumsArtifact` is one."""
+
+    name: str
+    size: int
+
+    def digest(self) -> bytes:
+        """BLAKE3 over all of it; may wait until it is known."""
+
+
 class ManifestArtifact(Artifact):
     """``manifest.json`` of a backup that is being taken.
 
@@ -173,7 +190,7 @@ class ManifestArtifact(Artifact):
 
     name = NAME
 
-    def __init__(self, draft: dict[str, Any], sums: dict[str, SumsArtifact]) -> None:
+    def __init__(self, draft: dict[str, Any], sums: Mapping[str, Sums]) -> None:
         """`draft` is the manifest without digests of sums; `sums` maps a disk's ID to its sums artifact."""
         self._draft = draft
         self._sums = sums

@@ -379,7 +379,9 @@ class Increment:
 class Image:
     """The chain of increments of one VM in one datastore, oldest first. `number` is its alias on this host.
 
-    `why_closed` says why no increment is added to it any more, "" where no reason was given.
+    `why_closed` says why no increment is added to it any more, "" where no reason was given. `host` is where its
+    backups were taken ("" where that is not known); `began` the date of its first full, which a flatten may have
+    replaced (None: that of the oldest increment).
     """
 
     uuid: str
@@ -390,6 +392,8 @@ class Image:
     increments: tuple[Increment, ...]
     pinned: bool = False
     why_closed: str = ""
+    host: str = ""
+    began: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -433,10 +437,13 @@ class Literal:
 class Merge(Protocol):
     """The result of a flatten: lazy, and finished as if a full had been taken."""
 
-    sources: Sequence[SourceRef]
-    """Exactly those to merge, oldest first."""
-    artifacts: Sequence[Artifact]
-    """The finished result."""
+    @property
+    def sources(self) -> Sequence[SourceRef]:
+        """Exactly those to merge, oldest first."""
+
+    @property
+    def artifacts(self) -> Sequence[Artifact]:
+        """The finished result."""
 
     def pieces(self, artifact: Artifact) -> Iterable[Copy | Literal]:
         """The bytes of one artifact in order, for stores that copy on their own side."""

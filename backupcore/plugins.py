@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points, version
 from typing import Any
 
 from backupcore.errors import ConfigError
@@ -21,6 +21,29 @@ def names(group: str) -> dict[str, str]:
     }
 
 
+def _check_core(point: EntryPoint) -> None:
+    """A plugin's package says which core it needs as any package does: ``dependencies = ["backupcore>=0.2"]``.
+
+    pip sees to it, but not where a core was put back to an older version, or installed by other means. It is looked at
+    before the plugin is imported, which would fail with a name that this core does not have.
+    """
+    wanted = [line for line in (point.dist.requires if point.dist else None) or () if line.startswith("backupcore")]
+    if not wanted:
+        return
+    from packaging.requirements import Requirement  # noqa: PLC0415 - 20 ms, where a plugin is opened
+
+    for need in map(Requirement, wanted):
+        if need.name != "backupcore" or (need.marker and not need.marker.evaluate({"extra": ""})):
+            continue
+        here = version("backupcore")
+        if not need.specifier.contains(here, prereleases=True):
+            assert point.dist
+            raise ConfigError(
+                f"{point.dist.name} {point.dist.version} needs backupcore{need.specifier}, and {here} is installed",
+                f"pip install --upgrade backupcore {point.dist.name}",
+            )
+
+
 def load(group: str, name: str) -> Any:
     """The object behind one entry point. ConfigError if it is not installed or cannot be imported."""
     found = [point for point in entry_points(group=group) if point.name == name]
@@ -31,6 +54,7 @@ def load(group: str, name: str) -> Any:
             f"Installed: {installed}. The first-party ones come with: pip install backupcore-{name}",
         )
     try:
+        _check_core(found[0])
         return found[0].load()
     except ImportError as error:
         raise ConfigError(f"plugin {name!r} cannot be loaded: {error}", "Reinstall its package.") from error

@@ -9,22 +9,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import SpooledTemporaryFile
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING
 
-from blake3 import blake3
-
-from backupcore import manifest as manifests
 from backupcore.chain import lineage
-from backupcore.disk.merge import Layer, merge
+from backupcore.disk.merge import merge
 from backupcore.disk.writer import DiskWriter
-from backupcore.errors import ConfigError, IntegrityError, NotFound
-from backupcore.model import Artifact, Disk, Image, Increment, SourceRef
+from backupcore.errors import ConfigError, NotFound
+from backupcore.model import Disk, Image, Increment, SourceRef
+from backupcore.opened import layers_of, open_chain
 
 if TYPE_CHECKING:
     from backupcore.context import Context
     from backupcore.datastore import Datastore
-    from backupcore.manifest import DiskPart, Manifest
 
 __all__ = ["Restored", "RestoredDisk", "restore"]
 
@@ -49,32 +45,6 @@ class Restored:
     files: Mapping[str, bytes]
 
 
-@dataclass(frozen=True)
-class _Backup:
-    """One increment as its datastore holds it, with its manifest checked."""
-
-    increment: Increment
-    manifest: Manifest
-    artifacts: Mapping[str, Artifact]
-
-    def artifact(self, name: str, size: int) -> Artifact:
-        found = self.artifacts.get(name)
-        if found is None or found.size != size:
-            state = "is missing" if found is None else f"has {found.size} bytes instead of {size}"
-            raise IntegrityError(
-                f"increment {self.increment.id} (source {self.increment.source}): {name} {state}",
-                "Restore another increment; a new image starts with: vmkeep backup --reset",
-            )
-        return found
-
-    def small(self, name: str, size: int, digest: str) -> bytes:
-        with self.artifact(name, size).open() as file:
-            data = file.read()
-        if blake3(data).hexdigest() != digest:
-            raise IntegrityError(f"increment {self.increment.id} (source {self.increment.source}): {name} was changed")
-        return data
-
-
 def restore(
     datastore: Datastore,
     image: Image,
@@ -93,7 +63,7 @@ def restore(
     """
     chain = lineage(image, number)
     ctx.progress.phase("look", None)
-    backups = _open_chain(datastore, image, chain, ctx)
+    backups = open_chain(datastore, image, chain, ctx)
     newest = backups[-1].manifest
     wanted = [part for part in newest.disks if disks is None or part.id in disks]
     unknown = set(disks or ()) - {part.id for part in wanted}
@@ -109,7 +79,7 @@ def restore(
         for part in newest.artifacts
         if not part.name.startswith("sums.")
     }
-    plans = [(part, _layers(backups, part.id, ctx.folder)) for part in wanted]
+    plans = [(part, layers_of(backups, part.id, ctx.folder)) for part in wanted]
     ctx.progress.phase("restore", sum(layer.size for _, layers in plans for layer in layers))
     with ExitStack() as unfinished:
         written: list[tuple[Path, Path]] = []
@@ -173,74 +143,3 @@ def _sync_folder(folder: Path) -> None:
 
 def _advance(ctx: Context, before: int, count: int) -> None:
     ctx.progress.done(before + count)
-
-
-def _open_chain(datastore: Datastore, image: Image, chain: Sequence[Increment], ctx: Context) -> list[_Backup]:
-    """Every increment of the chain, oldest first, its manifest held against the catalog, the VM and its parent."""
-    backups: list[_Backup] = []
-    for increment in chain:
-        ctx.check()
-        what = f"increment {increment.id} (source {increment.source})"
-        artifacts = datastore.artifacts(increment.source, ctx)
-        if manifests.NAME not in artifacts:
-            raise IntegrityError(f"{what}: it has no manifest, so it is not complete")
-        if artifacts[manifests.NAME].size > manifests.LIMIT:
-            raise IntegrityError(f"{what}: the manifest is larger than {manifests.LIMIT >> 20} MiB")
-        with artifacts[manifests.NAME].open() as file:
-            data = file.read()
-        manifest = manifests.parse(data, what)
-        if manifest.vm.uuid != image.vm.uuid:
-            raise IntegrityError(f"{what}: it is a backup of another VM ({manifest.vm.name}, {manifest.vm.uuid})")
-        if blake3(data).hexdigest() != increment.digest or manifest.point != increment.point:
-            raise IntegrityError(f"{what}: it is not the backup that was recorded under this number")
-        parent = backups[-1] if backups else None
-        if (manifest.parent.digest if manifest.parent else None) != (parent.increment.digest if parent else None):
-            raise IntegrityError(f"{what}: it does not build on increment {parent.increment.id if parent else 'none'}")
-        backups.append(_Backup(increment, manifest, artifacts))
-    return backups
-
-
-def _layers(backups: Sequence[_Backup], disk: str, folder: Path) -> list[Layer]:
-    """The layers of one disk, newest first, down to one that is whole."""
-    layers: list[Layer] = []
-    for backup in reversed(backups):
-        part = next((part for part in backup.manifest.disks if part.id == disk), None)
-        if part is None:
-            raise IntegrityError(f"increment {backup.increment.id} holds nothing of disk {disk}, which later ones need")
-        layers.append(_layer(backup, part, folder))
-        if part.whole:
-            return layers
-    raise IntegrityError(f"disk {disk}: the chain does not begin with the whole disk")
-
-
-def _layer(backup: _Backup, part: DiskPart, folder: Path) -> Layer:
-    listed = {entry.name: entry for entry in backup.manifest.artifacts}[part.sums]
-    return Layer(
-        name=f"increment {backup.increment.id} (source {backup.increment.source}), disk {part.id}",
-        open=backup.artifact(part.artifact, part.size).open,
-        sums=partial(_checked, backup.artifact(part.sums, listed.size), part.sums_digest, folder),
-        size=part.size,
-        virtual_size=part.virtual_size,
-        whole=part.whole,
-        tables_digest=bytes.fromhex(part.tables_digest),
-    )
-
-
-def _checked(sums: Artifact, digest: str, folder: Path) -> BinaryIO:
-    """The sums of a disk, fetched and held against their digest before any of them is believed.
-
-    They are 0.05 % of the data: in memory up to 16 MiB (32 GiB of data), in a file without a name beyond.
-    """
-    local = SpooledTemporaryFile(max_size=16 << 20, dir=str(folder))  # noqa: SIM115 - the merge closes it
-    with ExitStack() as on_error:
-        on_error.callback(local.close)
-        hasher = blake3()
-        with sums.open() as file:
-            while block := file.read(1 << 20):
-                hasher.update(block)
-                local.write(block)
-        if hasher.hexdigest() != digest:
-            raise IntegrityError(f"{sums.name} is not what was written", "Restore another increment.")
-        local.seek(0)
-        on_error.pop_all()
-    return cast("BinaryIO", local)

@@ -32,7 +32,7 @@ from backupcore.errors import (
     UnsupportedOperation,
 )
 from backupcore.manifest import NAME, parse
-from backupcore.model import VM, Image, Outcome, RunState, SourceRef, Stored, Type
+from backupcore.model import VM, BytesArtifact, Image, Outcome, RunState, SourceRef, Stored, Type
 from backupcore.session import Recorded
 from backupcore.testing.guest import MemoryGuest, MemoryHypervisor
 from backupcore.testing.memory import MemoryDriver
@@ -366,6 +366,24 @@ def test_a_cancelled_run_stops_at_the_next_read(site: Site):
     with pytest.raises(Cancelled):
         site.backup(Cancelling())
     assert site.outcomes[-1].state is RunState.CANCELLED
+    assert not site.driver.kept
+
+
+def test_a_cancel_during_the_very_last_read_stops_the_run(site: Site):
+    class Stopping(BytesArtifact):
+        def read_at(self, offset, length):
+            ctx.cancel()
+            return super().read_at(offset, length)
+
+    class Exact(MemoryDriver):
+        @hookimpl
+        def backup(self, artifacts, run, ctx):
+            artifacts[0].read_at(0, artifacts[0].size)  # and not a read more
+            return MemoryDriver.backup(self, [], run, ctx)
+
+    run = plan(None, vm=WEB, host="h", datastore="mem", settings={})
+    with site.context() as ctx, pytest.raises(Cancelled):
+        site.datastore(Exact()).backup([Stopping("vm.xml", b"<domain/>")], run, ctx)
     assert not site.driver.kept
 
 

@@ -175,6 +175,34 @@ def test_a_full_and_increments_restore_to_what_the_guest_held(host: Host):
     host.restic("check", "--read-data")
 
 
+def test_increments_go_on_from_a_chain_that_was_flattened(host: Host):
+    """KEEP_LAST=1: the full is made new out of the old one and the increment, and the next increment builds on it."""
+
+    def night(number: int) -> Any:
+        host.vm.io("vda", f"write -P {number} {3 * number}M 1M", f"write -z {4 + number}M 1M")
+        host.vm.io("vdb", f"write -P {number} 31M 64k")
+        taken = host.backup()
+        assert (taken["type"], taken["warnings"]) == ("INCREMENT", [])
+        return taken["retention"]
+
+    def rows() -> list[tuple[int, int, str]]:
+        return [(one["id"], one["pid"], one["type"]) for one in host.ask("image", "show", "1")["increments"]]
+
+    host.backup()
+    assert host.run("vm", "updateconf", host.vm.name, "--keep-last", "1").returncode == 0
+    assert [one["action"] for one in night(1)] == ["flatten"]
+    assert rows() == [(1, -1, "F")]
+    assert len(host.snapshots()) == 1
+    assert host.run("vm", "updateconf", host.vm.name, "--keep-last", "0").returncode == 0
+    assert night(2) == []
+    assert rows() == [(1, -1, "F"), (2, 1, "I")]
+    assert len(host.checkpoints()) == 2, "that of the point which was merged has gone"
+    truth = host.vm.copy_truth(host.folder / "truth")
+    for disk, path in host.restore(2).items():
+        assert same(truth[disk], path)
+    host.assert_released()
+
+
 def test_the_datastore_alone_holds_it_all(host: Host):
     """Without vmkeep: restic gives the disk of a full, QEMU reads it."""
     truth = host.vm.copy_truth(host.folder / "truth")

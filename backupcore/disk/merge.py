@@ -18,7 +18,8 @@ from typing import BinaryIO, Protocol
 from backupcore.disk.extents import CLUSTER, Extent, ExtentTable, Kind, complement, intersect
 from backupcore.disk.geometry import clusters_of
 from backupcore.disk.qcow2 import Layout
-from backupcore.disk.stored import StoredDisk, read_exactly
+from backupcore.disk.scattered import ScatteredLayout
+from backupcore.disk.stored import Order, StoredDisk, read_exactly
 from backupcore.disk.table import DIGEST, digests
 from backupcore.errors import IntegrityError
 
@@ -35,8 +36,8 @@ class Layer:
 
     `name` is for messages and says which disk of which increment. `open` gives the artifact from byte 0 and `sums` its
     digests (32 bytes of BLAKE3 for each data cluster, in file order; the caller has checked them as a whole): both
-    sequential streams, opened only when the layer is needed, and closed here. `size`, `virtual_size`, `whole` and
-    `tables_digest` come from the manifest.
+    sequential streams, opened only when the layer is needed, and closed here. `size`, `virtual_size`, `whole`,
+    `tables_digest` and `order` come from the manifest.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Layer:
     virtual_size: int
     whole: bool
     tables_digest: bytes | None
+    order: Order = "guest"
 
 
 class Target(Protocol):
@@ -179,7 +181,13 @@ def _copy(
 ) -> ExtentTable:
     """Put what `layer` holds of `gaps` on the disk, and return what remains of them."""
     try:
-        layout = StoredDisk.parse(data, layer.size, virtual_size=layer.virtual_size, tables_digest=layer.tables_digest)
+        layout = StoredDisk.parse(
+            data,
+            layer.size,
+            virtual_size=layer.virtual_size,
+            tables_digest=layer.tables_digest,
+            order=layer.order,
+        )
     except IntegrityError as error:
         raise IntegrityError(f"{layer.name}: {error.message}", error.hint) from error
     within = [(0, clusters_of(disk.limit) * CLUSTER)]
@@ -214,27 +222,35 @@ def _ranges(table: ExtentTable) -> Iterator[tuple[int, int]]:
     return ((offset, length) for offset, length, _ in table)
 
 
-def _reads(layout: Layout, wanted: Iterable[Extent]) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-    """(first data cluster, places) of the data in `wanted`, joined where the file has them in a row."""
+def _reads(layout: Layout | ScatteredLayout, wanted: Iterable[Extent]) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """(first data cluster, places) of the data in `wanted`, in file order, joined where the file has them in a row."""
     first = count = 0
     places: list[tuple[int, int]] = []
-    for extent in wanted:
-        if extent.kind is not Kind.DATA:
-            continue
-        index, offset = layout.index(extent.offset), extent.offset
-        while offset < extent.end:
+    for at, start, clusters in _in_file_order(layout, wanted):
+        offset, index, end = at, start, start + clusters
+        while index < end:
             if places and (index != first + count or count == _STEP):
                 yield first, places
                 places = []
             if not places:
                 first, count = index, 0
-            clusters = min((extent.end - offset) // CLUSTER, _STEP - count)
-            places.append((offset, clusters))
-            offset += clusters * CLUSTER
-            index += clusters
-            count += clusters
+            step = min(end - index, _STEP - count)
+            places.append((offset, step))
+            offset += step * CLUSTER
+            index += step
+            count += step
     if places:
         yield first, places
+
+
+def _in_file_order(layout: Layout | ScatteredLayout, wanted: Iterable[Extent]) -> Iterable[tuple[int, int, int]]:
+    """(guest offset, index in the file, clusters) of the data in `wanted`: the layer is one sequential stream."""
+    found = (place for offset, length, kind in wanted if kind is Kind.DATA for place in layout.places(offset, length))
+    return found if isinstance(layout, Layout) else sorted(found, key=_file_index)
+
+
+def _file_index(place: tuple[int, int, int]) -> int:
+    return place[1]
 
 
 def _place(layer: Layer, batch: Sequence[_Read], disk: _Disk) -> None:

@@ -16,6 +16,7 @@ which is what the guest sees, and the tail of the last cluster is zeros.
 
 from __future__ import annotations
 
+import abc
 import threading
 from array import array
 from bisect import bisect_left, bisect_right
@@ -29,10 +30,66 @@ from backupcore.disk.geometry import COPIED, ENTRIES, L2_SPAN, ZERO, Geometry, c
 from backupcore.errors import HypervisorError
 from backupcore.model import Artifact, stream
 
-__all__ = ["CLUSTER", "BlockReader", "Blocks", "DiskArtifact", "Layout", "MemoryBlocks"]
+__all__ = ["CLUSTER", "BlockReader", "Blocks", "DiskArtifact", "Layout", "MemoryBlocks", "Pending", "Tables"]
 
 
-class Layout:
+class Tables(abc.ABC):
+    """What the tables of every form have in common: header, refcounts, L1 and L2, in this order, before the data."""
+
+    virtual_size: int
+    data_offset: int
+    _geometry: Geometry
+    _l2: array[int]  # indexes of the L2 tables that exist
+    _digest: bytes | None = None
+
+    def tables(self, offset: int, length: int) -> bytes:
+        """The bytes ``[offset, offset + length)`` of the file; ValueError past `data_offset`."""
+        end = offset + length
+        if not 0 <= offset <= end <= self.data_offset:
+            raise ValueError(f"bytes {offset} to {end} of tables that end at {self.data_offset}")
+        first = offset // CLUSTER
+        whole = b"".join(self._cluster(index) for index in range(first, clusters_of(end)))
+        return whole[offset - first * CLUSTER : end - first * CLUSTER]
+
+    def tables_digest(self) -> bytes:
+        """BLAKE3 (32 bytes) over all bytes before `data_offset`. Computed once: a second or so for each TiB."""
+        if self._digest is None:
+            hasher = blake3()
+            for index in range(self.data_offset // CLUSTER):
+                hasher.update(self._cluster(index))
+            self._digest = hasher.digest()
+        return self._digest
+
+    def _cluster(self, index: int) -> bytes:
+        place = self._geometry
+        if index == 0:
+            return place.header()
+        if index < place.first_block:
+            return place.refcount_table_cluster(index - 1)
+        if index < place.l1:
+            return self._refcount_block(index - place.first_block)
+        if index < place.l2:
+            return self._l1_cluster(index - place.l1)
+        return self._l2_table(self._l2[index - place.l2])
+
+    def _l1_cluster(self, index: int) -> bytes:
+        entries = bytearray(CLUSTER)
+        first = index * ENTRIES
+        low = bisect_left(self._l2, first)
+        for position in range(low, bisect_left(self._l2, first + ENTRIES, low)):
+            at = (self._l2[position] - first) * 8
+            entries[at : at + 8] = row(COPIED | (self._geometry.l2 + position) * CLUSTER, 1)
+        return bytes(entries)
+
+    def _refcount_block(self, index: int) -> bytes:
+        return self._geometry.refcount_block(index)
+
+    @abc.abstractmethod
+    def _l2_table(self, index: int) -> bytes:
+        """The L2 table of the guest's bytes from ``index * L2_SPAN`` on."""
+
+
+class Layout(Tables):
     """The qcow2 file that holds these extents of a disk, computed before any of its data is read.
 
     `extents` are sorted, disjoint and made of whole clusters (`backupcore.disk.extents.to_clusters`); the last one may
@@ -61,7 +118,6 @@ class Layout:
             self._l2.extend(range(max(last + 1, offset // L2_SPAN), final + 1))
             last = final
         self._geometry = Geometry.around(virtual_size, len(self._l2) + data)
-        self._digest: bytes | None = None
         self.virtual_size = virtual_size
         self.clusters = data
         self.size = self._geometry.clusters * CLUSTER
@@ -91,6 +147,12 @@ class Layout:
             return self._before[place]
         return self._before[place] + (offset - extent.offset) // CLUSTER
 
+    def places(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """(guest offset, index of its data cluster in the file, clusters) of the data in a range of whole clusters."""
+        for start, size, kind in self._extents.within(offset, length):
+            if kind is Kind.DATA:
+                yield start, self.index(start), size // CLUSTER
+
     def runs(self, first: int, count: int) -> Iterator[tuple[int, int]]:
         """(guest offset, bytes) of the data clusters ``[first, first + count)``, in file order, neighbours joined.
 
@@ -109,45 +171,6 @@ class Layout:
                 yield offset, min((stop - first) * CLUSTER, self.virtual_size - offset)
                 first = stop
             place += 1
-
-    def tables(self, offset: int, length: int) -> bytes:
-        """The bytes ``[offset, offset + length)`` of the file; ValueError past `data_offset`."""
-        end = offset + length
-        if not 0 <= offset <= end <= self.data_offset:
-            raise ValueError(f"bytes {offset} to {end} of tables that end at {self.data_offset}")
-        first = offset // CLUSTER
-        whole = b"".join(self._cluster(index) for index in range(first, clusters_of(end)))
-        return whole[offset - first * CLUSTER : end - first * CLUSTER]
-
-    def tables_digest(self) -> bytes:
-        """BLAKE3 (32 bytes) over all bytes before `data_offset`. Computed once: a second or so for each TiB."""
-        if self._digest is None:
-            hasher = blake3()
-            for index in range(self.data_offset // CLUSTER):
-                hasher.update(self._cluster(index))
-            self._digest = hasher.digest()
-        return self._digest
-
-    def _cluster(self, index: int) -> bytes:
-        place = self._geometry
-        if index == 0:
-            return place.header()
-        if index < place.first_block:
-            return place.refcount_table_cluster(index - 1)
-        if index < place.l1:
-            return place.refcount_block(index - place.first_block)
-        if index < place.l2:
-            return self._l1_cluster(index - place.l1)
-        return self._l2_table(self._l2[index - place.l2])
-
-    def _l1_cluster(self, index: int) -> bytes:
-        entries = bytearray(CLUSTER)
-        first = index * ENTRIES
-        low = bisect_left(self._l2, first)
-        for position in range(low, bisect_left(self._l2, first + ENTRIES, low)):
-            at = (self._l2[position] - first) * 8
-            entries[at : at + 8] = row(COPIED | (self._geometry.l2 + position) * CLUSTER, 1)
-        return bytes(entries)
 
     def _l2_table(self, index: int) -> bytes:
         start = index * L2_SPAN

@@ -1,6 +1,7 @@
 """The reader that trusts nothing: the qcow2 tables of a layer as they came back from a store.
 
-Accepted is what `backupcore.disk.qcow2` writes, bit for bit, and nothing else; no other qcow2 file is ever opened. The
+Accepted is what `backupcore.disk.qcow2` writes, bit for bit, or where the manifest says so what
+`backupcore.disk.scattered` does, and nothing else; no other qcow2 file is ever opened. The
 virtual size (from the manifest) and the length of the file fix header, refcounts and the place of every table, so
 those are compared with what they have to be. L1 and L2 entries may only be what comes next. Nothing that the file says
 is used as a length or an offset before that, so memory goes by the virtual size that the manifest told: 25 bytes for
@@ -11,19 +12,24 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Literal, Protocol
 
 from blake3 import blake3
 
 from backupcore.disk.extents import CLUSTER, Extent, Kind
 from backupcore.disk.geometry import COPIED, ENTRIES, HEADER, L2_SPAN, MAGIC, ZERO, Geometry, clusters_of, row
 from backupcore.disk.qcow2 import Layout
+from backupcore.disk.scattered import ScatteredLayout
 from backupcore.errors import IntegrityError, UnsupportedOperation
 
-__all__ = ["Readable", "StoredDisk", "read_exactly"]
+__all__ = ["Order", "Readable", "StoredDisk", "read_exactly"]
+
+Order = Literal["guest", "file"]
+"""How the data clusters of a stored disk lie: in guest order, without gaps, or as a store's own copies put them."""
 
 _COMPRESSED = 1 << 62  # in an L2 entry
 _WORD = 8
+_RUN = 128  # entries of an L2 table that are compared at once where any may follow
 _HOLES = bytes(CLUSTER)  # an L2 table without entries
 _ZEROS = ZERO.to_bytes(_WORD, "big") * ENTRIES  # one of explicit zero clusters only
 _INCOMPATIBLE = ("dirty bit", "corrupt bit", "external data file", "compression type", "extended L2 entries")
@@ -56,22 +62,30 @@ class StoredDisk:
     """A stored layer while its tables are being read; `parse` is the way in."""
 
     @classmethod
-    def parse(cls, stream: Readable, size: int, *, virtual_size: int, tables_digest: bytes | None) -> Layout:
+    def parse(
+        cls, stream: Readable, size: int, *, virtual_size: int, tables_digest: bytes | None, order: Order = "guest"
+    ) -> Layout | ScatteredLayout:
         """Read ``[0, data_offset)`` of a file of `size` bytes from a sequential stream, and return its layout.
 
-        `virtual_size` and `tables_digest` (32 bytes; None where it is not known) come from the manifest. Without the
-        digest one thing cannot be noticed: that an unlisted cluster has become one of zeros, or the reverse.
+        `virtual_size`, `tables_digest` (32 bytes; None where it is not known) and `order` come from the manifest.
+        Without the digest one thing cannot be noticed: that an unlisted cluster has become one of zeros, or the
+        reverse; and where the order is ``file``, that clusters have changed places.
 
         Raises IntegrityError, which says what is wrong; what the stream itself raises passes through.
         """
+        if order == "file":
+            return _StoredScattered(stream, size, virtual_size)._parse(tables_digest)
         return cls(stream, size, virtual_size)._parse(tables_digest)
+
+    _dead = 0
+    """Data clusters that may be dead, for each that the disk can have."""
 
     def __init__(self, stream: Readable, size: int, virtual_size: int) -> None:
         if virtual_size <= 0:
             raise IntegrityError(f"a disk of {virtual_size} bytes cannot be")
         clusters = clusters_of(virtual_size)
         try:
-            largest = Geometry.around(virtual_size, clusters + -(-clusters // ENTRIES))
+            largest = Geometry.around(virtual_size, clusters * (1 + self._dead) + -(-clusters // ENTRIES))
         except UnsupportedOperation as error:
             raise IntegrityError(error.message) from error
         self._place = Geometry(virtual_size, size // CLUSTER)
@@ -80,7 +94,7 @@ class StoredDisk:
         self._stream = stream
         self._hasher = blake3()
 
-    def _parse(self, digest: bytes | None) -> Layout:
+    def _parse(self, digest: bytes | None) -> Layout | ScatteredLayout:
         place = self._place
         if (found := self._next()) != (expected := place.header()):
             raise IntegrityError(f"the qcow2 header {_difference(found, expected)}")
@@ -88,16 +102,22 @@ class StoredDisk:
             if self._next() != place.refcount_table_cluster(index):
                 raise IntegrityError(f"cluster {index} of the qcow2 refcount table is damaged")
         for index in range(place.refcount_blocks):
-            if self._next() != place.refcount_block(index):
-                raise IntegrityError(f"the qcow2 refcount block {index} is damaged")
+            self._refcount_block(index, self._next())
         tables = self._l1()
         self._next_data = (place.l2 + len(tables)) * CLUSTER
-        layout = Layout(place.virtual_size, self._extents(tables))
+        layout = self._layout(tables)
         if layout.size != place.clusters * CLUSTER:
             raise IntegrityError(f"the qcow2 file maps {layout.size} of its {place.clusters * CLUSTER} bytes")
         if digest is not None and self._hasher.digest() != digest:
             raise IntegrityError("the qcow2 tables are not those that were written: their digest differs")
         return layout
+
+    def _refcount_block(self, index: int, found: bytes) -> None:
+        if found != self._place.refcount_block(index):
+            raise IntegrityError(f"the qcow2 refcount block {index} is damaged")
+
+    def _layout(self, tables: array[int]) -> Layout | ScatteredLayout:
+        return Layout(self._place.virtual_size, self._extents(tables))
 
     def _next(self) -> bytes:
         data = read_exactly(self._stream, CLUSTER, "the qcow2 file")
@@ -125,6 +145,11 @@ class StoredDisk:
         return found
 
     def _extents(self, tables: array[int]) -> Iterator[Extent]:
+        for raw, start, entries in self._l2(tables):
+            yield from self._table(raw, start, entries)
+
+    def _l2(self, tables: array[int]) -> Iterator[tuple[bytes, int, int]]:
+        """Each L2 table, the guest offset of its first cluster, and how many entries it has before the disk's end."""
         for index in tables:
             raw = self._next()
             if raw == _HOLES:
@@ -133,7 +158,7 @@ class StoredDisk:
             entries = min(ENTRIES, clusters_of(self._place.virtual_size - start))
             if raw[entries * _WORD :].strip(b"\0"):
                 raise IntegrityError(f"the qcow2 L2 table {index} goes on past the end of the disk")
-            yield from self._table(raw, start, entries)
+            yield raw, start, entries
 
     def _table(self, raw: bytes, start: int, entries: int) -> Iterator[Extent]:
         """The extents of one L2 table whose first cluster is at the guest offset `start`."""
@@ -168,7 +193,50 @@ class StoredDisk:
             return f"points to byte {offset}, past the end of the file"
         if not entry & COPIED:
             return "lacks the mark of a cluster that is used once"
+        if entry == expected:
+            return f"points to byte {offset}, among the tables"
         return f"points to byte {offset} instead of {expected & ~COPIED}, the next in order"
+
+
+class _StoredScattered(StoredDisk):
+    """A stored full whose data clusters lie in another order than the guest's (`backupcore.disk.scattered`)."""
+
+    _dead = 1
+
+    def _refcount_block(self, index: int, found: bytes) -> None:
+        """Which clusters are dead is known after the L2 tables only: `_layout` compares."""
+
+    def _layout(self, tables: array[int]) -> ScatteredLayout:
+        place = self._place
+        data = place.clusters - self._next_data // CLUSTER
+        if data < 0:
+            raise IntegrityError("the qcow2 file ends within its tables")
+        try:
+            layout = ScatteredLayout(place.virtual_size, self._pieces(tables, data), data)
+        except ValueError as error:
+            raise IntegrityError(f"the qcow2 L2 tables are damaged: {error}") from error
+        # All tables follow from the pieces, so what was read is compared as a whole.
+        if layout.size == place.clusters * CLUSTER and layout.tables_digest() != self._hasher.digest():
+            raise IntegrityError("the qcow2 refcount blocks are damaged")
+        return layout
+
+    def _pieces(self, tables: array[int], data: int) -> Iterator[tuple[int, int, int]]:
+        low = self._next_data
+        for raw, start, entries in self._l2(tables):
+            index = 0
+            while index < entries:
+                offset = start + index * CLUSTER
+                if length := _common(raw, index, _HOLES, index, entries):
+                    index += length
+                    continue
+                entry = int.from_bytes(raw[index * _WORD : (index + 1) * _WORD], "big")
+                first = ((entry & ~COPIED) - low) // CLUSTER
+                if not entry & COPIED or (entry & ~COPIED) % CLUSTER or not 0 <= first < data:
+                    reason = self._reason(entry, entry)
+                    raise IntegrityError(f"the qcow2 L2 entry for the guest's offset {offset} {reason}")
+                length = _common(raw, index, row(entry, min(_RUN, data - first)), 0, entries)
+                yield offset, length * CLUSTER, first
+                index += length
 
 
 def _common(one: bytes, first: int, other: bytes, second: int, end: int) -> int:

@@ -160,6 +160,8 @@ class MemoryHypervisor:
 
     def settings(self, vm: VM) -> Mapping[str, str]:
         """As `configure` set them."""
+        if vm.uuid not in self.guests:
+            raise NotFound(f"no VM {vm.name}")
         return dict(self.guests[vm.uuid].settings)
 
     def configure(self, vm: VM, settings: Mapping[str, str]) -> None:

@@ -56,7 +56,6 @@ def printed(site):
         "vm list",
         "vm show web1",
         "vm updateconf web1",
-        "vm forget web1",
         "check",
     ):
         found[" ".join(command.split()[:2])] = site.run(*command.split(), "--json").json
@@ -74,6 +73,17 @@ def printed(site):
         else:
             found[command] = site.run(command, "web1", "--json").json
     (site.store / "wait").unlink()
+    site.run("vm", "updateconf", "web1", "--keep-last", "1")
+    for command in ("image pin 1", "image unpin 1", "image prune"):
+        found[" ".join(command.split()[:2])] = site.run(*command.split(), "--json").json
+    site.run("vm", "updateconf", "web1", "--keep-last", "0")
+    site.run("backup", "web1")
+    found["image flatten"] = site.run("image", "flatten", "1", "--json").json
+    found["vm forget"] = site.run("vm", "forget", "web1", "--json").json
+    site.run("backup", "web1")
+    site.run("vm", "updateconf", "web1", "--keep-last", "1")
+    found["backup"] = site.run("backup", "web1", "--json").json
+    found["image prune"]["plans"][0]["actions"] = found["backup"]["retention"]
     found["restore"] = site.run("restore", "1", "--to", str(site.folder / "to"), "--json").json
     disk = RestoredDisk(id="vda", path=Path("/vda"), virtual_size=1, layers=(), artifact="disk.vda.qcow2")
     image = Image(uuid="0" * 32, number=1, vm=WEB, datastore="nas", state="open", increments=())
@@ -81,6 +91,10 @@ def printed(site):
     found["restore --in-place"] = documents.replaced(done, "files")
     for command in ("datastore list", "datastore check nas", "driver list", "image delete 1 --yes"):
         found[" ".join(command.split()[:2])] = site.run(*command.split(), "--json").json
+    found["driver test"] = site.run(
+        "driver", "test", "files", "-o", f"path={site.store}", "--check=hooks", "--json"
+    ).json
+    found["driver new"] = site.run("driver", "new", "tape", "--to", str(site.folder), "--json").json
     site.config.unlink()
     found["init"] = site.run("init", "--json").json
     return found

@@ -64,7 +64,7 @@ def test_an_image_is_shared_by_readers_and_taken_by_one_alone(tmp_path, installe
             pass
     with (
         held_elsewhere("image_exclusive", tmp_path, installed),
-        pytest.raises(Busy, match="being deleted"),
+        pytest.raises(Busy, match="it is being changed .process"),
         lock.image_shared(tmp_path, IMAGE),
     ):
         pass

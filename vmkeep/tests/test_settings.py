@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vmkeep import example
 from vmkeep.config import Defaults
-from vmkeep.settings import BUILT_IN, DISK_LISTS, LEGAL, NUMBERS
+from vmkeep.settings import BUILT_IN, DISK_LISTS, FORMS, LEGAL, NUMBERS
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "settings.md"
 
@@ -15,6 +15,8 @@ PAGE = Path(__file__).parent.parent.parent / "docs" / "settings.md"
 def values(setting: str) -> str:
     if setting in NUMBERS:
         return "{} to {}".format(*NUMBERS[setting])
+    if setting in FORMS:
+        return FORMS[setting][1]
     if setting in DISK_LISTS:
         return "`vdb,vdc`"
     return ", ".join(f"`{value}`" for value in LEGAL[setting])
@@ -35,6 +37,7 @@ def test_the_example_shows_what_is_built_in(tmp_path):
     example.write(path, datastore="nas", repository=None)
     shown = dict(re.findall(r'^# ([a-z_]+) = "?(\w+)"? +#', path.read_text(), re.MULTILINE))
     words = {"YES": "true", "NO": "false"}
-    for setting in {setting.lower() for setting in BUILT_IN} & set(shown):
+    # What is empty unless it is set has an example as its value.
+    for setting in {setting.lower() for setting, value in BUILT_IN.items() if value} & set(shown):
         assert shown[setting] == words.get(BUILT_IN[setting.upper()], BUILT_IN[setting.upper()])
     assert {"fs_freeze", "fs_freeze_fallback", "freeze_timeout", "encrypted_disks", "backup_volatile"} <= set(shown)

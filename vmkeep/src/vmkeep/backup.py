@@ -16,8 +16,8 @@ from backupcore.errors import BackupError, Cancelled, IncrementImpossible
 from backupcore.hypervisor import VMState
 from backupcore.model import BackupRun, Estimate, Image, RunState, Type
 from backupcore.session import Recorded, run_backup
-from vmkeep import folders, interrupt, lock, recovery, settings
-from vmkeep.catalog import images, runs
+from vmkeep import flatten, folders, interrupt, lock, recovery, retention, settings
+from vmkeep.catalog import flattens, images, runs
 from vmkeep.catalog.database import Catalog
 from vmkeep.workplace import Workplace
 
@@ -28,10 +28,15 @@ log = logging.getLogger("vmkeep.backup")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Taken:
-    """A backup that was taken and recorded; `image` is its image's number."""
+    """A backup that was taken and recorded; `image` is its image's number.
+
+    `retention` is what was let go for it, `warnings` what went wrong after the record.
+    """
 
     recorded: Recorded
     image: int
+    retention: tuple[retention.Action, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +79,8 @@ def plan(place: Workplace, vm: str, *, datastore: str | None = None, reset: bool
     name = place.config.datastore(datastore)
     found = place.hypervisor.find(vm)
     newest = images.newest(place.catalog_if_any, found.vm, name)
+    if newest and (before := flattens.begun(place.catalog_if_any, newest)):
+        newest = replace(newest, state=before)  # type: ignore[arg-type]  # a state that the catalog held
     run = _run(place, found, name, newest, place.catalog_if_any, reset=reset)
     try:
         estimate = place.hypervisor.estimate(run)
@@ -102,7 +109,8 @@ def take(
     with ExitStack() as stack:
         stack.enter_context(lock.vm_run(place.state, found.vm))
         _recover(place, found, store)
-        newest = _newest_locked(place, found, name, stack)
+        shared = stack.enter_context(ExitStack())
+        newest = _newest_locked(place, found, name, shared)
         run = _run(place, found, name, newest, place.catalog, reset=reset)
         runs.begin(place.catalog, run)
         numbers: list[int] = []
@@ -113,7 +121,14 @@ def take(
                 recorded = run_backup(
                     store, run, ctx, record=lambda done: numbers.append(runs.record(place.catalog, done))
                 )
-        return Taken(recorded=recorded, image=numbers[0])
+        shared.close()
+        done, warnings = retention.after(place, found.vm, name, progress=progress)
+        return Taken(
+            recorded=recorded,
+            image=numbers[0],
+            retention=tuple(action for due in done for action in due.actions),
+            warnings=(*recorded.warnings, *warnings),
+        )
 
 
 def _recover(place: Workplace, found: VMState, store: Datastore) -> None:
@@ -128,9 +143,13 @@ def _recover(place: Workplace, found: VMState, store: Datastore) -> None:
 
 
 def _newest_locked(place: Workplace, found: VMState, datastore: str, stack: ExitStack) -> Image | None:
-    """The VM's newest image, with a shared lock: it must not be deleted while an increment is added to it."""
+    """The VM's newest image, with a shared lock: it must not be deleted while an increment is added to it.
+
+    A flatten of it that was interrupted is finished first.
+    """
     newest = images.newest(place.catalog, found.vm, datastore)
     if newest:
+        flatten.finish(place, newest)
         stack.enter_context(lock.image_shared(place.state, newest))
     # It may have been deleted between the two lines above; the lock keeps what is read now.
     return images.newest(place.catalog, found.vm, datastore)

@@ -78,6 +78,9 @@ class Defaults(_Table):
     fs_freeze_fallback: bool | None = None
     freeze_timeout: Annotated[int, Field(ge=1, le=600)] | None = None
     keep_last: Annotated[int, Field(ge=0, le=999_999)] | None = None
+    keep_chains: Annotated[int, Field(ge=0, le=999_999)] | None = None
+    full_every: Annotated[int, Field(ge=0, le=999_999)] | Annotated[str, Field(pattern=r"^[0-9]{1,6}d?$")] | None = None
+    verify_flatten: Literal["SAMPLE", "ALL"] | None = None
     backup_volatile: bool | None = None
     encrypted_disks: Literal["REFUSE", "PLAIN"] | None = None
 

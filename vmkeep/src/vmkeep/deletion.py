@@ -5,7 +5,7 @@ from __future__ import annotations
 from backupcore.context import Progress
 from backupcore.errors import UnsupportedOperation
 from backupcore.model import Image, SourceRef
-from vmkeep import lock
+from vmkeep import flatten, lock
 from vmkeep.catalog import images
 from vmkeep.workplace import Workplace
 
@@ -21,10 +21,13 @@ def delete(
     goes on where it stopped.
     """
     image = images.find(place.catalog_if_any, reference)
-    with lock.image_exclusive(place.state, image):
+    with lock.image_exclusive(place.state, image, "it is being deleted"):
         image = images.find(place.catalog, image.uuid)
         if image.pinned:
-            raise UnsupportedOperation(f"image {image.number} is pinned", "Unpin it first.")
+            raise UnsupportedOperation(
+                f"image {image.number} is pinned", f"Unpin it first: vmkeep image unpin {image.number}"
+            )
+        image = flatten.finish_locked(place, image)  # or its result would stay in the datastore, and nobody know it
         store = place.datastore(image.datastore)
         # A chain without its end must not be built on, should this stop midway.
         images.close(place.catalog, image)

@@ -112,27 +112,44 @@ def _now() -> str:
 
 
 @contextmanager
-def _image(state: Path, image: Image, how: int, doing: str) -> Iterator[None]:
+def _image(state: Path, image: Image, how: int, doing: str = "") -> Iterator[None]:
     handle = _open(state, f"image-{image.uuid}")
     try:
         try:
             fcntl.flock(handle, how | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Busy(f"image {image.number} is in use: {doing}", "Wait for its end, then run it again.") from None
+            other = _doing(handle)
+            raise Busy(f"image {image.number} is in use: {other}", "Wait for its end, then run it again.") from None
+        if doing:
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, json.dumps({"process": os.getpid(), "since": _now(), "doing": doing}).encode(), 0)
         yield
+        if doing:
+            os.ftruncate(handle, 0)
     finally:
         os.close(handle)
 
 
+def _doing(handle: int) -> str:
+    try:
+        found = json.loads(os.pread(handle, 500, 0))
+        if Path(f"/proc/{int(found['process'])}").exists():  # one that was killed has left its word behind
+            since = datetime.fromisoformat(found["since"]).astimezone()
+            return f"{found['doing']} (process {int(found['process'])}, since {since:%Y-%m-%d %H:%M:%S})"
+    except (ValueError, KeyError, TypeError):
+        pass
+    return "a backup or a restore works with it"
+
+
 @contextmanager
 def image_shared(state: Path, image: Image) -> Iterator[None]:
-    """Keep an image from being deleted meanwhile, for a restore or while an increment is added. Busy at once."""
-    with _image(state, image, fcntl.LOCK_SH, "it is being deleted"):
+    """Keep an image as it is meanwhile, for a restore or while an increment is added. Busy at once, with a reason."""
+    with _image(state, image, fcntl.LOCK_SH):
         yield
 
 
 @contextmanager
-def image_exclusive(state: Path, image: Image) -> Iterator[None]:
-    """Be the only one that works on an image, to delete it. Busy at once."""
-    with _image(state, image, fcntl.LOCK_EX, "a backup or a restore works with it"):
+def image_exclusive(state: Path, image: Image, doing: str = "it is being changed") -> Iterator[None]:
+    """Be the only one that works on an image; `doing` tells others why they cannot. Busy at once."""
+    with _image(state, image, fcntl.LOCK_EX, doing):
         yield

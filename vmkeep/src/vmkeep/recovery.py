@@ -16,7 +16,7 @@ from backupcore.context import Context
 from backupcore.datastore import Datastore
 from backupcore.errors import BackupError, Busy, NotFound
 from backupcore.model import VM, BackupRun, Outcome, RunState
-from vmkeep import folders, lock, swap
+from vmkeep import flatten, folders, lock, swap
 from vmkeep.catalog import images, runs
 from vmkeep.workplace import Workplace
 
@@ -100,7 +100,22 @@ def put_right(place: Workplace, vm: VM, did: list[str], other: Datastore | None 
         did.append(f"run {run.id[:8]}: released what it held, of VM {run.vm.name} and in datastore {run.datastore}")
 
     folders.sweep(place.state, vm, release, did, errors)
+    _finish_flattens(place, vm, did, errors)
     return list({error.message: error for error in errors}.values())
+
+
+def _finish_flattens(place: Workplace, vm: VM, did: list[str], errors: list[BackupError]) -> None:
+    for image in images.where(place.catalog, vm=vm.uuid):
+        if image.state != "flattening":
+            continue
+        try:
+            flatten.finish(place, image)
+        except Busy:
+            continue  # it was not interrupted: it goes on
+        except BackupError as error:
+            errors.append(error)
+        else:
+            did.append(f"image {image.number}: finished a flatten that was interrupted, or undid it")
 
 
 def _settle_swap(place: Workplace, vm: VM, did: list[str]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from backupcore.errors import ConfigError
 
-__all__ = ["BUILT_IN", "DISK_LISTS", "LEGAL", "NUMBERS", "disk_list", "effective", "validate"]
+__all__ = ["BUILT_IN", "DISK_LISTS", "FORMS", "LEGAL", "NUMBERS", "disk_list", "effective", "validate"]
 
 LEGAL: Mapping[str, tuple[str, ...]] = {
     "MODE": ("FULL", "INCREMENT"),
@@ -20,6 +20,9 @@ LEGAL: Mapping[str, tuple[str, ...]] = {
     "FS_FREEZE_FALLBACK": ("YES", "NO"),  # whether a backup goes on where its freeze fails
     "FREEZE_TIMEOUT": (),  # a number: seconds that the guest may stand still
     "KEEP_LAST": (),  # a number, 0 for "keep all"
+    "KEEP_CHAINS": (),  # the same, or empty for "as KEEP_LAST"
+    "FULL_EVERY": (),  # a number of increments, or of days (30d); 0 for "never"
+    "VERIFY_FLATTEN": ("SAMPLE", "ALL"),
     "BACKUP_VOLATILE": ("YES", "NO"),
     "VOLATILE_DISKS": (),  # disk IDs
     "EXCLUDE_DISKS": (),  # disk IDs
@@ -31,6 +34,12 @@ DISK_LISTS = ("VOLATILE_DISKS", "EXCLUDE_DISKS")
 """The settings that are lists of disk IDs, written ``vdb,vdc``; "" is the empty list."""
 _DISK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 
+FORMS = {
+    "KEEP_CHAINS": (re.compile(r"[0-9]{0,6}"), "a number from 0 (keep all) to 999999, or empty (as KEEP_LAST)"),
+    "FULL_EVERY": (re.compile(r"[0-9]{1,6}d?"), "a number of increments, or of days (30d), or 0 (never)"),
+}
+"""Further settings: what a value must look like, and the same in words."""
+
 BUILT_IN: Mapping[str, str] = {
     "MODE": "INCREMENT",
     "INCREMENT_MODE": "CBT",
@@ -38,6 +47,9 @@ BUILT_IN: Mapping[str, str] = {
     "FS_FREEZE_FALLBACK": "NO",
     "FREEZE_TIMEOUT": "10",
     "KEEP_LAST": "0",
+    "KEEP_CHAINS": "",
+    "FULL_EVERY": "0",
+    "VERIFY_FLATTEN": "SAMPLE",
     "BACKUP_VOLATILE": "NO",
     "VOLATILE_DISKS": "",
     "EXCLUDE_DISKS": "",
@@ -65,6 +77,10 @@ def validate(settings: Mapping[str, str], where: str) -> None:
         elif key in DISK_LISTS:
             if not all(_DISK.fullmatch(disk) for disk in (value.split(",") if value else ())):
                 wrong.append(f"{key} must be a list of disks (vdb,vdc)")
+        elif key in FORMS:
+            form, what = FORMS[key]
+            if not form.fullmatch(value):
+                wrong.append(f"{key} must be {what}")
         elif value not in legal:
             wrong.append(f"{key} must be one of {', '.join(legal)}")
     if wrong:

@@ -106,6 +106,10 @@ class FileHypervisor(MemoryHypervisor):
         save(self.path, self.guests.values())
         return gone
 
+    def settings(self, vm: VM) -> Mapping[str, str]:
+        self.read()
+        return super().settings(vm)
+
     def configure(self, vm: VM, settings: dict[str, str]) -> None:
         super().configure(vm, settings)
         save(self.path, self.guests.values())
@@ -135,6 +139,8 @@ class FileDriver:
         while waiting.exists():
             ctx.wait(0.02)
         token = new_id()
+        if (self.path / "talk").exists():
+            ctx.log.debug("token is %s", token)
         folder = self.path / f".{token}"
         folder.mkdir()
         size = 0

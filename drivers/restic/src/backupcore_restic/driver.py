@@ -27,7 +27,7 @@ from backupcore_restic.failures import NoRepository
 from backupcore_restic.place import creatable
 from backupcore_restic.repository import Repository, is_id
 from backupcore_restic.stall import Stall
-from backupcore_restic.tags import MARK, from_tags, point_tag, to_tags
+from backupcore_restic.tags import MARK, from_tags, run_tag, to_tags
 
 __all__ = ["Restic"]
 
@@ -108,7 +108,7 @@ class Restic:
     def backup(self, artifacts: Sequence[Artifact], run: BackupRun, ctx: Context) -> Stored:
         """One ``restic backup`` of a folder in which the artifacts are ordinary files."""
         repository = Repository(self)
-        tags = to_tags(run.labels)
+        tags = [*to_tags(run.labels), run_tag(run.id)]
         arguments = ["backup", "--json", "--force", f"--host={run.vm.name}", *(f"--tag={tag}" for tag in tags), "."]
         try:
             try:
@@ -118,7 +118,7 @@ class Restic:
                 return self._save(repository, arguments, artifacts, run, ctx)
         except BaseException:
             # A snapshot that misses something, or that is complete and that nobody has been told of.
-            repository.drop(point_tag(run.point), ctx.log)
+            repository.drop(run_tag(run.id), ctx.log)
             raise
 
     def _save(
@@ -152,7 +152,7 @@ class Restic:
             if code:
                 raise repository.failed(child, code, what)
         _agree(summary, artifacts, what)
-        snapshot = repository.full_id(str(summary.get("snapshot_id", "")), point_tag(run.point), ctx)
+        snapshot = repository.full_id(str(summary.get("snapshot_id", "")), run_tag(run.id), ctx)
         if snapshot is None:
             raise IntegrityError(f"{what}: restic does not list the snapshot that it says it saved")
         added = summary.get("data_added_packed", summary.get("data_added"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from urllib.parse import quote, unquote
 
-__all__ = ["MARK", "from_tags", "point_tag", "to_tags"]
+__all__ = ["MARK", "from_tags", "run_tag", "to_tags"]
 
 MARK = "backupcore"
 
@@ -19,9 +19,9 @@ def to_tags(labels: Mapping[str, str]) -> list[str]:
     return [MARK, *(f"{key}={quote(value, safe=':+')}" for key, value in labels.items())]
 
 
-def point_tag(point: str) -> str:
-    """The tag by which the snapshot of one point is found."""
-    return f"point={point}"
+def run_tag(run: str) -> str:
+    """The tag by which what one run has stored is found. Not its point: a flatten keeps that of an older snapshot."""
+    return f"run-{run}"
 
 
 def from_tags(tags: Iterable[str]) -> dict[str, str]:

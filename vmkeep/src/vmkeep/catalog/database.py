@@ -104,7 +104,11 @@ def _create(path: Path) -> None:
         engine = create_engine(f"sqlite:///{path}", poolclass=NullPool)
         event.listen(engine, "connect", _on_connect)
         with engine.connect() as connection:
-            if connection.exec_driver_sql("PRAGMA user_version").scalar_one() != 0:
+            found = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
+            if found >= schema.VERSION:
+                return
+            if found:
+                _migrate(connection, found)
                 return
             # A switch to WAL is refused at once beside any other connection, whatever busy_timeout says.
             connection.exec_driver_sql("PRAGMA journal_mode = WAL")
@@ -115,6 +119,13 @@ def _create(path: Path) -> None:
         _sync_folder(path.parent)
     finally:
         os.close(lock)
+
+
+def _migrate(connection: Connection, version: int) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    schema.migrate(connection, version)
+    connection.exec_driver_sql(f"PRAGMA user_version = {schema.VERSION}")
+    connection.exec_driver_sql("COMMIT")
 
 
 def _sync_folder(folder: Path) -> None:

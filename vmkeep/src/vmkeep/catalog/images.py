@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, update
 
+from backupcore.chain import Chain
 from backupcore.errors import ConfigError, IntegrityError, NotFound
 from backupcore.model import VM, Disk, Image, Increment, SourceRef, Type
 from vmkeep.catalog import schema
@@ -18,7 +19,24 @@ from vmkeep.catalog.database import Catalog
 if TYPE_CHECKING:
     from backupcore.session import Recorded
 
-__all__ = ["close", "find", "kept", "last_dates", "newest", "record", "remove", "retired", "spent", "tokens", "where"]
+__all__ = [
+    "Chains",
+    "chains",
+    "close",
+    "columns",
+    "find",
+    "kept",
+    "last_dates",
+    "newest",
+    "pin",
+    "record",
+    "remove",
+    "retire",
+    "retired",
+    "spent",
+    "tokens",
+    "where",
+]
 
 _PREFIX = 4  # hex digits: fewer would too easily be meant as a number
 
@@ -58,6 +76,8 @@ def _load(connection: Connection, *conditions: ColumnElement[bool]) -> list[Imag
             increments=tuple(chains.get(row.number, ())),
             pinned=row.pinned,
             why_closed=row.why_closed or "",
+            host=row.host or "",
+            began=datetime.fromisoformat(row.began) if row.began else None,
         )
         for row in rows
     ]
@@ -127,6 +147,8 @@ def record(connection: Connection, recorded: Recorded) -> int:
                 datastore=run.datastore,
                 state="open",
                 pinned=False,
+                host=run.host,
+                began=increment.date.astimezone(UTC).isoformat(),
             )
         ).inserted_primary_key
         number = int(key[0]) if key else 0
@@ -141,13 +163,13 @@ def record(connection: Connection, recorded: Recorded) -> int:
             raise IntegrityError(f"image {number} changed while an increment for it was taken")
         # A VM that was renamed is shown by its name of today.
         connection.execute(update(schema.images).where(table.number == number).values(vm_name=run.vm.name))
-    connection.execute(insert(schema.increments).values(_columns(number, recorded)))
+    connection.execute(insert(schema.increments).values(columns(number, increment) | _of_the_run(recorded)))
     connection.execute(delete(schema.retired).where(schema.retired.c.point.in_(run.spent)))
     return number
 
 
-def _columns(number: int, recorded: Recorded) -> dict[str, object]:
-    increment = recorded.increment
+def columns(number: int, increment: Increment) -> dict[str, object]:
+    """The columns of one row of the image of that number; how its run went is not among them."""
     disks = [{key.name: getattr(disk, key.name) for key in fields(Disk)} for disk in increment.disks]
     return {
         "image": number,
@@ -162,6 +184,11 @@ def _columns(number: int, recorded: Recorded) -> dict[str, object]:
         "reason": increment.reason,
         "digest": increment.digest,
         "disks": json.dumps(disks),
+    }
+
+
+def _of_the_run(recorded: Recorded) -> dict[str, object]:
+    return {
         "stored": recorded.stored,
         "read": recorded.read,
         "frozen_seconds": recorded.frozen_seconds,
@@ -172,16 +199,64 @@ def _columns(number: int, recorded: Recorded) -> dict[str, object]:
 def remove(catalog: Catalog, image: Image) -> None:
     """Forget an image and its increments. Its points are kept as retired until the VM's next recorded run."""
     with catalog.writing() as connection:
-        known = set(connection.execute(select(schema.retired.c.point)).scalars())
-        points = [
-            {"point": increment.point, "vm_uuid": image.vm.uuid}
-            for increment in image.increments
-            if increment.point not in known
-        ]
-        if points:
-            connection.execute(insert(schema.retired), points)
+        retire(connection, image.vm, [increment.point for increment in image.increments])
+        connection.execute(delete(schema.flattens).where(schema.flattens.c.image == image.number))
         connection.execute(delete(schema.increments).where(schema.increments.c.image == image.number))
         connection.execute(delete(schema.images).where(schema.images.c.number == image.number))
+
+
+def retire(connection: Connection, vm: VM, points: Sequence[str]) -> None:
+    """Note points that leave the catalog: their checkpoints go with the VM's next recorded run."""
+    known = set(connection.execute(select(schema.retired.c.point)).scalars())
+    rows = [{"point": point, "vm_uuid": vm.uuid} for point in points if point not in known]
+    if rows:
+        connection.execute(insert(schema.retired), rows)
+
+
+def pin(catalog: Catalog, image: Image, *, pinned: bool) -> None:
+    """Mark an image as one that neither retention nor a user deletes, or take the mark away."""
+    with catalog.writing() as connection:
+        connection.execute(update(schema.images).where(schema.images.c.number == image.number).values(pinned=pinned))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chains:
+    """The images of one VM in one datastore, as retention looks at them."""
+
+    vm: VM
+    datastore: str
+    chains: tuple[Chain, ...]
+
+
+def chains(catalog: Catalog, host: str, *, vm: str | None = None, datastore: str | None = None) -> list[Chains]:
+    """What there is for retention, of all VMs or of that one (UUID): without the increments' own data, so it is quick.
+
+    `host` is this host's name; images that another one wrote are not ours.
+    """
+    table, rows = schema.images.c, schema.increments.c
+    images = select(schema.images).order_by(table.number)
+    ids = select(rows.image, rows.id).order_by(rows.image, rows.id)
+    if vm is not None:
+        images = images.where(table.vm_uuid == vm)
+        ids = ids.where(rows.image.in_(select(table.number).where(table.vm_uuid == vm)))
+    with catalog.reading() as connection:
+        of_image: dict[int, list[int]] = {}
+        for number, increment in connection.execute(ids):
+            of_image.setdefault(number, []).append(increment)
+        found: dict[tuple[str, str], tuple[VM, list[Chain]]] = {}
+        for row in connection.execute(images):
+            if datastore is not None and row.datastore != datastore:
+                continue
+            chain = Chain(
+                number=row.number,
+                state=row.state,
+                pinned=row.pinned,
+                ours=row.host == host,
+                ids=tuple(of_image.get(row.number, ())),
+            )
+            known = found.setdefault((row.vm_uuid, row.datastore), (VM(uuid=row.vm_uuid, name=row.vm_name), []))
+            known[1].append(chain)
+    return [Chains(vm=one, datastore=key[1], chains=tuple(these)) for key, (one, these) in found.items()]
 
 
 def close(catalog: Catalog, image: Image, why: str = "") -> None:

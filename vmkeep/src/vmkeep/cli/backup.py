@@ -10,6 +10,7 @@ from vmkeep.cli.asked import Asked, common
 from vmkeep.cli.figures import seconds, size
 from vmkeep.cli.opening import workplace
 from vmkeep.cli.progress import shown
+from vmkeep.cli.retention import told
 
 __all__ = ["backup"]
 
@@ -37,9 +38,9 @@ def backup(asked: Asked, vm: str, datastore: str | None, reset: bool, dry_run: b
         output.document(documents.backup(taken))
     elif not asked.quiet:
         _show(taken)
-    for warning in taken.recorded.warnings:
+    for warning in taken.warnings:
         output.remark(asked, f"the backup is done, but afterwards: {warning}")
-    return exits.WARNING if taken.recorded.warnings else 0
+    return exits.WARNING if taken.warnings else 0
 
 
 def _show(taken: work.Taken) -> None:
@@ -59,6 +60,9 @@ def _show(taken: work.Taken) -> None:
             output.line(f"  disk {disk.id} whole: {disk.reason}")
     for left in recorded.left_out:
         output.line(f"  not in it: {left.id}: {left.reason}")
+    for action in taken.retention:
+        if action.done:
+            output.line(f"  {told(action)}")
 
 
 def _show_plan(planned: work.Planned) -> None:

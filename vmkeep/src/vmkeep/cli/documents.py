@@ -10,13 +10,30 @@ from vmkeep.backup import Planned, Taken
 from vmkeep.cancel import Stopped
 from vmkeep.catalog.runs import PastRun
 from vmkeep.cli.figures import iso
+from vmkeep.flatten import Done
 from vmkeep.in_place import Replaced
 from vmkeep.recovery import PutRight
 from vmkeep.restore import Files
+from vmkeep.retention import Action
+from vmkeep.retention import Plan as RetentionPlan
 from vmkeep.settings import DISK_LISTS, NUMBERS, disk_list
 from vmkeep.vms import Detail, Listing
 
-__all__ = ["backup", "cancel", "config", "image", "images", "plan", "recovered", "replaced", "restore", "vm", "vms"]
+__all__ = [
+    "backup",
+    "cancel",
+    "config",
+    "flatten",
+    "image",
+    "images",
+    "plan",
+    "prune",
+    "recovered",
+    "replaced",
+    "restore",
+    "vm",
+    "vms",
+]
 
 Document = dict[str, object]
 
@@ -56,7 +73,54 @@ def backup(taken: Taken) -> Document:
         "seconds": round(recorded.seconds, 3),
         "disks": _disks(increment),
         "left_out": _left_out(recorded.left_out),
-        "warnings": list(recorded.warnings),
+        "retention": [_action(one) for one in taken.retention],
+        "warnings": list(taken.warnings),
+    }
+
+
+def _action(action: Action) -> Document:
+    return {
+        "action": action.what,
+        "image": action.image,
+        "to": action.to,
+        "why": action.why,
+        "done": action.done,
+        "error": action.error or None,
+    }
+
+
+def prune(plans: list[RetentionPlan], warnings: list[str], *, dry_run: bool) -> Document:
+    """``vmkeep image prune``."""
+    return {
+        "dry_run": dry_run,
+        "plans": [
+            {
+                "vm": one.vm.name,
+                "uuid": one.vm.uuid,
+                "datastore": one.datastore,
+                "unknown": one.unknown or None,
+                "actions": [_action(action) for action in one.actions],
+            }
+            for one in plans
+        ],
+        "warnings": warnings,
+    }
+
+
+def flatten(done: Done) -> Document:
+    """``vmkeep image flatten``."""
+    return {
+        "id": done.image.number,
+        "image_uuid": done.image.uuid,
+        "increment": done.full.id,
+        "point": done.full.point,
+        "source": done.full.source.token,
+        "merged": [one.id for one in done.merged],
+        "size": done.full.size,
+        "stored": done.stored,
+        "copied": done.copied,
+        "seconds": round(done.seconds, 3),
+        "warnings": list(done.warnings),
     }
 
 
@@ -205,6 +269,7 @@ def config(detail: Detail) -> Document:
     """What counts for a VM, as in ``[defaults]``."""
     found: Document = {key.lower(): value for key, value in detail.settings.items()}
     found |= {key.lower(): int(detail.settings[key]) for key in NUMBERS}
+    found["keep_chains"] = int(detail.settings["KEEP_CHAINS"]) if detail.settings["KEEP_CHAINS"] else None
     found |= {key.lower(): disk_list(detail.settings[key]) for key in DISK_LISTS}
     found["own"] = sorted(key.lower() for key in detail.own)
     return found

@@ -10,20 +10,24 @@ from backupcore.errors import ConfigError
 from backupcore.model import Image
 from vmkeep import deletion
 from vmkeep.catalog import images
-from vmkeep.cli import documents, output
+from vmkeep.cli import documents, exits, output
 from vmkeep.cli.asked import Asked, common
 from vmkeep.cli.exits import one_line
-from vmkeep.cli.figures import date, size
+from vmkeep.cli.figures import date, seconds, size
 from vmkeep.cli.opening import workplace
 from vmkeep.cli.progress import shown
+from vmkeep.cli.retention import told
 from vmkeep.naming import short
 
 __all__ = ["image"]
 
 
-@click.group(short_help="List, show and delete images (chains of backups).")
+@click.group(short_help="List, show, flatten, pin and delete images (chains of backups).")
 def image() -> None:
-    """List, show and delete images. An ID is a number, a UUID, or a unique prefix of one (4 digits at least)."""
+    """List, show, flatten, pin and delete images.
+
+    An ID is a number, a UUID, or a unique prefix of one (4 digits at least).
+    """
 
 
 @image.command(name="list", short_help="List the images.")
@@ -103,6 +107,91 @@ def delete(asked: Asked, reference: str, yes: bool) -> None:
         output.document({"id": deleted.number, "image_uuid": deleted.uuid, "deleted": tokens})
     elif not asked.quiet:
         output.line(f"image {deleted.number} of VM {deleted.vm.name} is deleted ({len(sources)} backups)")
+
+
+@image.command(short_help="Merge the oldest increments into a new full.")
+@click.argument("reference", metavar="ID")
+@click.option("--to", type=click.IntRange(0), metavar="INCREMENT", help="The last one to merge; without it: all.")
+@click.option("--verify-all", is_flag=True, help="Read all of the result back, whatever VERIFY_FLATTEN says.")
+@common
+@click.pass_obj
+def flatten(asked: Asked, reference: str, to: int | None, verify_all: bool) -> int:
+    """Merge the increments of image ID, from its full on, into a new full that keeps the ID and date of the last."""
+    from vmkeep import flatten as work  # noqa: PLC0415 - the data plane, which no other command here needs
+
+    place = workplace(asked)
+    found = images.find(place.catalog_if_any, reference)
+    with shown(asked, f"image {found.number}") as progress:
+        done = work.flatten(place, found.uuid, to=to, everything=verify_all or None, progress=progress)
+    if asked.json:
+        output.document(documents.flatten(done))
+    elif not asked.quiet:
+        added = f", {size(done.stored)} added" if done.stored is not None else ""
+        output.line(
+            f"image {done.image.number}: increments {done.merged[0].id} to {done.full.id} are one full now,"
+            f" {size(done.full.size)}{added}, {seconds(done.seconds)}"
+        )
+    for warning in done.warnings:
+        output.remark(asked, warning)
+    return exits.WARNING if done.warnings else 0
+
+
+@image.command(short_help="Apply retention now: what KEEP_LAST lets go.")
+@click.argument("vm", required=False)
+@click.option("--dry-run", is_flag=True, help="Say what would go and why; touch nothing.")
+@common
+@click.pass_obj
+def prune(asked: Asked, vm: str | None, dry_run: bool) -> int:
+    """Let go of what the settings of VM (without it: of all VMs) do not keep, as after a backup.
+
+    Nothing goes of a VM that this host does not have, and of images that another host wrote.
+    """
+    from vmkeep import retention  # noqa: PLC0415 - as above
+
+    with shown(asked, "prune") as progress:
+        plans, warnings = retention.prune(workplace(asked), vm, dry_run=dry_run, progress=progress)
+    if asked.json:
+        output.document(documents.prune(plans, warnings, dry_run=dry_run))
+    elif not asked.quiet:
+        for one in plans:
+            if one.unknown:
+                output.line(f"{one.vm.name} in {one.datastore}: all stays, its settings are not known: {one.unknown}")
+            for action in one.actions:
+                if not action.error:
+                    output.line(f"{one.vm.name} in {one.datastore}: {told(action)}")
+        if not any(one.actions or one.unknown for one in plans):
+            output.line("nothing goes")
+    for warning in warnings:
+        output.remark(asked, warning)
+    return exits.WARNING if warnings else 0
+
+
+@image.command(short_help="Keep an image whatever retention says.")
+@click.argument("reference", metavar="ID")
+@common
+@click.pass_obj
+def pin(asked: Asked, reference: str) -> None:
+    """Pin image ID: it is neither flattened nor deleted, and does not count for KEEP_LAST."""
+    _pin(asked, reference, pinned=True)
+
+
+@image.command(short_help="Let retention have an image again.")
+@click.argument("reference", metavar="ID")
+@common
+@click.pass_obj
+def unpin(asked: Asked, reference: str) -> None:
+    """Take the pin off image ID."""
+    _pin(asked, reference, pinned=False)
+
+
+def _pin(asked: Asked, reference: str, *, pinned: bool) -> None:
+    catalog = workplace(asked).catalog
+    found = images.find(catalog, reference)
+    images.pin(catalog, found, pinned=pinned)
+    if asked.json:
+        output.document({"id": found.number, "image_uuid": found.uuid, "pinned": pinned})
+    elif not asked.quiet:
+        output.line(f"image {found.number} of VM {found.vm.name} is {'pinned' if pinned else 'not pinned any more'}")
 
 
 def _ask(found: Image) -> None:

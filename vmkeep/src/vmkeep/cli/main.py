@@ -20,10 +20,10 @@ COMMANDS = {
     "restore": ("vmkeep.cli.restore:restore", "Restore a backup's disks and definition to new files."),
     "cancel": ("vmkeep.cli.cancel:cancel", "Stop the running backup of a VM."),
     "recover": ("vmkeep.cli.recover:recover", "Put right what killed backups left behind."),
-    "image": ("vmkeep.cli.image:image", "List, show and delete images (chains of backups)."),
+    "image": ("vmkeep.cli.image:image", "List, show, flatten, pin and delete images (chains of backups)."),
     "vm": ("vmkeep.cli.vm:vm", "List and show VMs; change their backup settings."),
     "datastore": ("vmkeep.cli.datastore:datastore", "List and check datastores."),
-    "driver": ("vmkeep.cli.driver:driver", "List the installed drivers."),
+    "driver": ("vmkeep.cli.driver:driver", "List, test and begin drivers."),
     "check": ("vmkeep.cli.check:check", "Is everything here that backups need?"),
     "init": ("vmkeep.cli.init:init", "Write a commented configuration."),
 }

@@ -156,6 +156,9 @@ def _number(key: str) -> click.IntRange:
 @click.option(
     "--encrypted-disks", type=_choice("ENCRYPTED_DISKS"), help="PLAIN: backups hold what the guest sees, unencrypted."
 )
+@click.option("--keep-chains", metavar="N", help='How many closed images; 0: all, "": as --keep-last.')
+@click.option("--full-every", metavar="N|Nd", help="A new image every N increments or days; 0: never.")
+@click.option("--verify-flatten", type=_choice("VERIFY_FLATTEN"), help="Read a sample or all of it back.")
 @common
 @click.pass_obj
 def updateconf(
@@ -168,6 +171,9 @@ def updateconf(
     fs_freeze_fallback: str | None,
     freeze_timeout: int | None,
     keep_last: int | None,
+    keep_chains: str | None,
+    full_every: str | None,
+    verify_flatten: str | None,
     backup_volatile: str | None,
     volatile_disks: str | None,
     exclude_disks: str | None,
@@ -181,6 +187,9 @@ def updateconf(
         "FS_FREEZE_FALLBACK": fs_freeze_fallback,
         "FREEZE_TIMEOUT": None if freeze_timeout is None else str(freeze_timeout),
         "KEEP_LAST": None if keep_last is None else str(keep_last),
+        "KEEP_CHAINS": keep_chains,
+        "FULL_EVERY": full_every,
+        "VERIFY_FLATTEN": verify_flatten,
         "BACKUP_VOLATILE": backup_volatile,
         "VOLATILE_DISKS": volatile_disks,
         "EXCLUDE_DISKS": exclude_disks,
@@ -192,5 +201,3 @@ def updateconf(
         output.document({"name": found.found.vm.name, "uuid": found.found.vm.uuid, "config": documents.config(found)})
     elif not asked.quiet:
         _show_settings(found)
-    if keep_last:
-        output.remark(asked, "KEEP_LAST is stored, but this version applies no retention yet: nothing is deleted")

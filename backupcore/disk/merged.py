@@ -1,0 +1,237 @@
+"""The data of a flattened disk, read from its layers and held against the digests that were taken from the guest.
+
+Everything here can be pickled: it is addresses and tables, and whoever reads, in whichever process, opens the layers
+for itself.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from backupcore.disk.extents import CLUSTER
+from backupcore.disk.geometry import clusters_of
+from backupcore.disk.overlay import Overlay, Run
+from backupcore.disk.qcow2 import BlockReader, Pending
+from backupcore.disk.stored import read_exactly
+from backupcore.disk.table import DIGEST, digests
+from backupcore.errors import IntegrityError
+from backupcore.model import Artifact, stream
+
+__all__ = ["MergedArtifact", "MergedBlocks", "MergedData", "MergedLayer"]
+
+_STEP = 16  # clusters that are fetched at once
+_REQUESTS = 4  # ... and how many such fetches are under way where a store can seek
+
+
+@dataclass(frozen=True, slots=True)
+class MergedLayer:
+    """One layer: its name for messages, its artifact, and where its data clusters begin."""
+
+    name: str
+    artifact: Artifact
+    data_offset: int
+
+
+class _Streamed:
+    """A layer that can only be read forward. A read of what has passed opens it again, from byte 0."""
+
+    def __init__(self, layer: MergedLayer) -> None:
+        self._layer = layer
+        self._lock = threading.Lock()
+        self._stream: BinaryIO | None = None
+        self._position = 0
+
+    def read(self, index: int, count: int) -> bytes:
+        offset = self._layer.data_offset + index * CLUSTER
+        with self._lock:
+            if self._stream is None or offset < self._position:
+                self._close()
+                self._stream = self._layer.artifact.open()
+                self._position = 0
+            while self._position < offset:
+                self._position += len(self._next(min(offset - self._position, _STEP * CLUSTER)))
+            data = self._next(count * CLUSTER)
+            self._position += len(data)
+            if self._position == self._layer.artifact.size:
+                self._close()
+            return data
+
+    def _next(self, length: int) -> bytes:
+        assert self._stream is not None
+        try:
+            return read_exactly(self._stream, length, self._layer.name)
+        except BaseException:
+            self._close()
+            raise
+
+    def _close(self) -> None:
+        if self._stream is not None:
+            stream, self._stream = self._stream, None
+            stream.close()
+
+    def close(self) -> None:
+        # Without the lock: a read that hangs must not hold up whoever gives up on it.
+        stream = self._stream
+        if stream is not None:
+            with suppress(OSError, ValueError):
+                stream.close()
+
+
+class _Seekable:
+    """A layer of which any part can be fetched."""
+
+    def __init__(self, layer: MergedLayer) -> None:
+        self._layer = layer
+
+    def read(self, index: int, count: int) -> bytes:
+        return self._layer.artifact.read_at(self._layer.data_offset + index * CLUSTER, count * CLUSTER)
+
+    def close(self) -> None:
+        pass
+
+
+class MergedData:
+    """The data clusters of a flattened disk, by their number in its file; from several threads.
+
+    `sums` is a file with the digest of each of them (32 bytes, in file order), as its layer had it.
+    """
+
+    def __init__(self, merged: Overlay, layers: Sequence[MergedLayer], sums: Path) -> None:
+        """Nothing is opened yet but `sums`."""
+        self._merged = merged
+        self._layers = layers
+        self._sums = os.open(sums, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._sums)  # not in `close`: a read under way may be about to use it
+        self._readers = [_Seekable(layer) if layer.artifact.seekable else _Streamed(layer) for layer in layers]
+
+    def read_into(self, first: int, buffer: memoryview) -> None:
+        """The clusters from `first` on; the last one may be cut. IntegrityError for one that was changed."""
+        done = 0
+        for run in self._merged.runs.within(first, clusters_of(len(buffer))):
+            for at in range(0, run.clusters, _STEP):
+                part = Run(run.first + at, run.layer, run.at + at, min(_STEP, run.clusters - at))
+                data = self._checked(part)[: len(buffer) - done]
+                buffer[done : done + len(data)] = data
+                done += len(data)
+
+    def _checked(self, run: Run) -> bytes:
+        data = self._readers[run.layer].read(run.at, run.clusters)
+        found = digests(memoryview(data))
+        due = os.pread(self._sums, run.clusters * DIGEST, run.first * DIGEST)
+        if found != due:
+            wrong = next(
+                at for at in range(run.clusters) if found[at * DIGEST :][:DIGEST] != due[at * DIGEST :][:DIGEST]
+            )
+            raise IntegrityError(
+                f"{self._layers[run.layer].name}: data cluster {run.at + wrong} is not what was backed up",
+                "Nothing was changed. Restore an older increment, and start a new image with: vmkeep backup --reset",
+            )
+        if self._merged.cut:
+            data = self._cut(run, data)
+        return data
+
+    def _cut(self, run: Run, data: bytes) -> bytes:
+        for number in range(run.clusters):
+            left = self._merged.cut.get(run.first + number)
+            if left is not None:
+                at = number * CLUSTER
+                data = data[: at + left] + bytes(CLUSTER - left) + data[at + CLUSTER :]
+        return data
+
+    @property
+    def requests(self) -> int:
+        """How many reads can be under way at once: one where a layer can only be read forward."""
+        return _REQUESTS if all(layer.artifact.seekable for layer in self._layers) else 1
+
+    def close(self) -> None:
+        """Let go of the layers."""
+        for reader in self._readers:
+            reader.close()
+
+
+@dataclass(frozen=True)
+class MergedBlocks:
+    """The guest's bytes of a flattened disk in guest order, for `backupcore.disk.qcow2.DiskArtifact`."""
+
+    merged: Overlay
+    layers: Sequence[MergedLayer]
+    sums: Path
+
+    def connect(self) -> BlockReader:
+        """Layers of this process's own."""
+        return _Reader(self)
+
+
+class _Reader:
+    def __init__(self, blocks: MergedBlocks) -> None:
+        layout = blocks.merged.layout
+        self._place = layout.places
+        self._data = MergedData(blocks.merged, blocks.layers, blocks.sums)
+        self._pool = ThreadPoolExecutor(self._data.requests, "merge")
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        _, first, count = next(self._place(offset, clusters_of(len(buffer)) * CLUSTER))
+        if count * CLUSTER < len(buffer):
+            raise ValueError(f"{len(buffer)} bytes at {offset} are not all data")
+        self._data.read_into(first, buffer)
+
+    def submit(self, offset: int, buffer: memoryview) -> Pending:
+        return self._pool.submit(self.read_into, offset, buffer)
+
+    def close(self) -> None:
+        # A read that hangs is ended by what its layer hangs on; waiting for it here would keep that from happening.
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._data.close()
+
+
+class MergedArtifact(Artifact):
+    """The file of a flattened disk as it lies after a store has copied its layers, for what the store must be sent."""
+
+    def __init__(self, name: str, blocks: MergedBlocks) -> None:
+        self.name = name
+        self.size = blocks.merged.layout.size
+        self.blocks = blocks
+        self._lock = threading.Lock()
+        self._data: MergedData | None = None
+
+    def __reduce__(self) -> tuple[type[MergedArtifact], tuple[str, MergedBlocks]]:
+        return MergedArtifact, (self.name, self.blocks)
+
+    def open(self) -> BinaryIO:
+        """The file from byte 0."""
+        return stream(self)
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes from `offset`, or what is left; data are held against their digests."""
+        layout = self.blocks.merged.layout
+        end = min(offset + length, self.size)
+        start = layout.data_offset
+        tables = layout.tables(offset, max(0, min(end, start) - offset)) if offset < start else b""
+        offset += len(tables)
+        if offset >= end:
+            return tables
+        first = (offset - start) // CLUSTER
+        buffer = bytearray((clusters_of(end - start) - first) * CLUSTER)
+        self._opened().read_into(first, memoryview(buffer))
+        skip = offset - start - first * CLUSTER
+        return tables + memoryview(buffer)[skip : skip + end - offset]
+
+    def _opened(self) -> MergedData:
+        with self._lock:
+            if self._data is None:
+                self._data = MergedData(self.blocks.merged, self.blocks.layers, self.blocks.sums)
+            return self._data
+
+    def close(self) -> None:
+        """Let go of the layers."""
+        with self._lock:
+            if self._data is not None:
+                self._data.close()

@@ -1,0 +1,56 @@
+"""Finding plugins by their entry points."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from backupcore import plugins
+from backupcore.errors import ConfigError
+
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """An installed distribution `newer` whose driver `newer` cannot be imported, with these requirements."""
+
+    def make(*needs: str) -> None:
+        info = tmp_path / "newer-3.0.dist-info"
+        info.mkdir()
+        requires = "".join(f"Requires-Dist: {need}\n" for need in needs)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: newer\nVersion: 3.0\n{requires}")
+        (info / "entry_points.txt").write_text("[backupcore.drivers]\nnewer = no_such_module:Driver\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+
+    return make
+
+
+def test_a_driver_that_needs_a_newer_core_says_so_in_one_line(install: Install):
+    install("backupcore[fileview]>=99.1", "click")
+    with pytest.raises(ConfigError) as caught:
+        plugins.load(plugins.DRIVERS, "newer")
+    assert caught.value.message == f"newer 3.0 needs backupcore>=99.1, and {version('backupcore')} is installed"
+    assert "pip install --upgrade" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "needs",
+    [(), ("backupcore",), ("backupcore>=0.1",), ("backupcore-restic>=99",), ('backupcore>=99 ; extra == "test"',)],
+)
+def test_what_is_satisfied_or_meant_for_others_does_not_matter(install: Install, needs: tuple[str, ...]):
+    install(*needs)
+    with pytest.raises(ConfigError, match="cannot be loaded: No module named 'no_such_module'"):
+        plugins.load(plugins.DRIVERS, "newer")
+
+
+def test_a_driver_that_is_not_installed_is_named_with_those_that_are():
+    assert "restic" in plugins.names(plugins.DRIVERS)
+    with pytest.raises(ConfigError, match="no plugin 'nonsense'") as caught:
+        plugins.load(plugins.DRIVERS, "nonsense")
+    assert "restic" in caught.value.hint
+    assert sys.modules.get("backupcore_nonsense") is None

@@ -1,0 +1,108 @@
+"""A directory driver that keeps the contract: what the broken drivers of the tests are made from."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import backupcore
+from backupcore import hookimpl
+from backupcore.context import Context
+from backupcore.errors import IncrementImpossible, SourceNotFound, TargetUnavailable
+from backupcore.manifest import NAME
+from backupcore.model import Artifact, BackupRun, Listed, SourceRef, Stored, Usage, new_id
+
+
+@dataclass(frozen=True)
+class StoredFile(Artifact):
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def size(self) -> int:
+        return self.path.stat().st_size
+
+    def open(self) -> BinaryIO:
+        return self.path.open("rb")
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            return file.read(length)
+
+
+@backupcore.driver
+class Folder:
+    path: Path = backupcore.option("the folder that holds the backups")
+    limit: int = backupcore.option("nothing", default=0)
+    password_file: Path | None = backupcore.option("nothing is read from it", default=None)
+    url: str = backupcore.option("may hold a password", default="", secret=True)
+
+    @hookimpl
+    def prebackup(self, run: BackupRun) -> None:
+        self._there()
+        for source in run.builds_on:
+            if not (self.path / source.token).is_dir():
+                raise IncrementImpossible(f"source {source} is gone")
+
+    @hookimpl
+    def backup(self, artifacts: Sequence[Artifact], run: BackupRun, ctx: Context) -> Stored:
+        token = new_id()
+        part = self.path / f".{token}"
+        part.mkdir()
+        try:
+            for artifact in artifacts:
+                with artifact.open() as source, (part / artifact.name).open("wb") as target:
+                    shutil.copyfileobj(source, target)
+            (part / ".labels").write_text(json.dumps(run.labels))
+            part.rename(self.path / token)
+        except BaseException:
+            shutil.rmtree(part)
+            raise
+        return Stored(source=SourceRef(token))
+
+    @hookimpl
+    def restore(self, source: SourceRef, ctx: Context) -> Sequence[Artifact]:
+        folder = self.path / source.token
+        if not (folder / NAME).is_file():
+            raise SourceNotFound(f"no source {source}")
+        return [StoredFile(path) for path in folder.glob("[!.]*")]
+
+    @hookimpl
+    def delete(self, sources: Sequence[SourceRef]) -> bool:
+        for source in sources:
+            shutil.rmtree(self.path / source.token, ignore_errors=True)
+        return True
+
+    @hookimpl
+    def sources(self) -> Iterable[Listed]:
+        self._there()
+        for labels in self.path.glob("[!.]*/.labels"):
+            yield Listed(source=SourceRef(labels.parent.name), labels=json.loads(labels.read_text()))
+
+    @hookimpl
+    def usage(self) -> Usage:
+        room = os.statvfs(self.path)
+        return Usage(used=1, total=room.f_blocks * room.f_frsize, free=room.f_bavail * room.f_frsize)
+
+    def _there(self) -> None:
+        if not self.path.is_dir():
+            raise TargetUnavailable(f"{self.path} is away")
+
+
+def tamper(path: Path):
+    def change(source: SourceRef, artifact: str) -> None:
+        file = path / source.token / artifact
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+
+    return change

@@ -1,0 +1,64 @@
+"""The kit passes drivers that keep the contract."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from backupcore.errors import ConfigError
+from backupcore.testing import DriverKit, MemoryDriver, Target, Verdict, chosen, examine
+from backupcore.testing.memory import CopyingMemoryDriver
+from tests.testing.folder import Folder, tamper
+
+
+class TestMemory(DriverKit):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def target(cls) -> Target:
+        return Target(driver=MemoryDriver())
+
+
+class TestFolder(DriverKit):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def target(cls, tmp_path_factory: pytest.TempPathFactory) -> Target:
+        folder = tmp_path_factory.mktemp("store")
+        password = tmp_path_factory.mktemp("secrets") / "password"
+        password.write_text("correct horse\n")
+        return Target(
+            driver=Folder,
+            options={"path": str(folder), "password_file": str(password), "url": "https://me:hunter2@host"},
+            tamper=tamper(folder),
+            secrets=("hunter2",),
+            away={"path": str(folder / "nowhere")},
+        )
+
+
+class TestSome(DriverKit):
+    checks = chosen(["usage", "hooks"])
+
+    @pytest.fixture
+    def target(self) -> Target:
+        return Target(driver=MemoryDriver())
+
+    def test_something_else(self, target: Target):
+        assert target.name == "MemoryDriver"
+
+
+def test_a_driver_that_flattens_on_its_own_side(tmp_path: Path):
+    [result] = examine(Target(driver=CopyingMemoryDriver()), checks=chosen(["flatten"]), folder=tmp_path)
+    assert result.verdict is Verdict.OK, result.why
+
+
+def test_without_pytest_what_was_made_is_deleted_again(tmp_path: Path):
+    memory, heard = MemoryDriver(), []
+    kept = dict(memory.kept)
+    results = examine(Target(driver=memory), checks=chosen(["labels", "usage", "damage"]), heard=heard.append)
+    assert results == heard
+    assert [result.verdict for result in results] == ["ok", "ok", "not applicable"]
+    assert "tampers" in results[2].why
+    assert memory.kept == kept
+    with pytest.raises(ConfigError, match="no check nonsense") as caught:
+        chosen(["usage", "nonsense"])
+    assert "round-trip" in caught.value.hint

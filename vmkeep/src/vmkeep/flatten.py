@@ -1,0 +1,175 @@
+"""Flattening an image: locks, the journal, the record, and only then the end of what was merged.
+
+Every step can be the last one of a process: what is written down before it tells the next one what to do. Until the
+record the old increments are all there, and so is every restore; after it the new full is, and the old sources are
+leftovers that anybody may delete.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from backupcore import flatten as core
+from backupcore.chain import lineage
+from backupcore.context import Context, Progress
+from backupcore.datastore import Datastore
+from backupcore.errors import BackupError, IntegrityError, UnsupportedOperation
+from backupcore.hypervisor import Hypervisor
+from backupcore.model import VM, Image, Increment
+from vmkeep import lock, settings
+from vmkeep.catalog import flattens, images
+from vmkeep.workplace import Workplace
+
+__all__ = ["Done", "delete_leftovers", "finish", "finish_locked", "flatten"]
+
+log = logging.getLogger("vmkeep.flatten")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """A flatten that is recorded: the image as it is now, its new full, and the increments that went into it.
+
+    `copied` is true where the store copied on its own side. `warnings` say which old sources could not be deleted.
+    """
+
+    image: Image
+    full: Increment
+    merged: tuple[Increment, ...]
+    stored: int | None
+    copied: bool
+    seconds: float
+    warnings: tuple[str, ...] = ()
+
+
+def flatten(
+    place: Workplace,
+    reference: str,
+    *,
+    to: int | None = None,
+    everything: bool | None = None,
+    progress: Progress | None = None,
+) -> Done:
+    """Merge the increments of the image `reference` up to `to` (None: all) into one full.
+
+    `everything` reads all of the result back (None: as VERIFY_FLATTEN of the VM says). Busy while a backup, a restore
+    or another flatten works with it; UnsupportedOperation where the image is pinned; what the datastore raises leaves
+    everything as it was. Sources that the datastore does not delete are tried again after the VM's next backup.
+    """
+    image = images.find(place.catalog_if_any, reference)
+    with lock.image_exclusive(place.state, image, "it is being flattened"):
+        image = finish_locked(place, images.find(place.catalog, image.uuid))
+        if image.pinned:
+            raise UnsupportedOperation(f"image {image.number} is pinned", f"vmkeep image unpin {image.number}")
+        target = lineage(image, to)[-1].id
+        if everything is None:
+            everything = _verify_all(place, image.vm)
+        store = place.datastore(image.datastore)
+        steps: list[core.Flattened] = []
+        while not steps or image.increments[0].id < target:
+            with place.context(progress) as ctx:
+                steps.append(_step(place, image, target, store, ctx, everything=everything))
+                image = images.find(place.catalog, image.uuid)
+                # Newest first: whatever is left when this is interrupted is the beginning of a chain.
+                warnings = delete_leftovers(place, image.vm.uuid, ctx, {image.datastore: store})
+    between = {step.increment.source for step in steps}
+    merged = [one for step in steps for one in step.replaces if one.source not in between]
+    return Done(
+        image=image,
+        full=steps[-1].increment,
+        merged=tuple(merged),
+        stored=None if any(step.stored is None for step in steps) else sum(step.stored or 0 for step in steps),
+        copied=all(step.copied for step in steps),
+        seconds=sum(step.seconds for step in steps),
+        warnings=tuple(warnings),
+    )
+
+
+def _step(
+    place: Workplace, image: Image, to: int, store: Datastore, ctx: Context, *, everything: bool
+) -> core.Flattened:
+    """One new full, recorded."""
+    flattens.begin(place.catalog, image, to)
+    stored: list[object] = []
+    try:
+        done = core.flatten(
+            store,
+            image,
+            to,
+            ctx,
+            host=socket.gethostname(),
+            everything=everything,
+            room=flattens.room(place.catalog, image, to),
+            stored=stored.append,
+        )
+    except BaseException as error:
+        # A result that is stored, and could not be proved for another reason than damage, is looked for by `finish`.
+        if not stored or isinstance(error, IntegrityError):
+            flattens.undo(place.catalog, image)
+        raise
+    ctx.progress.phase("record")
+    flattens.record(place.catalog, image, done)
+    ctx.progress.phase("delete")
+    return done
+
+
+def finish(place: Workplace, image: Image) -> Image:
+    """If a flatten of `image` was interrupted, record its result where that is complete and proved, else undo it.
+
+    Returns the image as it is then. Busy, saying what works on it, while that is going on.
+    """
+    if image.state != "flattening":
+        return image
+    with lock.image_exclusive(place.state, image, "a flatten that was interrupted is being finished"):
+        return finish_locked(place, images.find(place.catalog, image.uuid))
+
+
+def finish_locked(place: Workplace, image: Image) -> Image:
+    """`finish`, for a caller that has the image's lock."""
+    if flattens.begun(place.catalog, image) is None:
+        return image
+    store = place.datastore(image.datastore)
+    known = [increment.source for increment in image.increments]
+    with place.context() as ctx:
+        found = core.find(store, image, known, ctx)
+    if found is None:
+        flattens.undo(place.catalog, image)
+        log.warning("a flatten of image %d was interrupted; nothing of it is left", image.number)
+    else:
+        flattens.record(place.catalog, image, found)
+        log.warning("a flatten of image %d was interrupted; it is finished now", image.number)
+    return images.find(place.catalog, image.uuid)
+
+
+def delete_leftovers(
+    place: Workplace, vm: str, ctx: Context, stores: Mapping[str, Datastore] | None = None
+) -> list[str]:
+    """Delete what flattens of `vm` (UUID) have left, newest first; returns what could not be deleted, and why."""
+    left = flattens.leftovers(place.catalog, vm)
+    opened = dict(stores or {})
+    warnings = []
+    for name in sorted({one.datastore for one in left}):
+        these = [one for one in left if one.datastore == name]
+        try:
+            if name not in opened:
+                opened[name] = place.datastore(name)
+            opened[name].delete([one.source for one in these], ctx)
+        except BackupError as error:
+            count = f"{len(these)} old backups in {name}"
+            warnings.append(f"{count} are merged, but could not be deleted: {error.message} {error.hint}".strip())
+        else:
+            flattens.drop(place.catalog, these)
+    return warnings
+
+
+def _verify_all(place: Workplace, vm: VM) -> bool:
+    """What VERIFY_FLATTEN says; the default where the hypervisor or the VM is not there to say."""
+    own: dict[str, str] = {}
+    try:
+        hypervisor: Hypervisor = place.hypervisor
+        own = dict(hypervisor.settings(vm))
+    except BackupError:
+        log.info("the settings of VM %s cannot be asked for; the defaults count", vm.name)
+    return settings.effective(own, place.config.defaults, vm.name)["VERIFY_FLATTEN"] == "ALL"

@@ -1,0 +1,144 @@
+"""Retention: what KEEP_LAST lets go, after a backup and by hand."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from backupcore import chain
+from backupcore.context import Progress
+from backupcore.errors import BackupError, Cancelled
+from backupcore.model import VM
+from vmkeep import deletion, flatten, settings
+from vmkeep.catalog import flattens, images
+from vmkeep.workplace import Workplace
+
+__all__ = ["Action", "Plan", "apply", "plan", "prune"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Action:
+    """What retention does, or would do, to one image, and why. `what` is ``keep`` where a rule holds it back.
+
+    `to` is the increment that a flatten ends with. `done` is true once it has happened; `error` says why it has not.
+    """
+
+    what: Literal["flatten", "remove", "keep"]
+    image: int
+    why: str
+    to: int | None = None
+    done: bool = False
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Retention of one VM in one datastore. `unknown` says why its settings are not known; then nothing goes."""
+
+    vm: VM
+    datastore: str
+    actions: tuple[Action, ...]
+    unknown: str = ""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was to go and has not."""
+        return tuple(f"retention, image {one.image}: {one.error}" for one in self.actions if one.error)
+
+
+def plan(place: Workplace, *, vm: VM | None = None, datastore: str | None = None) -> list[Plan]:
+    """What retention would do now, for all VMs that have images or for one. Touches nothing."""
+    found = images.chains(place.catalog_if_any, socket.gethostname(), vm=vm.uuid if vm else None, datastore=datastore)
+    known: dict[str, Mapping[str, str] | BackupError] = {}
+    for one in found:
+        if one.vm.uuid not in known:
+            known[one.vm.uuid] = _settings(place, one.vm)
+    return [_plan(one, known[one.vm.uuid]) for one in found]
+
+
+def _settings(place: Workplace, vm: VM) -> Mapping[str, str] | BackupError:
+    try:
+        return settings.effective(place.hypervisor.settings(vm), place.config.defaults, vm.name)
+    except BackupError as error:
+        # Of a VM that is not there any more the backups may be all that is left: no default may let them go.
+        return error
+
+
+def _plan(found: images.Chains, known: Mapping[str, str] | BackupError) -> Plan:
+    if isinstance(known, BackupError):
+        return Plan(vm=found.vm, datastore=found.datastore, actions=(), unknown=known.message)
+    due = chain.retention(found.chains, known)
+    actions = [Action(what="remove", image=one.number, why=one.why) for one in due.removals]
+    if due.flattening:
+        one = due.flattening
+        actions.append(Action(what="flatten", image=one.number, to=one.to, why=one.why))
+    actions += [Action(what="keep", image=one.number, why=one.why) for one in due.passed]
+    return Plan(vm=found.vm, datastore=found.datastore, actions=tuple(actions))
+
+
+def apply(place: Workplace, due: Plan, *, progress: Progress | None = None) -> Plan:
+    """Do what a plan says. What fails is noted and the rest goes on: every action stands for itself."""
+    return replace(due, actions=tuple(_apply(place, one, progress) for one in due.actions))
+
+
+def _apply(place: Workplace, action: Action, progress: Progress | None) -> Action:
+    try:
+        if action.what == "flatten":
+            done = flatten.flatten(place, str(action.image), to=action.to, progress=progress)
+            return replace(action, done=True, error="; ".join(done.warnings))
+        if action.what == "remove":
+            deletion.delete(place, str(action.image), progress=progress)
+            return replace(action, done=True)
+    except Cancelled:
+        raise  # the user wants the rest to stop as well
+    except BackupError as error:
+        return replace(action, error=f"{error.message} {error.hint}".strip())
+    return action
+
+
+def prune(
+    place: Workplace, vm: str | None = None, *, dry_run: bool = False, progress: Progress | None = None
+) -> tuple[list[Plan], list[str]]:
+    """Apply retention by hand, to all VMs or to one (a name or a UUID); with `dry_run` say what it would do.
+
+    Flattens that were interrupted are finished first, and what earlier ones have left is deleted. Returns what was
+    done, and what went wrong.
+    """
+    one = place.hypervisor.find(vm).vm if vm is not None else None
+    if dry_run:
+        return plan(place, vm=one), []
+    warnings = []
+    for number in flattens.unfinished(place.catalog):
+        for image in images.where(place.catalog, number=number):
+            if one is None or image.vm.uuid == one.uuid:
+                try:
+                    flatten.finish(place, image)
+                except BackupError as error:
+                    warnings.append(f"image {number}: {error.message} {error.hint}".strip())
+    for owner in flattens.owners(place.catalog):
+        if one is None or owner == one.uuid:
+            warnings += _delete_leftovers(place, owner)
+    plans = [apply(place, due, progress=progress) for due in plan(place, vm=one)]
+    return plans, [*warnings, *(warning for due in plans for warning in due.warnings)]
+
+
+def after(
+    place: Workplace, vm: VM, datastore: str, *, progress: Progress | None = None
+) -> tuple[list[Plan], list[str]]:
+    """Retention after a backup, which is done in any case: what went in that datastore, and what went wrong."""
+    warnings: list[str] = []
+    try:
+        warnings += _delete_leftovers(place, vm.uuid)
+        plans = [apply(place, due, progress=progress) for due in plan(place, vm=vm, datastore=datastore)]
+    except BackupError as error:
+        return [], [*warnings, f"retention: {error.message} {error.hint}".strip()]
+    return plans, [*warnings, *(warning for due in plans for warning in due.warnings)]
+
+
+def _delete_leftovers(place: Workplace, vm: str) -> list[str]:
+    if not flattens.leftovers(place.catalog, vm):
+        return []
+    with place.context() as ctx:
+        return flatten.delete_leftovers(place, vm, ctx)

@@ -1,0 +1,130 @@
+"""``vmkeep driver``: examining drivers, and beginning new ones."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from pathlib import Path
+
+import pytest
+
+from backupcore.errors import ConfigError
+from backupcore.options import driver, option
+from vmkeep import driver_options
+
+
+def examine(site, *words: str):
+    return site.run("driver", "test", "files", "-o", f"path={site.store}", *words)
+
+
+def test_a_driver_is_examined_and_what_was_stored_is_deleted(site):
+    told = examine(site, "--check", "token", "--check", "secrets", "--json").json
+    assert (told["driver"], told["package"], told["ok"]) == ("files", "kept-in-files 1.0", True)
+    assert [(one["check"], one["verdict"]) for one in told["checks"]] == [
+        ("token", "ok"),
+        ("secrets", "not applicable"),
+    ]
+    assert [file.name for file in site.store.iterdir()] == ["deleted"]
+
+
+def test_the_kit_hears_all_and_shows_no_more_than_was_asked_for(site):
+    (site.store / "talk").touch()
+    told = examine(site, "--check", "token")
+    assert (told.code, told.err) == (0, "")
+    assert "vmkeep: debug: token is " in examine(site, "--check", "token", "-vv").err
+    assert logging.getLogger("backupcore").level == logging.DEBUG, "as -vv has set it"
+
+
+def test_a_check_that_fails_is_told_with_its_reason_and_an_exit_code(site):
+    (site.store / "fail-delete").touch()
+    told = examine(site, "--check", "answers", "--check", "token")
+    assert told.code == 1
+    assert told.out.splitlines()[0].startswith("failed          answers ")
+    assert "TargetUnavailable" in told.out.splitlines()[1]
+    assert told.out.splitlines()[-1] == "1 ok, 1 failed"
+    assert "could not be deleted" in told.err
+    quiet = examine(site, "-q", "--check", "answers", "--check", "token")
+    assert quiet.out.splitlines()[-1] == "1 ok, 1 failed"
+    assert not any(line.startswith("ok ") for line in quiet.out.splitlines())
+    assert examine(site, "--check", "answers", "--json").code == 1
+
+
+def test_ctrl_c_ends_it_and_what_was_stored_goes(site):
+    child = site.start("driver", "test", "files", "-o", f"path={site.store}")
+    site.until(lambda: any(len(path.name) == 32 for path in site.store.iterdir()), "a first backup")
+    (site.store / "wait").touch()
+    site.until((site.store / "waits").exists, "a backup that waits")
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (130, "vmkeep: cancelled\n")
+    assert {path.name for path in site.store.iterdir()} == {"wait", "waits", "deleted"}
+
+
+def test_what_is_wrong_with_the_place_or_an_option_is_told_as_such(site):
+    assert site.run("driver", "test", "nonsense").code == 2
+    told = site.run("driver", "test", "files", "-o", f"path={site.folder / 'away'}", "--json")
+    assert (told.code, told.error["class"]) == (5, "TargetUnavailable")
+    told = site.run("driver", "test", "files", "-o", "pth=hunter2")
+    assert told.code == 2
+    assert "pth: unknown key" in told.err
+    assert "hunter2" not in told.err
+    for wrong in (("-o", "path"), ("-o", "=x"), ("-o", "path=/a", "-o", "path=/b")):
+        assert site.run("driver", "test", "files", *wrong).code == 2
+    assert "round-trip" in examine(site, "--check", "nonsense").err
+
+
+def test_options_are_written_as_their_type_asks():
+    @driver
+    class Typed:
+        text: str = option("text", default="")
+        path: Path = option("a path", default=Path())
+        number: int = option("a number", default=0)
+        on: bool = option("a switch", default=False)
+        several: list[str] = option("several", default_factory=list)
+
+    words = ["text=5", "path=true", "number=5", "on=true", 'several=["a"]', "other=x y"]
+    assert driver_options.parse(Typed, words) == {
+        "text": "5",
+        "path": "true",
+        "number": 5,
+        "on": True,
+        "several": ["a"],
+        "other": "x y",
+    }
+    with pytest.raises(ConfigError, match="given twice"):
+        driver_options.parse(Typed, ["text=1", "text=2"])
+
+
+def test_a_new_driver_has_its_own_name_everywhere(site):
+    told = site.run("driver", "new", "my-tape", "--to", str(site.folder), "--json").json
+    assert told["name"] == "my-tape"
+    assert [str(Path(path).relative_to(site.folder)) for path in told["files"]] == [
+        "backupcore-my-tape/pyproject.toml",
+        "backupcore-my-tape/README.md",
+        "backupcore-my-tape/src/backupcore_my_tape/__init__.py",
+        "backupcore-my-tape/tests/test_my_tape.py",
+    ]
+    for path in told["files"]:
+        text = Path(path).read_text()
+        assert "shelf" not in text.lower(), path
+        if path.endswith(".py"):
+            compile(text, path, "exec")
+            assert "MyTape" in text
+    assert 'my-tape = "backupcore_my_tape:MyTape"' in Path(told["files"][0]).read_text()
+    again = site.run("driver", "new", "my-tape", "--to", str(site.folder))
+    assert again.code == 2
+    assert "exists already" in again.err
+
+
+def test_a_new_driver_in_the_current_folder(site, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(site.folder)
+    told = site.run("driver", "new", "tape")
+    assert told.out.splitlines()[-1] == "Then: cd backupcore-tape && pip install -e .[test] && pytest"
+    assert Path("backupcore-tape/tests").is_dir()
+
+
+@pytest.mark.parametrize("name", ["Tape", "../tape", "-x", "a--b", "9", "", "x" * 41, "restic", "files"])
+def test_a_name_that_cannot_be_one(site, name: str):
+    told = site.run("driver", "new", "--to", str(site.folder), "--", name)
+    assert told.code == 2
+    assert not list(site.folder.glob("backupcore-*"))
