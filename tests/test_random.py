@@ -84,8 +84,9 @@ class Life:
         if "vdc" not in self.vm.targets():
             flags = libvirt.VIR_DOMAIN_AFFECT_CONFIG | (libvirt.VIR_DOMAIN_AFFECT_LIVE if self.vm.active else 0)
             self.vm.domain.attachDeviceFlags(self.spare_xml(), flags)
-        elif not self.vm.active:  # without an operating system no guest lets go of a disk
-            self.spare = self.vm.disk("vdc")  # it may be an overlay by now
+        elif not self.vm.active and self.vm.disk("vdc") == self.spare:
+            # Without an operating system no guest lets go of a disk; and while it lies under an overlay of ours, the
+            # README says, it is not to be taken away.
             self.vm.domain.detachDeviceFlags(self.spare_xml(), libvirt.VIR_DOMAIN_AFFECT_CONFIG)
 
     def spare_xml(self) -> str:

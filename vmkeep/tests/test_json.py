@@ -89,7 +89,13 @@ def printed(site):
     image = Image(uuid="0" * 32, number=1, vm=WEB, datastore="nas", state="open", increments=())
     done = Replaced(vm=WEB, image=image, number=0, disks=(disk,), kept={})
     found["restore --in-place"] = documents.replaced(done, "files")
-    for command in ("datastore list", "datastore check nas", "driver list", "image delete 1 --yes"):
+    for command in (
+        "datastore list",
+        "datastore check nas",
+        "datastore maintain nas",
+        "driver list",
+        "image delete 1 --yes",
+    ):
         found[" ".join(command.split()[:2])] = site.run(*command.split(), "--json").json
     found["driver test"] = site.run(
         "driver", "test", "files", "-o", f"path={site.store}", "--check=hooks", "--json"

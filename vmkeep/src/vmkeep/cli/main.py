@@ -22,7 +22,7 @@ COMMANDS = {
     "recover": ("vmkeep.cli.recover:recover", "Put right what killed backups left behind."),
     "image": ("vmkeep.cli.image:image", "List, show, flatten, pin and delete images (chains of backups)."),
     "vm": ("vmkeep.cli.vm:vm", "List and show VMs; change their backup settings."),
-    "datastore": ("vmkeep.cli.datastore:datastore", "List and check datastores."),
+    "datastore": ("vmkeep.cli.datastore:datastore", "List, check and maintain datastores."),
     "driver": ("vmkeep.cli.driver:driver", "List, test and begin drivers."),
     "check": ("vmkeep.cli.check:check", "Is everything here that backups need?"),
     "init": ("vmkeep.cli.init:init", "Write a commented configuration."),
