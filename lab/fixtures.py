@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import secrets
 import shutil
@@ -98,6 +99,18 @@ def _nothing_left_behind(vm_prefix: str, tmp_path_factory: pytest.TempPathFactor
 
 
 _libvirt_used: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+def _log_as_it_was() -> Iterator[None]:
+    """The command sends our log to stderr, for good: a test that calls it must not hide the log from the next one."""
+    loggers = [logging.getLogger(name) for name in ("backupcore", "vmkeep")]
+    before = [(logger, list(logger.handlers), logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, handlers, propagate, level in before:
+        logger.handlers[:] = handlers
+        logger.propagate = propagate
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -53,9 +53,9 @@ class Host:
         self.config = self.folder / "config.toml"
         self.configure()
 
-    def configure(self, host: str = "", **options: str) -> None:
+    def configure(self, host: str = "", **options: str | int) -> None:
         options = {"repository": str(self.repository), "password_file": str(self.folder / "password"), **options}
-        lines = "".join(f'{key} = "{value}"\n' for key, value in options.items())
+        lines = "".join(f"{key} = {json.dumps(value)}\n" for key, value in options.items())
         self.config.write_text(
             f'[host]\nuri = "{self.uri}"\nstate = "{self.state}"\nscratch = "{self.folder}/scratch"\n{host}\n'
             f'[datastores.nas]\ndriver = "restic"\n{lines}'
@@ -435,6 +435,7 @@ def test_libvirtd_away(host: Host):
 
 def test_a_locked_repository_is_busy(host: Host):
     host.backup()
+    host.configure(lock_wait=0)
     # An exclusive lock of a process that lives: restic's check holds one while it is stopped.
     holder = subprocess.Popen(
         ["restic", "-r", str(host.repository), "-p", str(host.folder / "password"), "--no-cache", "prune"],

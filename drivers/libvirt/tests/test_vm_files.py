@@ -67,14 +67,14 @@ def test_kernel_and_initrd_are_kept_and_named_by_the_restored_definition(booting
         assert {name: kept[name] for name in files} == {name: path.read_bytes() for name, path in files.items()}
     boot = {name: lab.folder / f"restored-{name}" for name in files}
     options = {"name": "again", "disks": {"vda": lab.folder / "vda"}, "nvram": None, "no_ip": False, "no_nic": False}
-    made = ElementTree.fromstring(hypervisor.definition(kept["vm.xml"], **options, boot=boot))
+    made = ElementTree.fromstring(hypervisor.definition(kept["vm.xml"], **options, boot=boot).xml)
     assert {name: made.findtext(f"os/{name}") for name in ("kernel", "initrd", "cmdline", "dtb")} == {
         "kernel": str(boot["kernel"]),
         "initrd": str(boot["initrd"]),
         "cmdline": "quiet a,b",
         "dtb": None,
     }
-    none = ElementTree.fromstring(hypervisor.definition(kept["vm.xml"], **options))
+    none = ElementTree.fromstring(hypervisor.definition(kept["vm.xml"], **options).xml)
     assert [none.find(f"os/{name}") for name in ("kernel", "initrd", "cmdline")] == [None, None, None]
 
 

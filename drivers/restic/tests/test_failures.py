@@ -169,7 +169,7 @@ def test_a_lock_is_waited_for(
         "RESTIC_PASSWORD_FILE": str(fresh.password_file),
         "PATH": os.environ["PATH"],
     }
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="backupcore")
     other = subprocess.Popen(["restic", "check", "--no-cache"], env=environment, stdout=subprocess.DEVNULL)
     try:
         wait_for(lambda: any(len(name) == 64 for name in names(fresh.repository, "locks")))
