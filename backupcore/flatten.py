@@ -26,11 +26,11 @@ from backupcore.bundle import Bundle, draft
 from backupcore.chain import lineage
 from backupcore.disk.extents import CLUSTER
 from backupcore.disk.merged import MergedArtifact, MergedBlocks, MergedLayer
-from backupcore.disk.overlay import Overlay, overlay, overlay_as_it_lies
 from backupcore.disk.qcow2 import DiskArtifact, Layout
 from backupcore.disk.scattered import ScatteredLayout
 from backupcore.disk.stored import StoredDisk, read_exactly
 from backupcore.disk.table import DIGEST, digests
+from backupcore.disk.winners import Winners, winners, winners_as_they_lie
 from backupcore.errors import (
     BackupError,
     Cancelled,
@@ -119,7 +119,7 @@ class _Merging:
         part = self.part
         return Disk(id=part.id, artifact=part.artifact, virtual_size=part.virtual_size, whole=True)
 
-    def blocks(self, merged: Overlay, folder: Path, ctx: Context) -> MergedBlocks:
+    def blocks(self, merged: Winners, folder: Path, ctx: Context) -> MergedBlocks:
         """The data, with their digests gathered from the layers' sums in the result's file order."""
         order = "file" if isinstance(merged.layout, ScatteredLayout) else "guest"
         path = folder / f"merged.{order}.sums.{self.part.id}"
@@ -170,7 +170,7 @@ class Merged:
         self._last = last
         self._ctx = ctx
         self._run = run
-        self._overlays = {one.part.id: (overlay_as_it_lies if as_it_lies else overlay)(one.layouts) for one in disks}
+        self._winners = {one.part.id: (winners_as_they_lie if as_it_lies else winners)(one.layouts) for one in disks}
         self._disks = disks
         self._entries: dict[str, Any] = {
             "replaces": [backup.increment.point for backup in backups],
@@ -181,7 +181,7 @@ class Merged:
     @property
     def wasteful(self) -> bool:
         """Whether too many clusters would be dead: of all disks, or so many of one that the reader refuses it."""
-        merged = self._overlays.values()
+        merged = self._winners.values()
         total = sum(one.layout.clusters for one in merged)
         if sum(one.dead for one in merged) > MOST_DEAD * total:
             return True
@@ -190,13 +190,11 @@ class Merged:
     @property
     def cut(self) -> bool:
         """Whether a cluster is not a layer's own: its digest is not known, and no store can copy it."""
-        return any(merged.cut for merged in self._overlays.values())
+        return any(merged.cut for merged in self._winners.values())
 
     @cached_property
     def _blocks(self) -> Mapping[str, MergedBlocks]:
-        return {
-            one.part.id: one.blocks(self._overlays[one.part.id], self._ctx.folder, self._ctx) for one in self._disks
-        }
+        return {one.part.id: one.blocks(self._winners[one.part.id], self._ctx.folder, self._ctx) for one in self._disks}
 
     @cached_property
     def _made(self) -> Bundle | _AsItLies:
@@ -208,7 +206,7 @@ class Merged:
         ]
         disks: list[Artifact] = []
         for one in self._disks:
-            merged, blocks = self._overlays[one.part.id], self._blocks[one.part.id]
+            merged, blocks = self._winners[one.part.id], self._blocks[one.part.id]
             if isinstance(merged.layout, Layout):
                 disks.append(DiskArtifact(one.part.artifact, merged.layout, blocks))
             else:
@@ -244,12 +242,12 @@ class Merged:
     def pieces(self, artifact: Artifact) -> Iterator[Copy | Literal]:
         """The bytes of one of `artifacts` in order."""
         part = next((one for one in self._disks if one.part.artifact == artifact.name), None)
-        copied = artifact.size if part is None else self._overlays[part.part.id].layout.data_offset
+        copied = artifact.size if part is None else self._winners[part.part.id].layout.data_offset
         for offset in range(0, copied, _STEP * CLUSTER):
             yield Literal(data=artifact.read_at(offset, min(_STEP * CLUSTER, copied - offset)))
         if part is None:
             return
-        merged = self._overlays[part.part.id]
+        merged = self._winners[part.part.id]
         if merged.cut:
             raise UnsupportedOperation(f"{artifact.name} cannot be copied: the disk was smaller in between")
         for run in merged.runs:

@@ -17,10 +17,10 @@ from typing import BinaryIO
 
 from backupcore.disk.extents import CLUSTER
 from backupcore.disk.geometry import clusters_of
-from backupcore.disk.overlay import Overlay, Run
 from backupcore.disk.qcow2 import BlockReader, Pending
 from backupcore.disk.stored import read_exactly
 from backupcore.disk.table import DIGEST, digests
+from backupcore.disk.winners import Run, Winners
 from backupcore.errors import ContractViolation, IntegrityError
 from backupcore.model import Artifact, stream
 
@@ -108,7 +108,7 @@ class MergedData:
     `sums` is a file with the digest of each of them (32 bytes, in file order), as its layer had it.
     """
 
-    def __init__(self, merged: Overlay, layers: Sequence[MergedLayer], sums: Path) -> None:
+    def __init__(self, merged: Winners, layers: Sequence[MergedLayer], sums: Path) -> None:
         """Nothing is opened yet but `sums`."""
         self._merged = merged
         self._layers = layers
@@ -165,7 +165,7 @@ class MergedData:
 class MergedBlocks:
     """The guest's bytes of a flattened disk in guest order, for `backupcore.disk.qcow2.DiskArtifact`."""
 
-    merged: Overlay
+    merged: Winners
     layers: Sequence[MergedLayer]
     sums: Path
 

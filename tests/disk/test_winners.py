@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from backupcore.disk.extents import CLUSTER, Extent, Kind
 from backupcore.disk.merge import Layer, merge
 from backupcore.disk.merged import MergedArtifact, MergedBlocks, MergedLayer
-from backupcore.disk.overlay import Overlay, overlay, overlay_as_it_lies
 from backupcore.disk.qcow2 import DiskArtifact, Layout
 from backupcore.disk.scattered import ScatteredLayout
 from backupcore.disk.stored import StoredDisk
+from backupcore.disk.winners import Winners, winners, winners_as_they_lie
 from backupcore.errors import IntegrityError
 from backupcore.model import BytesArtifact
 from tests.disk.layers import Made, Model, Recording, chains, make
@@ -31,7 +31,7 @@ quick = settings(
 slow = settings(quick, max_examples=12)
 soak = settings(quick, max_examples=1500)
 
-MAKERS = [overlay, overlay_as_it_lies]
+MAKERS = [winners, winners_as_they_lie]
 
 
 def needed(made: list[Made]) -> list[Made]:
@@ -47,9 +47,9 @@ def truth(made: list[Made]) -> Model:
     return model
 
 
-def flat(made: list[Made], folder: Path, how: object = overlay) -> tuple[Overlay, bytes, bytes]:
-    """The overlay of some layers, the file that comes of it, and its sums."""
-    merged: Overlay = how([one.layout for one in made])  # type: ignore[operator]  # one of MAKERS
+def flat(made: list[Made], folder: Path, how: object = winners) -> tuple[Winners, bytes, bytes]:
+    """The winners of some layers, the file that comes of it, and its sums."""
+    merged: Winners = how([one.layout for one in made])  # type: ignore[operator]  # one of MAKERS
     if merged.dead > merged.layout.clusters - merged.dead:
         assume(False)  # so many a flatten clears away
     layers = [
@@ -78,7 +78,7 @@ def flat(made: list[Made], folder: Path, how: object = overlay) -> tuple[Overlay
     return merged, data, own
 
 
-def as_layer(merged: Overlay, data: bytes, sums: bytes) -> Layer:
+def as_layer(merged: Winners, data: bytes, sums: bytes) -> Layer:
     return Layer(
         name="the flattened full",
         open=lambda: io.BytesIO(data),
@@ -137,7 +137,7 @@ def test_qemu_reads_the_same_and_finds_nothing_to_repair(how: object, made: list
 @given(made=chains(), more=chains(longest=6))
 def test_what_lies_as_it_was_copied_is_flattened_and_built_on_again(made: list[Made], more: list[Made], tmp_path: Path):
     """A scattered full below further increments: restored, laid out anew, and left as it lies once more."""
-    merged, data, sums = flat(needed(made), tmp_path, overlay_as_it_lies)
+    merged, data, sums = flat(needed(made), tmp_path, winners_as_they_lie)
     above = [replace(one, whole=False) for one in more]
     model = truth([*made, *above])
     layers = [as_layer(merged, data, sums), *(one.layer() for one in above)]
@@ -146,7 +146,7 @@ def test_what_lies_as_it_was_copied_is_flattened_and_built_on_again(made: list[M
     for how in MAKERS:
         again = flat([base, *above], tmp_path, how)
         assert restored([as_layer(*again)], model.size) == model.nonzero()
-        if how is overlay_as_it_lies:
+        if how is winners_as_they_lie:
             assert again[0].layout.clusters >= merged.layout.clusters, "nothing was moved"
 
 
@@ -163,7 +163,7 @@ def parse(data: bytes, layout: ScatteredLayout, *, digest: bool = True, size: in
 @quick
 @given(made=chains())
 def test_the_tables_are_read_back_as_they_were(made: list[Made], tmp_path: Path):
-    merged, data, _ = flat(needed(made), tmp_path, overlay_as_it_lies)
+    merged, data, _ = flat(needed(made), tmp_path, winners_as_they_lie)
     found = parse(data, merged.layout)
     assert isinstance(found, ScatteredLayout)
     assert found.tables(0, found.data_offset) == data[: found.data_offset]
@@ -173,7 +173,7 @@ def test_the_tables_are_read_back_as_they_were(made: list[Made], tmp_path: Path)
 @quick
 @given(made=chains(longest=5), data=st.data())
 def test_a_flipped_bit_in_the_tables_is_refused(made: list[Made], data: st.DataObject, tmp_path: Path):
-    merged, file, _ = flat(needed(made), tmp_path, overlay_as_it_lies)
+    merged, file, _ = flat(needed(made), tmp_path, winners_as_they_lie)
     place = merged.layout.data_offset
     starts = st.builds(
         lambda cluster, at: cluster * CLUSTER + at, st.integers(0, place // CLUSTER - 1), st.integers(0, 130)
@@ -193,7 +193,7 @@ def test_a_flipped_bit_in_the_tables_is_refused(made: list[Made], data: st.DataO
 @quick
 @given(made=chains(longest=5), data=st.data())
 def test_rubbish_is_refused_or_is_a_layout(made: list[Made], data: st.DataObject, tmp_path: Path):
-    merged, file, _ = flat(needed(made), tmp_path, overlay_as_it_lies)
+    merged, file, _ = flat(needed(made), tmp_path, winners_as_they_lie)
     layout = merged.layout
     damaged = bytearray(file)
     for _ in range(data.draw(st.integers(1, 4))):
@@ -227,7 +227,7 @@ def example() -> tuple[list[Made], int]:
 def test_a_cluster_that_two_entries_share_is_refused(tmp_path: Path):
     """Two places of the guest's disk that are one: a write to the first would change the second."""
     made, _ = example()
-    merged, file, _ = flat(made, tmp_path, overlay_as_it_lies)
+    merged, file, _ = flat(made, tmp_path, winners_as_they_lie)
     damaged = bytearray(file)
     at = merged.layout.data_offset - CLUSTER  # the only L2 table
     damaged[at : at + 8] = damaged[at + 8 : at + 16]
@@ -237,7 +237,7 @@ def test_a_cluster_that_two_entries_share_is_refused(tmp_path: Path):
 
 def test_refcounts_that_are_not_those_of_the_entries_are_refused(tmp_path: Path):
     made, _ = example()
-    merged, file, _ = flat(made, tmp_path, overlay_as_it_lies)
+    merged, file, _ = flat(made, tmp_path, winners_as_they_lie)
     assert merged.dead == 5
     path = tmp_path / "flat.qcow2"
     path.write_bytes(file)
@@ -252,7 +252,7 @@ def test_refcounts_that_are_not_those_of_the_entries_are_refused(tmp_path: Path)
 
 def test_an_order_that_is_not_the_disks_is_refused(tmp_path: Path):
     made, _ = example()
-    merged, file, _ = flat(made, tmp_path, overlay_as_it_lies)
+    merged, file, _ = flat(made, tmp_path, winners_as_they_lie)
     with pytest.raises(IntegrityError):
         StoredDisk.parse(
             io.BytesIO(file), merged.layout.size, virtual_size=merged.layout.virtual_size, tables_digest=None
@@ -262,7 +262,7 @@ def test_an_order_that_is_not_the_disks_is_refused(tmp_path: Path):
 def test_a_layer_is_read_forward_and_once(tmp_path: Path):
     """The pieces of a scattered full are taken in the order of its file: a store may have nothing but a stream."""
     made, size = example()
-    merged, file, sums = flat(made, tmp_path, overlay_as_it_lies)
+    merged, file, sums = flat(made, tmp_path, winners_as_they_lie)
 
     class Forward(io.BytesIO):
         def seek(self, *_: object) -> int:

@@ -18,7 +18,7 @@ from backupcore.disk.geometry import clusters_of
 from backupcore.disk.qcow2 import Layout
 from backupcore.disk.scattered import ScatteredLayout
 
-__all__ = ["Overlay", "Run", "Runs", "overlay", "overlay_as_it_lies"]
+__all__ = ["Winners", "Run", "Runs", "winners", "winners_as_they_lie"]
 
 
 class _Piece(NamedTuple):
@@ -81,7 +81,7 @@ class Runs:
 
 
 @dataclass(frozen=True)
-class Overlay:
+class Winners:
     """A merged disk: its layout, the runs of its data clusters, and which of them are cut.
 
     `cut` maps a data cluster of the result to how many of its bytes count; the rest of it is zeros. That is the one at
@@ -141,7 +141,7 @@ class _Laid:
         return limit - (end - CLUSTER) if end > limit and self.layouts[layer].virtual_size > limit else None
 
 
-def overlay(layouts: Sequence[Layout | ScatteredLayout]) -> Overlay:
+def winners(layouts: Sequence[Layout | ScatteredLayout]) -> Winners:
     """The disk that `layouts`, oldest first, make up, compact and in guest order. The oldest must be whole.
 
     The newest decides the size; what lies past the end of a layer that is shorter than those around it reads as zeros.
@@ -158,10 +158,10 @@ def overlay(layouts: Sequence[Layout | ScatteredLayout]) -> Overlay:
                 cut[done - 1] = left
             yield layer, index, count
 
-    return Overlay(layout, Runs(runs()), cut)
+    return Winners(layout, Runs(runs()), cut)
 
 
-def overlay_as_it_lies(layouts: Sequence[Layout | ScatteredLayout]) -> Overlay:
+def winners_as_they_lie(layouts: Sequence[Layout | ScatteredLayout]) -> Winners:
     """The same disk for a store that copies on its own side: the data of the oldest layer as they lie, dead ones too,
     then those of the others that count, oldest layer first and each in the order of its file.
     """
@@ -187,7 +187,7 @@ def overlay_as_it_lies(layouts: Sequence[Layout | ScatteredLayout]) -> Overlay:
     pieces.sort()
     whole = [(0, 0, base)] if base else []
     runs = Runs([*whole, *((layer, index, count) for layer, index, count, _ in newer)])
-    return Overlay(ScatteredLayout(laid.size, pieces, end), runs, cut)
+    return Winners(ScatteredLayout(laid.size, pieces, end), runs, cut)
 
 
 def _tree(layers: Sequence[Iterable[_Piece]]) -> Iterator[_Piece]:
