@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from kept_in_files import load, save
 
 from backupcore.model import LeftOut
 from vmkeep.cli import documents, exits
+from vmkeep.config import load as load_config
+from vmkeep.workplace import Workplace
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "json.md"
 
@@ -70,6 +73,22 @@ def printed(site):
     found["restore"] = site.run("restore", "1", "--to", str(site.folder / "to"), "--json").json
     for command in ("datastore list", "datastore check nas", "driver list", "image delete 1 --yes"):
         found[" ".join(command.split()[:2])] = site.run(*command.split(), "--json").json
+    site.run("backup", "web1")
+    site.run("backup", "db1")
+    place = Workplace(load_config(site.config))
+    with place.catalog.writing() as connection:
+        for table in ("increments", "images"):
+            connection.exec_driver_sql(f"DELETE FROM {table}")
+    next(site.store.glob("*/vm.xml")).unlink()
+    found["catalog rebuild"] = site.run("catalog", "rebuild", "nas", "--json").json
+    number = found["catalog rebuild"]["added"][0]["id"]
+    next(
+        one for one in site.store.iterdir() if one.name in str(site.run("image", "show", str(number), "--json").json)
+    ).rename(site.folder / "gone")
+    site.config.write_text(
+        site.config.read_text() + f'[datastores.away]\ndriver = "files"\npath = "{site.folder}/away"\n'
+    )
+    found["catalog check"] = json.loads(site.run("catalog", "check", "--json").out)
     found["driver test"] = site.run(
         "driver", "test", "files", "-o", f"path={site.store}", "--check=hooks", "--json"
     ).json

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from backupcore import chain
@@ -16,7 +17,7 @@ from backupcore.errors import BackupError, Cancelled, IncrementImpossible
 from backupcore.hypervisor import VMState
 from backupcore.model import BackupRun, Estimate, Image, Outcome, RunState, Type
 from backupcore.session import Recorded, run_backup
-from vmkeep import flatten, folders, interrupt, lock, retention, settings
+from vmkeep import adoption, flatten, folders, interrupt, lock, retention, settings
 from vmkeep.catalog import flattens, images, runs
 from vmkeep.catalog.database import Catalog
 from vmkeep.workplace import Workplace
@@ -106,11 +107,11 @@ def take(
     found = place.hypervisor.find(vm)
     with ExitStack() as stack:
         stack.enter_context(lock.vm_run(place.state, found.vm))
+        runs.died(place.catalog, found.vm.uuid)
+        folders.sweep(place.state, found.vm, lambda dead, folder: _release(place, dead, folder, store))
         shared = stack.enter_context(ExitStack())
         newest = _newest_locked(place, found, name, shared)
         run = _run(place, found, name, newest, place.catalog, reset=reset)
-        runs.died(place.catalog, found.vm.uuid)
-        folders.sweep(place.state, found.vm, lambda dead, folder: _release(place, dead, folder, store))
         runs.begin(place.catalog, run)
         numbers: list[int] = []
         with _written_down(place, run):
@@ -118,7 +119,11 @@ def take(
             ctx = Context(folder, progress=progress)
             with interrupt.cancels(ctx), ctx:
                 recorded = run_backup(
-                    store, run, ctx, record=lambda done: numbers.append(runs.record(place.catalog, done))
+                    store,
+                    run,
+                    ctx,
+                    record=lambda done: numbers.append(runs.record(place.catalog, done)),
+                    note=partial(adoption.note, folder),
                 )
         shared.close()
         done, warnings = retention.after(place, found.vm, name, progress=progress)
@@ -152,6 +157,10 @@ def _release(place: Workplace, run: BackupRun, folder: Path, other: Datastore) -
     # What other chains have recorded since it died is no stray.
     run = replace(run, keep=images.kept(place.catalog, run.vm))
     written = runs.increment_of(place.catalog, run.id)
+    if not written:
+        with Context(folder) as ctx:
+            if run.datastore == store.name and adoption.adopt(place, folder, store, ctx):
+                written = runs.increment_of(place.catalog, run.id)
     outcome = Outcome(state=RunState.RECORDED if written else RunState.FAILED)
     if written and written[0].uuid != run.image:  # it became a full in a new image after its folder was made
         image, increment = written

@@ -9,13 +9,27 @@ from vmkeep.backup import Planned, Taken
 from vmkeep.catalog.runs import PastRun
 from vmkeep.cli.figures import iso
 from vmkeep.flatten import Done
+from vmkeep.rebuild import Checked, Rebuilt
 from vmkeep.restore import Files
 from vmkeep.retention import Action
 from vmkeep.retention import Plan as RetentionPlan
 from vmkeep.settings import DISK_LISTS, NUMBERS, disk_list
 from vmkeep.vms import Detail, Listing
 
-__all__ = ["backup", "config", "flatten", "image", "images", "plan", "prune", "restore", "vm", "vms"]
+__all__ = [
+    "backup",
+    "checked",
+    "config",
+    "flatten",
+    "image",
+    "images",
+    "plan",
+    "prune",
+    "rebuild",
+    "restore",
+    "vm",
+    "vms",
+]
 
 Document = dict[str, object]
 
@@ -182,6 +196,45 @@ def restore(files: Files, driver: str) -> Document:
                 + f"//{disk.artifact}",
             }
             for disk in files.disks
+        ],
+    }
+
+
+def rebuild(done: Rebuilt) -> Document:
+    """``vmkeep catalog rebuild``."""
+    return {
+        "datastore": done.datastore,
+        "added": [
+            {
+                "id": one.number,
+                "image_uuid": one.uuid,
+                "vm": one.vm.name,
+                "uuid": one.vm.uuid,
+                "host": one.host,
+                "increments": [increment.id for increment in one.increments],
+                "date": iso(one.increments[-1].date),
+            }
+            for one in done.added
+        ],
+        "known": done.known,
+        "remarks": [{"source": one.source.token, "kind": one.kind, "why": one.why} for one in done.remarks],
+        "busy": list(done.busy),
+    }
+
+
+def checked(found: Checked) -> Document:
+    """``vmkeep catalog check``."""
+    return {
+        "datastores": list(found.datastores),
+        "missing": [
+            {"datastore": one.datastore, "source": one.source.token, "what": one.what} for one in found.missing
+        ],
+        "unused": [
+            {"datastore": one.datastore, "source": one.source.token, "labels": dict(one.labels)} for one in found.unused
+        ],
+        "errors": [
+            {"datastore": name, "class": type(error).__name__, "message": error.message}
+            for name, error in found.errors.items()
         ],
     }
 
