@@ -147,6 +147,10 @@ class Datastore:
         found: Usage = self._answer("usage", Usage, ctx=ctx) if self.implements("usage") else Usage()
         return found
 
+    def maintain(self, ctx: Context) -> bool:
+        """Let the driver tidy up and look for damage, which may take hours; False if it has nothing of the kind."""
+        return self.implements("maintain") and self._answer("maintain", bool, ctx=ctx) is True
+
     # Calling
 
     def implements(self, hook: str) -> bool:

@@ -380,7 +380,9 @@ def flatten(
     )
 
 
-def find(datastore: Datastore, image: Image, known: Iterable[SourceRef], ctx: Context) -> Flattened | None:
+def find(
+    datastore: Datastore, image: Image, known: Iterable[SourceRef], ctx: Context, *, everything: bool = False
+) -> Flattened | None:
     """The result of a flatten of `image` that was stored, and then interrupted before it was recorded; proved.
 
     `known` are the sources that the catalog has. None if there is no such result; one that does not stand the proof is
@@ -401,13 +403,15 @@ def find(datastore: Datastore, image: Image, known: Iterable[SourceRef], ctx: Co
         ):
             continue
         try:
-            return _adopted(datastore, image, last, listed.source, ctx)
+            return _adopted(datastore, image, last, listed.source, ctx, sample=1.0 if everything else _SAMPLE)
         except IntegrityError as error:
             ctx.log.warning("source %s of an interrupted flatten is left alone: %s", listed.source, error)
     return None
 
 
-def _adopted(datastore: Datastore, image: Image, last: Increment, source: SourceRef, ctx: Context) -> Flattened:
+def _adopted(
+    datastore: Datastore, image: Image, last: Increment, source: SourceRef, ctx: Context, *, sample: float
+) -> Flattened:
     artifacts = datastore.artifacts(source, ctx)
     data = _manifest(artifacts, source)
     manifest = manifests.parse(data, f"source {source}")
@@ -415,7 +419,7 @@ def _adopted(datastore: Datastore, image: Image, last: Increment, source: Source
     due = ([one.point for one in chain], last.digest, image.vm.uuid, image.uuid)
     if (list(manifest.replaces), manifest.stands_for, manifest.vm.uuid, manifest.image) != due:
         raise IntegrityError(f"source {source} does not stand for increment {last.id} of image {image.number}")
-    verify(datastore, source, data, ctx, sample=_SAMPLE)
+    verify(datastore, source, data, ctx, sample=sample)
     size = sum(artifact.size for artifact in artifacts.values())
     return Flattened(
         increment=_row(data, size, source, last), replaces=chain, began=image.began or chain[0].date, copied=True

@@ -3,9 +3,9 @@
 """The contract between the core and its plugins, and its manual.
 
 A *driver* is a class decorated with `backupcore.driver`; it is found under the entry-point group ``backupcore.drivers``
-and implements `backup`, `restore`, `delete` and `sources`; `prebackup`, `postbackup`, `flatten`, `check` and `usage`
-are optional. A *hypervisor* (``backupcore.hypervisors``) implements `prebackup` and `postbackup`, and the Python
-protocol of `backupcore.hypervisor`. Site plugins may wrap any hook with ``@hookimpl(wrapper=True)``.
+and implements `backup`, `restore`, `delete` and `sources`; `prebackup`, `postbackup`, `flatten`, `check`, `usage` and
+`maintain` are optional. A *hypervisor* (``backupcore.hypervisors``) implements `prebackup` and `postbackup`, and the
+Python protocol of `backupcore.hypervisor`. Site plugins may wrap any hook with ``@hookimpl(wrapper=True)``.
 
 The life of a run::
 
@@ -146,3 +146,12 @@ def check(ctx: Context) -> bool:
 @hookspec(firstresult=True)
 def usage(ctx: Context) -> Usage:
     """How many bytes are used, in total and free, as far as the store can say cheaply."""
+
+
+@hookspec(firstresult=True)
+def maintain(ctx: Context) -> bool:
+    """Do what would hold up the other verbs: give back the room of what was deleted, look for damage. True when done.
+
+    Optional. Called only when the user asks for it, never on the way; it may take hours and lock others out. Nothing
+    that is restorable is touched. Tell ``ctx.progress.phase`` what goes on. Damage is IntegrityError.
+    """

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import full_restic, increments, reading, startup
+from benchmarks import full_restic, full_rsync, full_s3, increments, reading, startup
 from benchmarks.vm import MIB, filled
 from lab import libvirtd
 from lab.places import LAB
@@ -18,6 +18,8 @@ ROWS = {
     "startup": startup.rows,
     "reading": reading.rows,
     "full-restic": full_restic.rows,
+    "full-s3": full_s3.rows,
+    "full-rsync": full_rsync.rows,
     "increments": increments.rows,
 }
 

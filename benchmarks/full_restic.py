@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.measure import Sample, Spread, interleaved, run, together
-from benchmarks.vm import MIB, Place
+from benchmarks.measure import Sample, compared, run, together
+from benchmarks.vm import Place
 
 __all__ = ["rows"]
 
@@ -16,17 +16,11 @@ __all__ = ["rows"]
 def rows(place: Place, rounds: int) -> Iterator[str]:
     """The lines of the table."""
     works = _Works(place)
-    taken = interleaved({"vmkeep": works.ours, "restic": works.restic, "staging": works.staging}, rounds)
-    for name, samples in taken.items():
-        yield (
-            f"full to a new restic repository, {name}: {Spread.of([one.wall for one in samples])} s wall, "
-            f"{Spread.of([one.processor for one in samples])} s processor, "
-            f"{max(one.memory for one in samples) // MIB} MiB of memory, "
-            f"{Spread.of([one.written / MIB for one in samples])} MiB written"
-        )
-    for other in ("restic", "staging"):
-        ratios = [ours.wall / theirs.wall for ours, theirs in zip(taken["vmkeep"], taken[other], strict=True)]
-        yield f"full to a new restic repository, vmkeep to {other}: {Spread.of(ratios)}"
+    yield from compared(
+        "full to a new restic repository",
+        {"vmkeep": works.ours, "restic": works.restic, "staging": works.staging},
+        rounds,
+    )
 
 
 class _Works:
@@ -40,13 +34,10 @@ class _Works:
             f'driver = "restic"\nrepository = "{self._repository}"\npassword_file = "{place.password}"',
         )
         self._ready = place.folder / "ready.qcow2"
-        self._staged(self._ready)
+        place.ready(self._ready)
 
     def _clean(self) -> None:
         shutil.rmtree(self._repository, ignore_errors=True)
-
-    def _staged(self, path: Path) -> Sample:
-        return run("qemu-img", "convert", "-U", "-O", "qcow2", self._place.vm.disk("vda"), path)
 
     def ours(self) -> Sample:
         """The whole command, in full mode's first run."""
@@ -66,7 +57,7 @@ class _Works:
         self._clean()
         staged = self._place.folder / "staged.qcow2"
         samples = (
-            self._staged(staged),
+            self._place.ready(staged),
             run("restic", "init", "-q", environment=self._environment),
             run("restic", "backup", "--force", "-q", staged, environment=self._environment),
         )

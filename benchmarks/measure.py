@@ -6,11 +6,11 @@ import os
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Sample", "Spread", "interleaved", "run"]
+__all__ = ["Sample", "Spread", "compared", "interleaved", "run", "together"]
 
 _SECTOR = 512  # bytes; the unit of /proc/diskstats, whatever the device's own sector is
 
@@ -91,6 +91,22 @@ def interleaved(works: Mapping[str, Callable[[], Sample]], rounds: int) -> dict[
         for name in names:
             taken[name].append(works[name]())
     return taken
+
+
+def compared(what: str, works: Mapping[str, Callable[[], Sample]], rounds: int) -> Iterator[str]:
+    """The lines for several works, and for how the first compares with each of the others, round by round."""
+    taken = interleaved(works, rounds)
+    for name, samples in taken.items():
+        yield (
+            f"{what}, {name}: {Spread.of([one.wall for one in samples])} s wall, "
+            f"{Spread.of([one.processor for one in samples])} s processor, "
+            f"{max(one.memory for one in samples) >> 20} MiB of memory, "
+            f"{Spread.of([one.written / (1 << 20) for one in samples])} MiB written"
+        )
+    first, *others = taken
+    for other in others:
+        ratios = [ours.wall / theirs.wall for ours, theirs in zip(taken[first], taken[other], strict=True)]
+        yield f"{what}, {first} to {other}: {Spread.of(ratios)}"
 
 
 def _written() -> int:

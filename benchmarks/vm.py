@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from benchmarks.measure import Sample, run
 from lab.domain_xml import DiskSpec
 from lab.vm import VM
 
@@ -27,6 +28,11 @@ class Place:
         self.password = folder / "password"
         self.password.touch(mode=0o600)
         self.password.write_text(secrets.token_urlsafe() + "\n")
+
+    def ready(self, path: Path) -> Sample:
+        """The disk as a qcow2 file, written by qemu-img: what any other tool starts from."""
+        # The VM runs, so its QEMU holds the lock; it writes nothing meanwhile.
+        return run("qemu-img", "convert", "-U", "-O", "qcow2", self.vm.disk("vda"), path)
 
     def configuration(self, name: str, datastore: str) -> Path:
         """A configuration with a state of its own and this one datastore (TOML lines)."""

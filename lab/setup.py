@@ -39,6 +39,7 @@ SYSTEM_PACKAGES = (
     "libvirt-clients",
     "libvirt-daemon-system",
     "libvirt-dev",
+    "openssh-client",
     "pkg-config",
     "qemu-block-extra",
     "qemu-system-x86",

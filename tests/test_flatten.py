@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import subprocess
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,6 +30,7 @@ from backupcore.errors import (
     IntegrityError,
     SourceNotFound,
     TargetFull,
+    TargetUnavailable,
 )
 from backupcore.flatten import MOST_DEAD, MOST_STREAMS, Flattened, find, flatten
 from backupcore.model import (
@@ -454,6 +456,55 @@ def test_a_cancel_leaves_everything_as_it_was(site: Site):
         with pytest.raises(Cancelled):
             flatten(site.datastore, site.image, 2, ctx, host="h")
     assert site.driver.kept == before
+
+
+def test_a_layer_that_hangs_ends_with_a_cancel(tmp_path: Path):
+    """What ends the read is registered after the merge's own end, which must not wait for it."""
+    hangs = threading.Event()
+
+    class Hanging(io.BytesIO):
+        def __init__(self, data: bytes) -> None:
+            super().__init__(data)
+            self.ended = threading.Event()
+
+        def read(self, length: int | None = -1, /) -> bytes:
+            if self.tell() >= 6 * CLUSTER:
+                hangs.set()
+                assert self.ended.wait(60)
+                raise TargetUnavailable("its program was ended")
+            return super().read(length)
+
+    class Layer(Stream):
+        def __init__(self, data: bytes, ctx: Context) -> None:
+            super().__init__("token", "disk.vda.qcow2", data)
+            self.ctx = ctx
+
+        def open(self) -> BinaryIO:
+            made = Hanging(self.data)
+            self.ctx.stack.enter_context(self.ctx.on_cancel(made.ended.set))
+            return made
+
+    @backupcore.driver
+    class Stuck(MemoryDriver):
+        @hookimpl
+        def restore(self, source: SourceRef, ctx: Context) -> Sequence[Artifact]:
+            return [
+                Layer(data, ctx) if name.startswith("disk.") else BytesArtifact(name, data)
+                for name, data in self.kept[source.token][1].items()
+            ]
+
+    site = Site(tmp_path, Stuck(), {"vda": bytearray(Random(1).randbytes(60 * CLUSTER))})
+    for _ in range(2):
+        site.backup()
+        site.guest.write("vda", 0, b"y")
+    with site.context() as ctx:
+        canceller = threading.Thread(target=lambda: hangs.wait(60) and ctx.cancel())
+        canceller.start()
+        with pytest.raises(Cancelled):
+            flatten(site.datastore, site.image, 1, ctx, host="h")
+        canceller.join(60)
+        assert not canceller.is_alive()
+    assert len(site.driver.kept) == 2
 
 
 def test_a_result_that_nobody_recorded_is_found_again(site: Site):

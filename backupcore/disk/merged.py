@@ -10,8 +10,7 @@ import os
 import threading
 import weakref
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -22,7 +21,7 @@ from backupcore.disk.overlay import Overlay, Run
 from backupcore.disk.qcow2 import BlockReader, Pending
 from backupcore.disk.stored import read_exactly
 from backupcore.disk.table import DIGEST, digests
-from backupcore.errors import IntegrityError
+from backupcore.errors import ContractViolation, IntegrityError
 from backupcore.model import Artifact, stream
 
 __all__ = ["MergedArtifact", "MergedBlocks", "MergedData", "MergedLayer"]
@@ -48,10 +47,13 @@ class _Streamed:
         self._lock = threading.Lock()
         self._stream: BinaryIO | None = None
         self._position = 0
+        self._ended = False
 
     def read(self, index: int, count: int) -> bytes:
         offset = self._layer.data_offset + index * CLUSTER
         with self._lock:
+            if self._ended:
+                raise ContractViolation(f"{self._layer.name} was read after it was closed")
             if self._stream is None or offset < self._position:
                 self._close()
                 self._stream = self._layer.artifact.open()
@@ -60,7 +62,7 @@ class _Streamed:
                 self._position += len(self._next(min(offset - self._position, _STEP * CLUSTER)))
             data = self._next(count * CLUSTER)
             self._position += len(data)
-            if self._position == self._layer.artifact.size:
+            if self._ended or self._position == self._layer.artifact.size:
                 self._close()
             return data
 
@@ -78,11 +80,13 @@ class _Streamed:
             stream.close()
 
     def close(self) -> None:
-        # Without the lock: a read that hangs must not hold up whoever gives up on it.
-        stream = self._stream
-        if stream is not None:
-            with suppress(OSError, ValueError):
-                stream.close()
+        # A stream that somebody reads is closed by that read: if it hangs, it must not hold up whoever ends it.
+        self._ended = True
+        if self._lock.acquire(blocking=False):
+            try:
+                self._close()
+            finally:
+                self._lock.release()
 
 
 class _Seekable:
@@ -176,6 +180,8 @@ class _Reader:
         self._place = layout.places
         self._data = MergedData(blocks.merged, blocks.layers, blocks.sums)
         self._pool = ThreadPoolExecutor(self._data.requests, "merge")
+        self._lock = threading.Lock()
+        self._under_way: set[Future[None]] = set()
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         _, first, count = next(self._place(offset, clusters_of(len(buffer)) * CLUSTER))
@@ -184,11 +190,37 @@ class _Reader:
         self._data.read_into(first, buffer)
 
     def submit(self, offset: int, buffer: memoryview) -> Pending:
-        return self._pool.submit(self.read_into, offset, buffer)
+        future: Future[None] = Future()
+        with self._lock:
+            self._under_way.add(future)
+        self._pool.submit(self._run, future, offset, buffer)
+        return future
+
+    def _run(self, future: Future[None], offset: int, buffer: memoryview) -> None:
+        error: BaseException | None = None
+        try:
+            self.read_into(offset, buffer)
+        except BaseException as caught:  # noqa: BLE001 - whoever waits for the read raises it
+            error = caught
+        self._settle(future, error)
+
+    def _settle(self, future: Future[None], error: BaseException | None) -> None:
+        with self._lock:
+            if future not in self._under_way:
+                return
+            self._under_way.remove(future)
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
 
     def close(self) -> None:
-        # A read that hangs is ended by what its layer hangs on; waiting for it here would keep that from happening.
+        # A read that hangs is ended by what its layer hangs on, once we let that happen: nobody waits for it any more.
         self._pool.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            left = list(self._under_way)
+        for future in left:
+            self._settle(future, ContractViolation("a flattened disk was read while it was closed"))
         self._data.close()
 
 

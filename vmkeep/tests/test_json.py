@@ -71,7 +71,13 @@ def printed(site):
     found["backup"] = site.run("backup", "web1", "--json").json
     found["image prune"]["plans"][0]["actions"] = found["backup"]["retention"]
     found["restore"] = site.run("restore", "1", "--to", str(site.folder / "to"), "--json").json
-    for command in ("datastore list", "datastore check nas", "driver list", "image delete 1 --yes"):
+    for command in (
+        "datastore list",
+        "datastore check nas",
+        "datastore maintain nas",
+        "driver list",
+        "image delete 1 --yes",
+    ):
         found[" ".join(command.split()[:2])] = site.run(*command.split(), "--json").json
     site.run("backup", "web1")
     site.run("backup", "db1")

@@ -237,7 +237,19 @@ def test_a_backing_file_of_unknown_format_rules_overlays_out(lab, take, caplog):
     vm.change(("<target dev='vda'", f"{below}<target dev='vda'"))
     vm.start()
     take(vm)
-    assert f"the image above {base} does not say which format that has" in caplog.text
+    assert f"does not say which format its backing file {base} has" in caplog.text
+    assert overlays(vm) == []
+
+
+def test_an_image_that_keeps_its_data_elsewhere_rules_overlays_out(lab, take, caplog):
+    vm = lab.vm(["qcow2:16"], start=False)
+    disk, data = vm.disk("vda"), vm.folder / "data"
+    options = ["-o", f"data_file={data}"]
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *options, disk, "16M"], check=True)
+    data.chmod(0o666)
+    vm.start()
+    take(vm)
+    assert f"{disk} keeps its data in another file" in caplog.text
     assert overlays(vm) == []
 
 

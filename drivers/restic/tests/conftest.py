@@ -76,7 +76,7 @@ def options(home: Path, password: Path) -> Callable[..., Restic]:
     """A driver as the core builds it from a table, for one repository."""
 
     def make(repository: Path | str, **more: object) -> Restic:
-        table = {"repository": str(repository), "cache": str(home), **more}
+        table = {"repository": str(repository), "cache": str(home), "lock_wait": 0, **more}
         if "password_command" not in table:
             table.setdefault("password_file", str(password))
         return build(Restic, table)

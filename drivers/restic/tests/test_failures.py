@@ -155,6 +155,42 @@ def test_a_repository_that_another_restic_holds(
     assert names(fresh.repository, "locks") == []
 
 
+def test_a_lock_is_waited_for(
+    options: Options,
+    fresh: Restic,
+    ctx: Context,
+    make_run: Runs,
+    make_artifacts: Artifacts,
+    wait_for: Callable[..., None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    environment = {
+        "RESTIC_REPOSITORY": fresh.repository,
+        "RESTIC_PASSWORD_FILE": str(fresh.password_file),
+        "PATH": os.environ["PATH"],
+    }
+    caplog.set_level("INFO")
+    other = subprocess.Popen(["restic", "check", "--no-cache"], env=environment, stdout=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: any(len(name) == 64 for name in names(fresh.repository, "locks")))
+        other.send_signal(signal.SIGSTOP)
+
+        def end_it() -> None:
+            wait_for(lambda: "waiting for at most 90 s" in caplog.text)
+            other.kill()
+            other.wait()
+
+        thread = threading.Thread(target=end_it)
+        thread.start()
+        waiting = options(fresh.repository, lock_wait=90)
+        assert waiting.backup(make_artifacts(1000), make_run(), ctx)
+        thread.join()
+    finally:
+        other.kill()
+        other.wait()
+    assert names(fresh.repository, "locks") == []
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 8 MiB."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
 import shlex
 import shutil
 from collections.abc import Callable
@@ -12,9 +15,10 @@ import pytest
 from backupcore.context import Context
 from backupcore.errors import AccessDenied, BackupError, Busy, ConfigError, TargetUnavailable
 from backupcore.model import BackupRun, BytesArtifact, SourceRef
+from backupcore.mounts import unmounted
 from backupcore.options import build
 from backupcore_restic import Restic
-from backupcore_restic.place import creatable, unmounted
+from backupcore_restic.place import creatable
 from backupcore_restic.repository import Repository, in_memory
 
 Options = Callable[..., Restic]
@@ -55,6 +59,7 @@ class OtherRestic:
         ({"repository": "", "password_file": "/p"}, "repository"),
         ({"repository": "/x", "password_file": "/p", "pack_size": 3}, "pack_size"),
         ({"repository": "/x", "password_file": "/p", "limit_upload": -1}, "limit_upload"),
+        ({"repository": "/x", "password_file": "/p", "lock_wait": -1}, "lock_wait"),
         ({"repository": "/x", "password_file": "/p", "compression": "best"}, "compression"),
         ({"repository": "/x", "password_file": "/p", "pasword": "geheim"}, "pasword"),
     ],
@@ -85,9 +90,13 @@ def test_what_reaches_restic(
         pack_size=64,
         read_concurrency=4,
         cache="off",
+        restic_options=["s3.storage-class=COLD", "s3.connections=3"],
     )
     assert driver.check(ctx)
-    assert fake.calls == ["--limit-upload=100 --limit-download=200 --no-cache --no-lock cat config"]
+    assert fake.calls == [
+        "--limit-upload=100 --limit-download=200 --no-cache --option=s3.storage-class=COLD --option=s3.connections=3 "
+        "--no-lock cat config"
+    ]
     seen = fake.environment
     assert seen.pop("HOME").startswith("/")
     assert {key: value for key, value in seen.items() if key.startswith(("RESTIC_", "AWS_", "OF_"))} == {
@@ -228,3 +237,37 @@ def test_a_repository_is_not_created_where_a_disk_should_be_mounted(tmp_path: Pa
     creatable(place, fstab)
     shutil.rmtree(place)
     creatable(place, fstab)
+
+
+def test_which_snapshots_are_complete_is_told_by_the_listing(options: Options, ctx: Context, tmp_path: Path) -> None:
+    """As restic 0.17 and later list them; only for those that do not tell is anything else asked."""
+
+    def snapshot(digit: str, tags: list[str], summary: dict[str, int] | None) -> dict[str, object]:
+        found: dict[str, object] = {"id": digit * 64, "tags": ["backupcore", "point=1", *tags]}
+        return found if summary is None else found | {"summary": summary}
+
+    whole = {"total_files_processed": 5, "total_bytes_processed": 1234}
+    torn = {"total_files_processed": 4, "total_bytes_processed": 1000}
+    listed = [snapshot("a", ["backupcore-holds:5.1234"], whole), snapshot("b", ["backupcore-holds:5.1234"], torn)]
+    (tmp_path / "list").write_text(json.dumps(listed))
+    fake = OtherRestic(tmp_path, {"snapshots": f"cat {tmp_path}/list", "find": f"cat {tmp_path}/found"})
+    driver = options(tmp_path / "repository", binary=str(fake.program))
+    [found] = driver.sources(ctx)
+    assert found.source.token == "a" * 64
+    assert found.size == 1234
+    assert found.labels == {"point": "1"}
+    assert len(fake.calls) == 1
+
+    listed += [snapshot("c", ["backupcore-holds:5.1234"], None), snapshot("d", [], whole), snapshot("e", [], None)]
+    hit = {"matches": [{"path": "/manifest.json", "type": "file"}]}
+    (tmp_path / "list").write_text(json.dumps(listed))
+    (tmp_path / "found").write_text(json.dumps([hit | {"snapshot": digit * 64} for digit in "abcd"]))
+    assert [one.source.token[0] for one in driver.sources(ctx)] == ["a", "c", "d"], "what tells is not asked again"
+    assert "find" in fake.calls[-1]
+
+
+def test_the_readme_lists_every_option() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text().partition("## Options")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    listed = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(listed) == sorted(field.name for field in dataclasses.fields(Restic))  # type: ignore[arg-type]

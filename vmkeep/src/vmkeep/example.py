@@ -32,7 +32,6 @@ _HEAD = """\
 # backup_volatile = false         # true: also transient disks and those that a VM calls volatile
 # encrypted_disks = "REFUSE"      # "PLAIN": backups of encrypted disks hold their contents unencrypted
 # keep_last = 0                   # how many backups to keep, 7 say; 0: all
-# keep_chains = 0                 # how many images that are closed; without it as keep_last
 # full_every = 0                  # a new image every so many increments, or days ("30d"); 0: never
 # verify_flatten = "SAMPLE"       # or "ALL": read everything back where a store has merged on its own side
 """

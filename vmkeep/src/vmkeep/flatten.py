@@ -133,7 +133,7 @@ def finish_locked(place: Workplace, image: Image) -> Image:
     store = place.datastore(image.datastore)
     known = [increment.source for increment in image.increments]
     with place.context() as ctx:
-        found = core.find(store, image, known, ctx)
+        found = core.find(store, image, known, ctx, everything=_verify_all(place, image.vm))
     if found is None:
         flattens.undo(place.catalog, image)
         log.warning("a flatten of image %d was interrupted; nothing of it is left", image.number)

@@ -44,8 +44,8 @@ class Overlay:
 class Stack:
     """The files of one disk: `base`, of format `shape`, and our overlays on it, oldest first.
 
-    `foreign` is a file above an overlay of ours that is not ours (somebody's snapshot), `guessed` a file below whose
-    format no header tells; or "".
+    `foreign` is a file above an overlay of ours that is not ours (somebody's snapshot), `unsafe` says why we
+    must not read one of the files ourselves; or "".
     """
 
     disk: str
@@ -53,7 +53,7 @@ class Stack:
     shape: str
     overlays: tuple[Overlay, ...]
     foreign: str = ""
-    guessed: str = ""
+    unsafe: str = ""
 
     @property
     def top(self) -> str:
@@ -157,22 +157,31 @@ def _stack(disk: SourceDisk) -> Stack:
         path, shape = below.path, below.shape
         if len(overlays) > _MOST:
             raise HypervisorError(f"disk {disk.id}: more than {_MOST} files lie below {disk.path}")
-    deeper, guessed = _below(path, shape)
+    deeper, unsafe = _below(path, shape)
+    if any(qemu_img.info(overlay.path, "qcow2").data_elsewhere for overlay in overlays):
+        unsafe = "an overlay keeps its data in another file"
     foreign = path if any(is_overlay(file) for file in deeper) else ""
-    return Stack(disk.id, path, shape, tuple(reversed(overlays)), foreign, guessed)
+    return Stack(disk.id, path, shape, tuple(reversed(overlays)), foreign, unsafe)
 
 
 def _below(path: str, shape: str) -> tuple[list[str], str]:
-    """Every file below an image, by the headers; and the one whose format they do not tell, or which is not local."""
+    """Every file below an image, by the headers; and why one of them must not be read, or "".
+
+    QEMU would guess a format that no header tells, by contents that may have been a guest's; and a file that a header
+    names may be closed to the VM's own QEMU, but not to us.
+    """
     found: list[str] = []
     # Raw ends it: what a guest writes there must never be taken for a header.
     while shape == "qcow2" and len(found) <= _MOST and Path(path).exists():
-        below = qemu_img.info(path, shape).backing
-        if below is None:
+        image = qemu_img.info(path, shape)
+        if image.data_elsewhere:
+            return found, f"{path} keeps its data in another file"
+        if image.backing is None:
             break
+        below = image.backing
         found.append(below.path)
         if below.shape not in ("qcow2", "raw") or not below.path.startswith("/"):
-            return found, below.path
+            return found, f"{path} does not say which format its backing file {below.path} has, or it is no local file"
         path, shape = below.path, below.shape
     return found, ""
 

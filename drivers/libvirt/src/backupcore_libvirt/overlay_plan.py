@@ -121,9 +121,8 @@ def _hindering_files(run: BackupRun, found: Sequence[Stack]) -> str:
     for stack in found:
         if stack.foreign:
             return f"disk {stack.disk} has a snapshot of somebody else ({stack.foreign}) above an overlay of ours"
-        if stack.guessed:
-            # QEMU would guess it from the contents, which may once have been a guest's.
-            return f"disk {stack.disk}: the image above {stack.guessed} does not say which format that has"
+        if stack.unsafe:
+            return f"disk {stack.disk}: {stack.unsafe}"
         if any(overlay.point in others for overlay in stack.overlays):
             # Overlays collect since one backup: what they hold cannot be told since another one as well.
             return (

@@ -28,12 +28,16 @@ class Backing:
 
 @dataclass(frozen=True, slots=True)
 class Info:
-    """An image by its header: the size that the guest sees, bytes in use on the host, the file below, its snapshots."""
+    """An image by its header: the size that the guest sees, bytes in use on the host, the file below, its snapshots,
+
+    and whether another file holds its data.
+    """
 
     virtual_size: int
     allocated: int
     backing: Backing | None
     snapshots: tuple[str, ...]
+    data_elsewhere: bool
 
 
 def info(path: str, shape: str) -> Info:
@@ -48,6 +52,7 @@ def info(path: str, shape: str) -> Info:
         allocated=int(found.get("actual-size", 0)),
         backing=Backing(str(below), found.get("backing-filename-format")) if below else None,
         snapshots=tuple(str(snapshot["name"]) for snapshot in found.get("snapshots", ())),
+        data_elsewhere="data-file" in found.get("format-specific", {}).get("data", {}),
     )
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from backupcore import Context, driver, hookimpl, option
+from backupcore.child import Child
 from backupcore.errors import (
     BackupError,
-    Busy,
     ConfigError,
     IncrementImpossible,
     IntegrityError,
@@ -21,13 +21,12 @@ from backupcore.errors import (
     TargetUnavailable,
 )
 from backupcore.model import Artifact, BackupRun, Listed, SourceRef, Stored, Usage
-from backupcore_restic.child import Child
 from backupcore_restic.dump import DumpedArtifact
 from backupcore_restic.failures import NoRepository
 from backupcore_restic.place import creatable
 from backupcore_restic.repository import Repository, is_id
 from backupcore_restic.stall import Stall
-from backupcore_restic.tags import MARK, from_tags, run_tag, to_tags
+from backupcore_restic.tags import MARK, extent_tag, from_extent_tag, from_tags, run_tag, to_tags
 
 __all__ = ["Restic"]
 
@@ -52,6 +51,11 @@ class Restic:
     binary: str = option("the restic program", default="restic")
     cache: str = option("the folder of restic's cache; \"off\": none; empty: restic's own choice", default="")
     timeout: int = option("seconds within which the repository must answer, and longest standstill", default=120)
+    lock_wait: int = option("seconds to wait while another restic has the repository locked", default=300)
+    restic_options: tuple[str, ...] = option('restic\'s extended options, as "sftp.command=ssh …"', default=())
+    max_unused: str = option('what maintain leaves unused: bytes, "5%" or "unlimited"', default="5%")
+    max_repack_size: str = option('how much maintain writes anew at most, as "10G"; empty: no limit', default="")
+    check_data: str = option('how much of the data maintain reads: "1%", "2G"; empty: none', default="1%")
 
     def __post_init__(self) -> None:
         wrong = []
@@ -65,7 +69,7 @@ class Restic:
             wrong.append("binary must not be empty, and timeout be at least 1")
         wrong += [
             f"{name}: must not be negative"
-            for name in ("limit_upload", "limit_download", "read_concurrency")
+            for name in ("limit_upload", "limit_download", "read_concurrency", "lock_wait")
             if getattr(self, name) < 0
         ]
         if wrong:
@@ -108,14 +112,11 @@ class Restic:
     def backup(self, artifacts: Sequence[Artifact], run: BackupRun, ctx: Context) -> Stored:
         """One ``restic backup`` of a folder in which the artifacts are ordinary files."""
         repository = Repository(self)
-        tags = [*to_tags(run.labels), run_tag(run.id)]
+        extent = extent_tag(len(artifacts), sum(artifact.size for artifact in artifacts))
+        tags = [*to_tags(run.labels), run_tag(run.id), extent]
         arguments = ["backup", "--json", "--force", f"--host={run.vm.name}", *(f"--tag={tag}" for tag in tags), "."]
         try:
-            try:
-                return self._save(repository, arguments, artifacts, run, ctx)
-            except Busy:
-                repository.unlock(ctx, self.timeout)
-                return self._save(repository, arguments, artifacts, run, ctx)
+            return repository.locking(lambda: self._save(repository, arguments, artifacts, run, ctx), ctx)
         except BaseException:
             # A snapshot that misses something, or that is complete and that nobody has been told of.
             repository.drop(run_tag(run.id), ctx.log)
@@ -183,13 +184,17 @@ class Restic:
 
     @hookimpl
     def sources(self, ctx: Context) -> Iterable[Listed]:
-        """Two questions to restic whatever the number of snapshots: their tags, and which of them hold a manifest."""
+        """One listing, whatever the number of snapshots, where restic tells in it how much each of them holds.
+
+        Snapshots made by restic before 0.17 do not tell: whether they hold a manifest takes a second question.
+        """
         repository = Repository(self)
-        ours = repository.snapshots(MARK, ctx)
-        if not ours:
-            return []
-        complete = repository.holding(MANIFEST, MARK, ctx)
-        return [_listed(one) for one in ours if one["id"] in complete]
+        ours = {one["id"]: one for one in repository.snapshots(MARK, ctx)}
+        complete = {name: _is_complete(one) for name, one in ours.items()}
+        if None in complete.values():
+            holding = repository.holding(MANIFEST, MARK, ctx)
+            complete = {name: name in holding if known is None else known for name, known in complete.items()}
+        return [_listed(one) for name, one in ours.items() if complete[name]]
 
     @hookimpl
     def check(self, ctx: Context) -> bool:
@@ -211,9 +216,11 @@ class Restic:
 
     @hookimpl
     def usage(self, ctx: Context) -> Usage:
-        """Of a folder of this host: its files, and the file system they lie in. Nothing that is cheap elsewhere."""
+        """Of a folder of this host: its files, and their file system. Elsewhere what restic counts in time."""
         folder = Repository(self).folder
-        if folder is None or not folder.is_dir():
+        if folder is None:
+            return Usage(used=Repository(self).stored(ctx, self.timeout))
+        if not folder.is_dir():
             return Usage()
         used = 0
         for place, _, names in os.walk(folder):
@@ -225,6 +232,18 @@ class Restic:
                     continue
         room = os.statvfs(folder)
         return Usage(used=used, total=room.f_blocks * room.f_frsize, free=room.f_bavail * room.f_frsize)
+
+    @hookimpl
+    def maintain(self, ctx: Context) -> bool:
+        """Give back the room of what was forgotten (prune), then look whether the repository is whole (check)."""
+        repository = Repository(self)
+        ctx.progress.phase("pruning")
+        repack = [f"--max-repack-size={self.max_repack_size}"] if self.max_repack_size else []
+        repository.write(["prune", f"--max-unused={self.max_unused}", *repack], "pruning", ctx)
+        ctx.progress.phase("checking")
+        data = [f"--read-data-subset={self.check_data}"] if self.check_data else []
+        repository.write(["check", *data], "checking", ctx)
+        return True
 
     def _warn(self, ctx: Context) -> None:
         for path in (self.password_file, self.environment_file):
@@ -263,6 +282,17 @@ def _agree(summary: dict[str, Any], artifacts: Sequence[Artifact], what: str) ->
         raise IntegrityError(
             f"{what}: restic saved {saved[0]} files of {saved[1]} bytes; it was shown {shown[0]} of {shown[1]}"
         )
+
+
+def _is_complete(snapshot: dict[str, Any]) -> bool | None:
+    """Whether it holds as much as was to be saved; None where the snapshot does not say."""
+    summary = snapshot.get("summary")  # restic 0.17 and later
+    if not isinstance(summary, dict):
+        return None
+    expected = from_extent_tag(str(tag) for tag in snapshot.get("tags") or ())
+    if expected is None:  # made by this driver before it noted that
+        return None
+    return expected == (summary.get("total_files_processed"), summary.get("total_bytes_processed"))
 
 
 def _listed(snapshot: dict[str, Any]) -> Listed:

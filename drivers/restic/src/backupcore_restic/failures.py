@@ -82,7 +82,8 @@ RULES = (
         _text(
             r"resolving password failed|empty password|invalid backend|parsing repository location|unknown (short)?hand"
             r"|unknown flag|please specify (repository|password)|pack size .*(small|large)"
-            r"|unable to parse|invalid compression"
+            r"|unable to parse|invalid compression|invalid number of bytes|--max-unused|--max-repack-size"
+            r"|--read-data-subset"
         ),
         "Check the options of this datastore.",
     ),

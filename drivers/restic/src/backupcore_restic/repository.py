@@ -6,12 +6,14 @@ import json
 import os
 import pwd
 import re
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from logging import Logger
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from backupcore.child import Child
 from backupcore.errors import (
     AccessDenied,
     BackupError,
@@ -21,17 +23,21 @@ from backupcore.errors import (
     TargetUnavailable,
     from_os_error,
 )
-from backupcore_restic.child import Child
 from backupcore_restic.failures import redact, translate
 
 if TYPE_CHECKING:
     from backupcore import Context
     from backupcore_restic.driver import Restic
 
-__all__ = ["Repository", "is_id"]
+__all__ = ["Repository", "TooLate", "is_id"]
+
+T = TypeVar("T")
 
 ANSWER = 256 << 20
 """Bytes that restic may answer with: a listing of some 400,000 snapshots."""
+
+PAUSE = 5.0
+"""Seconds between two looks at a repository that somebody has locked."""
 
 MEMORY = 2 << 30
 """Bytes that must be free in memory for restic's packs to go there."""
@@ -49,6 +55,10 @@ _OWNED = ("RESTIC_REPOSITORY", "RESTIC_REPOSITORY_FILE")
 _OWNED_PREFIX = "RESTIC_PASSWORD"
 _SCHEME = re.compile(r"(s3|sftp|rest|b2|azure|gs|swift|rclone):")
 _ID = re.compile(r"[0-9a-f]{64}")
+
+
+class TooLate(TargetUnavailable):
+    """restic was given up because it had no answer in time."""
 
 
 def in_memory(folder: Path = Path("/dev/shm")) -> Path | None:  # noqa: S108 - restic unlinks its files there at once
@@ -120,23 +130,23 @@ class Repository:
     def start(self, arguments: Sequence[str], folder: Path | None = None) -> Child:
         """restic with these arguments, running in `folder`."""
         options = self._options
-        command = [options.binary]
+        environment = self.environment()[0]
+        command: list[str] = []
         if options.limit_upload:
             command.append(f"--limit-upload={options.limit_upload}")
         if options.limit_download:
             command.append(f"--limit-download={options.limit_download}")
         if options.cache == "off":
             command.append("--no-cache")
-        return Child([*command, *arguments], self.environment()[0], folder)
+        command += [f"--option={one}" for one in options.restic_options]
+        return Child(_program(options.binary, environment["PATH"]), [*command, *arguments], environment, folder)
 
     def failed(self, child: Child, code: int, what: str) -> BackupError:
         """The error for a child that ended with `code`."""
         error = translate(code, child.errors, what, self.environment()[1])
         if child.late:
             # Whatever it says now is about the signal that ended it, or a child of its own.
-            return TargetUnavailable(
-                f"{error.message} (given up: no answer in time)", "Is it up, and reachable from here?"
-            )
+            return TooLate(f"{error.message} (given up: no answer in time)", "Is it up, and reachable from here?")
         return error
 
     def ask(
@@ -162,16 +172,33 @@ class Repository:
     def write(
         self, arguments: Sequence[str], what: str, ctx: Context | None = None, *, limit: float | None = None
     ) -> bytes:
-        """`ask` for a command that takes a lock: a lock that a killed restic left behind is removed first, once.
+        """`ask` for a command that takes a lock: see `locking`."""
+        return self.locking(lambda: self.ask(arguments, what, ctx, limit=limit), ctx)
+
+    def locking(self, work: Callable[[], T], ctx: Context | None) -> T:
+        """`work`, once more when dead locks are gone, and for `lock_wait` seconds again while somebody holds one.
 
         ``restic unlock`` removes what restic itself knows to be dead: a lock of a process of this host that is gone, or
         one that nobody has refreshed for half an hour. Without it a killed forget would stop every later backup.
+        Without `ctx` nobody could end the waiting, and there is none.
         """
+        end = time.monotonic() + self._options.lock_wait
         try:
-            return self.ask(arguments, what, ctx, limit=limit)
+            return work()
         except Busy:
-            self.unlock(ctx, limit)
-            return self.ask(arguments, what, ctx, limit=limit)
+            self.unlock(ctx, self._options.timeout)
+        waited = False
+        while True:
+            try:
+                return work()
+            except Busy as error:
+                if ctx is None or time.monotonic() >= end:
+                    raise
+                if not waited:
+                    ctx.log.info("waiting for at most %d s: %s", self._options.lock_wait, error)
+                waited = True
+                ctx.wait(min(PAUSE, max(0.0, end - time.monotonic())))
+                self.unlock(ctx, self._options.timeout)
 
     def unlock(self, ctx: Context | None, limit: float | None = None) -> None:
         """Remove the locks of the dead, as restic tells them."""
@@ -232,6 +259,16 @@ class Repository:
                 files[str(node["name"])] = int(node.get("size", 0))  # left out where it is 0
         return files if there else None
 
+    def stored(self, ctx: Context, limit: float) -> int | None:
+        """Bytes in the repository that snapshots use; None if restic does not come to a result in time."""
+        arguments = ["--no-lock", "stats", "--mode=raw-data", "--json"]
+        try:
+            found = _json(self.ask(arguments, "asking for the size of", ctx, limit=limit), dict)
+        except TooLate:
+            return None
+        size = found.get("total_size")
+        return size if isinstance(size, int) else None
+
     def forget(self, snapshots: Iterable[str], ctx: Context | None, limit: float | None = None) -> None:
         """Remove these snapshots; the space comes back with the next prune."""
         wanted = list(snapshots)
@@ -255,6 +292,18 @@ class Repository:
         found = [path.name for path in names] or [one["id"] for one in self.snapshots(tag, ctx)]
         found = [one for one in found if is_id(one) and one.startswith(short)]
         return found[0] if len(found) == 1 else None
+
+
+def _program(name: str, path: str) -> Any:
+    import sh  # noqa: PLC0415 - 0.05 s that only those pay who start a program
+
+    try:
+        return sh.Command(name, search_paths=path.split(os.pathsep))
+    except sh.CommandNotFound:
+        raise ConfigError(
+            f"the program {name} is not installed, or not executable",
+            "Install it (Debian, Ubuntu: apt-get install restic), or name it by the option binary.",
+        ) from None
 
 
 def _json(text: bytes, kind: type[Any] = list) -> Any:

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from backupcore.child import Child
 from backupcore.errors import BackupError, TargetFull, TargetUnavailable
-from backupcore_restic.child import Child
 
 __all__ = ["Stall"]
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from urllib.parse import quote, unquote
 
-__all__ = ["MARK", "from_tags", "run_tag", "to_tags"]
+__all__ = ["MARK", "extent_tag", "from_extent_tag", "from_tags", "run_tag", "to_tags"]
 
 MARK = "backupcore"
+_EXTENT = f"{MARK}-holds:"  # no "=": it is no label
 
 
 def to_tags(labels: Mapping[str, str]) -> list[str]:
@@ -22,6 +23,20 @@ def to_tags(labels: Mapping[str, str]) -> list[str]:
 def run_tag(run: str) -> str:
     """The tag by which what one run has stored is found. Not its point: a flatten keeps that of an older snapshot."""
     return f"run-{run}"
+
+
+def extent_tag(files: int, size: int) -> str:
+    """The tag that says how much a complete snapshot holds; it is known before a byte is read."""
+    return f"{_EXTENT}{files}.{size}"
+
+
+def from_extent_tag(tags: Iterable[str]) -> tuple[int, int] | None:
+    """The number of files and of bytes that these tags promise; None if they promise nothing."""
+    for tag in tags:
+        files, _, size = tag.removeprefix(_EXTENT).partition(".")
+        if tag.startswith(_EXTENT) and files.isdecimal() and size.isdecimal():
+            return int(files), int(size)
+    return None
 
 
 def from_tags(tags: Iterable[str]) -> dict[str, str]:

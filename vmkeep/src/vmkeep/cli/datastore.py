@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from vmkeep.catalog import images
-from vmkeep.cli import output
+from vmkeep.cli import output, progress
 from vmkeep.cli.asked import Asked, common
 from vmkeep.cli.figures import size
 from vmkeep.cli.opening import workplace
@@ -13,9 +13,9 @@ from vmkeep.cli.opening import workplace
 __all__ = ["datastore"]
 
 
-@click.group(short_help="List and check datastores.")
+@click.group(short_help="List, check and maintain datastores.")
 def datastore() -> None:
-    """List and check datastores."""
+    """List, check and maintain datastores."""
 
 
 @datastore.command(name="list", short_help="List the configured datastores.")
@@ -53,3 +53,23 @@ def check(asked: Asked, name: str) -> None:
         output.document({**content, "used": usage.used, "total": usage.total, "free": usage.free})
     elif not asked.quiet:
         output.line(f"datastore {name} ({store.kind}) answers: {size(usage.used)} used, {size(usage.free)} free")
+
+
+@datastore.command(short_help="Give back the room of deleted backups, and look for damage.")
+@click.argument("name")
+@common
+@click.pass_obj
+def maintain(asked: Asked, name: str) -> None:
+    """Have the datastore NAME give back the room of what was deleted there, and look for damage.
+
+    That may take long and lock others out, so no other command does it on the way. What it does in detail is the
+    driver's: restic prunes and checks its repository, rsync needs nothing of the kind.
+    """
+    place = workplace(asked)
+    store = place.datastore(name)
+    with progress.shown(asked, name) as shown, place.context(shown) as ctx:
+        done = store.maintain(ctx)
+    if asked.json:
+        output.document({"name": name, "driver": store.kind, "maintained": done})
+    elif not asked.quiet:
+        output.line(f"datastore {name} ({store.kind}): " + ("maintained" if done else "needs no maintenance"))

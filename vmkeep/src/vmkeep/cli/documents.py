@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 from backupcore.model import Image, Increment, LeftOut
 from vmkeep.backup import Planned, Taken
+from vmkeep.catalog.images import Listed
 from vmkeep.catalog.runs import PastRun
 from vmkeep.cli.figures import iso
 from vmkeep.flatten import Done
@@ -139,10 +140,8 @@ def plan(planned: Planned) -> Document:
     }
 
 
-def image(found: Image, *, increments: bool) -> Document:
-    """``vmkeep image show``; without the increments, an entry of ``vmkeep image list``."""
-    date = found.increments[0].date if found.increments else None
-    document: Document = {
+def _image(found: Image, date: datetime | None, size: int) -> Document:
+    return {
         "id": found.number,
         "image_uuid": found.uuid,
         "name": f"{found.vm.name} {iso(date) or ''}".strip(),
@@ -151,11 +150,17 @@ def image(found: Image, *, increments: bool) -> Document:
         "datastore": found.datastore,
         "state": found.state,
         "date": iso(date),
-        "size": sum(increment.size for increment in found.increments),
+        "size": size,
         "pinned": found.pinned,
     }
-    if increments:
-        document["increments"] = [
+
+
+def image(found: Image) -> Document:
+    """``vmkeep image show``."""
+    date = found.increments[0].date if found.increments else None
+    return {
+        **_image(found, date, sum(increment.size for increment in found.increments)),
+        "increments": [
             {
                 "id": increment.id,
                 "pid": increment.pid,
@@ -169,13 +174,13 @@ def image(found: Image, *, increments: bool) -> Document:
                 "disks": _disks(increment),
             }
             for increment in found.increments
-        ]
-    return document
+        ],
+    }
 
 
-def images(found: list[Image]) -> list[Document]:
+def images(found: list[Listed]) -> list[Document]:
     """``vmkeep image list``."""
-    return [image(one, increments=False) for one in found]
+    return [_image(one.image, one.first, one.size) for one in found]
 
 
 def restore(files: Files, driver: str) -> Document:

@@ -36,19 +36,19 @@ def image() -> None:
 @click.pass_obj
 def list_(asked: Asked, vm: str | None) -> None:
     """List every image in the catalog."""
-    found = images.where(workplace(asked).catalog_if_any, vm=vm)
+    found = images.listed(workplace(asked).catalog_if_any, vm=vm)
     if asked.json:
         output.document(documents.images(found))
         return
     rows = [
         (
-            str(one.number),
-            one.vm.name,
-            one.datastore,
-            one.state,
-            str(len(one.increments)),
-            size(sum(increment.size for increment in one.increments)),
-            date(one.increments[-1].date if one.increments else None),
+            str(one.image.number),
+            one.image.vm.name,
+            one.image.datastore,
+            one.image.state,
+            str(one.count),
+            size(one.size),
+            date(one.last),
         )
         for one in found
     ]
@@ -66,7 +66,7 @@ def show(asked: Asked, reference: str) -> None:
     catalog = workplace(asked).catalog_if_any
     found = images.find(catalog, reference)
     if asked.json:
-        output.document(documents.image(found, increments=True))
+        output.document(documents.image(found))
         return
     output.line(f"Image {found.number} ({found.uuid}), {found.state}{', pinned' if found.pinned else ''}")
     output.line(f"VM {found.vm.name} ({found.vm.uuid}) in datastore {found.datastore}")

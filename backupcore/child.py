@@ -1,4 +1,7 @@
-"""One running program, through `sh`: ended with its whole group, and never left behind.
+"""One running program of a driver's: ended with its whole group, and never left behind.
+
+Drivers run programs through `sh`, which the core does not import: a driver finds its program (``sh.Command``) and hands
+it over. What is here is what every such driver would have to get right again.
 
 Every program is forked by one thread that lives as long as this process. The kernel sends a child its death signal
 when the *thread* that forked it ends; a caller's own thread may end long before a stream is read to its end.
@@ -14,14 +17,17 @@ import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from backupcore.errors import ConfigError
+from backupcore.errors import BackupError, ConfigError, IntegrityError
 
-__all__ = ["Child"]
+if TYPE_CHECKING:
+    from backupcore.context import Context
+
+__all__ = ["Child", "ChildStream"]
 
 PATIENCE = 5.0
 """Seconds that a program has to clean up after SIGINT (restic removes its lock) before it is killed."""
@@ -41,16 +47,14 @@ class Child:
     `output` is its stdout, unbuffered. Read it to its end before `wait`: a program that cannot write does not end.
     """
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], folder: Path | None = None) -> None:
-        import sh  # noqa: PLC0415 - 0.05 s that only those pay who start a program
-
-        try:
-            program = sh.Command(command[0], search_paths=environment.get("PATH", os.defpath).split(os.pathsep))
-        except sh.CommandNotFound:
-            raise ConfigError(
-                f"the program {command[0]} is not installed, or not executable",
-                "Install it (Debian, Ubuntu: apt-get install restic), or name it by the option binary.",
-            ) from None
+    def __init__(
+        self,
+        program: Callable[..., Any],
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        folder: Path | None = None,
+    ) -> None:
+        """`program` is a ``sh.Command``; it gets these arguments, this environment and nothing of ours, in `folder`."""
         # Memory, and no pipe: a Go program dies at its first word on a broken stderr. restic says a word when it gets
         # SIGINT, before it removes its lock; so it would leave the lock whenever we are killed.
         self._errors = os.memfd_create("stderr")
@@ -71,8 +75,8 @@ class Child:
             fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE)
 
         def start() -> Any:
-            return program(  # type: ignore[call-overload]  # sh takes a file descriptor for _in; its types do not say
-                *command[1:],
+            return program(
+                *arguments,
                 _in=null,
                 _out=write,
                 _err=self._errors,
@@ -87,11 +91,11 @@ class Child:
 
         try:
             self._process: Any = _forker.submit(start).result()
-        except sh.ForkException as error:
+        except Exception as error:  # noqa: BLE001 - sh's own, for a program that cannot be executed
             os.close(read)
             os.close(self._errors)
-            reason = str(error).strip().splitlines()[-1]  # above it stands the child's traceback
-            raise ConfigError(f"{command[0]} could not be started: {reason}") from None
+            reason = str(error).strip().splitlines()[-1]  # above it stands the traceback of the forked process
+            raise ConfigError(f"{program} could not be started: {reason}") from None
         except BaseException:
             os.close(read)
             os.close(self._errors)
@@ -136,9 +140,22 @@ class Child:
             if self._code is not None or self._killer is not None:
                 return
             self._signal(signal.SIGINT)
+            self._interrupt_threads()
             self._killer = threading.Timer(PATIENCE, self._kill)
             self._killer.daemon = True
             self._killer.start()
+
+    def _interrupt_threads(self) -> None:
+        """SIGINT to each further thread of a program that has some, as a Go program does.
+
+        The kernel hands a signal to the first thread, and to no other even if that one waits in a read of a file view
+        that hangs: the program would not hear of it until it is killed, and restic would leave its lock.
+        """
+        libc = ctypes.CDLL(None)
+        with suppress(OSError):  # it has ended
+            for task in Path(f"/proc/{self.pid}/task").iterdir():
+                if int(task.name) != self.pid:
+                    libc.tgkill(self.pid, int(task.name), signal.SIGINT)
 
     def _kill(self) -> None:
         self._signal(signal.SIGKILL)
@@ -151,10 +168,11 @@ class Child:
 
     def wait(self) -> int:
         """Its exit code, once it has ended; negative if a signal ended it."""
-        import sh  # noqa: PLC0415 - as above
-
-        with suppress(sh.ErrorReturnCode):
+        try:
             self._process.wait()
+        except Exception:  # sh raises for any code but 0; what a code means is the driver's to say
+            if self._process.exit_code is None:
+                raise
         with self._lock:
             self._code = int(self._process.exit_code)
         for timer in (self._limit, self._killer):
@@ -181,7 +199,7 @@ def _before_exec(parent: int) -> Callable[[], None]:
     libc = ctypes.CDLL(None)  # loaded here: after a fork as little as possible should happen
 
     def run() -> None:
-        # SIGINT and not SIGKILL, so that restic removes its lock when we are killed.
+        # SIGINT and not SIGKILL, so that it can clean up when we are killed (restic removes its lock).
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGINT)
         if os.getppid() != parent:  # we died between the fork and the line above
             os._exit(1)
@@ -190,3 +208,64 @@ def _before_exec(parent: int) -> Callable[[], None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
     return run
+
+
+class ChildStream(io.RawIOBase):
+    """The stdout of a child that hands out exactly `size` bytes: what `open` of an artifact returns.
+
+    The last bytes are handed over only once the child has ended well, so that `close` has nothing to report. `failed`
+    makes the error for a child that ended with another code than 0. A stream that nobody closes ends with `ctx`.
+    """
+
+    def __init__(
+        self, child: Child, size: int, what: str, failed: Callable[[Child, int], BackupError], ctx: Context | None
+    ) -> None:
+        super().__init__()
+        self._child = child
+        self._size = size
+        self._what = what
+        self._failed = failed
+        self._ctx = ctx
+        self._count = 0
+        self._ended = False
+        with ExitStack() as stack:
+            stack.enter_context(child)
+            if ctx is not None:
+                stack.enter_context(ctx.on_cancel(child.stop))
+                ctx.stack.callback(self.close)
+            self._stack = stack.pop_all()
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` with the next bytes and return how many; 0 at the end."""
+        if self._ended:
+            return 0
+        count = self._child.output.readinto(buffer) or 0
+        self._count += count
+        if self._count > self._size:
+            raise IntegrityError(f"{self._what}: more than its {self._size} bytes came")
+        if count == 0 or self._count == self._size:
+            self._end()
+        return count
+
+    def _end(self) -> None:
+        if self._child.output.read(1):
+            raise IntegrityError(f"{self._what}: more than its {self._size} bytes came")
+        code = self._child.wait()
+        if self._ctx is not None:
+            self._ctx.check()
+        if code:
+            raise self._failed(self._child, code)
+        if self._count != self._size:
+            raise IntegrityError(f"{self._what}: only {self._count} of its {self._size} bytes came")
+        self._ended = True
+
+    def close(self) -> None:
+        """End the child if it still runs."""
+        if not self.closed:
+            super().close()
+            if hasattr(self, "_stack"):  # absent where the work had been cancelled already
+                self._stack.close()

@@ -1,0 +1,86 @@
+"""Repositories that are no folder of this host, on real servers: SFTP, restic's REST protocol, S3."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from backupcore.context import Context
+from backupcore.errors import BackupError, SourceNotFound, TargetUnavailable
+from backupcore.model import BackupRun, BytesArtifact
+from backupcore_restic import Restic
+from lab.servers import free_port, rclone, sshd
+
+SECRET = "wJalrXUtnFEMI"
+
+
+@pytest.fixture(params=["sftp", "rest", "s3"])
+def table(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str, object]]:
+    """The options that lead to a repository which does not exist yet."""
+    place = tmp_path / "served"
+    place.mkdir()
+    if request.param == "sftp":
+        (tmp_path / "keys").mkdir()
+        with sshd(tmp_path / "keys") as server:
+            command = " ".join([*server.client, f"{server.user}@127.0.0.1", "-s", "sftp"])
+            yield {
+                "repository": f"sftp:{server.user}@127.0.0.1:{place}/repository",
+                "restic_options": [f"sftp.command={command}"],
+            }
+    elif request.param == "rest":
+        with rclone(place, "restic", "--user", "me", "--pass", SECRET) as port:
+            yield {"repository": f"rest:http://me:{SECRET}@127.0.0.1:{port}/web/"}
+    else:
+        (place / "bucket").mkdir()
+        keys = tmp_path / "keys"
+        keys.write_text(f"AWS_ACCESS_KEY_ID=AKIALAB\nAWS_SECRET_ACCESS_KEY={SECRET}\n")
+        keys.chmod(0o600)
+        with rclone(place, "s3", "--auth-key", f"AKIALAB,{SECRET}", "--force-path-style") as port:
+            yield {"repository": f"s3:http://127.0.0.1:{port}/bucket/web", "environment_file": str(keys)}
+
+
+def test_a_repository_on_a_server(
+    table: dict[str, object],
+    options: Callable[..., Restic],
+    ctx: Context,
+    make_run: Callable[..., BackupRun],
+    make_artifacts: Callable[..., list[BytesArtifact]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    driver = options(**table)
+    assert driver.check(ctx), "the first backup creates it"
+    run, given = make_run(), make_artifacts()
+    driver.prebackup(run, ctx)
+    source = driver.backup(given, run, ctx).source
+    [listed] = driver.sources(ctx)
+    assert listed.source == source
+    assert listed.labels == run.labels
+    disk = next(one for one in driver.restore(source, ctx) if one.name == "disk.vda.qcow2")
+    with disk.open() as stream:
+        assert stream.read() == given[0].data
+    driver.prebackup(make_run(builds_on=(source,)), ctx)
+    usage = driver.usage(ctx)
+    assert usage.used
+    assert usage.used > len(given[0].data)
+    assert usage.total is None
+    assert driver.delete([source], ctx)
+    with pytest.raises(SourceNotFound):
+        driver.restore(source, ctx)
+    assert SECRET not in caplog.text
+    assert SECRET not in repr(driver)
+
+
+def test_a_server_that_has_gone(table: dict[str, object], options: Callable[..., Restic], ctx: Context) -> None:
+    place = str(table["repository"])
+    if place.startswith("sftp:"):
+        command = f"sftp.command=ssh -F none -o BatchMode=yes -p {free_port()} 127.0.0.1 -s sftp"
+        driver = options(**(table | {"restic_options": [command]}))
+    else:
+        port = place.rpartition("127.0.0.1:")[2].partition("/")[0]
+        driver = options(**(table | {"repository": place.replace(port, str(free_port())), "timeout": 30}))
+    with pytest.raises(TargetUnavailable) as caught:
+        driver.check(ctx)
+    error: BackupError = caught.value
+    assert SECRET not in f"{error} {error.hint}"

@@ -1,0 +1,199 @@
+"""A folder of this host: rsync copies, the rest is done with system calls."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from backupcore.errors import AccessDenied, IntegrityError, TargetUnavailable, from_os_error
+from backupcore.model import Artifact, Usage
+from backupcore.mounts import unmounted
+from backupcore_rsync.layout import LABELS, MANIFEST, Token, part, parts_of
+from backupcore_rsync.place import Upload
+
+if TYPE_CHECKING:
+    from backupcore import Context
+    from backupcore.model import BackupRun
+
+__all__ = ["Folder"]
+
+
+class Folder:
+    """A target on a file system of this host."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return str(self._path)
+
+    def check(self, ctx: Context) -> None:
+        """It is there, is not the mount point of a disk that is missing, and can be written to."""
+        missing = unmounted(self._path)
+        if missing:
+            raise TargetUnavailable(f"{self._path}: nothing is mounted at {missing}", f"Mount it: mount {missing}")
+        if not self._path.is_dir():
+            raise TargetUnavailable(f"{self._path} is no folder", "Mount it, or create it: mkdir")
+        if not os.access(self._path, os.R_OK | os.W_OK | os.X_OK):
+            raise AccessDenied(
+                f"{self._path} cannot be written to", "Check its owner, and whether it is mounted read-only."
+            )
+
+    def ready(self, run: BackupRun, ctx: Context) -> None:
+        """`check`, and remove what runs of this host have left unfinished for this VM."""
+        self.check(ctx)
+        ours = parts_of(run)
+        for entry in _entries(self._path / run.vm.uuid):
+            if entry.is_dir(follow_symlinks=False) and ours.fullmatch(entry.name):
+                ctx.log.info("removing what a run that was killed has left: %s", entry.path)
+                shutil.rmtree(entry.path)
+
+    def files(self, folders: Iterable[str] | None, ctx: Context) -> dict[str, int]:
+        """The plain files in these folders, or of all backups. Links are nothing of ours."""
+        if not self._path.is_dir():
+            raise TargetUnavailable(f"{self._path} is no folder", "Is it mounted?")
+        return dict(self._files(self._folders() if folders is None else folders, ctx))
+
+    def _folders(self) -> Iterator[str]:
+        for vm in _entries(self._path):
+            for one in _entries(self._path / vm.name) if vm.is_dir(follow_symlinks=False) else ():
+                if Token.parse(f"{vm.name}.{one.name}"):
+                    yield f"{vm.name}/{one.name}"
+
+    def _files(self, folders: Iterable[str], ctx: Context) -> Iterator[tuple[str, int]]:
+        for folder in folders:
+            ctx.check()
+            if not self._is_ours(folder):
+                continue
+            for below in ("", f"{LABELS}/"):
+                for entry in _entries(self._path / folder / below):
+                    if entry.is_file(follow_symlinks=False):
+                        yield f"{folder}/{below}{entry.name}", entry.stat(follow_symlinks=False).st_size
+
+    def _is_ours(self, folder: str) -> bool:
+        """Neither the backup's folder nor the VM's is a link that leads elsewhere."""
+        path = self._path / folder
+        return not path.parent.is_symlink() and not path.is_symlink() and path.is_dir()
+
+    def holds_backups(self, ctx: Context) -> bool:
+        """True if any VM has a folder there."""
+        return any(Token.parse(f"{entry.name}.{'0' * 32}") for entry in _entries(self._path))
+
+    def store(self, upload: Upload) -> None:
+        """Into a hidden folder; every file and folder of it to the disk; then one rename."""
+        vm = self._path / upload.token.vm
+        with suppress(FileExistsError):
+            vm.mkdir(mode=0o700)
+            _sync(self._path)
+        folder = vm / part(upload.token, upload.run)
+        folder.mkdir(mode=0o700)
+        # Not --sparse: the artifacts hold no runs of zeros, and looking for them costs a pass over every byte.
+        upload.copy([f"{upload.view}/", str(upload.labels)], f"{folder}/", ["--inplace"])
+        name = str(folder.relative_to(self._path))
+        upload.check(self.files([name], upload.ctx), name)
+        for place, _, names in os.walk(folder):
+            for file in names:
+                upload.ctx.check()
+                _sync(Path(place, file))
+            _sync(Path(place))
+        upload.ctx.check()
+        folder.rename(vm / upload.token.id)
+        _sync(vm)
+
+    def abandon(self, token: Token, run: BackupRun, ctx: Context) -> None:
+        """Remove the hidden folder, or the published one if only the last step failed."""
+        self._remove(token)
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self._path / token.vm / part(token, run))
+
+    def artifact(self, token: Token, name: str, size: int, ctx: Context) -> Artifact:
+        """The file itself, read where it lies."""
+        return FileArtifact(self._path / token.folder / name, name, size)
+
+    def remove(self, tokens: Sequence[Token], ctx: Context) -> None:
+        """One after the other."""
+        if not self._path.is_dir():  # else a disk that is not mounted would count as deleted
+            raise TargetUnavailable(f"{self._path} is no folder", "Is it mounted?")
+        for token in tokens:
+            ctx.check()
+            self._remove(token)
+
+    def _remove(self, token: Token) -> None:
+        if not self._is_ours(token.folder):
+            return
+        folder = self._path / token.folder
+        with suppress(FileNotFoundError):
+            (folder / MANIFEST).unlink()
+            _sync(folder)  # what is half deleted is no backup any more, also after a power cut
+        with suppress(FileNotFoundError):
+            shutil.rmtree(folder)
+
+    def room(self, ctx: Context) -> Usage:
+        """Of the file system that the folder lies in."""
+        room = os.statvfs(self._path)
+        return Usage(total=room.f_blocks * room.f_frsize, free=room.f_bavail * room.f_frsize)
+
+
+class FileArtifact(Artifact):
+    """A file of the target. It is opened for every read, and never by way of a link."""
+
+    def __init__(self, path: Path, name: str, size: int) -> None:
+        self._path = path
+        self.name = name
+        self.size = size
+
+    def _open(self) -> int:
+        try:
+            # Not blocking: in the place of the file may be a FIFO.
+            handle = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise IntegrityError(f"{self._path} is missing", "Verify the image.") from error
+        except OSError as error:
+            raise from_os_error(error, f"opening {self._path}") from error
+        if stat.S_ISREG(os.fstat(handle).st_mode):
+            return handle
+        os.close(handle)
+        raise IntegrityError(f"{self._path} is no plain file", "Somebody has put it there: look at the target.")
+
+    def open(self) -> BinaryIO:
+        """The file from byte 0, to its end: whether that is where it should be, the core looks at."""
+        return os.fdopen(self._open(), "rb", 1 << 20)
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """A range of the file."""
+        handle = self._open()
+        try:
+            data = bytearray()
+            while len(data) < length and (more := os.pread(handle, length - len(data), offset + len(data))):
+                data += more
+            return bytes(data)
+        finally:
+            os.close(handle)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # A file system that cannot sync a folder says so by EINVAL (some of FUSE, old CIFS). Of a file it is an error.
+        if error.errno != errno.EINVAL or not stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise
+    finally:
+        os.close(handle)

@@ -1,0 +1,165 @@
+"""A folder of another host, over ssh: rsync copies and lists, short scripts for that host's sh do the rest.
+
+The scripts are one line each and keep to POSIX, with one exception that they look for: `sync` with file names, which
+reports a disk's error where a bare one does not.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from backupcore.child import ChildStream
+from backupcore.model import Artifact, Usage
+from backupcore_rsync.layout import VM_FOLDERS, Token, part, parts_of, rules
+from backupcore_rsync.place import Upload
+from backupcore_rsync.programs import Programs
+from backupcore_rsync.target import HostTarget
+
+if TYPE_CHECKING:
+    from backupcore import Context
+    from backupcore.child import Child
+    from backupcore.errors import BackupError
+    from backupcore.model import BackupRun
+    from backupcore_rsync.driver import Rsync
+
+__all__ = ["Host"]
+
+AT_ONCE = 500
+"""Backups that one script removes: some 70 bytes each, and Linux takes 128 KiB in one argument of ssh's."""
+
+_ENTER = 'cd -- "$1" || { echo "$1: no such folder, or closed" >&2; exit 1; }; '
+
+CHECK = (
+    '[ -d "$1" ] || { echo "$1: no such folder" >&2; exit 1; }; '
+    '[ -r "$1" ] && [ -w "$1" ] && [ -x "$1" ] || { echo "$1: permission denied" >&2; exit 1; }; '
+    'command -v "$2" >/dev/null || { echo "$2: not found" >&2; exit 127; }; '
+)
+PARTS = _ENTER + 'for one in ./"$2"/.*.part; do [ ! -d "$one" ] || [ -L "$one" ] || echo "$one"; done'
+SWEEP = _ENTER + 'vm=$2; shift 2; for one; do rm -rf -- "./$vm/$one" || exit 1; done'
+BEGIN = _ENTER + 'umask 077 && mkdir -p -- "$2" && mkdir -- "$2/$3"'
+PUBLISH = (
+    _ENTER + 'cd -- "$2" && [ ! -e "$4" ] || { echo "$2: no such folder" >&2; exit 1; }; '
+    # A sync that knows no arguments, or takes none, is told by its answer for the folder; it then syncs everything.
+    'if sync -- "$3" 2>/dev/null; then sync -- "$3"/* "$3"/.labels/* "$3"/.labels "$3"; else sync; fi || exit 1; '
+    'mv -- "$3" "$4" && { sync -- . .. 2>/dev/null || sync; }'
+)
+# Not by way of a link in the place of either folder.
+REMOVE = (
+    _ENTER + 'shift; for one; do [ -d "$one" ] && [ ! -L "$one" ] && [ ! -L "${one%/*}" ] || continue; '
+    'rm -f -- "$one/manifest.json" || exit 1; rm -rf -- "$one" || exit 1; done'
+)
+ROOM = 'df -Pk -- "$1"'
+READ = 'exec cat -- "$1"'
+
+
+class Host:
+    """A target on another host."""
+
+    def __init__(self, options: Rsync, target: HostTarget) -> None:
+        self.options = options
+        self.target = target
+        self._programs = Programs(options)
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return f"{self.target.at}:{self.target.path.removeprefix('./')}"
+
+    def _ask(self, script: str, what: str, ctx: Context | None, *arguments: str, limit: float | None = None) -> str:
+        child = self._programs.start_ssh(self.target, script, self.target.path, *arguments)
+        limit = limit or self.options.timeout
+        return self._programs.ask(child, f"{what} {self.name}", ctx, limit=limit).decode(errors="replace")
+
+    def check(self, ctx: Context) -> None:
+        """The host takes the login and has rsync; the folder is there and can be written to."""
+        self._ask(CHECK, "asking", ctx, self.options.rsync_path)
+
+    def ready(self, run: BackupRun, ctx: Context) -> None:
+        """`check`, and remove what runs of this host have left unfinished for this VM."""
+        # shift: PARTS takes the VM where CHECK takes the program
+        found = self._ask(CHECK + 'set -- "$1" "$3"; ' + PARTS, "asking", ctx, self.options.rsync_path, run.vm.uuid)
+        ours = parts_of(run)
+        left = [name for line in found.splitlines() if ours.fullmatch(name := line.rpartition("/")[2])]
+        if left:
+            ctx.log.info("removing what a run that was killed has left in %s: %s", self.name, ", ".join(left))
+            self._ask(SWEEP, "tidying up", ctx, run.vm.uuid, *left)
+
+    def files(self, folders: Iterable[str] | None, ctx: Context) -> dict[str, int]:
+        """One listing by rsync."""
+        folders = None if folders is None else list(folders)
+        return self._programs.listing(self.target, rules(folders), f"listing {self.name}", ctx)
+
+    def holds_backups(self, ctx: Context) -> bool:
+        """True if any VM has a folder there."""
+        found = self._programs.listing(self.target, [f"+ /{VM_FOLDERS}/", "- *"], f"listing {self.name}", ctx)
+        return any(Token.parse(f"{path.rstrip('/')}.{'0' * 32}") for path in found)
+
+    def store(self, upload: Upload) -> None:
+        """Into a hidden folder; all of it to that host's disk; then one rename."""
+        token, target = upload.token, self.target
+        hidden = part(token, upload.run)
+        self._ask(BEGIN, "making a folder in", upload.ctx, token.vm, hidden)
+        folder = f"{token.vm}/{hidden}"
+        destination = f"{target.at}:{target.path}/{folder}/"
+        upload.copy([f"{upload.view}/", str(upload.labels)], destination, ["--inplace"])
+        upload.check(self.files([folder], upload.ctx), folder)
+        # As long as it takes: all that was written may still lie in that host's memory.
+        self._ask(PUBLISH, "publishing in", upload.ctx, token.vm, hidden, token.id, limit=SYNC)
+
+    def abandon(self, token: Token, run: BackupRun, ctx: Context) -> None:
+        """Remove the hidden folder, or the published one if only the last step failed."""
+        self._ask(REMOVE, "tidying up", ctx, f"{token.vm}/{part(token, run)}", token.folder, limit=CLEAN_UP)
+
+    def artifact(self, token: Token, name: str, size: int, ctx: Context) -> Artifact:
+        """Streamed by a `cat` over there."""
+        return HostArtifact(self, f"{token.folder}/{name}", size, ctx)
+
+    def remove(self, tokens: Sequence[Token], ctx: Context) -> None:
+        """Some hundred with one login."""
+        for first in range(0, len(tokens), AT_ONCE):
+            some = [token.folder for token in tokens[first : first + AT_ONCE]]
+            self._ask(REMOVE, "deleting from", ctx, *some, limit=SYNC)
+
+    def room(self, ctx: Context) -> Usage:
+        """As that host's df says."""
+        found = re.search(r"\s(\d+)\s+\d+\s+(-?\d+)\s+\d+%\s", self._ask(ROOM, "asking for room in", ctx))
+        if not found:
+            return Usage()
+        return Usage(total=int(found[1]) << 10, free=max(0, int(found[2])) << 10)
+
+
+SYNC = 3600.0
+"""Seconds for another host to write out what it has taken, or to remove folders."""
+
+CLEAN_UP = 60.0
+"""Seconds for what is tidied up after a failure."""
+
+
+class HostArtifact(Artifact):
+    """A file of another host. It pickles without its context: opened elsewhere, its ssh ends with the stream."""
+
+    seekable = False
+
+    def __init__(self, at: Host, path: str, size: int, ctx: Context) -> None:
+        self._at = at
+        self._path = path
+        self._ctx: Context | None = ctx
+        self.name = path.rpartition("/")[2]
+        self.size = size
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_ctx": None}
+
+    def open(self) -> BinaryIO:
+        """The file from byte 0; an ssh that fails raises from the read that meets it."""
+        programs = Programs(self._at.options)
+        what = f"reading {self._path} in {self._at.name}"
+        child = programs.start_ssh(self._at.target, READ, f"{self._at.target.path}/{self._path}")
+
+        def failed(ended: Child, code: int) -> BackupError:
+            return programs.failed(ended, code, what)
+
+        return io.BufferedReader(ChildStream(child, self.size, what, failed, self._ctx), 1 << 20)

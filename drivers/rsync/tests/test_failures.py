@@ -1,0 +1,289 @@
+"""What real programs say when something is wrong, as the taxonomy; and that nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from backupcore.context import Context
+from backupcore.errors import (
+    AccessDenied,
+    BackupError,
+    Cancelled,
+    ConfigError,
+    HypervisorError,
+    IntegrityError,
+    TargetFull,
+    TargetUnavailable,
+    from_os_error,
+)
+from backupcore.model import SourceRef
+from backupcore.testing import processes
+from backupcore.testing.given import Failing, Held, Made
+from drivers.rsync.tests.kinds import SECRET, Kind, new_artifacts, new_run, over_ssh
+from lab.servers import Sshd, free_port, rsync_daemon
+
+DISK = 40 << 20
+SLOW_ELSEWHERE = pytest.mark.parametrize(
+    "kind",
+    ["folder", *(pytest.param(name, marks=pytest.mark.soak) for name in ("host", "daemon"))],
+    indirect=True,
+)
+
+
+def raises(error: type[BackupError], text: str, call: Callable[[], object]) -> BackupError:
+    with pytest.raises(error, match=text) as caught:
+        try:
+            call()
+        except OSError as plain:  # the core does the same
+            raise from_os_error(plain, "the target") from plain
+    assert SECRET not in f"{caught.value} {caught.value.hint}"
+    return caught.value
+
+
+def test_a_read_that_fails_fails_the_backup_with_its_own_error(kind: Kind, ctx: Context) -> None:
+    broken = Failing(Made("disk.vdb.qcow2", 4 << 20), 3 << 20)
+    raises(
+        HypervisorError, "disk cannot be read", lambda: kind.driver().backup([broken, *new_artifacts()], new_run(), ctx)
+    )
+    assert kind.everything() == []
+
+
+@SLOW_ELSEWHERE
+def test_cancelled_midway_leaves_nothing(kind: Kind, ctx: Context, tmp_path: Path) -> None:
+    held = Held(Made("disk.vdb.qcow2", DISK, every=100), DISK // 2, tmp_path)
+
+    def cancel() -> None:
+        if processes.wait_for(lambda: held.reached):
+            ctx.cancel()
+            processes.wait_for(lambda: len(processes.below()) < 2, 10)  # rsync is held in the kernel by its read
+            held.let_go()
+
+    before = processes.below()
+    thread = threading.Thread(target=cancel)
+    thread.start()
+    raises(Cancelled, "cancelled", lambda: kind.driver().backup([held, *new_artifacts()], new_run(), ctx))
+    thread.join()
+    assert processes.wait_for(lambda: processes.below() <= before)
+    with Context(tmp_path / "run") as calm:
+        run = new_run()
+        kind.driver().prebackup(run, calm)
+        assert processes.wait_for(lambda: not list(kind.driver().sources(calm)))
+    assert held.reached
+
+
+def test_a_restore_can_be_cancelled(kind: Kind, ctx: Context) -> None:
+    source = kind.driver().backup(new_artifacts(DISK), new_run(), ctx).source
+    disk = next(one for one in kind.driver().restore(source, ctx) if one.name == "disk.vda.qcow2")
+    if kind.name != "host":
+        ctx.cancel()
+        if kind.name == "daemon":
+            raises(Cancelled, "cancelled", disk.open)
+        return  # a file of this host: the core looks between two reads
+    with disk.open() as stream:
+        assert stream.read(10)
+        ctx.cancel()
+        raises(Cancelled, "cancelled", stream.read)
+
+
+@pytest.mark.parametrize(
+    ("kind", "argument", "text"),
+    [
+        ("folder", "--exclude=nvram", "nvram is missing"),
+        ("folder", "--max-size=99", "disk"),
+        ("folder", "--dry-run", "is missing"),
+        ("host", "--dry-run", "is missing"),
+        ("daemon", "--dry-run", "is missing"),
+    ],
+    indirect=["kind"],
+)
+def test_an_argument_that_leaves_files_out_is_noticed(kind: Kind, ctx: Context, argument: str, text: str) -> None:
+    driver = kind.driver(rsync_arguments=[argument])
+    error = raises(IntegrityError, text, lambda: driver.backup(new_artifacts(), new_run(), ctx))
+    assert "rsync_arguments" in error.hint
+    assert kind.everything() == []
+
+
+@pytest.mark.parametrize("kind", ["folder"], indirect=True)
+def test_an_argument_that_rsync_does_not_know(kind: Kind, ctx: Context) -> None:
+    driver = kind.driver(rsync_arguments=["--no-such"])
+    raises(ConfigError, "unknown option", lambda: driver.backup(new_artifacts(), new_run(), ctx))
+    assert kind.everything() == []
+
+
+def test_what_this_host_left_is_swept_and_nothing_else(kind: Kind, ctx: Context) -> None:
+    run, driver = new_run(), kind.driver()
+    vm = kind.root / run.vm.uuid
+    dead, other, foreign = (f"{digit * 32}" for digit in "def")
+    if kind.name == "daemon":
+        (vm / dead).mkdir(parents=True)
+        (vm / dead / f".part.{run.host}.{'1' * 32}").touch()
+        (vm / dead / "disk.vda.qcow2").touch()
+        (vm / other).mkdir()
+        (vm / other / f".part.{run.host}-b.{'1' * 32}").touch()
+        (vm / foreign).mkdir()
+        (vm / foreign / "disk.vda.qcow2").touch()
+    else:
+        (vm / f".{dead}.{run.host}.{'1' * 32}.part").mkdir(parents=True)
+        (vm / f".{dead}.{run.host}.{'1' * 32}.part" / "disk.vda.qcow2").touch()
+        (vm / f".{other}.{run.host}-b.{'1' * 32}.part").mkdir()
+        (vm / ".x.part").mkdir()
+        (vm / f".{foreign}.{run.host}.{'2' * 32}.part").symlink_to("/")
+    before = set(kind.everything())
+    driver.prebackup(run, ctx)
+    gone = before - set(kind.everything())
+    assert gone
+    assert all(dead in name for name in gone)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", place]
+    made = subprocess.run(command, check=False, capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"this user may not mount: {made.stderr}")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+@pytest.mark.parametrize("where", ["folder", "host", "daemon"])
+def test_a_full_and_then_a_read_only_target(
+    where: str, small_disk: Path, ctx: Context, ssh_server: Sshd, tmp_path: Path
+) -> None:
+    (small_disk / "target").mkdir()
+    if where == "folder":
+        check_full(Kind(where, small_disk / "target", {"target": f"{small_disk}/target"}), ctx, remount)
+    elif where == "host":
+        place = tmp_path / "over there"
+        place.mkdir()
+        ssh_server.run(f"mount -t tmpfs -o size=8m tmpfs '{place}' && mkdir '{place}/target'")
+        check_full(
+            Kind(where, place / "target", over_ssh(ssh_server, place / "target")),
+            ctx,
+            lambda root: ssh_server.run(f"mount -o remount,ro '{root.parent}'"),
+        )
+        ssh_server.run(f"umount -l '{place}'")
+    else:
+        with rsync_daemon(tmp_path, f"[vms]\npath = {small_disk}\nread only = no\n") as port:
+            check_full(
+                Kind(where, small_disk / "target", {"target": f"rsync://127.0.0.1:{port}/vms/target"}), ctx, None
+            )
+
+
+def remount(root: Path) -> object:
+    return subprocess.run(["mount", "-o", "remount,ro", root.parent], check=True)
+
+
+def check_full(kind: Kind, ctx: Context, make_read_only: Callable[[Path], object] | None) -> None:
+    driver = kind.driver()
+    source = driver.backup(new_artifacts(1000), new_run(), ctx).source
+    error = raises(TargetFull, "(?i)no space left", lambda: driver.backup(new_artifacts(20 << 20), new_run(), ctx))
+    assert "room" in error.hint
+    assert [one.source for one in driver.sources(ctx)] == [source]
+    assert driver.backup(new_artifacts(1 << 20), new_run(), ctx), "what did not fit has gone again"
+    if make_read_only:
+        make_read_only(kind.root)
+        run = new_run()
+        raises(AccessDenied, "(?i)read-only|permission|cannot be written", lambda: driver.prebackup(run, ctx))
+        raises(AccessDenied, "(?i)read-only", lambda: driver.backup(new_artifacts(10), new_run(), ctx))
+        raises(AccessDenied, "(?i)read-only", lambda: driver.delete([source], ctx))
+        manifest = next(one for one in driver.restore(source, ctx) if one.name == "manifest.json")
+        assert manifest.open().read() == b'{"format": 1}'
+
+
+def test_a_target_that_is_not_there(kind: Kind, ctx: Context) -> None:
+    driver = kind.driver(target=f"{kind.options['target']}/none")
+    gone = SourceRef(f"0e9a2a1b-0000-4000-8000-000000000000.{'0' * 32}")
+    for call in (
+        lambda: driver.check(ctx),
+        lambda: driver.prebackup(new_run(), ctx),
+        lambda: list(driver.sources(ctx)),
+        lambda: driver.restore(gone, ctx),
+        lambda: driver.delete([gone], ctx),
+        lambda: driver.usage(ctx),
+    ):
+        raises(TargetUnavailable, "(?i)no such file|no folder|no such folder", call)
+    assert kind.everything() == []
+
+
+def test_ssh_that_does_not_get_through(ssh_server: Sshd, tmp_path: Path, ctx: Context) -> None:
+    kind = Kind("host", tmp_path, over_ssh(ssh_server, tmp_path))
+
+    def check(error: type[BackupError], text: str, hint: str = "", **options: object) -> None:
+        driver = kind.driver(**options)
+        for call in (lambda: driver.check(ctx), lambda: list(driver.sources(ctx))):
+            assert hint in raises(error, text, call).hint
+
+    check(TargetUnavailable, "Connection refused", "Is it up", port=free_port())
+    nobody = tmp_path / "nobody"
+    nobody.touch()
+    check(AccessDenied, "No ED25519 host key is known", "ssh-keyscan", known_hosts_file=str(nobody))
+    changed = tmp_path / "changed"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "key"], check=True)
+    changed.write_text(f"[127.0.0.1]:{ssh_server.port} {(tmp_path / 'key.pub').read_text()}")
+    check(AccessDenied, "REMOTE HOST IDENTIFICATION HAS CHANGED", "somebody", known_hosts_file=str(changed))
+    check(AccessDenied, "Permission denied", "authorized_keys", identity_file=str(tmp_path / "key"))
+    (tmp_path / "open").write_bytes(ssh_server.identity.read_bytes())
+    (tmp_path / "open").chmod(0o644)
+    check(AccessDenied, "(?i)unprotected private key", "chmod 600", identity_file=str(tmp_path / "open"))
+    check(ConfigError, "rsync-of-old.*not found", "rsync_path", rsync_path="rsync-of-old")
+    check(ConfigError, "no-such-ssh", "Install", ssh="no-such-ssh")
+    # What the user adds himself counts: here he lets unknown hosts in.
+    trusting = tmp_path / "trusting"
+    driver = kind.driver(known_hosts_file=str(trusting), ssh="ssh -F none -o StrictHostKeyChecking=accept-new")
+    assert driver.check(ctx)
+    assert "ssh-ed25519" in trusting.read_text()
+
+
+def test_a_daemon_that_refuses(daemon: tuple[int, Path], password_file: Path, tmp_path: Path, ctx: Context) -> None:
+    port, module = daemon
+    kind = Kind("daemon", module, {"target": "", "password_file": str(password_file)})
+
+    def at(name: str, **more: object) -> object:
+        return kind.driver(target=f"rsync://me@127.0.0.1:{port}/{name}", **more).check(ctx)
+
+    wrong = tmp_path / "wrong"
+    wrong.write_text("guess\n")
+    wrong.chmod(0o644)
+    raises(AccessDenied, "password file must not be other-accessible", lambda: at("vms", password_file=str(wrong)))
+    wrong.chmod(0o600)
+    assert "password_file" in raises(AccessDenied, "auth failed", lambda: at("vms", password_file=str(wrong))).hint
+    raises(ConfigError, "Unknown module", lambda: at("nothing"))
+    raises(ConfigError, "(?i)chdir failed", lambda: at("lost"))
+    raises(AccessDenied, "read only", lambda: at("shut"))
+    raises(
+        TargetUnavailable,
+        "Connection refused",
+        lambda: kind.driver(target=f"rsync://127.0.0.1:{free_port()}/vms").check(ctx),
+    )
+    source = kind.driver(target=f"rsync://me@127.0.0.1:{port}/keeps").backup(new_artifacts(10), new_run(), ctx).source
+    kept = kind.driver(target=f"rsync://me@127.0.0.1:{port}/keeps")
+    raises(AccessDenied, "(?i)refuse.*delete", lambda: kept.delete([source], ctx))
+    assert kept.restore(source, ctx)
+
+
+def test_the_other_host_dies_in_the_middle(ssh_server: Sshd, tmp_path: Path, ctx: Context) -> None:
+    kind = Kind("host", tmp_path / "target", over_ssh(ssh_server, tmp_path / "target"))
+    kind.root.mkdir()
+    held = Held(Made("disk.vdb.qcow2", DISK, every=100), DISK // 2, tmp_path)
+
+    def kill() -> None:
+        if processes.wait_for(lambda: held.reached):
+            for pid, command in processes.commands().items():
+                if "rsync --server" in command and os.path.realpath(f"/proc/{pid}/cwd").startswith(str(kind.root)):
+                    os.kill(pid, 9)
+            held.let_go()
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    raises(TargetUnavailable, "backing up", lambda: kind.driver().backup([held, *new_artifacts()], new_run(), ctx))
+    thread.join()
+    assert kind.everything() == []

@@ -1,0 +1,248 @@
+"""The bucket, request by request: the part of it below the prefix, with every failure translated."""
+
+from __future__ import annotations
+
+import base64
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+
+from botocore import exceptions as boto
+
+from backupcore.errors import BackupError, IntegrityError, TargetUnavailable
+from backupcore_s3.body import Body, Pace, Stopped
+from backupcore_s3.client import connect
+from backupcore_s3.failures import code, is_absent, is_unknown_to_server, translate
+from backupcore_s3.keys import clean_prefix
+
+if TYPE_CHECKING:
+    from backupcore_s3.driver import S3
+
+__all__ = ["Bucket", "Object", "again_if_damaged", "crc32"]
+
+_PIECE = 1 << 20  # read from a response at once
+_AGAIN = 5  # times that a response which breaks off is gone on with; botocore repeats requests, not their answers
+_DAMAGED = {"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}
+_SENT = 3  # times that what arrived damaged is sent in all; botocore does not repeat such a request
+_BROKEN = (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Object:
+    """One object as a listing shows it; `key` is without the prefix."""
+
+    key: str
+    size: int
+
+
+def crc32(data: bytes | memoryview) -> str:
+    """The checksum as S3 writes it."""
+    return base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
+
+
+def again_if_damaged(attempt: Callable[[], T]) -> T:
+    """What `attempt` returns; tried again where the store says that bytes did not arrive as they were sent."""
+    for _ in range(_SENT - 1):
+        try:
+            return attempt()
+        except BackupError as error:
+            if code(error) not in _DAMAGED:
+                raise
+    return attempt()
+
+
+class Bucket:
+    """The objects below the prefix. Safe from any threads; pickles as its options, without its client.
+
+    `checksums` is True until a server turns out not to know them.
+    """
+
+    def __init__(self, options: S3, *, hurry: bool = False) -> None:
+        self.options = options
+        self.prefix = clean_prefix(options.prefix)
+        self.upload_pace = Pace(options.limit_upload << 10)
+        self.download_pace = Pace(options.limit_download << 10)
+        self.checksums = options.checksum != "none"
+        self._hurry = hurry
+        self._lock = threading.Lock()
+        self._client: Any = None
+
+    def __reduce__(self) -> tuple[type[Bucket], tuple[S3]]:
+        return Bucket, (self.options,)
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        place = urlsplit(self.options.endpoint_url)
+        where = f" at {place.hostname}" if place.hostname else ""
+        return f"bucket {self.options.bucket}{where}"
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether requests travel by TLS."""
+        return urlsplit(self.options.endpoint_url).scheme != "http"
+
+    @property
+    def client(self) -> Any:
+        """boto3's client, made at the first use."""
+        with self._lock:
+            if self._client is None:
+                self._client = connect(self.options, self.upload_pace, hurry=self._hurry)
+            return self._client
+
+    def call(self, operation: str, what: str, /, **arguments: Any) -> Any:
+        """One request. `what` says for messages what it does: "writing disk.vda.qcow2"."""
+        client = self.client
+        known = client.meta.service_model.operation_model(client.meta.method_to_api_mapping[operation]).input_shape
+        extra = {key: value for key, value in self.options.extra_args.items() if key in known.members}
+        if "Key" in arguments:
+            arguments["Key"] = self.prefix + arguments["Key"]
+        try:
+            return getattr(client, operation)(Bucket=self.options.bucket, **{**extra, **arguments})
+        except Stopped as stopped:
+            raise stopped.reason from None
+        except (boto.ClientError, boto.BotoCoreError) as error:
+            raise translate(error, f"{self.name}: {what}") from error
+
+    def checked(self, attempt: Callable[[bool], T]) -> T:
+        """`attempt(True)`, which gives the store checksums; `attempt(False)` from when it says that it has none."""
+        if self.checksums:
+            try:
+                return attempt(True)
+            except BackupError as error:
+                if not is_unknown_to_server(error):
+                    raise
+                answer = attempt(False)
+            self.checksums = False
+            return answer
+        return attempt(False)
+
+    # Writing
+
+    def how(self, key: str) -> dict[str, str]:
+        """How an object is to be kept. Disks only go to another storage class: most charge for 128 KiB at least."""
+        options = self.options
+        wanted = {
+            "StorageClass": options.storage_class if key.rpartition("/")[2].startswith("disk.") else "",
+            "ServerSideEncryption": options.sse,
+            "SSEKMSKeyId": options.sse_kms_key_id,
+        }
+        return {name: value for name, value in wanted.items() if value}
+
+    def put(
+        self,
+        key: str,
+        data: bytes | memoryview,
+        check: Callable[[], None],
+        *,
+        only_new: bool = False,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Any:
+        """Write an object in one request. `only_new`: PreconditionFailed, as `code` says, where it exists."""
+        arguments: dict[str, Any] = {"Key": key, "Metadata": dict(metadata or {}), **self.how(key)}
+        if only_new:
+            arguments["IfNoneMatch"] = "*"
+
+        def attempt(with_checksum: bool) -> Any:
+            more = {"ChecksumCRC32": crc32(data)} if with_checksum else {}
+            body = self.body(data, check)
+            return self.call("put_object", f"writing {key}", Body=body, **arguments, **more)
+
+        return again_if_damaged(lambda: self.checked(attempt))
+
+    def body(self, data: bytes | memoryview, check: Callable[[], None]) -> Body | bytes:
+        """Bytes in memory, to be sent."""
+        if not data:
+            return b""
+        return Body(
+            len(data),
+            lambda offset, count: bytes(data[offset : offset + count]),
+            pace=self.upload_pace,
+            check=check,
+        )
+
+    # Reading
+
+    def objects(self, folder: str, what: str) -> Iterator[Object]:
+        """All objects whose keys begin so, in the order of their keys."""
+        more: dict[str, str] = {}
+        while True:
+            answer = self.call("list_objects_v2", what, Prefix=self.prefix + folder, **more)
+            for one in answer.get("Contents", ()):
+                yield Object(one["Key"].removeprefix(self.prefix), int(one["Size"]))
+            if not answer.get("IsTruncated"):
+                return
+            more = {"ContinuationToken": answer["NextContinuationToken"]}
+
+    def uploads(self, folder: str, what: str) -> Iterator[tuple[str, str]]:
+        """(key, upload ID) of the multipart uploads under way whose keys begin so."""
+        more: dict[str, str] = {}
+        while True:
+            answer = self.call("list_multipart_uploads", what, Prefix=self.prefix + folder, **more)
+            for one in answer.get("Uploads", ()):
+                if one["Key"].startswith(self.prefix + folder):
+                    yield one["Key"].removeprefix(self.prefix), one["UploadId"]
+            if not answer.get("IsTruncated"):
+                return
+            more = {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]}
+
+    def head(self, key: str) -> Any:
+        """What the store says of an object, None if there is none."""
+        try:
+            return self.call("head_object", f"looking at {key}", Key=key)
+        except BackupError as error:
+            if is_absent(error):
+                return None
+            raise
+
+    def read(self, key: str, offset: int, length: int, check: Callable[[], None]) -> bytearray:
+        """Exactly these bytes of an object. An answer that breaks off is gone on with where it did."""
+        buffer = bytearray(length)
+        done = failed = 0
+        what = f"reading {key}"
+        while done < length:
+            first, last = offset + done, offset + length - 1
+            answer = self.call("get_object", what, Key=key, Range=f"bytes={first}-{last}")
+            if answer["ContentLength"] != length - done:
+                answer["Body"].close()
+                raise IntegrityError(
+                    f"{self.name}: {what}: {answer['ContentLength']} bytes came for {length - done} at {first}",
+                    "The object was changed, or the server knows no ranges.",
+                )
+            try:
+                with closing(answer["Body"]) as body:
+                    while piece := body.read(_PIECE):
+                        check()
+                        self.download_pace.take(len(piece), check)
+                        buffer[done : done + len(piece)] = piece
+                        done += len(piece)
+            except _BROKEN as error:
+                failed += 1
+                if failed > _AGAIN:
+                    raise translate(error, f"{self.name}: {what}") from error
+                check()
+        return buffer
+
+    # Removing
+
+    def delete(self, key: str) -> None:
+        """Remove an object; one that is gone already is fine."""
+        try:
+            self.call("delete_object", f"deleting {key}", Key=key)
+        except BackupError as error:
+            if not is_absent(error):
+                raise
+
+    def abort(self, key: str, upload: str) -> None:
+        """Throw a multipart upload away; one that is gone already is fine."""
+        try:
+            self.call("abort_multipart_upload", f"aborting the upload of {key}", Key=key, UploadId=upload)
+        except TargetUnavailable as error:
+            if code(error) != "NoSuchUpload":
+                raise

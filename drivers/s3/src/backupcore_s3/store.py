@@ -1,0 +1,283 @@
+"""What the hooks do, with boto3. `driver` has the options and loads this only when a hook is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from backupcore.errors import AccessDenied, BackupError, IncrementImpossible, SourceNotFound
+from backupcore.model import Artifact, BackupRun, Listed, Merge, SourceRef, Stored, Usage
+from backupcore_s3.bucket import Bucket
+from backupcore_s3.crew import Crew
+from backupcore_s3.failures import code, is_unknown_to_server
+from backupcore_s3.flatten import assemble, cannot_copy, cut, totals
+from backupcore_s3.keys import MANIFEST, UNFINISHED, Place
+from backupcore_s3.labels import from_manifest, from_metadata
+from backupcore_s3.parts import LARGEST, LEAST, MOST
+from backupcore_s3.stored import StoredArtifact
+from backupcore_s3.unfinished import is_dead
+from backupcore_s3.writer import Writer, clear
+
+if TYPE_CHECKING:
+    from backupcore import Context
+    from backupcore_s3.driver import S3
+
+__all__ = ["Store"]
+
+PROBE = "_check"
+"""The object that `check` writes and removes."""
+
+_SMALL_REQUESTS = 16  # at once, where next to no data is moved: a listing waits for answers and for nothing else
+_MANIFEST = 16 << 20  # bytes of a manifest that a listing reads
+
+
+class Store:
+    """The sources in one bucket below one prefix. Pickles as its options."""
+
+    def __init__(self, options: S3) -> None:
+        self.bucket = Bucket(options)
+
+    # The run
+
+    def prepare(self, run: BackupRun, ctx: Context) -> None:
+        """The bucket answers and takes writes, and the chain is still there; what died on this host is swept."""
+        bucket = self.bucket
+        places = dict(self._places(f"{run.vm.uuid}/", ctx))
+        for source in run.builds_on:
+            place = Place.of_token(source.token)
+            if place is None or MANIFEST not in places.get(place, {}):
+                raise IncrementImpossible(f"source {source}, which it builds on, is no longer in {bucket.name}")
+        # A write of which nothing stays, not even in a bucket that keeps every version.
+        probe = Place.new(run.vm.uuid).key(UNFINISHED)
+        answer = bucket.call("create_multipart_upload", "beginning an upload", Key=probe, **bucket.how(probe))
+        bucket.abort(probe, answer["UploadId"])
+        self._sweep(places, run, ctx)
+
+    def _sweep(self, places: dict[Place, dict[str, int]], run: BackupRun, ctx: Context) -> None:
+        for place, names in places.items():
+            if UNFINISHED not in names:
+                continue
+            try:
+                marker = place.key(UNFINISHED)
+                marked = bytes(self.bucket.read(marker, 0, min(names[UNFINISHED], 1 << 16), ctx.check))
+                if not is_dead(marked, run.host):
+                    continue
+                if MANIFEST in names:  # it died between its last two requests, and is whole
+                    self.bucket.delete(marker)
+                else:
+                    ctx.log.info("removing what a run that died has left in %s: %s", self.bucket.name, place.folder)
+                    clear(self.bucket, place)
+            except SourceNotFound:  # another run has just done it
+                continue
+            except BackupError as error:
+                ctx.check()
+                ctx.log.warning("an unfinished upload stays in %s: %s", self.bucket.name, error)
+
+    def backup(self, artifacts: Sequence[Artifact], run: BackupRun, ctx: Context) -> Stored:
+        """Everything but the manifest, then the manifest."""
+        return self._write(run, ctx, artifacts, lambda writer: writer.keep(_rest(artifacts)))
+
+    def flatten(self, merge: Merge, run: BackupRun, ctx: Context) -> Stored | None:
+        """The same, with disks that the store puts together; None where it cannot, or where too little is copied."""
+        disks = [artifact for artifact in merge.artifacts if artifact.name.startswith("disk.")]
+        for disk in disks:
+            ctx.check()
+            needed = totals(cut(merge.pieces(disk), disk.size))
+            if disk.size > LARGEST or needed.parts > MOST or needed.joined > max(disk.size // 2, LEAST):
+                ctx.log.info("%s: %s is in too many pieces for the store to copy", self.bucket.name, disk.name)
+                return None
+        sizes = {
+            (source.token, artifact.name): artifact.size
+            for source in merge.sources
+            for artifact in self.restore(source, ctx)
+        }
+
+        def put_together(writer: Writer) -> None:
+            for disk in disks:
+                assemble(writer, disk, cut(merge.pieces(disk), disk.size), sizes, ctx)
+            writer.keep([artifact for artifact in _rest(merge.artifacts) if artifact not in disks])
+
+        try:
+            return self._write(run, ctx, merge.artifacts, put_together)
+        except BackupError as error:
+            if not cannot_copy(error):
+                raise
+            ctx.log.info("%s cannot copy on its own side: %s", self.bucket.name, error)
+            return None
+
+    def _write(
+        self, run: BackupRun, ctx: Context, artifacts: Sequence[Artifact], disks: Callable[[Writer], object]
+    ) -> Stored:
+        writer = Writer(self.bucket, run, ctx)
+        try:
+            disks(writer)
+            # The sums come into being while the disks are read, and the manifest holds the digests of the sums.
+            writer.keep([artifact for artifact in artifacts if artifact.name.startswith("sums.")])
+            writer.publish(next(artifact for artifact in artifacts if artifact.name == MANIFEST))
+        except BaseException:
+            writer.discard()
+            raise
+        return Stored(source=writer.place.source, stored=writer.stored)
+
+    # Reading
+
+    def restore(self, source: SourceRef, ctx: Context) -> Sequence[Artifact]:
+        """The artifacts of a source; its objects are listed, and not yet read."""
+        place = Place.of_token(source.token)
+        names = dict(self._places(place.folder, ctx)).get(place, {}) if place else {}
+        if place is None or MANIFEST not in names:
+            raise SourceNotFound(f"{self.bucket.name} holds no complete backup {source.token:.80}")
+        return [
+            StoredArtifact(self.bucket, place.key(name), name, size, ctx)
+            for name, size in names.items()
+            if not name.startswith("_")
+        ]
+
+    def sources(self, ctx: Context) -> list[Listed]:
+        """Every source with a manifest: one listing, then the labels of each from its manifest's metadata."""
+        complete = {place: names for place, names in self._places("", ctx) if MANIFEST in names}
+        labels: dict[Place, dict[str, str]] = {}
+
+        def look(place: Place) -> None:
+            found = self._labels(place, complete[place][MANIFEST], ctx)
+            if found is not None:
+                labels[place] = found
+
+        crew = Crew(_SMALL_REQUESTS, ctx.check)
+        crew.work((partial(look, place) for place in complete), len(complete))
+        return [
+            Listed(
+                source=place.source,
+                labels=labels[place],
+                size=sum(size for name, size in names.items() if not name.startswith("_")),
+            )
+            for place, names in complete.items()
+            if place in labels
+        ]
+
+    def _labels(self, place: Place, size: int, ctx: Context) -> dict[str, str] | None:
+        key = place.key(MANIFEST)
+        found = self.bucket.head(key)
+        if found is None:  # deleted meanwhile
+            return None
+        labels = from_metadata(found.get("Metadata") or {})
+        return labels or from_manifest(bytes(self.bucket.read(key, 0, min(size, _MANIFEST), ctx.check)))
+
+    def _places(self, folder: str, ctx: Context) -> Iterator[tuple[Place, dict[str, int]]]:
+        """Each place below `folder` with the names and sizes of its objects. What is not ours is left out."""
+
+        def ours() -> Iterator[tuple[Place, str, int]]:
+            for one in self.bucket.objects(folder, "listing"):
+                ctx.check()
+                found = Place.of_key(one.key)
+                if found:
+                    yield (*found, one.size)
+
+        for place, group in groupby(ours(), key=lambda one: one[0]):  # a listing is sorted by key
+            yield place, {name: size for _, name, size in group}
+
+    # Removing
+
+    def delete(self, sources: Sequence[SourceRef], ctx: Context) -> bool:
+        """All locks are looked at before anything is touched; then of each source the manifest first."""
+        places = [place for place in (Place.of_token(source.token) for source in sources) if place]
+        crew = Crew(_SMALL_REQUESTS, ctx.check)
+        crew.work((partial(self._require_unlocked, place) for place in places), len(places))
+        crew.work((partial(self._remove, place) for place in places), len(places))
+        return True
+
+    def _require_unlocked(self, place: Place) -> None:
+        """AccessDenied for an object under a lock.
+
+        A store that keeps versions would hide it and keep its bytes, and call that a success.
+        """
+        found = self.bucket.head(place.key(MANIFEST))
+        if found is None:
+            return
+        until = found.get("ObjectLockRetainUntilDate")
+        held = found.get("ObjectLockLegalHoldStatus") == "ON"
+        if held or (until is not None and until > datetime.now(UTC)):
+            reason = (
+                "a legal hold" if held else f"{found.get('ObjectLockMode', 'a lock')} until {until:%Y-%m-%d %H:%M %Z}"
+            )
+            raise AccessDenied(
+                f"{self.bucket.name}: {place.source} is under Object Lock ({reason}) and cannot be deleted",
+                "Nothing was deleted. It can be once the lock has ended.",
+            )
+
+    def _remove(self, place: Place) -> None:
+        self.bucket.delete(place.key(MANIFEST))
+        clear(self.bucket, place)
+
+    # Looking
+
+    def check(self, ctx: Context) -> bool:
+        """List, write and remove; and does the server honour a condition on a write?"""
+        bucket = self.bucket
+        for _ in bucket.objects(PROBE, "listing"):
+            break
+        upload = bucket.call("create_multipart_upload", "beginning an upload", Key=PROBE, **bucket.how(PROBE))
+        bucket.abort(PROBE, upload["UploadId"])
+        if self._locks_by_default():
+            ctx.log.info("%s locks whatever is written, so no write was tried", bucket.name)
+            return True
+        first = self._probe(ctx)
+        if first is None:  # another check is under way, or was killed: the condition held
+            return True
+        try:
+            second = self._probe(ctx)
+        finally:
+            bucket.call("delete_object", "deleting what the check has written", Key=PROBE, **_version(first))
+        if second is not None:
+            if _version(second):
+                bucket.call("delete_object", "deleting what the check has written", Key=PROBE, **_version(second))
+            self._warn(ctx, "ignores")
+        return True
+
+    def _warn(self, ctx: Context, what: str) -> None:
+        ctx.log.warning(
+            "%s %s conditional writes (If-None-Match): it would let a manifest be replaced. Backups are safe from each"
+            " other all the same, since each has a folder of its own; use a server that has them if you can.",
+            self.bucket.name,
+            what,
+        )
+
+    def _probe(self, ctx: Context) -> Any:
+        """Write the probe if it does not exist; None if the server says that it does."""
+        try:
+            return self.bucket.put(PROBE, b"vmkeep writes and removes this\n", ctx.check, only_new=True)
+        except BackupError as error:
+            if code(error) in {"PreconditionFailed", "412"}:
+                return None
+            if not is_unknown_to_server(error):
+                raise
+        self._warn(ctx, "refuses")
+        return None
+
+    def _locks_by_default(self) -> bool:
+        try:
+            found = self.bucket.call("get_object_lock_configuration", "asking for Object Lock")
+        except BackupError:  # there is none, the server knows none, or we may not ask
+            return False
+        return "DefaultRetention" in (found.get("ObjectLockConfiguration", {}).get("Rule") or {})
+
+    def usage(self, ctx: Context) -> Usage:
+        """The bytes of all objects below the prefix. S3 tells neither a quota nor what is free."""
+        used = 0
+        for one in self.bucket.objects("", "listing"):
+            ctx.check()
+            used += one.size
+        return Usage(used=used)
+
+
+def _rest(artifacts: Sequence[Artifact]) -> list[Artifact]:
+    return [one for one in artifacts if one.name != MANIFEST and not one.name.startswith("sums.")]
+
+
+def _version(answer: Any) -> dict[str, str]:
+    """In a bucket that keeps versions: the one that was written, so that it is removed and not hidden."""
+    version = answer.get("VersionId")
+    return {"VersionId": version} if version and version != "null" else {}

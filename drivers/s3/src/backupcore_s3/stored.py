@@ -1,0 +1,141 @@
+"""What `restore` returns: artifacts that are fetched range by range when they are read."""
+
+from __future__ import annotations
+
+import io
+import threading
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from backupcore.model import Artifact
+from backupcore_s3.bucket import Bucket
+
+if TYPE_CHECKING:
+    from backupcore import Context
+
+__all__ = ["StoredArtifact"]
+
+RANGE = 8 << 20
+"""Bytes of one request of a sequential reader, where its requests are few."""
+
+_MEMORY = 64 << 20  # bytes that are fetched ahead of it
+
+_LOOK = 0.1  # seconds between two looks at whether the run is cancelled
+
+
+class StoredArtifact(Artifact):
+    """One object. Pickles without its context and client: another process makes a client of its own."""
+
+    seekable = True
+
+    def __init__(self, bucket: Bucket, key: str, name: str, size: int, ctx: Context | None) -> None:
+        self.name = name
+        self.size = size
+        self._bucket = bucket
+        self._key = key
+        self._ctx = ctx
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_ctx": None}
+
+    def open(self) -> BinaryIO:
+        """The object from byte 0; several ranges ahead are fetched once it is read."""
+        ahead = _Ahead(self, self._bucket.options.concurrency)
+        if self._ctx is not None:
+            self._ctx.stack.callback(ahead.close)
+        return io.BufferedReader(ahead, 1 << 20)
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """One request for this range."""
+        return bytes(self.fetch(offset, max(0, min(length, self.size - offset))))
+
+    def fetch(self, offset: int, length: int) -> bytearray:
+        """The same without a copy; the range must lie within the object."""
+        return self._bucket.read(self._key, offset, length, self.check)
+
+    def check(self) -> None:
+        """Raise if the work is to stop."""
+        if self._ctx is not None:
+            self._ctx.check()
+
+
+class _Ahead(io.RawIOBase):
+    """A sequential stream for which threads fetch the next ranges. They start with the first read and end with it."""
+
+    def __init__(self, artifact: StoredArtifact, workers: int) -> None:
+        super().__init__()
+        self._artifact = artifact
+        self._range = min(RANGE, _MEMORY // workers)
+        self._ranges = -(-artifact.size // self._range)
+        self._workers = min(workers, self._ranges)
+        self._offset = 0
+        self._changed = threading.Condition()  # guards all below
+        self._next = 0  # the next range that nobody fetches yet
+        self._reading = 0  # the range that the reader is in
+        self._fetched: dict[int, bytearray | BaseException] = {}
+        self._started = False
+        self._ended = False
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` with the next bytes and return how many; 0 at the end."""
+        self._artifact.check()
+        if self._offset >= self._artifact.size:
+            return 0
+        number, at = divmod(self._offset, self._range)
+        data = memoryview(self._get(number))
+        count = min(len(buffer), len(data) - at)
+        buffer[:count] = data[at : at + count]
+        self._offset += count
+        if at + count == len(data):
+            with self._changed:
+                del self._fetched[number]
+                self._reading = number + 1
+                self._changed.notify_all()
+        return count
+
+    def _get(self, number: int) -> bytearray:
+        with self._changed:
+            if not self._started:
+                self._started = True
+                for worker in range(self._workers):
+                    threading.Thread(target=self._fetch, name=f"s3-ahead-{worker}", daemon=True).start()
+            while (found := self._fetched.get(number)) is None:
+                self._artifact.check()
+                if self.closed:
+                    raise ValueError("the stream is closed")
+                self._changed.wait(_LOOK)
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def _fetch(self) -> None:
+        while True:
+            with self._changed:
+                while not self._ended and self._next < self._ranges and self._next >= self._reading + self._workers:
+                    self._changed.wait()
+                if self._ended or self._next >= self._ranges:
+                    return
+                number = self._next
+                self._next += 1
+            found: bytearray | BaseException
+            offset = number * self._range
+            try:
+                found = self._artifact.fetch(offset, min(self._range, self._artifact.size - offset))
+            except BaseException as error:  # noqa: BLE001 - raised by the reader when it comes there
+                found = error
+            with self._changed:
+                self._fetched[number] = found
+                self._ended = self._ended or isinstance(found, BaseException)
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let go of what was fetched; the threads end with the request that they have under way."""
+        if not self.closed:
+            super().close()
+            with self._changed:
+                self._ended = True
+                self._fetched.clear()
+                self._changed.notify_all()

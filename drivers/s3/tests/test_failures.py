@@ -1,0 +1,359 @@
+"""Networks that fail, servers that refuse, givers that break: the right error or the right bytes, and nothing left."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from s3_odd import CallingArtifact, broken
+from s3_proxy import Proxy
+
+from backupcore.context import Context
+from backupcore.errors import (
+    AccessDenied,
+    BackupError,
+    Cancelled,
+    ConfigError,
+    HypervisorError,
+    IntegrityError,
+    SourceNotFound,
+    TargetFull,
+    TargetUnavailable,
+    UnsupportedOperation,
+)
+from backupcore.model import BackupRun, BytesArtifact, SourceRef
+from backupcore_s3 import S3
+from lab.s3_server import SECRET_KEY, SeaweedFS
+
+Options = Callable[..., S3]
+Runs = Callable[..., BackupRun]
+Artifacts = Callable[..., list[BytesArtifact]]
+Keys = Callable[..., list[str]]
+
+MiB = 1 << 20
+
+
+@pytest.fixture
+def proxy(seaweed: SeaweedFS) -> Iterator[Proxy]:
+    made = Proxy(seaweed.url)
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def through(options: Options, bucket: str, proxy: Proxy) -> S3:
+    """A driver that reaches the server by way of the proxy, with parts of 8 MiB."""
+    return options(bucket, endpoint_url=proxy.url, retries=3, timeout=30, concurrency=16)
+
+
+def restored(driver: S3, source: SourceRef, ctx: Context) -> bytes:
+    with driver.restore(source, ctx)[0].open() as file:
+        return file.read()
+
+
+def nothing_left(client: Any, bucket: str) -> bool:
+    listed = client.list_objects_v2(Bucket=bucket).get("Contents")
+    return not listed and not client.list_multipart_uploads(Bucket=bucket).get("Uploads")
+
+
+PARTS = r"PUT .*partNumber="
+
+
+@pytest.mark.parametrize(
+    ("trouble", "pattern"),
+    [
+        ("slow_down", PARTS),
+        ("damage", PARTS),
+        ("damage", r"PUT .*/(vm.xml|manifest.json)"),
+        ("lose_request", PARTS),
+        ("lose_answer", PARTS),
+        ("lose_answer", r"POST .*\?uploads"),
+        ("lose_answer", r"POST .*\?uploadId="),
+        ("lose_answer", r"PUT .*/manifest.json"),
+        ("slow_down", r"PUT .*/manifest.json"),
+    ],
+)
+def test_what_passes_is_tried_again(
+    through: S3, proxy: Proxy, ctx: Context, make_run: Runs, make_artifacts: Artifacts, trouble: str, pattern: str
+) -> None:
+    if trouble == "slow_down":
+        proxy.answer(pattern, 503, "SlowDown", "Please reduce your request rate.", times=2)
+    else:
+        getattr(proxy, trouble)(pattern)
+    run, artifacts = make_run(), make_artifacts(11 * MiB)
+    source = through.backup(artifacts, run, ctx).source
+    assert restored(through, source, ctx) == artifacts[0].data
+    assert [(one.source, one.labels) for one in through.sources(ctx)] == [(source, run.labels)]
+
+
+def test_the_answer_to_a_completion_is_lost(
+    through: S3, proxy: Proxy, ctx: Context, make_run: Runs, make_artifacts: Artifacts
+) -> None:
+    """Amazon knows the upload no more when it is asked again."""
+    proxy.lose_answer_and_forget(r"POST .*\?uploadId=", 404, "NoSuchUpload")
+    artifacts = make_artifacts(11 * MiB)
+    source = through.backup(artifacts, make_run(), ctx).source
+    assert restored(through, source, ctx) == artifacts[0].data
+    # And where somebody has aborted it indeed:
+    with pytest.raises(TargetUnavailable, match="NoSuchUpload"):
+        through.backup(artifacts, make_run(), ctx)
+    assert len(list(through.sources(ctx))) == 1
+
+
+def test_a_store_that_stays_busy(
+    options: Options, bucket: str, proxy: Proxy, ctx: Context, make_run: Runs, make_artifacts: Artifacts, client: Any
+) -> None:
+    driver = options(bucket, endpoint_url=proxy.url, retries=1, concurrency=16)
+    proxy.answer(PARTS, 503, "SlowDown", "Please reduce your request rate.")
+    with pytest.raises(TargetUnavailable, match="reduce your request rate") as caught:
+        driver.backup(make_artifacts(11 * MiB), make_run(), ctx)
+    assert "concurrency" in caught.value.hint
+    assert nothing_left(client, bucket)
+
+
+def test_bytes_that_always_arrive_damaged(
+    through: S3, proxy: Proxy, ctx: Context, make_run: Runs, make_artifacts: Artifacts, client: Any, bucket: str
+) -> None:
+    proxy.damage(PARTS, times=1000)
+    with pytest.raises(BackupError, match="BadDigest"):
+        through.backup(make_artifacts(11 * MiB), make_run(), ctx)
+    assert nothing_left(client, bucket)
+
+
+def test_a_read_that_breaks_off_goes_on(
+    through: S3, proxy: Proxy, ctx: Context, make_run: Runs, make_artifacts: Artifacts
+) -> None:
+    artifacts = make_artifacts(12 * MiB)
+    source = through.backup(artifacts, make_run(), ctx).source
+    proxy.cut_answer(r"GET .*/disk.vda.qcow2", 3 * MiB, times=2)
+    assert restored(through, source, ctx) == artifacts[0].data
+    proxy.cut_answer(r"GET .*/disk.vda.qcow2", 0, times=1000)
+    with pytest.raises(TargetUnavailable, match="disk.vda.qcow2"):
+        restored(through, source, ctx)
+
+
+def test_an_object_that_vanished(
+    driver: S3, ctx: Context, make_run: Runs, make_artifacts: Artifacts, client: Any, bucket: str
+) -> None:
+    source = driver.backup(make_artifacts(9 * MiB), make_run(), ctx).source
+    disk = driver.restore(source, ctx)[0]
+    client.delete_object(Bucket=bucket, Key=f"backups/{source.token.replace('.', '/')}/disk.vda.qcow2")
+    with disk.open() as file, pytest.raises(SourceNotFound, match="disk.vda.qcow2"):
+        file.read()
+    with pytest.raises(SourceNotFound):
+        disk.read_at(0, 10)
+
+
+REFUSALS = [
+    (403, "AccessDenied", "not yours", AccessDenied, "README"),
+    (403, "RequestTimeTooSkewed", "The difference is too large", AccessDenied, "clock"),
+    (403, "QuotaExceeded", "bucket is full", TargetFull, "Make room"),
+    (507, "XMinioStorageFull", "disk is full", TargetFull, "Make room"),
+    (400, "InvalidStorageClass", "no such class", ConfigError, "storage_class"),
+    (400, "AuthorizationHeaderMalformed", "expecting 'eu-west-1'", ConfigError, "region"),
+    (400, "KMS.NotFoundException", "no such key", ConfigError, "sse_kms_key_id"),
+    (501, "NotImplemented", "not here", UnsupportedOperation, ""),
+    (400, "EntityTooLarge", "too large", UnsupportedOperation, ""),
+    (500, "InternalError", "sorry", TargetUnavailable, ""),
+    (418, "SomethingNew", "odd", TargetUnavailable, ""),
+]
+
+
+@pytest.mark.parametrize(("status", "code", "message", "error", "hint"), REFUSALS, ids=[one[1] for one in REFUSALS])
+def test_refusals(
+    options: Options,
+    bucket: str,
+    proxy: Proxy,
+    ctx: Context,
+    make_run: Runs,
+    make_artifacts: Artifacts,
+    client: Any,
+    status: int,
+    code: str,
+    message: str,
+    error: type[BackupError],
+    hint: str,
+) -> None:
+    driver = options(bucket, endpoint_url=proxy.url, retries=0)
+    proxy.answer(r"PUT .*/disk", status, code, message)
+    with pytest.raises(error, match=f"{message}.*{code}") as caught:
+        driver.backup(make_artifacts(10), make_run(), ctx)
+    assert type(caught.value) is error
+    assert hint in caught.value.hint
+    assert nothing_left(client, bucket)
+
+
+def test_wrong_keys_and_buckets(options: Options, bucket: str, ctx: Context, seaweed: SeaweedFS, tmp_path: Any) -> None:
+    for key, secret, match in (("nobody", "geheim-1", "access key"), ("lab", "geheim-2", "signature")):
+        path = seaweed.credentials(tmp_path / key, key=key, secret=secret)
+        driver = options(bucket, credentials_file=str(path))
+        with pytest.raises(AccessDenied, match=match) as caught:
+            driver.check(ctx)
+        assert "credentials_file" in caught.value.hint
+        for text in (str(caught.value), caught.value.hint, repr(driver), repr(caught.value.__cause__)):
+            assert "geheim" not in text
+            assert SECRET_KEY not in text
+    with pytest.raises(ConfigError, match="does not exist"):
+        options("no-such-bucket").check(ctx)
+    with pytest.raises(ConfigError, match="/nowhere does not exist"):
+        options(bucket, credentials_file="/nowhere").check(ctx)
+    with pytest.raises(ConfigError, match="other"):
+        options(bucket, profile="other").check(ctx)
+    (tmp_path / "empty").write_text("[default]\naws_access_key_id = lab\n")
+    with pytest.raises(AccessDenied):
+        options(bucket, credentials_file=str(tmp_path / "empty")).check(ctx)
+
+
+def test_a_server_that_is_away(options: Options, bucket: str, ctx: Context, make_run: Runs) -> None:
+    driver = options(bucket, endpoint_url="http://127.0.0.1:9", retries=0)
+    for call in (
+        lambda: driver.prebackup(make_run(), ctx),
+        lambda: driver.check(ctx),
+        lambda: list(driver.sources(ctx)),
+    ):
+        with pytest.raises(TargetUnavailable, match=r"127\.0\.0\.1") as caught:
+            call()
+        assert "endpoint_url" in caught.value.hint
+
+
+@pytest.mark.parametrize("at", [0, 1, 11 * MiB, 21 * MiB - 1])
+def test_a_giver_that_fails(
+    driver: S3, ctx: Context, make_run: Runs, make_artifacts: Artifacts, client: Any, bucket: str, at: int
+) -> None:
+    disk = CallingArtifact("disk.vda.qcow2", 21 * MiB, at, broken)
+    with pytest.raises(HypervisorError, match="the guest's disk is gone"):
+        driver.backup([disk, *make_artifacts(1)[1:]], make_run(), ctx)
+    assert nothing_left(client, bucket)
+
+
+@pytest.mark.parametrize("at", [0, 11 * MiB, 21 * MiB - 1])
+def test_a_cancel(
+    driver: S3, ctx: Context, make_run: Runs, make_artifacts: Artifacts, client: Any, bucket: str, at: int
+) -> None:
+    disk = CallingArtifact("disk.vda.qcow2", 21 * MiB, at, ctx.cancel)
+    with pytest.raises(Cancelled):
+        driver.backup([disk, *make_artifacts(1)[1:]], make_run(), ctx)
+    assert nothing_left(client, bucket)
+
+
+def test_a_cancel_just_before_the_manifest(
+    through: S3, proxy: Proxy, ctx: Context, make_run: Runs, make_artifacts: Artifacts, client: Any, bucket: str
+) -> None:
+    artifacts = make_artifacts(10)
+    artifacts[1] = CallingArtifact("manifest.json", 100, 0, ctx.cancel)  # type: ignore[call-overload]
+    with pytest.raises(Cancelled):
+        through.backup(artifacts, make_run(), ctx)
+    assert not any("PUT" in line and "manifest" in line for line in proxy.seen)
+    assert nothing_left(client, bucket)
+
+
+def test_a_cancel_while_the_server_hangs(
+    through: S3, proxy: Proxy, ctx: Context, make_run: Runs, make_artifacts: Artifacts, wait_for: Callable[..., None]
+) -> None:
+    proxy.hang(PARTS)
+    errors: list[BackupError] = []
+
+    def work() -> None:
+        try:
+            through.backup(make_artifacts(11 * MiB), make_run(), ctx)
+        except BackupError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    wait_for(lambda: any("partNumber" in line for line in proxy.seen))
+    started = time.monotonic()
+    ctx.cancel()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert time.monotonic() - started < 55, "the server is given 30 s, and is asked four times"
+    assert isinstance(errors[0], Cancelled)
+
+
+def test_a_server_that_knows_no_checksums(
+    through: S3, proxy: Proxy, ctx: Context, make_run: Runs, make_artifacts: Artifacts
+) -> None:
+    proxy.refuse_header("", "x-amz-checksum-", 501, "NotImplemented")
+    artifacts = make_artifacts(11 * MiB)
+    source = through.backup(artifacts, make_run(), ctx).source
+    assert restored(through, source, ctx) == artifacts[0].data
+
+
+def test_a_server_that_refuses_conditional_writes(
+    through: S3, proxy: Proxy, ctx: Context, make_run: Runs, make_artifacts: Artifacts, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy.refuse_header("PUT", "if-none-match", 501, "NotImplemented")
+    assert through.check(ctx)
+    assert "refuses conditional writes" in caplog.text
+    artifacts = make_artifacts(10)
+    source = through.backup(artifacts, make_run(), ctx).source
+    assert restored(through, source, ctx) == artifacts[0].data
+
+
+def test_a_manifest_that_somebody_else_has_written(
+    through: S3, proxy: Proxy, ctx: Context, make_run: Runs, make_artifacts: Artifacts
+) -> None:
+    proxy.answer(r"PUT .*/manifest.json", 412, "PreconditionFailed", "At least one of the pre-conditions failed")
+    with pytest.raises(IntegrityError, match="somebody else"):
+        through.backup(make_artifacts(10), make_run(), ctx)
+
+
+def test_a_store_that_loses_an_object(
+    through: S3, proxy: Proxy, ctx: Context, make_run: Runs, make_artifacts: Artifacts, client: Any, bucket: str
+) -> None:
+    proxy.pretend(r"PUT .*/sums.vda")
+    with pytest.raises(IntegrityError, match="sums.vda"):
+        through.backup(make_artifacts(10), make_run(), ctx)
+    assert nothing_left(client, bucket)
+
+
+def test_a_server_without_ranges(
+    through: S3, proxy: Proxy, ctx: Context, make_run: Runs, make_artifacts: Artifacts
+) -> None:
+    source = through.backup(make_artifacts(10), make_run(), ctx).source
+    proxy.strip_header("range")
+    with pytest.raises(BackupError):
+        through.restore(source, ctx)[0].read_at(2, 3)
+
+
+def test_a_delete_that_is_refused(
+    through: S3, proxy: Proxy, ctx: Context, make_run: Runs, make_artifacts: Artifacts
+) -> None:
+    source = through.backup(make_artifacts(10), make_run(), ctx).source
+    proxy.answer(r"DELETE .*/manifest.json", 403, "AccessDenied", "explicit deny in a policy", times=1)
+    with pytest.raises(AccessDenied, match="explicit deny in a policy"):
+        through.delete([source], ctx)
+    assert through.restore(source, ctx)
+    # Deletes go by the manifest first: what is interrupted later is no source any more, and the next attempt ends it.
+    proxy.answer(r"DELETE .*/disk", 403, "AccessDenied", "explicit deny in a policy", times=1)
+    with pytest.raises(AccessDenied):
+        through.delete([source], ctx)
+    assert list(through.sources(ctx)) == []
+    assert through.delete([source], ctx)
+    assert through.usage(ctx).used == 0
+
+
+def test_a_source_under_object_lock(
+    options: Options, ctx: Context, make_run: Runs, make_artifacts: Artifacts, client: Any, bucket: str
+) -> None:
+    name = f"locked-{bucket}"
+    client.create_bucket(Bucket=name, ObjectLockEnabledForBucket=True)
+    rule = {"DefaultRetention": {"Mode": "COMPLIANCE", "Days": 1}}
+    lock = {"ObjectLockEnabled": "Enabled", "Rule": rule}
+    client.put_object_lock_configuration(Bucket=name, ObjectLockConfiguration=lock)
+    driver = options(name)
+    before = client.list_object_versions(Bucket=name).get("Versions", [])
+    assert driver.check(ctx)
+    assert client.list_object_versions(Bucket=name).get("Versions", []) == before, "it could never be removed again"
+    run = make_run()
+    driver.prebackup(run, ctx)
+    source = driver.backup(make_artifacts(10), run, ctx).source
+    other = make_run().vm.uuid
+    with pytest.raises(AccessDenied, match=r"Object Lock \(COMPLIANCE until 20") as caught:
+        driver.delete([SourceRef(f"{other}.{'0' * 32}"), source], ctx)
+    assert "Nothing was deleted" in caught.value.hint
+    assert [one.source for one in driver.sources(ctx)] == [source]
+    assert len(driver.restore(source, ctx)) == 5
