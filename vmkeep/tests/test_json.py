@@ -60,7 +60,7 @@ def printed(site):
     ):
         found[" ".join(command.split()[:2])] = site.run(*command.split(), "--json").json
     site.run("vm", "updateconf", "web1", "--keep-last", "1")
-    for command in ("image pin 1", "image unpin 1", "image prune"):
+    for command in ("image pin 1", "image unpin 1", "image prune", "image verify 1"):
         found[" ".join(command.split()[:2])] = site.run(*command.split(), "--json").json
     site.run("vm", "updateconf", "web1", "--keep-last", "0")
     site.run("backup", "web1")

@@ -30,6 +30,7 @@ __all__ = [
     "kept",
     "last_dates",
     "listed",
+    "mark",
     "newest",
     "pin",
     "record",
@@ -333,6 +334,17 @@ def close(catalog: Catalog, image: Image) -> None:
             update(schema.images)
             .where(schema.images.c.number == image.number, schema.images.c.state == "open")
             .values(state="closed")
+        )
+
+
+def mark(catalog: Catalog, image: Image, *, damaged: bool) -> None:
+    """Mark an image as damaged, or take the mark away; it is closed then, since its VM has begun another meanwhile."""
+    before, after = (("open", "closed"), "damaged") if damaged else (("damaged",), "closed")
+    with catalog.writing() as connection:
+        connection.execute(
+            update(schema.images)
+            .where(schema.images.c.number == image.number, schema.images.c.state.in_(before))
+            .values(state=after)
         )
 
 

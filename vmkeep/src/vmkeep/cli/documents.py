@@ -15,6 +15,7 @@ from vmkeep.restore import Files
 from vmkeep.retention import Action
 from vmkeep.retention import Plan as RetentionPlan
 from vmkeep.settings import DISK_LISTS, NUMBERS, disk_list
+from vmkeep.verify import Result
 from vmkeep.vms import Detail, Listing
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "prune",
     "rebuild",
     "restore",
+    "verify",
     "vm",
     "vms",
 ]
@@ -201,6 +203,21 @@ def restore(files: Files, driver: str) -> Document:
                 + f"//{disk.artifact}",
             }
             for disk in files.disks
+        ],
+    }
+
+
+def verify(result: Result) -> Document:
+    """``vmkeep image verify``."""
+    return {
+        "id": result.image.number,
+        "image_uuid": result.image.uuid,
+        "state": result.image.state,
+        "ok": result.ok,
+        "sample": result.sample,
+        "increments": [
+            {"id": one.increment.id, "source": one.increment.source.token, "read": one.read, "problem": one.problem}
+            for one in result.increments
         ],
     }
 
