@@ -160,7 +160,7 @@ def _devices(root: Element, disks: Mapping[str, Path], *, no_ip: bool, no_nic: b
 def _disk(stored: Element, path: Path) -> Element:
     result = Element("disk", type="file", device="disk")
     driver = stored.find("driver")
-    options = {"name": "qemu", "type": "qcow2"}
+    options = {"name": "qemu", "type": "raw" if path.suffix == ".raw" else "qcow2"}
     for option in ("discard", "detect_zeroes"):
         if driver is not None and option in driver.attrib:
             options[option] = driver.attrib[option]

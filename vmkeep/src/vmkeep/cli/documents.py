@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 from backupcore.model import Image, Increment, LeftOut
+from backupcore.restore import RestoredDisk
 from vmkeep.backup import Planned, Taken
 from vmkeep.catalog.images import Listed
 from vmkeep.catalog.runs import PastRun
@@ -29,6 +31,7 @@ __all__ = [
     "prune",
     "rebuild",
     "restore",
+    "restored",
     "verify",
     "vm",
     "vms",
@@ -192,17 +195,26 @@ def restore(files: Files, driver: str) -> Document:
         "xml": str(files.definition) if files.definition else None,
         "nvram": str(files.nvram) if files.nvram else None,
         "beside": [{"artifact": name, "path": str(path)} for name, path in files.beside.items()],
-        "increment": files.number,
+        **restored(files.image, files.number, files.disks, {disk.id: str(disk.path) for disk in files.disks}, driver),
+    }
+
+
+def restored(
+    image: Image, number: int, disks: Sequence[RestoredDisk], paths: Mapping[str, str | None], driver: str
+) -> Document:
+    """What every ``vmkeep restore`` tells: the increment, and each disk."""
+    return {
+        "increment": number,
         "disks": [
             {
                 "id": disk.id,
-                "path": str(disk.path),
+                "path": paths[disk.id],
                 "size": disk.virtual_size,
-                "from": f"{driver}://{files.image.datastore}/"
-                + ",".join(f"{number}:{source}" for number, source in disk.layers)
+                "from": f"{driver}://{image.datastore}/"
+                + ",".join(f"{layer}:{source}" for layer, source in disk.layers)
                 + f"//{disk.artifact}",
             }
-            for disk in files.disks
+            for disk in disks
         ],
     }
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
+from backupcore.model import Image
+from backupcore.restore import Form, Restored
 from vmkeep import restore as work
+from vmkeep import restore_elsewhere as elsewhere
 from vmkeep.cli import documents, output
 from vmkeep.cli.asked import Asked, common
 from vmkeep.cli.figures import size
 from vmkeep.cli.opening import workplace
 from vmkeep.cli.progress import shown
+from vmkeep.workplace import Workplace
 
 __all__ = ["restore"]
 
@@ -25,6 +31,13 @@ __all__ = ["restore"]
 )
 @click.option("--to", "folder", type=click.Path(file_okay=False, path_type=Path), default=Path(), help="The folder.")
 @click.option("--name", metavar="BASE", help="What the files' names, and the VM's, begin with.")
+@click.option("--format", "form", type=click.Choice(["qcow2", "raw"]), default="qcow2", help="Of the disks; qcow2.")
+@click.option("--verify-only", is_flag=True, help="Read and check all that a restore reads; write nothing.")
+@click.option("--stdout", is_flag=True, help="Write one disk to the standard output.")
+@click.option(
+    "--device", type=click.Path(dir_okay=False, path_type=Path), help="Write one disk onto this block device, raw."
+)
+@click.option("--overwrite", is_flag=True, help="With --device: also if it is not empty.")
 @click.option("--no-ip", is_flag=True, help="The definition gets no IP and no MAC addresses.")
 @click.option("--no-nic", is_flag=True, help="The definition gets no network interfaces.")
 @common
@@ -39,9 +52,29 @@ def restore(
     name: str | None,
     no_ip: bool,
     no_nic: bool,
+    form: Form,
+    verify_only: bool,
+    stdout: bool,
+    device: Path | None,
+    overwrite: bool,
 ) -> None:
     """Restore image ID (a number, a UUID, or a prefix of one) to new files. Nothing is ever overwritten."""
+    _check_one_way(verify_only=verify_only, stdout=stdout, device=device, overwrite=overwrite, asked=asked)
     place = workplace(asked)
+    if verify_only or stdout or device:
+        with shown(asked, f"image {image}") as progress:
+            if device:
+                made = elsewhere.onto(
+                    place, image, device, number=increment, disks=disks, overwrite=overwrite, progress=progress
+                )
+            elif stdout:
+                made = elsewhere.pour(
+                    place, image, sys.stdout.buffer, number=increment, disks=disks, form=form, progress=progress
+                )
+            else:
+                made = elsewhere.check(place, image, number=increment, disks=disks, progress=progress)
+        _tell(asked, place, *made, stdout=stdout, device=device)
+        return
     with shown(asked, f"image {image}") as progress:
         files = work.restore(
             place,
@@ -52,6 +85,7 @@ def restore(
             name=name,
             no_ip=no_ip,
             no_nic=no_nic,
+            form=form,
             progress=progress,
         )
     if asked.json:
@@ -61,6 +95,41 @@ def restore(
         _show(files)
     if files.no_definition:
         output.remark(asked, f"no definition was made: {files.no_definition}")
+
+
+def _check_one_way(*, verify_only: bool, stdout: bool, device: Path | None, overwrite: bool, asked: Asked) -> None:
+    ctx = click.get_current_context()
+    files = [
+        f"--{option}"
+        for name, option in (("folder", "to"), ("name", "name"), ("no_ip", "no-ip"), ("no_nic", "no-nic"))
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
+    ways = [way for way, given in (("--verify-only", verify_only), ("--stdout", stdout), ("--device", device)) if given]
+    if len(ways) > 1 or (ways and files):
+        raise click.UsageError(f"{', '.join([*ways, *files])} cannot go together", ctx)
+    if overwrite and not device:
+        raise click.UsageError("--overwrite goes with --device", ctx)
+    if device and ctx.get_parameter_source("form") is ParameterSource.COMMANDLINE and ctx.params["form"] != "raw":
+        raise click.UsageError("a block device gets the disk raw", ctx)
+    if stdout and asked.json:
+        raise click.UsageError("--stdout and --json cannot go together: there is one standard output", ctx)
+    if stdout and sys.stdout.isatty():
+        raise click.UsageError("a disk is not written to a terminal: send it to a file or a pipe", ctx)
+
+
+def _tell(asked: Asked, place: Workplace, image: Image, made: Restored, *, stdout: bool, device: Path | None) -> None:
+    if stdout or (asked.quiet and not asked.json):
+        return
+    if asked.json:
+        driver = place.config.datastores[image.datastore]["driver"]
+        paths = {disk.id: str(device) if device else None for disk in made.disks}
+        output.document(documents.restored(image, made.increment.id, made.disks, paths, str(driver)))
+        return
+    for disk in made.disks:
+        what = f"{device}  ({size(disk.virtual_size)} disk {disk.id})" if device else f"disk {disk.id} is well"
+        output.line(what)
+    if not device:
+        output.line(f"increment {made.increment.id} of image {image.number} can be restored")
 
 
 def _show(files: work.Files) -> None:
