@@ -72,7 +72,7 @@ def _why_full(image: Image | None, *, tracked: bool, reset: bool) -> str:
     if reset:
         return "reset asked for"
     if image.state != "open":
-        return f"image {image.number} is {image.state}"
+        return image.why_closed or f"image {image.number} is {image.state}"
     return ""
 
 

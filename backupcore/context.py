@@ -45,6 +45,7 @@ class Context:
     - `folder`: private to this run (0700); what lies in it is removed afterwards.
     - `progress`, `log`: for the user; neither ever gets a secret.
     - `cancelled`, `check`, `on_cancel`: the user may stop the work at any time, from another thread.
+    - `did`: say what you put right of a dead run.
     - `fail`: a watcher of yours (scratch is filling up, the guest is gone) stops the work with its error.
     """
 
@@ -57,6 +58,16 @@ class Context:
         self._lock = threading.Lock()
         self._callbacks: dict[object, Callable[[], None]] = {}
         self._failure: BackupError | None = None
+        self._put_right: list[str] = []
+
+    @property
+    def put_right(self) -> tuple[str, ...]:
+        """What `did` was told, in order."""
+        return tuple(self._put_right)
+
+    def did(self, what: str) -> None:
+        """Say, in one line, what you have put right of what a dead run had left: host tooling tells it to the user."""
+        self._put_right.append(what)
 
     @property
     def cancelled(self) -> bool:

@@ -6,14 +6,17 @@ libvirt, domain XML and QEMU.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from backupcore.model import VM, BackupRun, Estimate
 
-__all__ = ["Finding", "Hypervisor", "VMDisk", "VMState", "open_hypervisor"]
+if TYPE_CHECKING:
+    from backupcore.context import Context
+
+__all__ = ["Definition", "DiskFile", "Finding", "Hypervisor", "VMDisk", "VMState", "open_hypervisor"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +48,22 @@ class Finding:
     ok: bool
     detail: str
     hint: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Definition:
+    """A restored VM's definition, and what of the stored one it does not hold: paths such as ``devices/hostdev``."""
+
+    xml: bytes
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskFile:
+    """The file that a disk of a powered-off VM consists of: its path without symbolic links, and its format."""
+
+    path: Path
+    format: str
 
 
 class Hypervisor(Protocol):
@@ -84,15 +103,47 @@ class Hypervisor(Protocol):
         nvram: Path | None,
         no_ip: bool,
         no_nic: bool,
+        keep_uuid: bool = False,
+        new_mac: bool = False,
         boot: Mapping[str, Path] | None = None,
-    ) -> bytes:
+    ) -> Definition:
         """A restored VM's definition from the ``vm.xml`` of a backup.
 
         `disks` maps each restored disk's ID to its file; disks that are not in it are dropped. The stored XML is
         untrusted: only listed elements are carried over. `no_ip` drops the NICs' addresses (MACs and IPs), `no_nic`
-        the NICs. `boot` are restored files that the VM boots from (``kernel``, ``initrd``, ``dtb``). The result has
-        `name` and no UUID, so it can be defined beside the VM that it comes from. IntegrityError if `stored` is no
-        domain definition.
+        the NICs, `new_mac` the MACs only. `boot` are restored files that the VM boots from (``kernel``, ``initrd``,
+        ``dtb``). The result has `name` and, without `keep_uuid`, no UUID, so it can be defined beside the VM that it
+        comes from. IntegrityError if `stored` is no domain definition.
+        """
+
+    def require_definable(self, name: str, uuid: str | None, folder: Path) -> None:
+        """That a VM of this name, and of this UUID if it is to be kept, can be defined on disks in `folder`.
+
+        ConfigError if there is one already; AccessDenied if the VM could not reach the folder.
+        """
+
+    def define(self, definition: bytes) -> VM:
+        """Define a VM; it is not started. An existing one is never changed: HypervisorError."""
+
+    def require_replaceable(self, vm: VM, disks: Sequence[str]) -> Mapping[str, DiskFile]:
+        """That these disks of a VM may be replaced by others now, and the file of each.
+
+        Busy if the VM is not powered off, or somebody has a disk open. UnsupportedOperation where more than that file
+        belongs to a disk, or where the file belongs to other VMs as well. NotFound for a disk that the VM has not got.
+        """
+
+    def fit(self, written: Path, old: DiskFile) -> None:
+        """Make a qcow2 file what takes the place of `old`: its format, owner and mode; checked by the VM's own tools.
+
+        IntegrityError, and the old file untouched, if the tools find anything.
+        """
+
+    def recover(self, vm: VM, spent: Collection[str], ctx: Context) -> None:
+        """Put right what dead runs of this VM have left, whatever is known of them, and tell `ctx.did` of each thing.
+
+        Guests frozen or stopped, jobs, files; and the checkpoints of the points in `spent` go. Those of other points
+        stay: they may be of a catalog that the caller does not have. The caller knows that no run of its own of this VM
+        lives. Repeated, it finds nothing to do. HypervisorError says what hinders it.
         """
 
     def check(self) -> Sequence[Finding]:

@@ -379,8 +379,9 @@ class Increment:
 class Image:
     """The chain of increments of one VM in one datastore, oldest first. `number` is its alias on this host.
 
-    `host` is where its backups were taken ("" where that is not known); `began` the date of its first full, which a
-    flatten may have replaced (None: that of the oldest increment).
+    `why_closed` says why no increment is added to it any more, "" where no reason was given. `host` is where its
+    backups were taken ("" where that is not known); `began` the date of its first full, which a flatten may have
+    replaced (None: that of the oldest increment).
     """
 
     uuid: str
@@ -390,6 +391,7 @@ class Image:
     state: typing.Literal["open", "closed", "flattening", "damaged"]
     increments: tuple[Increment, ...]
     pinned: bool = False
+    why_closed: str = ""
     host: str = ""
     began: datetime | None = None
 

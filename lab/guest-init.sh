@@ -32,6 +32,7 @@ while true; do
         *) dd if=/dev/urandom of="$file" bs=65536 count=$((1 + count % 7)) 2>/dev/null ;;
     esac
     echo "$count" >> /disk/count
+    echo "$count" >> /disk/written # all of them: what a backup holds of it is a beginning
     if [ "$chunks" -gt 0 ]; then
         place=$(((count * 37) % chunks))
         case $((count % 6)) in

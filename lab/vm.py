@@ -242,14 +242,15 @@ class VM:
         """
         deadline = time.monotonic() + _IO_SECONDS
         text = ""
-        while not text.endswith("\n"):
+        # Of a success there are two lines; the second must not be taken for the beginning of the next answer.
+        while not text.endswith("\n") or ("bytes at offset" in text and "ops" not in text):
             if time.monotonic() > deadline:
                 raise OSError(f"{self.name}, {target}: qemu-io {command}: no word of its end in {_IO_SECONDS} s")
             with self._log().open(errors="replace") as log:
                 log.seek(before)
                 # The lines that libvirt itself adds begin with a date.
                 text = "".join(line for line in log if not re.match(r"\d{4}-\d\d-\d\d[ T]", line))
-            time.sleep(0 if text.endswith("\n") else 0.002)
+            time.sleep(0 if "ops" in text else 0.002)
         done = _DONE.search(text)
         if done is None or done[1] != done[2] or "failed" in text:
             raise OSError(f"{self.name}, {target}: qemu-io {command}: {text.strip()}")

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from uuid import uuid4
 
 from backupcore import hookimpl
 from backupcore.context import Context
 from backupcore.disk.extents import Extent, Kind
 from backupcore.disk.qcow2 import CLUSTER, DiskArtifact, Layout, MemoryBlocks
-from backupcore.errors import IncrementImpossible, NotFound
-from backupcore.hypervisor import Finding, VMDisk, VMState
+from backupcore.errors import Busy, ConfigError, IncrementImpossible, NotFound
+from backupcore.hypervisor import Definition, DiskFile, Finding, VMDisk, VMState
 from backupcore.model import (
     VM,
     Artifact,
@@ -101,7 +102,9 @@ class MemoryHypervisor:
     @hookimpl
     def postbackup(self, run: BackupRun, outcome: Outcome) -> None:
         """Let go of the guest and of the checkpoints that nobody needs any more."""
-        guest = self.guests[run.vm.uuid]
+        guest = self.guests.get(run.vm.uuid)
+        if guest is None:
+            return  # it was undefined meanwhile: nothing of it is held
         guest.busy = ""
         recorded = outcome.state is RunState.RECORDED
         gone = set(run.spent if recorded else (run.point,))
@@ -110,6 +113,18 @@ class MemoryHypervisor:
             gone |= set(guest.checkpoints) - needed
         for point in gone:
             guest.checkpoints.pop(point, None)
+
+    def recover(self, vm: VM, spent: Collection[str], ctx: Context) -> None:
+        """Let go of the guest, and of the checkpoints that nobody needs any more."""
+        guest = self.guests.get(vm.uuid)
+        if guest is None:
+            return
+        if guest.busy:
+            ctx.did(f"let go of the guest, held by run {guest.busy}")
+            guest.busy = ""
+        for point in sorted(set(guest.checkpoints) & set(spent)):
+            del guest.checkpoints[point]
+            ctx.did(f"forgot checkpoint {point}")
 
     def vms(self) -> Sequence[VMState]:
         """Every guest."""
@@ -162,12 +177,37 @@ class MemoryHypervisor:
         nvram: Path | None,
         no_ip: bool,
         no_nic: bool,
+        keep_uuid: bool = False,
+        new_mac: bool = False,
         boot: Mapping[str, Path] | None = None,
-    ) -> bytes:
+    ) -> Definition:
         """A definition with nothing but the name and the files to boot from."""
-        del stored, disks, nvram, no_ip, no_nic
+        del stored, disks, nvram, no_ip, no_nic, keep_uuid, new_mac
         named = "".join(f"<{part}>{path}</{part}>" for part, path in (boot or {}).items())
-        return f"<domain><name>{name}</name>{named}</domain>".encode()
+        xml = f"<domain><name>{name}</name>{named}</domain>".encode()
+        return Definition(xml=xml, left_out=("devices/hostdev",))
+
+    def require_definable(self, name: str, uuid: str | None, folder: Path) -> None:
+        """The name and the UUID must be free."""
+        del folder
+        if any(name == guest.vm.name or uuid == guest.vm.uuid for guest in self.guests.values()):
+            raise ConfigError(f"there is a VM {name} already", "Choose another --name.")
+
+    def define(self, definition: bytes) -> VM:
+        """A guest without disks."""
+        name = definition.decode().partition("<name>")[2].partition("</name>")[0]
+        vm = VM(uuid=str(uuid4()), name=name)
+        self.guests[vm.uuid] = MemoryGuest(vm, {})
+        return vm
+
+    def require_replaceable(self, vm: VM, disks: Sequence[str]) -> Mapping[str, DiskFile]:
+        """These guests always run."""
+        del disks
+        raise Busy(f"VM {vm.name} is running; its disks cannot be replaced", "Power it off.")
+
+    def fit(self, written: Path, old: DiskFile) -> None:
+        """Never asked for, see above."""
+        raise NotImplementedError
 
     def check(self) -> Sequence[Finding]:
         """All is well."""

@@ -92,6 +92,9 @@ class Site:
     def guest(self, vm: VM) -> MemoryGuest:
         return next(guest for guest in load(self.guests) if guest.vm.uuid == vm.uuid)
 
+    def forget(self, vm: VM) -> None:
+        save(self.guests, [guest for guest in load(self.guests) if guest.vm.uuid != vm.uuid])
+
     def rename(self, vm: VM, name: str) -> None:
         guests = load(self.guests)
         for guest in guests:

@@ -7,11 +7,13 @@ import re
 from pathlib import Path
 
 import pytest
-from kept_in_files import load, save
+from kept_in_files import WEB, load, save
 
-from backupcore.model import LeftOut
+from backupcore.model import Image, LeftOut
+from backupcore.restore import RestoredDisk
 from vmkeep.cli import documents, exits
 from vmkeep.config import load as load_config
+from vmkeep.in_place import Replaced
 from vmkeep.workplace import Workplace
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "json.md"
@@ -59,6 +61,20 @@ def printed(site):
         "check",
     ):
         found[" ".join(command.split()[:2])] = site.run(*command.split(), "--json").json
+    for command in ("cancel", "recover"):
+        (site.store / "waits").unlink(missing_ok=True)
+        (site.store / "wait").touch()
+        child = site.start("backup", "web1")
+        site.until((site.store / "waits").exists, "the backup")
+        if command == "recover":
+            child.kill()
+            child.wait()
+            (site.guests.parent / "fail-release").touch()
+            found[command] = json.loads(site.run(command, "--json").out)
+            (site.guests.parent / "fail-release").unlink()
+        else:
+            found[command] = site.run(command, "web1", "--json").json
+    (site.store / "wait").unlink()
     site.run("vm", "updateconf", "web1", "--keep-last", "1")
     for command in ("image pin 1", "image unpin 1", "image prune", "image verify 1"):
         found[" ".join(command.split()[:2])] = site.run(*command.split(), "--json").json
@@ -71,6 +87,10 @@ def printed(site):
     found["backup"] = site.run("backup", "web1", "--json").json
     found["image prune"]["plans"][0]["actions"] = found["backup"]["retention"]
     found["restore"] = site.run("restore", "1", "--to", str(site.folder / "to"), "--json").json
+    disk = RestoredDisk(id="vda", path=Path("/vda"), virtual_size=1, layers=(), artifact="disk.vda.qcow2")
+    image = Image(uuid="0" * 32, number=1, vm=WEB, datastore="nas", state="open", increments=())
+    done = Replaced(vm=WEB, image=image, number=0, disks=(disk,), kept={})
+    found["restore --in-place"] = documents.replaced(done, "files")
     for command in (
         "datastore list",
         "datastore check nas",

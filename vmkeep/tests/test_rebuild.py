@@ -86,7 +86,8 @@ def test_the_next_backup_after_a_rebuild_begins_an_image_and_says_why(site, nigh
     lose(site)
     site.run("catalog", "rebuild", "nas")
     next_one = site.run("backup", "web1", "--json").json
-    assert (next_one["type"], next_one["image"], next_one["reason"]) == ("FULL", 4, "image 3 is closed")
+    assert (next_one["type"], next_one["image"]) == ("FULL", 4)
+    assert next_one["reason"].startswith("the image was found by a rebuild of the catalog")
     assert site.run("backup", "web1", "--json").json["image"] == 4
 
 

@@ -383,6 +383,7 @@ def test_an_older_catalog_is_brought_up_to_date(site):
     with sqlite3.connect(site.state / "catalog.sqlite") as catalog:
         catalog.executescript(
             "ALTER TABLE images DROP COLUMN host; ALTER TABLE images DROP COLUMN began;"
+            "ALTER TABLE images DROP COLUMN why_closed;"
             "DROP TABLE flattens; DROP TABLE leftovers; PRAGMA user_version = 1;"
         )
     configured(site, keep_last="1")

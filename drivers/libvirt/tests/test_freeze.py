@@ -342,7 +342,7 @@ def test_the_next_backup_lets_the_guest_go_first(agent_guest, runs, holder, capl
     kill_with_its_watchdog(holder(dead, "AGENT"))
     with caplog.at_level(logging.WARNING), runs.take(runs.run(agent_guest, settings=AGENT)) as taken:
         assert not (runs.hypervisor.scratch / dead.id).exists()
-    assert f"a dead run ({dead.id}) had left the guest at rest" in caplog.text
+    assert f"which a dead run ({dead.id}) had left at rest" in caplog.text
     assert taken.prepared.consistency == "filesystem"
 
 

@@ -21,6 +21,7 @@ from backupcore_libvirt import backup_job
 from backupcore_libvirt.clients import connected
 from backupcore_libvirt.folder import Owner, RunFolder
 from backupcore_libvirt.plugin import Libvirt
+from lab.boot_sector import boot_sector
 
 MiB = 1 << 20
 
@@ -29,6 +30,7 @@ import sys, pathlib
 from backupcore.context import Context
 from backupcore.model import VM, BackupRun, Type
 from backupcore_libvirt.plugin import Libvirt
+from lab.boot_sector import boot_sector
 uri, scratch, folder, uuid, name, run, point = sys.argv[1:]
 run = BackupRun(id=run, vm=VM(uuid=uuid, name=name), host="here", datastore="nas", image="0" * 32, number=0,
                 point=point, type=Type.FULL)
@@ -210,19 +212,6 @@ def test_the_run_is_given_up_before_scratch_is_full(lab, runs, tmpfs, wait_for):
         fill()
     assert vm.domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
     vm.untouched()
-
-
-def boot_sector(sectors: int) -> bytes:
-    """A guest that writes to its disk for ever: 64 sectors at a time by the BIOS, from sector 2048 to `sectors`."""
-    code = bytes.fromhex(
-        "31c0 8ed8"  # xor ax,ax; mov ds,ax
-        "be307c b443 30c0 b280 cd13"  # again: mov si,packet; mov ah,43h (write); xor al,al; mov dl,80h; int 13h
-        "6683 06 387c 40"  # add dword [sector], 64
-        f"6681 3e 387c {sectors.to_bytes(4, 'little').hex()} 72e4"  # cmp dword [sector], end; jb again
-        "66c7 06 387c 00080000 ebd9"  # mov dword [sector], 2048; jmp again
-    )
-    packet = bytes.fromhex("1000 4000 0080 0000 0008000000000000")  # size, 64 sectors, from 0000:8000, to sector 2048
-    return code.ljust(0x30, b"\0") + packet.ljust(510 - 0x30, b"\0") + b"\x55\xaa"
 
 
 def test_a_guest_that_was_stopped_by_full_scratch_goes_on(lab, runs, tmpfs, wait_for, tmp_path):

@@ -176,13 +176,13 @@ def test_a_lock_is_waited_for(
         other.send_signal(signal.SIGSTOP)
 
         def end_it() -> None:
-            wait_for(lambda: "waiting for at most 90 s" in caplog.text)
+            wait_for(lambda: "waiting for at most 300 s" in caplog.text, 90)
             other.kill()
             other.wait()
 
         thread = threading.Thread(target=end_it)
         thread.start()
-        waiting = options(fresh.repository, lock_wait=90)
+        waiting = options(fresh.repository, lock_wait=300)
         assert waiting.backup(make_artifacts(1000), make_run(), ctx)
         thread.join()
     finally:

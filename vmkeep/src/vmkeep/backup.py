@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from backupcore import chain
 from backupcore.context import Context, Progress
 from backupcore.datastore import Datastore
 from backupcore.errors import BackupError, Cancelled, IncrementImpossible
 from backupcore.hypervisor import VMState
-from backupcore.model import BackupRun, Estimate, Image, Outcome, RunState, Type
+from backupcore.model import BackupRun, Estimate, Image, RunState, Type
 from backupcore.session import Recorded, run_backup
-from vmkeep import adoption, flatten, folders, interrupt, lock, retention, settings
+from vmkeep import adoption, flatten, folders, interrupt, lock, recovery, retention, settings
 from vmkeep.catalog import flattens, images, runs
 from vmkeep.catalog.database import Catalog
 from vmkeep.workplace import Workplace
 
 __all__ = ["Planned", "Taken", "plan", "take"]
+
+log = logging.getLogger("vmkeep.backup")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,8 +109,7 @@ def take(
     found = place.hypervisor.find(vm)
     with ExitStack() as stack:
         stack.enter_context(lock.vm_run(place.state, found.vm))
-        runs.died(place.catalog, found.vm.uuid)
-        folders.sweep(place.state, found.vm, lambda dead, folder: _release(place, dead, folder, store))
+        _recover(place, found, store)
         shared = stack.enter_context(ExitStack())
         newest = _newest_locked(place, found, name, shared)
         run = _run(place, found, name, newest, place.catalog, reset=reset)
@@ -135,6 +136,17 @@ def take(
         )
 
 
+def _recover(place: Workplace, found: VMState, store: Datastore) -> None:
+    """Put right what dead runs left of this VM. What hinders it is logged: the run says what hinders itself."""
+    did: list[str] = []
+    try:
+        for error in recovery.put_right(place, found.vm, did, store):
+            log.warning("%s %s", error.message, error.hint)
+    finally:
+        for line in did:
+            log.warning("VM %s: %s", found.vm.name, line)
+
+
 def _newest_locked(place: Workplace, found: VMState, datastore: str, stack: ExitStack) -> Image | None:
     """The VM's newest image, with a shared lock: it must not be deleted while an increment is added to it.
 
@@ -146,29 +158,6 @@ def _newest_locked(place: Workplace, found: VMState, datastore: str, stack: Exit
         stack.enter_context(lock.image_shared(place.state, newest))
     # It may have been deleted between the two lines above; the lock keeps what is read now.
     return images.newest(place.catalog, found.vm, datastore)
-
-
-def _release(place: Workplace, run: BackupRun, folder: Path, other: Datastore) -> None:
-    """Release what a dead run held, in this process: `postbackup`, with the outcome that the catalog knows.
-
-    Where its datastore is not configured any more, by way of the `other` one: the guest must be released all the same.
-    """
-    store = place.datastore(run.datastore, hypervisor=True) if run.datastore in place.config.datastores else other
-    # What other chains have recorded since it died is no stray.
-    run = replace(run, keep=images.kept(place.catalog, run.vm))
-    written = runs.increment_of(place.catalog, run.id)
-    if not written:
-        with Context(folder) as ctx:
-            if run.datastore == store.name and adoption.adopt(place, folder, store, ctx):
-                written = runs.increment_of(place.catalog, run.id)
-    outcome = Outcome(state=RunState.RECORDED if written else RunState.FAILED)
-    if written and written[0].uuid != run.image:  # it became a full in a new image after its folder was made
-        image, increment = written
-        run = replace(run.as_full(increment.reason), image=image.uuid)
-    with Context(folder) as ctx:
-        errors = store.postbackup(run, outcome, ctx)
-    if errors:
-        raise errors[0]
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -20,10 +21,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from backupcore.errors import from_os_error
+from backupcore.errors import BackupError, ContractViolation, from_os_error
 from backupcore.model import VM, BackupRun, Disk, Link, SourceRef, Type, new_id
 
-__all__ = ["dump_run", "load_run", "own", "sweep"]
+__all__ = ["dead_runs", "dump_run", "load_run", "own", "sweep"]
 
 log = logging.getLogger("vmkeep.folders")
 
@@ -56,32 +57,78 @@ def own(state: Path, run: BackupRun | None = None) -> Iterator[Path]:
         os.close(handle)
 
 
-def sweep(state: Path, vm: VM, release: Callable[[BackupRun, Path], None]) -> None:
+def sweep(
+    state: Path, vm: VM, release: Callable[[BackupRun, Path], None], did: list[str], errors: list[BackupError]
+) -> None:
     """Clear away the folders of dead runs of `vm`, and of dead verbs that were no backup. The caller has the VM's lock.
 
-    `release` is called for each backup among them, with its folder, before that goes. What it raises is logged: the
-    next run tries again.
+    `release` is called for each backup among them, with its folder, before that goes. What it raises is added to
+    `errors`: the next run tries again. What was cleared away is added to `did`.
     """
-    for folder in sorted((state / "runs").glob("*")):
-        if not _dead(folder):
-            continue
+    for folder in _dead_folders(state):
         record = folder / "run.json"
-        if not record.exists():
-            _remove(folder)
+        run = _load(record)
+        if run is None and record.exists():
             continue
-        try:
-            run = load_run(record.read_text())
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            log.warning("%s cannot be read (%s); it is left alone", record, type(error).__name__)
+        if run is not None and run.vm.uuid != vm.uuid:
             continue
-        if run.vm.uuid != vm.uuid:
+        did += _end_orphans(folder)
+        if run is None:
+            if _remove(folder):
+                did.append(f"removed {folder}, left by a command that was killed")
             continue
         try:
             release(run, folder)
         except Exception as error:  # noqa: BLE001 - the plugins' errors; the new run must go on, and says what is wrong
-            log.warning("what run %s left behind could not be released: %s", run.id, error)
+            log.info("what run %s left behind could not be released: %s", run.id, error)
+            errors.append(error if isinstance(error, BackupError) else ContractViolation(str(error)))
             continue
         _remove(folder)
+
+
+def dead_runs(state: Path) -> list[BackupRun]:
+    """The backups that were killed and whose folders are still there."""
+    found = (_load(folder / "run.json") for folder in _dead_folders(state))
+    return [run for run in found if run is not None]
+
+
+def _dead_folders(state: Path) -> list[Path]:
+    return [folder for folder in sorted((state / "runs").glob("*")) if _dead(folder)]
+
+
+def _load(record: Path) -> BackupRun | None:
+    try:
+        return load_run(record.read_text())
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        log.warning("%s cannot be read (%s); it is left alone", record, type(error).__name__)
+        return None
+
+
+def _end_orphans(folder: Path) -> list[str]:
+    """End the processes that a dead run has left: those that work in its folder. A line for each.
+
+    They end with their parent; one that hung in a read of the run's view at that moment may not have.
+    """
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            if not (place / "cwd").readlink().is_relative_to(folder):
+                continue
+            handle = os.pidfd_open(int(place.name))
+        except OSError:
+            continue  # it has ended, or is another user's
+        try:
+            # Asked again now that its number cannot go to another process unnoticed.
+            if (place / "cwd").readlink().is_relative_to(folder):
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
+                found.append(f"ended process {place.name}, which a dead run had left")
+        except OSError:
+            continue
+        finally:
+            os.close(handle)
+    return found
 
 
 def _dead(folder: Path) -> bool:
@@ -107,7 +154,7 @@ def _old(folder: Path) -> bool:
         return False  # its run has ended meanwhile
 
 
-def _remove(folder: Path) -> None:
+def _remove(folder: Path) -> bool:
     # A view's process that was killed leaves a dead mount behind, and one that hangs a live one.
     for place in _mounts_below(folder):
         unmount = ["umount", "-l", place] if os.geteuid() == 0 else ["fusermount3", "-u", "-z", place]
@@ -115,13 +162,15 @@ def _remove(folder: Path) -> None:
             subprocess.run(unmount, check=True, capture_output=True, timeout=30)
         except (OSError, subprocess.SubprocessError):
             log.warning("%s is still mounted; its run's folder stays until the next run", place)
-            return
+            return False
     try:
         shutil.rmtree(folder)
     except FileNotFoundError:
-        pass
+        return False
     except OSError as error:
         log.warning("the folder of a run could not be removed: %s", error)
+        return False
+    return True
 
 
 def _mounts_below(folder: Path) -> list[str]:

@@ -1,7 +1,8 @@
 """Locks between processes of this host: one per VM for runs, and one per image, shared or exclusive.
 
 They are flocks, so the kernel lets go of them when their process dies, however it dies. A lock file is never removed:
-a process that waits for the removed file and one that makes a new one would both hold "the" lock.
+a process that waits for the removed file and one that makes a new one would both hold "the" lock. That of a VM says who
+holds it, for `cancel`.
 """
 
 from __future__ import annotations
@@ -11,13 +12,27 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from backupcore.errors import Busy, from_os_error
 from backupcore.model import VM, Image
 
-__all__ = ["image_exclusive", "image_shared", "vm_run"]
+__all__ = ["Holder", "holder", "image_exclusive", "image_shared", "vm_run"]
+
+_LENGTH = 4096  # bytes; the name of a VM has 200 at most, and JSON writes one letter in twelve
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds the lock of a VM: the process, since when, what it does, and the lock's file."""
+
+    vm: VM
+    process: int
+    since: datetime
+    doing: str
+    path: Path
 
 
 def _open(state: Path, name: str) -> int:
@@ -30,28 +45,62 @@ def _open(state: Path, name: str) -> int:
         raise from_os_error(error, f"the lock folder {folder}") from error
 
 
-def _holder(handle: int) -> str:
+def _read(handle: int, path: Path) -> Holder | None:
     try:
-        found = json.loads(os.pread(handle, 200, 0))
-        since = datetime.fromisoformat(found["since"]).astimezone()
-        return f" (process {int(found['process'])}, since {since:%Y-%m-%d %H:%M:%S})"
+        found = json.loads(os.pread(handle, _LENGTH, 0))
+        return Holder(
+            vm=VM(uuid=str(found["vm"]["uuid"]), name=str(found["vm"]["name"])),
+            process=int(found["process"]),
+            since=datetime.fromisoformat(found["since"]).astimezone(),
+            doing=str(found["doing"]),
+            path=path,
+        )
     except (ValueError, KeyError, TypeError):
-        return ""  # its holder has locked it and not yet written who it is
+        return None  # its holder has locked it and not yet written who it is
+
+
+def holder(state: Path, reference: str) -> Holder | None:
+    """Who works on the VM of this name or UUID now; None if nobody does. Asks the lock files only, no libvirt."""
+    for path in sorted((state / "locks").glob("vm-*")):
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise from_os_error(error, "a lock") from error
+        try:
+            found = _read(handle, path)
+            if found and reference in (found.vm.name, found.vm.uuid) and _locked(handle):
+                return found
+        finally:
+            os.close(handle)
+    return None
+
+
+def _locked(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
 
 
 @contextmanager
-def vm_run(state: Path, vm: VM) -> Iterator[None]:
-    """Be the only run of this VM, by UUID, on this host. Busy at once if another one is."""
-    handle = _open(state, f"vm-{vm.uuid}")
+def vm_run(state: Path, vm: VM, doing: str = "a backup") -> Iterator[None]:
+    """Be the only one that works on this VM, by UUID, on this host. Busy at once, with what it does, if another is."""
+    name = f"vm-{vm.uuid}"
+    handle = _open(state, name)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            other = _read(handle, state / "locks" / name)
+            who = f" (process {other.process}, since {other.since:%Y-%m-%d %H:%M:%S})" if other else ""
             raise Busy(
-                f"a backup of VM {vm.name} is already running{_holder(handle)}", "Wait for its end, then run it again."
+                f"{other.doing if other else 'a backup'} of VM {vm.name} is already running{who}",
+                f"Wait for its end, then run it again; or stop it: vmkeep cancel {vm.name}",
             ) from None
+        entry = {"process": os.getpid(), "since": _now(), "doing": doing, "vm": {"uuid": vm.uuid, "name": vm.name}}
         os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps({"process": os.getpid(), "since": _now()}).encode(), 0)
+        os.pwrite(handle, json.dumps(entry).encode(), 0)
         yield
         os.ftruncate(handle, 0)
     finally:

@@ -52,7 +52,7 @@ def rebuild(place: Workplace, name: str, *, progress: Progress | None = None) ->
             try:
                 # A backup that is just between its datastore and the catalog must find its image as it left it.
                 with lock.vm_run(place.state, image.vm):
-                    number = images.add(place.catalog, image)
+                    number = images.add(place.catalog, replace(image, why_closed=_WHY_CLOSED))
             except Busy as error:
                 busy.append(f"image {image.uuid}: {error.message}")
                 continue
@@ -105,6 +105,7 @@ def _known(catalog: Catalog, name: str) -> dict[SourceRef, str]:
     return found
 
 
+_WHY_CLOSED = "the image was found by a rebuild of the catalog, which does not know where the disks lay then"
 _LEFT = "merged into a later full; it goes with the VM's next backup"
 
 

@@ -13,14 +13,23 @@ from pathlib import Path
 from backupcore import chain
 from backupcore import restore as core
 from backupcore.context import Progress
-from backupcore.errors import ConfigError, NotFound, from_os_error
-from backupcore.model import Disk, Image
+from backupcore.errors import ConfigError, IntegrityError, NotFound, from_os_error
+from backupcore.hypervisor import Definition
+from backupcore.model import VM, Disk, Image
 from vmkeep import lock
 from vmkeep.catalog import images
 from vmkeep.naming import Names, file_name, short
 from vmkeep.workplace import Workplace
 
-__all__ = ["Files", "restore"]
+__all__ = ["Define", "Files", "restore"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Define:
+    """That the restored VM is to be defined: with a new UUID and new MACs, unless they are to be kept."""
+
+    keep_uuid: bool = False
+    keep_mac: bool = False
 
 
 BOOT = ("kernel", "initrd", "dtb")
@@ -33,7 +42,8 @@ BESIDE = (*BOOT, "tpm")
 class Files:
     """What a restore made.
 
-    `definition` is None where none was asked for (some disks only) or none could be made (`no_definition` says why).
+    `definition` is None where none was asked for (some disks only) or none could be made (`no_definition` says why);
+    `left_out` are the parts of the stored definition that it does not hold. `vm` is the VM that was defined from it.
     `beside` are the files of `BESIDE`, by artifact.
     """
 
@@ -45,6 +55,8 @@ class Files:
     nvram: Path | None
     beside: Mapping[str, Path]
     no_definition: str = ""
+    left_out: tuple[str, ...] = ()
+    vm: VM | None = None
 
 
 def restore(
@@ -58,11 +70,13 @@ def restore(
     no_ip: bool = False,
     no_nic: bool = False,
     form: core.Form = "qcow2",
+    define: Define | None = None,
     progress: Progress | None = None,
 ) -> Files:
     """Restore increment `number` (None: the last) of the image `reference` as new files in `folder`.
 
-    With `disks`, only those, and no definition: disks without the VM that they belong to. Nothing is overwritten: every
+    With `disks`, only those, and no definition: disks without the VM that they belong to. With `define` the VM is also
+    defined; that it can be is looked at before anything is fetched. Nothing is overwritten: every
     name is looked at first (ConfigError), and taken only when all files are written.
     """
     image = images.find(place.catalog_if_any, reference)
@@ -82,6 +96,9 @@ def restore(
         wanted = [names.disk(disk) for disk in disks or held]
         others = () if disks else (names.definition, names.nvram, *map(names.file, BESIDE))
         _require_free([*wanted, *others])
+        if define:
+            kept = image.vm.uuid if define.keep_uuid else None
+            place.hypervisor.require_definable(names.base, kept, names.folder)
         with _staging(names) as staged, place.context(progress) as ctx:
             store = place.datastore(image.datastore)
             made = core.restore(
@@ -93,7 +110,16 @@ def restore(
                 disks=disks or None,
                 form=form,
             )
-            return _publish(place, made, names, staged, image, no_ip=no_ip, no_nic=no_nic, whole=not disks)
+            files = _publish(
+                place, made, names, staged, image, no_ip=no_ip, no_nic=no_nic, whole=not disks, define=define
+            )
+        return _defined(place, files) if define else files
+
+
+def _defined(place: Workplace, files: Files) -> Files:
+    if files.definition is None:
+        raise IntegrityError(f"the disks are restored, but no VM could be defined: {files.no_definition}")
+    return replace(files, vm=place.hypervisor.define(files.definition.read_bytes()))
 
 
 def _at(staged: Path, disk: Disk, names: Names) -> Path:
@@ -137,12 +163,14 @@ def _publish(
     no_ip: bool,
     no_nic: bool,
     whole: bool,
+    define: Define | None,
 ) -> Files:
     """Make the definition, then give every file its final name, the definition last."""
     finished = [(disk.path, names.disk(disk.id)) for disk in made.disks]
     nvram = names.nvram if whole and "nvram" in made.files else None
     definition: Path | None = None
     why_not = ""
+    left_out: tuple[str, ...] = ()
     if nvram:
         finished.append(_write(staged, nvram, made.files["nvram"]))
     beside = {name: names.file(name) for name in BESIDE if whole and name in made.files}
@@ -150,7 +178,7 @@ def _publish(
     if whole:
         if "vm.xml" in made.files:
             disks = {disk.id: names.disk(disk.id) for disk in made.disks}
-            text, why_not = _definition(
+            made_definition, why_not = _definition(
                 place,
                 made.files["vm.xml"],
                 name=names.base,
@@ -158,13 +186,16 @@ def _publish(
                 nvram=nvram,
                 no_ip=no_ip,
                 no_nic=no_nic,
+                keep_uuid=bool(define and define.keep_uuid),
+                new_mac=bool(define and not define.keep_mac),
                 boot={name: path for name, path in beside.items() if name in BOOT},
             )
         else:
-            text, why_not = None, "the backup holds none"
-        if text is not None:
+            made_definition, why_not = None, "the backup holds none"
+        if made_definition is not None:
             definition = names.definition
-            finished.append(_write(staged, definition, text))
+            left_out = made_definition.left_out
+            finished.append(_write(staged, definition, made_definition.xml))
     core.publish(finished)
     return Files(
         name=names.base,
@@ -175,6 +206,7 @@ def _publish(
         nvram=nvram,
         beside=beside,
         no_definition=why_not,
+        left_out=left_out,
     )
 
 
@@ -187,14 +219,26 @@ def _definition(
     nvram: Path | None,
     no_ip: bool,
     no_nic: bool,
+    keep_uuid: bool,
+    new_mac: bool,
     boot: Mapping[str, Path],
-) -> tuple[bytes | None, str]:
+) -> tuple[Definition | None, str]:
     """The definition, or None and why: on a host without the hypervisor's plugin the disks still count."""
     try:
         hypervisor = place.hypervisor
     except ConfigError as error:
         return None, error.message
-    made = hypervisor.definition(stored, name=name, disks=disks, nvram=nvram, no_ip=no_ip, no_nic=no_nic, boot=boot)
+    made = hypervisor.definition(
+        stored,
+        name=name,
+        disks=disks,
+        nvram=nvram,
+        no_ip=no_ip,
+        no_nic=no_nic,
+        keep_uuid=keep_uuid,
+        new_mac=new_mac,
+        boot=boot,
+    )
     return made, ""
 
 

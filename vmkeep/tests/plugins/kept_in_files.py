@@ -9,7 +9,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -77,6 +77,21 @@ class FileHypervisor(MemoryHypervisor):
             file.write(f"{run.id} {outcome.state.value} {run.point}\n")
         if self.path.with_name("fail-release").exists():
             raise HypervisorError("the guest could not be released", "See to it.")
+
+    def recover(self, vm: VM, spent: Collection[str], ctx: Context) -> None:
+        self.read()
+        super().recover(vm, spent, ctx)
+        save(self.path, self.guests.values())
+
+    def require_definable(self, name: str, uuid: str | None, folder: Path) -> None:
+        self.read()
+        super().require_definable(name, uuid, folder)
+
+    def define(self, definition: bytes) -> VM:
+        self.read()
+        vm = super().define(definition)
+        save(self.path, self.guests.values())
+        return vm
 
     def vms(self) -> Sequence[VMState]:
         self.read()

@@ -6,7 +6,7 @@ Nothing here may name a file, a program, a socket or a device of the host, whate
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 __all__ = ["DEVICES", "DISK", "DOMAIN", "INTERFACE", "OS", "Allowed"]
 
@@ -35,7 +35,11 @@ def _text(attributes: str = "", *, texts: tuple[str, ...] = ()) -> Allowed:
     return Allowed(attributes=tuple(attributes.split()), text=True, texts=texts)
 
 
-_ADDRESS = _of("type domain bus slot function multifunction controller target unit port")
+# Of other kinds (ccw, spapr-vio, isa) only a part would be carried over: libvirt assigns those anew.
+_ADDRESS = replace(
+    _of("type domain bus slot function multifunction controller target unit port"),
+    only={"type": ("pci", "drive", "usb", "virtio-serial")},
+)
 _STATE = _of("state")
 _ENTRIES = _of(entry=_text("name"))
 

@@ -105,13 +105,16 @@ def _job_type(domain: Domain) -> int:
         time.sleep(0.02)
 
 
-def end(domain: Domain, folder: RunFolder) -> None:
+def end(domain: Domain, folder: RunFolder) -> list[str]:
     """End the job of this folder, if it runs, and let the guest go on if the job had stopped it. Idempotent.
+
+    Returns what it did, a line each.
 
     QEMU's main loop hangs for ever if the job is aborted while an NBD client is between connecting and its first
     request, and libvirt with it; so nobody may be connected. HypervisorError if somebody stays, or the job does not
     end.
     """
+    did = []
     started = folder.path.exists()
     if domain.is_active():
         _job_type(domain)  # a job that is just beginning has no socket yet: wait for it
@@ -119,9 +122,12 @@ def end(domain: Domain, folder: RunFolder) -> None:
         wait_until_alone(folder.socket, CLIENTS_LIMIT)
         domain.abort_job()
         _wait_for_end(domain)
+        did.append("ended a backup job")
     if started and domain.state() == (PAUSED, IO_ERROR):
         # QEMU stopped it when a scratch file could not grow; without the job the stopped write is done again.
         domain.resume()
+        did.append("let the guest go on, which QEMU had stopped after an I/O error")
+    return did
 
 
 def _wait_for_end(domain: Domain) -> None:

@@ -151,6 +151,11 @@ class Connection:
         with _calling("list the VMs"):
             return [Domain(domain) for domain in self._conn.listAllDomains(0)]
 
+    def define(self, xml: str) -> Domain:
+        """Define a VM, or change one of the same name and UUID. What libvirt's schema does not know is refused."""
+        with _calling("define the VM"):
+            return Domain(self._conn.defineXMLFlags(xml, libvirt.VIR_DOMAIN_DEFINE_VALIDATE))
+
     def libvirt_version(self) -> tuple[int, int, int]:
         """The daemon's version."""
         with _calling("libvirt's version"):

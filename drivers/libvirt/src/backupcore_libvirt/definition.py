@@ -18,17 +18,22 @@ What is dropped, among all that is not listed there:
 - graphics: passwords, ports, listening addresses (libvirt's default is the loopback)
 - NICs that are not on a network, a bridge, a host interface or in user mode; scripts, host device names
 - security labels, cgroup placement, CPU and NUMA pinning, huge pages, I/O threads, tuning: they belong to a host
-- metadata, except our own settings; the UUID and the generation ID: a restored VM is another VM
+- metadata, except our own settings; the generation ID and, unless it is to be kept, the UUID: it is another VM
+
+All that is dropped is named, see `docs/restored-definition.md`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from uuid import UUID
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from backupcore.errors import ConfigError, IntegrityError, UnsupportedOperation
+from backupcore.hypervisor import Definition
 from backupcore_libvirt.allowed import DEVICES, DISK, DOMAIN, INTERFACE, OS, Allowed
 from backupcore_libvirt.settings import NAMESPACE
 from backupcore_libvirt.xml import parse
@@ -38,6 +43,7 @@ __all__ = ["restored_definition"]
 _FIRMWARE = re.compile(
     r"/usr/share/(OVMF|ovmf|AAVMF|edk2|edk2-ovmf|edk2-armvirt|qemu|qemu-efi[a-z0-9-]*)/[A-Za-z0-9_/.-]+"
 )
+_BUSES = {"sd": "sata", "hd": "ide", "xvd": "xen", "vd": "virtio"}
 _NAME = re.compile(r"[^/\x00-\x1f\x7f]{1,200}")
 
 
@@ -49,13 +55,16 @@ def restored_definition(
     nvram: Path | None,
     no_ip: bool,
     no_nic: bool,
+    keep_uuid: bool = False,
+    new_mac: bool = False,
     boot: Mapping[str, Path] | None = None,
-) -> bytes:
-    """The definition of a VM `name` on these restored disk files (by disk ID), as UTF-8.
+) -> Definition:
+    """The definition of a VM `name` on these restored disk files (by disk ID), and what was left out of it.
 
     `boot` are the restored files that it boots from: ``kernel``, ``initrd``, ``dtb``, as far as there are any.
-    `no_ip` drops the MACs and IPs of its NICs, `no_nic` the NICs. IntegrityError if `stored` is no domain definition or
-    lacks one of the disks; UnsupportedOperation if it is not one of QEMU; ConfigError for a name no VM can have.
+    `no_ip` drops the MACs and IPs of its NICs, `new_mac` only the MACs, `no_nic` the NICs. `keep_uuid` keeps the UUID.
+    IntegrityError if `stored` is no domain definition; UnsupportedOperation if it is not one of QEMU; ConfigError for a
+    name no VM can have.
     """
     if not _NAME.fullmatch(name):
         raise ConfigError(f"{name!r:.250} cannot be the name of a VM")
@@ -67,49 +76,90 @@ def restored_definition(
         raise IntegrityError(f"the stored definition is no domain definition: its root is {root.tag!r:.100}")
     if root.get("type") not in ("kvm", "qemu"):
         raise UnsupportedOperation(f"the stored definition is for {root.get('type')!r:.50}; only KVM and QEMU VMs work")
+    left: list[str] = []
     result = Element("domain", type=root.get("type", ""))
     SubElement(result, "name").text = name
-    _carry_settings(root, result)
+    if keep_uuid:
+        SubElement(result, "uuid").text = _uuid(root)
+    _carry_settings(root, result, left)
     for element in root:
         allowed = DOMAIN.get(element.tag)
-        if allowed is not None and (copied := _carry(element, allowed)) is not None:
-            result.append(copied)
-    result.append(_os(root, nvram, boot or {}))
-    result.append(_devices(root, disks, no_ip=no_ip, no_nic=no_nic))
+        if allowed is not None:
+            _add(result, _carry(element, allowed, element.tag, left))
+        elif element.tag not in ("name", "metadata", "os", "devices", *(("uuid",) if keep_uuid else ())):
+            left.append(element.tag)
+    result.append(_os(root, nvram, boot or {}, left))
+    result.append(_devices(root, disks, left, no_ip=no_ip, no_nic=no_nic, new_mac=new_mac))
     indent(result)
-    return tostring(result, encoding="unicode").encode() + b"\n"
+    return Definition(xml=tostring(result, encoding="unicode").encode() + b"\n", left_out=tuple(_counted(left)))
 
 
-def _carry(element: Element, allowed: Allowed) -> Element | None:
-    """The listed part of an element; None where a value rules it out."""
+def _counted(left: list[str]) -> list[str]:
+    return [path if count == 1 else f"{path} ({count} times)" for path, count in Counter(left).items()]
+
+
+def _add(to: Element, element: Element | None) -> None:
+    if element is not None:
+        to.append(element)
+
+
+def _uuid(root: Element) -> str:
+    try:
+        return str(UUID((root.findtext("uuid") or "").strip()))
+    except ValueError as error:
+        raise IntegrityError("the stored definition has no UUID to keep") from error
+
+
+def _carry(element: Element, allowed: Allowed, at: str, left: list[str]) -> Element | None:
+    """The listed part of an element; None where a value rules it out.
+
+    What is left out goes to `left`, as a path: `at` is the element's own.
+    """
     for attribute, values in allowed.only.items():
         if element.get(attribute, "") not in values:
+            left.append(at)
             return None
-    if allowed.texts and (element.text or "").strip() not in allowed.texts:
+    text = (element.text or "").strip()
+    if allowed.texts and text not in allowed.texts:
+        left.append(at)
         return None
+    below = [f"{at}/@{key}" for key in element.attrib if key not in allowed.attributes]
     copied = Element(element.tag, {key: element.attrib[key] for key in allowed.attributes if key in element.attrib})
     if allowed.text:
-        copied.text = (element.text or "").strip()
+        copied.text = text
+    elif text:
+        below.append(f"{at}/text()")
     for child in element:
-        below = allowed.children.get(child.tag)
-        if below is not None and (carried := _carry(child, below)) is not None:
-            copied.append(carried)
-    return None if any(copied.find(need) is None for need in allowed.needs) else copied
+        path = f"{at}/{child.tag}"
+        if child.tag in allowed.children:
+            _add(copied, _carry(child, allowed.children[child.tag], path, below))
+        else:
+            below.append(path)
+    if any(copied.find(need) is None for need in allowed.needs):
+        left.append(at)
+        return None
+    left += below
+    return copied
 
 
-def _carry_settings(root: Element, result: Element) -> None:
-    kept = Element(f"{{{NAMESPACE}}}backup")
-    for setting in root.iterfind(f"./metadata/{{{NAMESPACE}}}backup/{{{NAMESPACE}}}setting"):
+def _carry_settings(root: Element, result: Element, left: list[str]) -> None:
+    ours = f"{{{NAMESPACE}}}backup"
+    kept = Element(ours)
+    for element in root.iterfind("./metadata/*"):
+        if element.tag != ours:
+            left.append(f"metadata/{element.tag}")
+    for setting in root.iterfind(f"./metadata/{ours}/{{{NAMESPACE}}}setting"):
         SubElement(kept, setting.tag, name=setting.get("name", "")).text = (setting.text or "").strip()
     if len(kept):
         SubElement(result, "metadata").append(kept)
 
 
-def _os(root: Element, nvram: Path | None, boot: Mapping[str, Path]) -> Element:
+def _os(root: Element, nvram: Path | None, boot: Mapping[str, Path], left: list[str]) -> Element:
     stored = root.find("os")
     if stored is None or stored.find("type") is None:
         raise IntegrityError("the stored definition has no <os> with a <type>")
-    result = _carry(stored, OS)
+    dropped: list[str] = []
+    result = _carry(stored, OS, "os", dropped)
     assert result is not None  # OS rules nothing out
     loader = stored.find("loader")
     if stored.get("firmware") == "efi" or (loader is not None and loader.get("type") == "pflash"):
@@ -132,10 +182,14 @@ def _os(root: Element, nvram: Path | None, boot: Mapping[str, Path]) -> Element:
                 SubElement(result, part).text = str(boot[part].absolute())
         if stored.findtext("cmdline"):
             SubElement(result, "cmdline").text = stored.findtext("cmdline")
+    made_anew = {f"os/{child.tag}" for child in result} | ({"os/@firmware"} if result.get("firmware") else set())
+    left += [path for path in dropped if path not in made_anew]
     return result
 
 
-def _devices(root: Element, disks: Mapping[str, Path], *, no_ip: bool, no_nic: bool) -> Element:
+def _devices(
+    root: Element, disks: Mapping[str, Path], left: list[str], *, no_ip: bool, no_nic: bool, new_mac: bool
+) -> Element:
     result = Element("devices")
     missing = set(disks)
     for device in root.iterfind("./devices/*"):
@@ -144,20 +198,39 @@ def _devices(root: Element, disks: Mapping[str, Path], *, no_ip: bool, no_nic: b
             disk = target.get("dev", "") if target is not None else ""
             if disk in missing and device.get("device", "disk") == "disk":
                 missing.remove(disk)
-                result.append(_disk(device, disks[disk]))
+                result.append(_disk(device, disks[disk], left))
+            else:
+                left.append(f"devices/disk[{disk}]")
         elif device.tag == "interface":
-            if not no_nic and (interface := _carry(device, INTERFACE)) is not None:
-                result.append(_without_addresses(interface) if no_ip else interface)
-        elif device.tag in DEVICES and (copied := _carry(device, DEVICES[device.tag])) is not None:
+            if no_nic:
+                left.append("devices/interface")
+            elif (interface := _carry(device, INTERFACE, "devices/interface", left)) is not None:
+                _without(interface, ("mac", "ip", "route") if no_ip else ("mac",) if new_mac else (), left)
+                result.append(interface)
+        elif device.tag not in DEVICES:
+            left.append(f"devices/{device.tag}")
+        elif (copied := _carry(device, DEVICES[device.tag], f"devices/{device.tag}", left)) is not None:
             if device.tag == "graphics":
                 copied.set("autoport", "yes")  # the stored port may be taken, by the original VM for one
             result.append(copied)
-    if missing:
-        raise IntegrityError(f"the stored definition has no disk {', '.join(sorted(missing))}")
+    for disk in sorted(missing):
+        # It was attached to the running VM only, and the stored definition is that of the next start.
+        result.append(_unknown_disk(disk, disks[disk]))
+        left.append(f"devices/disk[{disk}]/*")
     return result
 
 
-def _disk(stored: Element, path: Path) -> Element:
+def _unknown_disk(disk: str, path: Path) -> Element:
+    """A disk of which nothing is known but its target: its name tells the kind of bus."""
+    bus = next((bus for prefix, bus in _BUSES.items() if disk.startswith(prefix)), "virtio")
+    result = Element("disk", type="file", device="disk")
+    SubElement(result, "driver", name="qemu", type="qcow2")
+    SubElement(result, "source", file=str(path.absolute()))
+    SubElement(result, "target", dev=disk, bus=bus)
+    return result
+
+
+def _disk(stored: Element, path: Path, left: list[str]) -> Element:
     result = Element("disk", type="file", device="disk")
     driver = stored.find("driver")
     options = {"name": "qemu", "type": "raw" if path.suffix == ".raw" else "qcow2"}
@@ -166,17 +239,27 @@ def _disk(stored: Element, path: Path) -> Element:
             options[option] = driver.attrib[option]
     SubElement(result, "driver", options)
     SubElement(result, "source", file=str(path.absolute()))
-    carried = _carry(stored, DISK)
+    dropped: list[str] = []
+    carried = _carry(stored, DISK, "devices/disk", dropped)
     assert carried is not None  # DISK rules nothing out
     result.extend(carried)
+    made_anew = [f"devices/disk/{part}" for part in ("@type", "@device", "source", "driver")]
+    left += [part for part in dropped if part not in made_anew]
+    if driver is not None:
+        left += [f"devices/disk/driver/@{key}" for key in driver.attrib if key not in options]
+        left += [f"devices/disk/driver/{child.tag}" for child in driver]
     return result
 
 
-def _without_addresses(interface: Element) -> Element:
+def _without(interface: Element, tags: Collection[str], left: list[str]) -> None:
+    """Remove what identifies a NIC; with its IPs also what a filter knows of them."""
     for child in list(interface):
-        if child.tag in ("mac", "ip", "route"):
+        if child.tag in tags:
             interface.remove(child)
+            left.append(f"devices/interface/{child.tag}")
+    if "ip" not in tags:
+        return
     for filterref in interface.iterfind("filterref"):
         for parameter in filterref.findall("parameter"):
             filterref.remove(parameter)
-    return interface
+            left.append("devices/interface/filterref/parameter")

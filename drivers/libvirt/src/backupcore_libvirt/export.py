@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from backupcore.disk.qcow2 import DiskArtifact, Layout
 __all__ = ["Export", "artifact"]
 
 _NEAR = 16 << 20
+_IMAGE_CLUSTER = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +34,18 @@ class Export:
         return self.bitmap is None and not self.depth
 
 
-def artifact(disk: str, export: Export) -> DiskArtifact:
-    """The artifact of a disk: every block that holds data, or every block that changed. No connection stays open."""
+def artifact(disk: str, export: Export, before: int | None = None) -> DiskArtifact:
+    """The artifact of a disk: every block that holds data, or every block that changed. No connection stays open.
+
+    `before` is its virtual size at the parent.
+    """
     address = export.address
     if export.whole:
         layout = _allocated(address)
     elif export.bitmap:
-        layout = _changed(address, f"qemu:dirty-bitmap:{export.bitmap}", dirty)
+        layout = _changed(address, f"qemu:dirty-bitmap:{export.bitmap}", dirty, before)
     else:
-        layout = _changed(address, DEPTH, partial(held, most=export.depth))
+        layout = _changed(address, DEPTH, partial(held, most=export.depth), before)
     return DiskArtifact(f"disk.{disk}.qcow2", layout, address)
 
 
@@ -52,15 +57,29 @@ def _allocated(address: Address) -> Layout:
 
 
 def _changed(
-    address: Address, context: str, told: Callable[[Client, str, int, int], Iterable[tuple[int, int]]]
+    address: Address,
+    context: str,
+    told: Callable[[Client, str, int, int], Iterable[tuple[int, int]]],
+    before: int | None,
 ) -> Layout:
     # Two connections: one that shows both contexts would make QEMU look up the allocation of the whole disk as well.
     with Client(address, [context]) as client:
         size = client.size
-        ranges = list(_rounded(told(client, context, 0, size), size))
+        changed = heapq.merge(told(client, context, 0, size), _behind_the_end(before, size))
+        ranges = list(_rounded(changed, size))
     with Client(address, [ALLOCATION]) as client:
         extents = (extent for offset, length in _joined(ranges) for extent in allocation(client, offset, length))
         return Layout(size, to_clusters(intersect(extents, ranges), size))
+
+
+def _behind_the_end(before: int | None, size: int) -> Iterator[tuple[int, int]]:
+    """What a disk that has grown may show behind its old end, and no bitmap tells.
+
+    Where a disk was cut off within a cluster of its image, the rest of that cluster keeps its old bytes, and QEMU shows
+    them when the disk grows again. (7.2; an image's cluster has 2 MiB at most.)
+    """
+    if before is not None and before < size and before % _IMAGE_CLUSTER:
+        yield before, min(-(-before // _IMAGE_CLUSTER) * _IMAGE_CLUSTER, size) - before
 
 
 def _rounded(ranges: Iterable[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
@@ -70,7 +89,7 @@ def _rounded(ranges: Iterable[tuple[int, int]], size: int) -> Iterator[tuple[int
         first = offset - offset % CLUSTER
         last = min(-(-(offset + length) // CLUSTER) * CLUSTER, size)
         if first <= end and end:
-            end = last
+            end = max(end, last)
             continue
         if end:
             yield start, end - start

@@ -10,7 +10,6 @@ be read, so a run that changed it could not put it back.)
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -282,13 +281,13 @@ def _stuck(domain: Domain, how: How, why: str) -> HypervisorError:
     )
 
 
-def release_dead(domain: Domain, scratch: Path, log: logging.Logger) -> None:
-    """Let the guest go on where a dead run of this VM has left it at rest; says so, or why it could not be done."""
+def release_dead(domain: Domain, scratch: Path, ctx: Context) -> list[BackupError]:
+    """Let the guest go on where a dead run of this VM has left it at rest; says so, and returns what hindered it."""
+    errors = []
     for folder in dead_folders(scratch, domain.uuid):
         try:
             if release(domain, folder, DEAD_LIMIT):
-                log.warning(
-                    "VM %s: a dead run (%s) had left the guest at rest; it goes on now", domain.name, folder.run
-                )
+                ctx.did(f"let the guest go on, which a dead run ({folder.run}) had left at rest")
         except BackupError as error:
-            log.warning("%s %s", error.message, error.hint)
+            errors.append(error)
+    return errors

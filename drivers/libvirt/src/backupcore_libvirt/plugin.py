@@ -16,7 +16,7 @@ from backupcore import hookimpl
 from backupcore.context import Context
 from backupcore.disk.qcow2 import DiskArtifact
 from backupcore.errors import BackupError, HypervisorError, IncrementImpossible, NotFound
-from backupcore.hypervisor import Finding, VMDisk, VMState
+from backupcore.hypervisor import Definition, DiskFile, Finding, VMDisk, VMState
 from backupcore.model import (
     VM,
     Artifact,
@@ -45,17 +45,20 @@ from backupcore_libvirt.connection import (
 )
 from backupcore_libvirt.cut import REASON as CUT
 from backupcore_libvirt.cut import tail, was_cut
+from backupcore_libvirt.define import define, require_definable
 from backupcore_libvirt.definition import restored_definition
 from backupcore_libvirt.disks import BY_RULE, DiskChoice, SourceDisk, source_disks
 from backupcore_libvirt.export import Export, artifact
 from backupcore_libvirt.findings import findings
-from backupcore_libvirt.folder import RunFolder, dead_folders, living_vms
-from backupcore_libvirt.freeze import DEAD_LIMIT, frozen, release, release_dead
+from backupcore_libvirt.folder import RunFolder, living_vms
+from backupcore_libvirt.freeze import DEAD_LIMIT, frozen, release
 from backupcore_libvirt.hold import hold, live_exports
+from backupcore_libvirt.in_place import fit, require_replaceable
 from backupcore_libvirt.look import Look, look
 from backupcore_libvirt.overlay import is_overlay
 from backupcore_libvirt.overlay_plan import plan, without_bitmaps
 from backupcore_libvirt.qemu_nbd import end_stray, is_served
+from backupcore_libvirt.recovery import clear, recover
 from backupcore_libvirt.scratch_watch import ScratchWatch, watch
 from backupcore_libvirt.settings import read as read_settings
 from backupcore_libvirt.settings import write as write_settings
@@ -91,14 +94,7 @@ class Libvirt:
         """
         connection = ctx.stack.enter_context(Connection(self.uri))
         domain = connection.domain(run.vm.uuid)
-        release_dead(domain, self.scratch, ctx.log)
-        dead = left_behind(domain, self.scratch)
-        if dead is not None:
-            ctx.log.warning("VM %s: ending the backup job that a dead run (%s) has left", domain.name, dead.run)
-            end(domain, dead)
-        for left in dead_folders(self.scratch, domain.uuid):
-            end_stray(left.path)
-            left.remove()
+        clear(domain, self.scratch, ctx)
         folder = RunFolder(self.scratch, run.id)
         overlay_run.prepare(connection, domain, run, folder, ctx)
         seen = look(connection, domain, without_bitmaps(run), self.scratch)
@@ -169,6 +165,15 @@ class Libvirt:
             else:
                 return
 
+    def recover(self, vm: VM, spent: Collection[str], ctx: Context) -> None:
+        """Put right what dead runs of this VM have left; see `backupcore_libvirt.recovery`."""
+        with Connection(self.uri) as connection:
+            try:
+                domain = connection.domain(vm.uuid)
+            except NotFound:
+                domain = None
+            recover(domain, vm, self.scratch, spent, ctx)
+
     def vms(self) -> Sequence[VMState]:
         """Every VM of this host, by name. HypervisorError if libvirt is away."""
         backed_up = living_vms(self.scratch)
@@ -230,10 +235,41 @@ class Libvirt:
         nvram: Path | None,
         no_ip: bool,
         no_nic: bool,
+        keep_uuid: bool = False,
+        new_mac: bool = False,
         boot: Mapping[str, Path] | None = None,
-    ) -> bytes:
+    ) -> Definition:
         """A restored VM's definition; see `backupcore_libvirt.definition` for what is carried over."""
-        return restored_definition(stored, name=name, disks=disks, nvram=nvram, no_ip=no_ip, no_nic=no_nic, boot=boot)
+        return restored_definition(
+            stored,
+            name=name,
+            disks=disks,
+            nvram=nvram,
+            no_ip=no_ip,
+            no_nic=no_nic,
+            keep_uuid=keep_uuid,
+            new_mac=new_mac,
+            boot=boot,
+        )
+
+    def require_definable(self, name: str, uuid: str | None, folder: Path) -> None:
+        """That a VM of this name (and UUID) can be defined on disks in `folder`: ConfigError, AccessDenied."""
+        with Connection(self.uri) as connection:
+            require_definable(connection, name, uuid, folder)
+
+    def define(self, definition: bytes) -> VM:
+        """Define a VM that is not there yet."""
+        with Connection(self.uri) as connection:
+            return define(connection, definition)
+
+    def require_replaceable(self, vm: VM, disks: Sequence[str]) -> Mapping[str, DiskFile]:
+        """That disks of a powered-off VM may be replaced, and their files; see `backupcore_libvirt.in_place`."""
+        with Connection(self.uri) as connection:
+            return require_replaceable(connection, connection.domain(vm.uuid), disks)
+
+    def fit(self, written: Path, old: DiskFile) -> None:
+        """Make a restored qcow2 file like the one that it replaces."""
+        fit(written, old)
 
     def check(self) -> Sequence[Finding]:
         """Is everything here that backups need: the daemon, versions, the scratch folder, QEMU's user?"""
@@ -299,8 +335,9 @@ def _release(connection: Connection, run: BackupRun, outcome: Outcome, folder: R
 def _taken(disk: SourceDisk, export: Export, seen: Look, run: BackupRun) -> tuple[DiskArtifact, Disk]:
     """The artifact of one disk: what changed, or all of it."""
     reason = seen.since.whole.get(disk.id, "") if seen.since else ""
-    found = artifact(disk.id, export)
-    held = next((one.tail for one in run.parent.disks if one.id == disk.id), ()) if run.parent else ()
+    then = next((one for one in run.parent.disks if one.id == disk.id), None) if run.parent else None
+    found = artifact(disk.id, export, then.virtual_size if then else None)
+    held = then.tail if then else ()
     if export.bitmap is not None and was_cut(export.address, found.layout, held):
         export, reason = replace(export, bitmap=None), CUT
         found = artifact(disk.id, export)

@@ -37,6 +37,7 @@ __all__ = [
     "remove",
     "retire",
     "retired",
+    "spent",
     "tokens",
     "where",
 ]
@@ -81,6 +82,7 @@ def _image(row: Any, increments: tuple[Increment, ...]) -> Image:
         state=row.state,
         increments=increments,
         pinned=row.pinned,
+        why_closed=row.why_closed or "",
         host=row.host or "",
         began=datetime.fromisoformat(row.began) if row.began else None,
     )
@@ -222,6 +224,7 @@ def add(catalog: Catalog, image: Image) -> int | None:
                 vm_name=image.vm.name,
                 datastore=image.datastore,
                 state=image.state,
+                why_closed=image.why_closed or None,
                 pinned=image.pinned,
                 host=image.host or None,
                 began=image.began.astimezone(UTC).isoformat() if image.began else None,
@@ -327,13 +330,13 @@ def chains(catalog: Catalog, host: str, *, vm: str | None = None, datastore: str
     return [Chains(vm=one, datastore=key[1], chains=tuple(these)) for key, (one, these) in found.items()]
 
 
-def close(catalog: Catalog, image: Image) -> None:
-    """Let no further increment be added to an image: part of it is about to go."""
+def close(catalog: Catalog, image: Image, why: str = "") -> None:
+    """Let no further increment be added to an image; `why` becomes the reason of the full that follows."""
     with catalog.writing() as connection:
         connection.execute(
             update(schema.images)
             .where(schema.images.c.number == image.number, schema.images.c.state == "open")
-            .values(state="closed")
+            .values(state="closed", why_closed=why or None)
         )
 
 
@@ -364,6 +367,12 @@ def kept(catalog: Catalog, vm: VM) -> tuple[str, ...]:
     with catalog.reading() as connection:
         chains = _load(connection, table.vm_uuid == vm.uuid, table.state != "closed")
     return tuple(increment.point for image in chains for increment in image.increments[-2:])
+
+
+def spent(catalog: Catalog, vm: VM) -> tuple[str, ...]:
+    """The points of this VM, of all that the catalog knows, that no next increment will build on."""
+    known = {increment.point for image in where(catalog, vm=vm.uuid) for increment in image.increments}
+    return tuple(sorted(known.union(retired(catalog, vm)).difference(kept(catalog, vm))))
 
 
 def tokens(catalog: Catalog) -> Sequence[str]:

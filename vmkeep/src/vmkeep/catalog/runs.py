@@ -79,14 +79,21 @@ def fail(catalog: Catalog, run: str, state: RunState, *, kind: str, error: str, 
         )
 
 
-def died(catalog: Catalog, vm: str) -> None:
-    """Of this VM's runs (by UUID), those that still count as running were killed; the caller holds the VM's lock."""
+def died(catalog: Catalog, vm: str) -> list[str]:
+    """Of this VM's runs (by UUID), those that still count as running were killed; the caller holds the VM's lock.
+
+    Returns their IDs.
+    """
+    table = schema.runs.c
+    of_these = (table.vm_uuid == vm) & (table.state == "running")
     with catalog.writing() as connection:
+        found = list(connection.execute(select(table.id).where(of_these).order_by(table.started)).scalars())
         connection.execute(
             update(schema.runs)
-            .where(schema.runs.c.vm_uuid == vm, schema.runs.c.state == "running")
+            .where(of_these)
             .values(state=RunState.FAILED.value, error_class="Killed", error="the process was killed")
         )
+    return found
 
 
 def increment_of(catalog: Catalog, run: str) -> tuple[Image, Increment] | None:

@@ -40,6 +40,8 @@ images = Table(
     Column("datastore", Text, nullable=False),
     Column("state", String(16), nullable=False),
     Column("pinned", Boolean, nullable=False, default=False),
+    # Why no increment is added any more; the reason of the full that follows.
+    Column("why_closed", Text),
     # Who took its backups; NULL where that is not known: retention lets go only of what this host has written.
     Column("host", Text),
     # The date of its first full, which a flatten may have replaced.
@@ -130,5 +132,6 @@ def migrate(connection: Connection, version: int) -> None:
     if version < 2:
         connection.exec_driver_sql("ALTER TABLE images ADD COLUMN host TEXT")
         connection.exec_driver_sql("ALTER TABLE images ADD COLUMN began VARCHAR(32)")
+        connection.exec_driver_sql("ALTER TABLE images ADD COLUMN why_closed TEXT")
         # Until then a catalog held nothing but what it had written itself.
         connection.exec_driver_sql("UPDATE images SET host = ?", (socket.gethostname(),))

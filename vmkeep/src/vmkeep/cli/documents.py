@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from backupcore.model import Image, Increment, LeftOut
 from backupcore.restore import RestoredDisk
 from vmkeep.backup import Planned, Taken
+from vmkeep.cancel import Stopped
 from vmkeep.catalog.images import Listed
 from vmkeep.catalog.runs import PastRun
 from vmkeep.cli.figures import iso
 from vmkeep.flatten import Done
+from vmkeep.in_place import Replaced
 from vmkeep.rebuild import Checked, Rebuilt
+from vmkeep.recovery import PutRight
 from vmkeep.restore import Files
 from vmkeep.retention import Action
 from vmkeep.retention import Plan as RetentionPlan
@@ -22,6 +25,7 @@ from vmkeep.vms import Detail, Listing
 
 __all__ = [
     "backup",
+    "cancel",
     "checked",
     "config",
     "flatten",
@@ -30,8 +34,9 @@ __all__ = [
     "plan",
     "prune",
     "rebuild",
+    "recovered",
+    "replaced",
     "restore",
-    "restored",
     "verify",
     "vm",
     "vms",
@@ -145,6 +150,35 @@ def plan(planned: Planned) -> Document:
     }
 
 
+def cancel(stopped: Stopped) -> Document:
+    """``vmkeep cancel``."""
+    return {
+        "vm": stopped.vm.name,
+        "uuid": stopped.vm.uuid,
+        "process": stopped.process,
+        "doing": stopped.doing,
+        "state": stopped.state,
+        "seconds": round(stopped.seconds, 3),
+        "did": list(stopped.did),
+    }
+
+
+def recovered(found: list[PutRight]) -> list[Document]:
+    """``vmkeep recover``: the VMs of which something was put right, or could not be."""
+    return [
+        {
+            "vm": one.vm.name,
+            "uuid": one.vm.uuid,
+            "did": list(one.did),
+            "errors": [
+                {"class": type(error).__name__, "message": error.message, "hint": error.hint} for error in one.errors
+            ],
+        }
+        for one in found
+        if one.did or one.errors
+    ]
+
+
 def _image(found: Image, date: datetime | None, size: int) -> Document:
     return {
         "id": found.number,
@@ -188,6 +222,30 @@ def images(found: list[Listed]) -> list[Document]:
     return [_image(one.image, one.first, one.size) for one in found]
 
 
+def _restored(image: Image, disk: RestoredDisk, driver: str) -> Document:
+    layers = ",".join(f"{number}:{source}" for number, source in disk.layers)
+    return {
+        "id": disk.id,
+        "path": str(disk.path),
+        "size": disk.virtual_size,
+        "from": f"{driver}://{image.datastore}/{layers}//{disk.artifact}",
+    }
+
+
+def replaced(done: Replaced, driver: str) -> Document:
+    """``vmkeep restore --in-place``."""
+    return {
+        "vm": done.vm.name,
+        "uuid": done.vm.uuid,
+        "image": done.image.number,
+        "increment": done.number,
+        "disks": [
+            {**_restored(done.image, disk, driver), "kept": str(done.kept[disk.id]) if disk.id in done.kept else None}
+            for disk in done.disks
+        ],
+    }
+
+
 def restore(files: Files, driver: str) -> Document:
     """``vmkeep restore``; `driver` is the name of the datastore's driver."""
     return {
@@ -195,27 +253,18 @@ def restore(files: Files, driver: str) -> Document:
         "xml": str(files.definition) if files.definition else None,
         "nvram": str(files.nvram) if files.nvram else None,
         "beside": [{"artifact": name, "path": str(path)} for name, path in files.beside.items()],
-        **restored(files.image, files.number, files.disks, {disk.id: str(disk.path) for disk in files.disks}, driver),
+        "increment": files.number,
+        "disks": [_restored(files.image, disk, driver) for disk in files.disks],
+        "left_out": list(files.left_out),
+        "uuid": files.vm.uuid if files.vm else None,
     }
 
 
-def restored(
-    image: Image, number: int, disks: Sequence[RestoredDisk], paths: Mapping[str, str | None], driver: str
-) -> Document:
-    """What every ``vmkeep restore`` tells: the increment, and each disk."""
+def elsewhere(image: Image, number: int, disks: Sequence[RestoredDisk], driver: str, device: str | None) -> Document:
+    """``vmkeep restore --device`` and ``--verify-only``."""
     return {
         "increment": number,
-        "disks": [
-            {
-                "id": disk.id,
-                "path": paths[disk.id],
-                "size": disk.virtual_size,
-                "from": f"{driver}://{image.datastore}/"
-                + ",".join(f"{layer}:{source}" for layer, source in disk.layers)
-                + f"//{disk.artifact}",
-            }
-            for disk in disks
-        ],
+        "disks": [{**_restored(image, disk, driver), "path": device} for disk in disks],
     }
 
 

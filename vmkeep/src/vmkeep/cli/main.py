@@ -18,6 +18,8 @@ __all__ = ["COMMANDS", "main", "run", "vmkeep"]
 COMMANDS = {
     "backup": ("vmkeep.cli.backup:backup", "Back up a VM."),
     "restore": ("vmkeep.cli.restore:restore", "Restore a backup's disks and definition to new files."),
+    "cancel": ("vmkeep.cli.cancel:cancel", "Stop the running backup of a VM."),
+    "recover": ("vmkeep.cli.recover:recover", "Put right what killed backups left behind."),
     "image": ("vmkeep.cli.image:image", "List, show, flatten, pin and delete images (chains of backups)."),
     "vm": ("vmkeep.cli.vm:vm", "List and show VMs; change their backup settings."),
     "datastore": ("vmkeep.cli.datastore:datastore", "List, check and maintain datastores."),

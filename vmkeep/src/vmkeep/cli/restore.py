@@ -18,6 +18,7 @@ from vmkeep.cli.asked import Asked, common
 from vmkeep.cli.figures import size
 from vmkeep.cli.opening import workplace
 from vmkeep.cli.progress import shown
+from vmkeep.in_place import restore_in_place
 from vmkeep.workplace import Workplace
 
 __all__ = ["restore"]
@@ -38,6 +39,11 @@ __all__ = ["restore"]
     "--device", type=click.Path(dir_okay=False, path_type=Path), help="Write one disk onto this block device, raw."
 )
 @click.option("--overwrite", is_flag=True, help="With --device: also if it is not empty.")
+@click.option("--define", is_flag=True, help="Define the restored VM, with a new UUID and new MAC addresses.")
+@click.option("--keep-uuid", is_flag=True, help="With --define: it gets the UUID that it had.")
+@click.option("--keep-mac", is_flag=True, help="With --define: it gets the MAC addresses that it had.")
+@click.option("--in-place", is_flag=True, help="Replace the disks of the VM itself, which must be powered off.")
+@click.option("--drop-old", is_flag=True, help="With --in-place: remove the old disks afterwards.")
 @click.option("--no-ip", is_flag=True, help="The definition gets no IP and no MAC addresses.")
 @click.option("--no-nic", is_flag=True, help="The definition gets no network interfaces.")
 @common
@@ -57,8 +63,17 @@ def restore(
     stdout: bool,
     device: Path | None,
     overwrite: bool,
+    define: bool,
+    keep_uuid: bool,
+    keep_mac: bool,
+    in_place: bool,
+    drop_old: bool,
 ) -> None:
-    """Restore image ID (a number, a UUID, or a prefix of one) to new files. Nothing is ever overwritten."""
+    """Restore image ID (a number, a UUID, or a prefix of one) to new files. Nothing is ever overwritten.
+
+    With --in-place the restored disks take the place of the VM's own, which are kept beside them.
+    """
+    _check_together(define=define, keep_uuid=keep_uuid, keep_mac=keep_mac, in_place=in_place, drop_old=drop_old)
     _check_one_way(verify_only=verify_only, stdout=stdout, device=device, overwrite=overwrite, asked=asked)
     place = workplace(asked)
     if verify_only or stdout or device:
@@ -75,6 +90,9 @@ def restore(
                 made = elsewhere.check(place, image, number=increment, disks=disks, progress=progress)
         _tell(asked, place, *made, stdout=stdout, device=device)
         return
+    if in_place:
+        _in_place(asked, place, image, increment=increment, disks=disks, drop_old=drop_old)
+        return
     with shown(asked, f"image {image}") as progress:
         files = work.restore(
             place,
@@ -86,6 +104,7 @@ def restore(
             no_ip=no_ip,
             no_nic=no_nic,
             form=form,
+            define=work.Define(keep_uuid=keep_uuid, keep_mac=keep_mac) if define else None,
             progress=progress,
         )
     if asked.json:
@@ -101,12 +120,21 @@ def _check_one_way(*, verify_only: bool, stdout: bool, device: Path | None, over
     ctx = click.get_current_context()
     files = [
         f"--{option}"
-        for name, option in (("folder", "to"), ("name", "name"), ("no_ip", "no-ip"), ("no_nic", "no-nic"))
+        for name, option in (
+            ("folder", "to"),
+            ("name", "name"),
+            ("no_ip", "no-ip"),
+            ("no_nic", "no-nic"),
+            ("define", "define"),
+            ("in_place", "in-place"),
+        )
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
     ]
     ways = [way for way, given in (("--verify-only", verify_only), ("--stdout", stdout), ("--device", device)) if given]
     if len(ways) > 1 or (ways and files):
         raise click.UsageError(f"{', '.join([*ways, *files])} cannot go together", ctx)
+    if ctx.params["in_place"] and ctx.get_parameter_source("form") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--format cannot go with --in-place: the disks stay what they are", ctx)
     if overwrite and not device:
         raise click.UsageError("--overwrite goes with --device", ctx)
     if device and ctx.get_parameter_source("form") is ParameterSource.COMMANDLINE and ctx.params["form"] != "raw":
@@ -122,8 +150,8 @@ def _tell(asked: Asked, place: Workplace, image: Image, made: Restored, *, stdou
         return
     if asked.json:
         driver = place.config.datastores[image.datastore]["driver"]
-        paths = {disk.id: str(device) if device else None for disk in made.disks}
-        output.document(documents.restored(image, made.increment.id, made.disks, paths, str(driver)))
+        where = str(device) if device else None
+        output.document(documents.elsewhere(image, made.increment.id, made.disks, str(driver), where))
         return
     for disk in made.disks:
         what = f"{device}  ({size(disk.virtual_size)} disk {disk.id})" if device else f"disk {disk.id} is well"
@@ -141,6 +169,11 @@ def _show(files: work.Files) -> None:
         output.line(f"{path}  ({'TPM state' if name == 'tpm' else name})")
     if files.definition:
         output.line(f"{files.definition}  (definition)")
+    if files.left_out:
+        output.line(f"left out of the definition: {', '.join(files.left_out)}")
+    if files.vm:
+        output.line(f"VM {files.vm.name} ({files.vm.uuid}) is defined; look it through: virsh dumpxml {files.vm.uuid}")
+    elif files.definition:
         output.line(f"Look it through, then: virsh define {shlex.quote(str(files.definition))}")
         if "tpm" in files.beside:
             output.line(
@@ -148,3 +181,42 @@ def _show(files: work.Files) -> None:
                 f"{shlex.quote(str(files.beside['tpm']))} /var/lib/libvirt/swtpm/"
                 f"$(virsh domuuid {shlex.quote(files.name)})/tpm2/tpm2-00.permall"
             )
+
+
+def _check_together(*, define: bool, keep_uuid: bool, keep_mac: bool, in_place: bool, drop_old: bool) -> None:
+    ctx = click.get_current_context()
+    if (keep_uuid or keep_mac) and not define:
+        raise click.UsageError("--keep-uuid and --keep-mac go with --define", ctx)
+    if drop_old and not in_place:
+        raise click.UsageError("--drop-old goes with --in-place", ctx)
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in ("folder", "name", "no_ip", "no_nic", "define")
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
+    if in_place and given:
+        raise click.UsageError(f"{', '.join(given).replace('--folder', '--to')} cannot go with --in-place", ctx)
+    if define and ctx.params["disks"]:
+        raise click.UsageError("--define needs all disks: leave out --disk", ctx)
+
+
+def _in_place(
+    asked: Asked, place: Workplace, image: str, *, increment: int | None, disks: tuple[str, ...], drop_old: bool
+) -> None:
+    with shown(asked, f"image {image}") as progress:
+        done = restore_in_place(place, image, number=increment, disks=disks, drop_old=drop_old, progress=progress)
+    if asked.json:
+        driver = place.config.datastores[done.image.datastore]["driver"]
+        output.document(documents.replaced(done, str(driver)))
+        return
+    if asked.quiet:
+        return
+    for disk in done.disks:
+        output.line(
+            f"{disk.path}  ({size(disk.virtual_size)} disk {disk.id} of VM {done.vm.name}, increment {done.number})"
+        )
+    for path in done.kept.values():
+        output.line(f"the old disk is kept: {path}")
+    output.line("The next backup of this VM is a full in a new image.")
+    if done.kept:
+        output.line(f"When all is well: rm {' '.join(shlex.quote(str(path)) for path in done.kept.values())}")

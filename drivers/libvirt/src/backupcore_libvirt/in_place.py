@@ -1,0 +1,198 @@
+"""Putting restored disks in the place of a powered-off VM's own: may it be done, and what must the new file be like?
+
+Nothing here changes a VM or its disks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from backupcore.errors import Busy, HypervisorError, IntegrityError, NotFound, UnsupportedOperation, from_os_error
+from backupcore.hypervisor import DiskFile
+from backupcore_libvirt.connection import OFF, Connection, Domain
+from backupcore_libvirt.disks import source_disks
+from backupcore_libvirt.overlay import any_overlay
+from backupcore_libvirt.xml import parse
+
+__all__ = ["fit", "require_replaceable"]
+
+_COPIED = ("security.selinux", "system.posix_acl_access")
+
+
+def require_replaceable(connection: Connection, domain: Domain, disks: Sequence[str]) -> dict[str, DiskFile]:
+    """The file of each of `disks`, if all of them may be replaced; see `backupcore.hypervisor.Hypervisor`."""
+    _require_off(domain)
+    if names := domain.snapshots():
+        raise UnsupportedOperation(
+            f"VM {domain.name} has snapshots ({', '.join(names):.200}), which belong to the disks that it has now",
+            f"Delete them: virsh snapshot-delete {domain.name} SNAPSHOT; or restore to new files with --to.",
+        )
+    if any_overlay(domain):
+        raise UnsupportedOperation(
+            f"VM {domain.name} writes to overlays (INCREMENT_MODE=SNAPSHOT), which lie on the disks that it has now",
+            f"Bring it back to plain disks with 'vmkeep vm forget {domain.name}', then run it again.",
+        )
+    definition = domain.inactive_xml()
+    known = {disk.id: disk for disk in source_disks(definition)}
+    found = {}
+    for name in disks:
+        disk = known.get(name)
+        if disk is None:
+            raise NotFound(
+                f"VM {domain.name} has no disk {name} now",
+                f"It has: {', '.join(known)}. Choose with --disk, or use --to.",
+            )
+        if disk.left_out:
+            raise UnsupportedOperation(f"VM {domain.name}: disk {name} is {disk.left_out}", "Restore it with --to.")
+        if disk.kind != "file":
+            raise UnsupportedOperation(
+                f"VM {domain.name}: disk {name} is a {disk.kind} disk ({disk.path}); only files are replaced in place",
+                "Restore it with --to, then write it there: qemu-img convert -n -O FORMAT FILE TARGET",
+            )
+        if disk.encrypted:
+            raise UnsupportedOperation(f"VM {domain.name}: disk {name} is encrypted", "Restore it with --to.")
+        found[name] = DiskFile(path=_regular(domain, name, Path(disk.path)), format=disk.format)
+    for element in parse(definition).iterfind("./devices/disk"):
+        target = element.find("target")
+        if element.find("./backingStore/source") is not None and target is not None and target.get("dev") in found:
+            # QEMU would lay the restored disk over that file, which shows wherever the disk holds nothing.
+            raise UnsupportedOperation(
+                f"VM {domain.name}: the definition itself names a backing file of disk {target.get('dev')}",
+                f"Remove <backingStore> from it with 'virsh edit {domain.name}', or restore to new files with --to.",
+            )
+    _require_ours(connection, domain, found)
+    for name, file in found.items():
+        _require_closed(domain, name, file)
+    return found
+
+
+def _require_off(domain: Domain) -> None:
+    state, _ = domain.state()
+    if state not in OFF:
+        raise Busy(
+            f"VM {domain.name} is running; its disks cannot be replaced",
+            f"Power it off: virsh shutdown {domain.name}. Or restore to new files with --to.",
+        )
+    if domain.is_saved():
+        raise Busy(
+            f"VM {domain.name} has a saved memory image, which belongs to the disks that it has now",
+            f"Start and power off the VM, or give up its saved state: virsh managedsave-remove {domain.name}",
+        )
+
+
+def _regular(domain: Domain, disk: str, path: Path) -> Path:
+    """The file without symbolic links. One that is missing is as well: that may be what is to be put right."""
+    try:
+        real = path.resolve()
+        if real.exists() and not stat.S_ISREG(real.stat().st_mode):
+            raise UnsupportedOperation(f"VM {domain.name}: disk {disk} ({path}) is no regular file", "Use --to.")
+    except OSError as error:
+        raise from_os_error(error, f"VM {domain.name}: disk {disk}") from error
+    return real
+
+
+def _require_ours(connection: Connection, domain: Domain, files: dict[str, DiskFile]) -> None:
+    """No other VM may use one of these files, as its disk or below it: it would find other contents there."""
+    by_path = {file.path: disk for disk, file in files.items()}
+    for other in connection.domains():
+        if other.uuid == domain.uuid:
+            continue
+        try:
+            shared = next((path for path in _used(other) if path in by_path), None)
+        except NotFound:
+            continue  # it was undefined meanwhile
+        if shared is not None:
+            raise UnsupportedOperation(
+                f"VM {domain.name}: disk {by_path[shared]} ({shared}) is also used by VM {other.name}",
+                "Restore to new files with --to.",
+            )
+
+
+def _used(domain: Domain) -> Iterator[Path]:
+    for xml in (domain.live_xml(), domain.inactive_xml()) if domain.is_persistent() else (domain.live_xml(),):
+        for disk in parse(xml).iterfind("./devices/disk"):
+            driver = disk.find("driver")
+            shape = driver.get("type", "raw") if driver is not None else "raw"
+            # Those of a running VM's whole chain stand in its definition, an inactive one names the top only.
+            for source in disk.iterfind(".//source"):
+                if name := source.get("file"):
+                    yield Path(name).resolve()
+                    yield from (Path(image).resolve() for image in _chain(Path(name), shape))
+                    shape = "raw"  # of the others it is the top that tells what lies below
+
+
+def _chain(path: Path, shape: str) -> Iterator[str]:
+    if shape == "raw":  # never probed: its format is what the guest wrote there
+        return
+    done = _run(["qemu-img", "info", "-U", "-f", shape, "--backing-chain", "--output=json", "--", str(path)])
+    if done.returncode == 0:
+        for image in json.loads(done.stdout):
+            yield str(image["filename"])
+
+
+def _require_closed(domain: Domain, disk: str, file: DiskFile) -> None:
+    if not file.path.exists():
+        return
+    # Without -U QEMU asks for its locks, which another QEMU that writes there holds, on whichever host it runs.
+    done = _run(["qemu-img", "info", "-f", file.format, "--", str(file.path)])
+    if done.returncode and "lock" in done.stderr:
+        raise Busy(
+            f"VM {domain.name}: disk {disk} ({file.path}) is in use by another program: {done.stderr.strip():.300}",
+            "End that program, then run it again.",
+        )
+    # A disk that cannot be read otherwise may be what is to be restored.
+
+
+def fit(written: Path, old: DiskFile) -> None:
+    """Make the qcow2 file `written` what takes the place of `old`."""
+    _ask(["qemu-img", "check", "-q", "-f", "qcow2", "--", str(written)], written)
+    if old.format == "raw":
+        raw = written.with_name(f"{written.name}.raw")
+        try:
+            _ask(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", "--", str(written), str(raw)], written)
+            _ask(["qemu-img", "compare", "-q", "-f", "qcow2", "-F", "raw", "--", str(written), str(raw)], written)
+            raw.rename(written)
+        finally:
+            raw.unlink(missing_ok=True)
+    try:
+        _like(written, old.path)
+    except OSError as error:
+        raise from_os_error(error, f"preparing {written}") from error
+
+
+def _like(written: Path, old: Path) -> None:
+    """Owner, mode, SELinux label and ACL of the old file; on the disk when this returns."""
+    handle = os.open(written, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        if old.exists():
+            found = old.stat()
+            if (found.st_uid, found.st_gid) != (os.fstat(handle).st_uid, os.fstat(handle).st_gid):
+                os.fchown(handle, found.st_uid, found.st_gid)
+            os.fchmod(handle, stat.S_IMODE(found.st_mode))
+            for name in set(_COPIED).intersection(os.listxattr(old)):
+                os.setxattr(handle, name, os.getxattr(old, name))
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _ask(command: list[str], what: Path) -> None:
+    done = _run(command)
+    if done.returncode == 0:
+        return
+    said = (done.stderr or done.stdout).strip()
+    if "No space left" in said:
+        raise from_os_error(OSError(28, "No space left on device", str(what)), f"{command[0]} {command[1]}")
+    raise IntegrityError(f"{command[0]} {command[1]} of the restored {what}: {said:.500}")
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    except OSError as error:
+        raise HypervisorError(f"{command[0]}: {error.strerror}", "Install qemu-utils.") from error

@@ -1,0 +1,90 @@
+"""docs/restored-definition.md lists what a restored definition loses: all of it, and nothing else."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from backupcore_libvirt.definition import restored_definition
+
+PAGE = Path(__file__).parents[3] / "docs" / "restored-definition.md"
+
+EVERYTHING = """<domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
+<name>old</name><uuid>9fe0c1a6-0000-4000-8000-000000000001</uuid><genid>9fe0c1a6-0000-4000-8000-000000000002</genid>
+<metadata><evil xmlns='urn:evil'/>
+  <b:backup xmlns:b='urn:backupcore:vm:1'><b:setting name='MODE'>FULL</b:setting></b:backup></metadata>
+<memory unit='MiB'>64</memory><vcpu placement='static' cpuset='0-1'>2</vcpu><iothreads>1</iothreads>
+<bootloader>/b</bootloader>
+<cputune/><numatune/><memoryBacking/><resource/><seclabel type='none'/><on_crash>coredump-destroy</on_crash>
+<sysinfo type='fwcfg'/><qemu:commandline/>
+<os><type arch='x86_64' machine='q35'>hvm</type><loader type='rom'>/l</loader><nvram>/n</nvram><kernel>/k</kernel>
+  <initrd>/i</initrd><cmdline>c</cmdline><dtb>/d</dtb><acpi/></os>
+<devices><emulator>/e</emulator>
+<disk type='file' device='disk'><driver name='qemu' type='qcow2' cache='none' io='native' iothread='1'/>
+  <source file='/a'/><target dev='vda' bus='virtio'/><backingStore/><encryption/><auth/><readonly/>
+  <shareable/><transient/><iotune/><alias name='ua-a'/></disk>
+<disk type='file' device='cdrom'><target dev='sda' bus='sata'/></disk>
+<interface type='network' managed='no'><mac address='52:54:00:00:00:01'/><source network='default'/>
+  <target dev='vnet0'/><alias name='ua-n'/><script path='/s'/><backend tap='/t'/><ip address='10.0.0.5'/>
+  <route address='0.0.0.0'/>
+  <filterref filter='clean'><parameter name='IP' value='10.0.0.5'/></filterref></interface>
+<interface type='ethernet'/>
+<serial type='pty'><source path='/dev/pts/1'/><log file='/l'/><target port='0'/><address type='isa'/></serial>
+<serial type='file'/><console type='unix'/><channel type='file'/><redirdev bus='usb' type='dev'/>
+<channel type='unix'><source path='/s'/><target type='virtio' name='org.qemu.guest_agent.0'/></channel>
+<graphics type='vnc' port='5900' listen='0.0.0.0' passwd='x'><listen type='address'/><gl/></graphics>
+<rng model='virtio'><backend model='egd'/></rng>
+<rng model='virtio'><backend model='random' type='x'>/dev/random</backend></rng>
+<tpm model='tpm-tis'/><input type='evdev'/><audio id='1' type='file'/><watchdog model='x' action='dump'/>
+<hostdev/><filesystem/><shmem/><lease/><smartcard/><memory/><vsock/>
+</devices></domain>"""
+
+
+def documented() -> set[str]:
+    cells = [line.split("|")[1] for line in PAGE.read_text().splitlines() if line.startswith("| `")]
+    return {path for cell in cells for path in re.findall(r"`([^`]+)`", cell)}
+
+
+def as_written(path: str) -> str:
+    """A path as the page has it."""
+    path = path.partition(" (")[0].replace("{http://libvirt.org/schemas/domain/qemu/1.0}", "qemu:")
+    return re.sub(r"\{.*", "*", re.sub(r"\[\w+\]", "", path))
+
+
+def test_the_page_lists_exactly_what_is_left_out():
+    made = restored_definition(
+        EVERYTHING.encode(),
+        name="again",
+        disks={"vda": Path("/r/a"), "vdz": Path("/r/z")},
+        nvram=None,
+        no_ip=True,
+        no_nic=False,
+    )
+    # Left out as a whole where its kind is not listed, and as an attribute of one that is.
+    assert {as_written(path) for path in made.left_out} == documented()
+
+
+def test_what_is_taken_over_is_not_named_as_left_out():
+    stored = (
+        "<domain type='kvm'><name>old</name><memory unit='MiB'>64</memory><vcpu>1</vcpu><cpu mode='host-passthrough'/>"
+        "<os firmware='efi'><type arch='x86_64' machine='q35'>hvm</type><boot dev='hd'/></os>"
+        "<features><acpi/></features>"
+        "<devices><disk type='file' device='disk'><driver name='qemu' type='raw' discard='unmap'/><source file='/a'/>"
+        "<target dev='vda' bus='virtio'/>"
+        "<address type='pci' domain='0x0000' bus='0x04' slot='0x00' function='0x0'/></disk>"
+        "<interface type='network'><mac address='52:54:00:00:00:01'/><source network='default'/></interface>"
+        "<graphics type='vnc' autoport='yes'/></devices></domain>"
+    )
+    more = {"name": "again", "disks": {"vda": Path("/r/a")}, "nvram": None, "no_ip": False}
+    assert restored_definition(stored.encode(), no_nic=False, **more).left_out == ()
+    assert restored_definition(stored.encode(), no_nic=True, **more).left_out == ("devices/interface",)
+    made = restored_definition(stored.encode(), no_nic=False, new_mac=True, **more)
+    assert made.left_out == ("devices/interface/mac",)
+    assert b"52:54" not in made.xml
+
+
+def test_a_uuid_is_kept_where_asked_for():
+    more = {"name": "again", "disks": {"vda": Path("/r/a")}, "nvram": None, "no_ip": False, "no_nic": False}
+    made = restored_definition(EVERYTHING.encode(), keep_uuid=True, **more)
+    assert b"<uuid>9fe0c1a6-0000-4000-8000-000000000001</uuid>" in made.xml
+    assert "uuid" not in made.left_out

@@ -1,0 +1,325 @@
+"""A random life of a VM and of its backups: whatever the order, every increment that was reported done restores equal.
+
+Writes, zeroes, discards, resizes, disks that come and go, restarts, crashes, definitions removed and made again; fulls,
+increments, cancelled and killed backups. The truth of an instant is a copy by QEMU's own tools. A failure names its
+seed; ``SEED=… pytest tests/test_random.py`` takes the same decisions again (times are not repeated).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from xml.etree import ElementTree
+
+import libvirt
+import pytest
+
+from lab.domain_xml import DiskSpec
+from lab.host import Host, Recorded, size_of, stopped, wait_until
+from tests.test_killed import SNAPSHOT, STEPS
+
+MIB = 1 << 20
+
+
+class Life:
+    """One VM, what the guest and its owner do to it, and the truths of its backups."""
+
+    def __init__(self, host: Host, seed: int) -> None:
+        self.host = host
+        self.vm = host.vm
+        self.choice = random.Random(seed)
+        self.truths: dict[str, dict[str, Path]] = {}
+        self.log: list[str] = []
+        self.suspended = False
+        self.snapshots = False
+        self.instant = 0
+        self.spare = self.vm.folder / "vdc.qcow2"
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(self.spare), "8M"], check=True)
+
+    # What the guest does
+
+    def write(self) -> None:
+        disk = self.choice.choice(self.vm.targets())
+        size = self._size(disk)
+        length = self.choice.choice([512, 4096, 65536, 300 * 1024, MIB])
+        offset = self.choice.randrange(0, (size - length) // 512) * 512
+        pattern = self.choice.randrange(1, 256)
+        command = self.choice.choice(
+            [f"write -P {pattern}", f"write -P {pattern}", "write -z", "write -z -u", "discard"]
+        )
+        self._io(disk, f"{command} {offset} {length}")
+
+    def _io(self, disk: str, command: str) -> None:
+        self.log[-1] += f" {disk}: {command}"
+        if self.vm.active:
+            self.vm.io(disk, command)
+        else:
+            self._tool("qemu-io", "-f", self._format(disk), "-c", command, str(self.vm.disk(disk)))
+
+    # What its owner does
+
+    def resize(self) -> None:
+        disk = self.choice.choice(self.vm.targets())
+        size = self._size(disk)
+        grow = size + self.choice.choice([512, 65536, 3 * MIB])
+        if self.vm.active:
+            # QEMU refuses it while a job runs, also a dead run's.
+            if grow <= 64 * MIB and not self.vm.domain.jobInfo()[0]:
+                self.log[-1] += f" {disk} to {grow}"
+                self.vm.domain.blockResize(disk, grow, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+            return
+        wanted = self.choice.choice([grow if grow <= 64 * MIB else size, max(4 * MIB, size - 2 * MIB)])
+        self.log[-1] += f" {disk} to {wanted}"
+        self._tool(
+            "qemu-img", "resize", "-q", "-f", self._format(disk), "--shrink", str(self.vm.disk(disk)), str(wanted)
+        )
+
+    def attach_or_detach(self) -> None:
+        if "vdc" not in self.vm.targets():
+            flags = libvirt.VIR_DOMAIN_AFFECT_CONFIG | (libvirt.VIR_DOMAIN_AFFECT_LIVE if self.vm.active else 0)
+            self.vm.domain.attachDeviceFlags(self.spare_xml(), flags)
+        elif not self.vm.active and self.vm.disk("vdc") == self.spare:
+            # Without an operating system no guest lets go of a disk; and while it lies under an overlay of ours, the
+            # README says, it is not to be taken away.
+            self.vm.domain.detachDeviceFlags(self.spare_xml(), libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+
+    def spare_xml(self) -> str:
+        return (
+            f"<disk type='file' device='disk'><driver name='qemu' type='qcow2' discard='unmap'/>"
+            f"<source file='{self.spare}'/><target dev='vdc' bus='virtio'/><alias name='ua-vdc'/></disk>"
+        )
+
+    def power(self) -> None:
+        if self.vm.active:
+            self.vm.destroy()
+            self.suspended = False
+        else:
+            self.vm.start()
+
+    def crash(self) -> None:
+        if not self.vm.active:
+            return
+        pid = Path(f"/run/libvirt/qemu/{self.vm.name}.pid").read_text()
+        os.kill(int(pid), signal.SIGKILL)
+        wait_until(lambda: not self.vm.active, "libvirt to notice the crash")
+        self.suspended = False
+
+    def save(self) -> None:
+        if self.vm.active and not self.suspended:
+            self.vm.domain.managedSave()
+
+    def suspend_or_resume(self) -> None:
+        if self.vm.active:
+            (self.vm.domain.resume if self.suspended else self.vm.domain.suspend)()
+            self.suspended = not self.suspended
+
+    def define_again(self) -> None:
+        if self.vm.active or self.vm.domain.hasManagedSaveImage():
+            return
+        xml = self.vm.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+        self.vm.domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA)
+        self.vm.connection.defineXML(xml)
+
+    def change_mode(self) -> None:
+        """How increments are found, and how the guest is brought to rest."""
+        self.snapshots = not self.snapshots
+        mode, freeze = "SNAPSHOT" if self.snapshots else "CBT", self.choice.choice(["NONE", "SUSPEND"])
+        self.log[-1] += f" {mode} {freeze}"
+        self.host.ask("vm", "updateconf", self.vm.name, "--increment-mode", mode, "--fs-freeze", freeze)
+
+    # Backups
+
+    def back_up(self) -> None:
+        truth = self._truth()
+        done = self.host.run("--json", "backup", self.vm.name, *self._reset())
+        assert done.code == 0, done.err
+        taken = done.json
+        self.log[-1] += f" -> {taken['type']} {taken['image']}/{taken['increment']} {taken['reason']}"
+        self._note(truth)
+        self._nothing_left()
+
+    def back_up_beside_writes(self) -> None:
+        """The instant is held while the guest writes on."""
+        if not self.vm.active:
+            return
+        truth = self._truth()
+        process = self.host.start("backup", self.vm.name, *self._reset(), at=self._instant(), stop=True)
+        wait_until(partial(stopped, process.pid), "the instant")
+        for _ in range(3):
+            self.log.append("  meanwhile")
+            self.write()
+        process.send_signal(signal.SIGCONT)
+        done = self.host.end(process)
+        assert done.code == 0, done.err
+        self._note(truth)
+        self._nothing_left()
+
+    def kill(self) -> None:
+        if not self.vm.active:
+            return
+        truth = self._truth()
+        steps = {**STEPS, **SNAPSHOT} if self.snapshots else STEPS
+        step = self.choice.choice(list(steps))
+        self.log[-1] += f" at {step!r}"
+        killed = self.host.run("backup", self.vm.name, *self._reset(), at=steps[step])
+        assert killed.code in (-signal.SIGKILL, 0), killed.err
+        self._note(truth)
+
+    def cancel(self) -> None:
+        if not self.vm.active:
+            return
+        truth = self._truth()
+        names = ("between connect and GO", "a disk is mapped", "all is prepared")
+        step = self.choice.choice([self._instant(), *(STEPS[name] for name in names)])
+        self.log[-1] += f" at {step!r}"
+        process = self.host.start("backup", self.vm.name, *self._reset(), at=step, stop=True)
+        wait_until(partial(stopped, process.pid), step)
+        os.kill(process.pid, signal.SIGTERM)
+        process.send_signal(signal.SIGCONT)
+        done = self.host.end(process)
+        assert done.code == 130, done.err
+        self._note(truth)
+        self._nothing_left()
+
+    def recover(self) -> None:
+        done = self.host.run("recover", self.vm.name)
+        assert done.code == 0, done.err
+        self._nothing_left()
+
+    def check_one(self) -> None:
+        recorded = self.host.recorded()
+        if recorded:
+            self._compare(self.choice.choice(recorded[-8:]))
+
+    # The whole
+
+    def step(self) -> None:
+        deeds: dict[Callable[[], None], int] = {
+            self.write: 30,
+            self.back_up: 14,
+            self.back_up_beside_writes: 6,
+            self.kill: 6,
+            self.cancel: 3,
+            self.power: 5,
+            self.resize: 4,
+            self.attach_or_detach: 4,
+            self.crash: 2,
+            self.save: 1,
+            self.suspend_or_resume: 2,
+            self.define_again: 3,
+            self.change_mode: 2,
+            self.recover: 2,
+            self.check_one: 2,
+        }
+        (deed,) = self.choice.choices(list(deeds), list(deeds.values()))
+        self.log.append(deed.__name__)
+        deed()
+
+    def check_all(self) -> None:
+        for one in self.host.recorded():
+            self._compare(one)
+
+    def _compare(self, one: Recorded) -> None:
+        assert self.host.differing(one.image, one.id, self.truths[one.point]) == [], one
+
+    def _truth(self) -> dict[str, Path]:
+        self.instant += 1
+        if self.suspended:
+            return self.vm.copy_disks(self.host.folder / "truth" / str(self.instant))
+        return self.host.note_truth(str(self.instant))
+
+    def _note(self, truth: dict[str, Path]) -> None:
+        for one in self.host.recorded():
+            self.truths.setdefault(one.point, truth)
+
+    def _nothing_left(self) -> None:
+        found = [line for line in self.host.left() if not (self.suspended and "stands still" in line)]
+        assert found == []
+
+    def _instant(self) -> str:
+        return SNAPSHOT["the instant of the overlays"] if self.snapshots else STEPS["the instant"]
+
+    def _reset(self) -> list[str]:
+        return ["--reset"] if self.choice.random() < 0.15 else []
+
+    def _size(self, disk: str) -> int:
+        if self.vm.active:
+            return int(self.vm.domain.blockInfo(disk)[0])
+        return size_of(self.vm.disk(disk))
+
+    def _format(self, disk: str) -> str:
+        driver = ElementTree.fromstring(self.vm.domain.XMLDesc()).find(f"devices/disk/target[@dev='{disk}']/../driver")
+        assert driver is not None
+        return driver.get("type", "")
+
+    def _tool(self, *command: str) -> None:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+
+
+def live(host: Host, seconds: float) -> None:
+    seed = int(os.environ.get("SEED") or random.randrange(1 << 32))
+    life = Life(host, seed)
+    end = time.monotonic() + seconds * 0.7
+    try:
+        while time.monotonic() < end:
+            life.step()
+        life.log.append("at the end")
+        life.check_all()
+    except BaseException as error:
+        error.add_note(f"SEED={seed}; what happened:\n" + "\n".join(life.log))
+        raise
+
+
+@pytest.fixture
+def host(make_vm, libvirt_uri: str, vm_folder: Path) -> Host:
+    disks = [
+        DiskSpec(target="vda", size=24 * MIB),
+        DiskSpec(target="vdb", size=8 * MIB + 512),
+    ]
+    return Host(vm_folder, make_vm(disks, label="random"), libvirt_uri, driver="lab")
+
+
+@pytest.mark.timeout(600)  # a loaded machine takes longer for the comparisons at the end
+def test_a_random_life(host: Host):
+    live(host, 60)
+
+
+@pytest.mark.soak
+def test_a_long_random_life(host: Host):
+    live(host, float(os.environ.get("SECONDS", "600")))
+
+
+# What random lives have found
+
+
+def test_a_disk_that_was_cut_off_before_its_full_and_grows_later(host: Host):
+    """QEMU shows what lay behind the cut within the same cluster of the image, and no bitmap tells it."""
+    host.vm.io("vdb", "write -P 0x55 0 6M")
+    host.vm.destroy()
+    path = str(host.vm.disk("vdb"))
+    subprocess.run(["qemu-img", "resize", "-q", "-f", "qcow2", "--shrink", path, str(4 * MIB + 66560)], check=True)
+    host.vm.start()
+    host.backup()
+    host.vm.domain.blockResize("vdb", 7 * MIB, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+    truth = host.note_truth("grown")
+    taken = host.backup()
+    assert (taken["type"], taken["read"] < 2 * MIB) == ("INCREMENT", True)
+    assert host.differing(taken["image"], taken["increment"], truth) == []
+
+
+def test_a_disk_that_only_the_running_vm_has_is_restored_with_a_definition(host: Host):
+    """``virsh attach-disk --live`` leaves the stored definition, which is what a backup keeps, without the disk."""
+    life = Life(host, 0)
+    host.vm.domain.attachDeviceFlags(life.spare_xml(), libvirt.VIR_DOMAIN_AFFECT_LIVE)
+    host.vm.io("vdc", "write -P 0x55 1M 1M")
+    truth = host.note_truth("attached")
+    taken = host.backup()
+    assert set(truth) == {"vda", "vdb", "vdc"}
+    assert host.differing(taken["image"], taken["increment"], truth) == []

@@ -1,0 +1,162 @@
+"""Swapping disks: all of them or none, wherever it is cut off."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import pytest
+from kept_in_files import WEB
+
+from backupcore.errors import HypervisorError, IntegrityError
+from vmkeep import swap
+
+DISKS = ("vda", "vdb", "vdc")
+
+
+@pytest.fixture
+def swaps(tmp_path):
+    """Three disks, of which vdc is missing, with their restored ones beside them; the journal is not written."""
+    made = []
+    (tmp_path / ".new").mkdir()
+    for disk in DISKS:
+        path, new, kept = (tmp_path / name for name in (disk, f".new/{disk}", f"{disk}.kept"))
+        new.write_text(f"new {disk}")
+        if disk != "vdc":
+            path.write_text(f"old {disk}")
+        made.append(
+            swap.Swap(
+                disk=disk,
+                new=new,
+                path=path,
+                kept=kept if path.exists() else None,
+                old_stamp=swap.stamp(path),
+                new_stamp=swap.stamp(new),
+            )
+        )
+    date = datetime(2026, 5, 4, 3, 2, 1, tzinfo=UTC)
+    return swap.Swaps(vm=WEB, image=3, increment=2, date=date, disks=tuple(made), ready=True)
+
+
+def off():
+    return True
+
+
+def contents(tmp_path):
+    return {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
+
+
+SWAPPED = {
+    "vda": "new vda",
+    "vdb": "new vdb",
+    "vdc": "new vdc",
+    "vda.kept": "old vda",
+    "vdb.kept": "old vdb",
+}
+BEFORE = {"vda": "old vda", "vdb": "old vdb"}
+
+
+def test_the_journal_is_read_as_it_was_written(tmp_path, swaps):
+    assert swap.pending(tmp_path, WEB) is None
+    swap.write(tmp_path, swaps)
+    assert swap.pending(tmp_path, WEB) == swaps
+    assert swaps.reason == "disks vda, vdb, vdc restored in place from image 3, increment 2, on 2026-05-04 03:02:01"
+    swap.forget(tmp_path, swaps)
+    assert swap.pending(tmp_path, WEB) is None
+
+
+def test_every_disk_is_swapped_and_the_old_ones_are_kept(tmp_path, swaps):
+    swap.carry_out(swaps)
+    assert contents(tmp_path) == SWAPPED
+    swap.carry_out(swaps)
+    assert contents(tmp_path) == SWAPPED, "idempotent"
+
+
+KILL = """
+import os, sys
+from pathlib import Path
+from backupcore.model import VM
+from vmkeep import swap
+left = int(sys.argv[2])
+def hook(event, arguments):
+    global left
+    if event in ("os.link", "os.rename", "os.remove"):
+        left -= 1
+        if left < 0:
+            os._exit(9)
+swaps = swap.pending(Path(sys.argv[1]), VM(uuid=sys.argv[3], name="web1"))
+sys.addaudithook(hook)
+swap.carry_out(swaps)
+"""
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_cut_off_before_any_of_its_steps_it_is_brought_to_an_end(tmp_path, swaps, step):
+    """The steps are link and rename for vda and vdb, then rename for vdc; the process dies before one of them."""
+    swap.write(tmp_path, swaps)
+    done = subprocess.run([sys.executable, "-c", KILL, str(tmp_path), str(step), WEB.uuid], check=False)
+    assert done.returncode == (9 if step < 5 else 0)
+    assert (tmp_path / "vda").exists()
+    assert (tmp_path / "vdb").exists(), "a disk always has its name"
+    settled, said = swap.settle(tmp_path, WEB, off)
+    if step < 2:  # no disk was swapped yet
+        assert settled is None
+        assert said.startswith("took back")
+        assert contents(tmp_path) == BEFORE
+        assert swap.settle(tmp_path, WEB, off) == (None, "")
+    else:
+        assert settled == swaps
+        assert said.startswith("finished")
+        assert contents(tmp_path) == SWAPPED
+        assert swap.pending(tmp_path, WEB) == swaps, "until the rest has followed"
+
+
+@pytest.mark.parametrize("how", ["runs", "wrote to a new disk", "wrote to an old disk", "a new file is gone"])
+def test_with_some_disks_swapped_and_the_vm_started_since_only_the_user_can_tell(tmp_path, swaps, how):
+    swap.write(tmp_path, swaps)
+    swap.carry_out(replace(swaps, disks=swaps.disks[:1]))
+    if how == "wrote to a new disk":
+        (tmp_path / "vda").write_text("guest's")
+    if how == "wrote to an old disk":
+        (tmp_path / "vdb").write_text("guest's")
+    if how == "a new file is gone":
+        (tmp_path / ".new/vdb").unlink()
+    before = contents(tmp_path)
+    with pytest.raises(HypervisorError, match="with vda restored and vdb, vdc not") as error:
+        swap.settle(tmp_path, WEB, lambda: how != "runs")
+    assert f"mv {tmp_path}/vda.kept {tmp_path}/vda" in error.value.hint
+    assert contents(tmp_path) == before, "nothing is touched"
+
+
+def test_a_vm_that_ran_before_any_disk_was_swapped_keeps_its_disks(tmp_path, swaps):
+    swap.write(tmp_path, swaps)
+    os.link(tmp_path / "vda", tmp_path / "vda.kept")  # as far as it came
+    (tmp_path / "vda").write_text("a week's work")
+    assert swap.settle(tmp_path, WEB, off)[0] is None
+    assert contents(tmp_path) == {**BEFORE, "vda": "a week's work"}
+
+
+def test_without_hard_links_a_disk_that_was_renamed_away_comes_to_its_end(tmp_path, swaps):
+    swap.write(tmp_path, swaps)
+    (tmp_path / "vda").rename(tmp_path / "vda.kept")
+    assert swap.settle(tmp_path, WEB, off)[0] == swaps
+    assert contents(tmp_path) == SWAPPED
+
+
+def test_files_that_were_not_finished_go(tmp_path, swaps):
+    swap.write(tmp_path, replace(swaps, ready=False))
+    assert swap.settle(tmp_path, WEB, off)[0] is None
+    assert contents(tmp_path) == BEFORE
+    assert not (tmp_path / ".new").exists()
+    assert swap.settle(tmp_path, WEB, off) == (None, "")
+
+
+def test_a_journal_that_cannot_be_read_is_named(tmp_path, swaps):
+    swap.write(tmp_path, swaps)
+    (journal,) = (tmp_path / "swaps").iterdir()
+    journal.write_text("{")
+    with pytest.raises(IntegrityError, match=str(journal)):
+        swap.settle(tmp_path, WEB, off)
