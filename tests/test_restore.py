@@ -497,3 +497,29 @@ def test_a_restore_onto_a_device_that_fails_leaves_no_disk_there(site: Site, dev
     with site.context() as ctx, pytest.raises(IntegrityError):
         onto(site.datastore, site.images[WEB], 2, ctx, disk="vda", device=device)
     assert not device.read_bytes()[:65536].strip(b"\0")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_chain_of_200_needs_few_descriptors(tmp_path: Path, driver: type[MemoryDriver]):
+    random = Random(6)
+    site = over(Site(tmp_path, {WEB: {"vda": bytearray(random.randbytes(4 << 20))}}), driver)
+    for _ in range(200):
+        site.guests[WEB].write("vda", random.randrange(4 << 20), random.randbytes(3000))
+        site.backup()
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    most = 0
+
+    class Counting:
+        def phase(self, name: str, total: int | None = None) -> None:
+            pass
+
+        def done(self, count: int) -> None:
+            nonlocal most
+            most = max(most, len(list(Path("/proc/self/fd").iterdir())) - before)
+
+    path = tmp_path / "vda.raw"
+    with Context(tmp_path, progress=Counting()) as ctx:
+        restore(site.datastore, site.images[WEB], None, ctx, target=lambda disk: path, form="raw")
+    assert path.read_bytes() == site.truth[WEB, 199]["vda"]
+    assert 0 < most <= 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -255,3 +256,12 @@ def test_an_unknown_vm(site):
     told = site.run("backup", "web2")
     assert (told.code, told.err) == (4, "vmkeep: no VM web2\n")
     assert DB.name not in told.out
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_after_a_source_was_removed_by_hand_the_next_is_a_full_and_says_why(site, which):
+    sources = [site.run("backup", "web1", "--json").json["source"] for _ in range(2)]
+    shutil.rmtree(site.store / sources[which])
+    told = site.run("backup", "web1", "--json").json
+    assert (told["type"], told["image"], told["reason"]) == ("FULL", 2, f"source {sources[which]} is gone")
+    assert site.run("restore", "2", "--to", str(site.folder / "to")).code == 0
