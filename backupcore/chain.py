@@ -118,7 +118,8 @@ def lineage(image: Image, number: int | None = None) -> tuple[Increment, ...]:
 class Chain:
     """What retention looks at of one image: `ids` are those of its increments, oldest first.
 
-    `ours` is false where another host's catalog, or nobody that is known, has written it.
+    `ours` is false where another host's catalog, or nobody that is known, has written it. `began` is the date of its
+    first full as text that sorts: images that were found in a datastore have later numbers than younger ones.
     """
 
     number: int
@@ -126,6 +127,7 @@ class Chain:
     pinned: bool
     ours: bool
     ids: tuple[int, ...]
+    began: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,10 +178,12 @@ def retention(chains: Sequence[Chain], settings: Mapping[str, str]) -> Retention
     closed = keep if settings.get("KEEP_CHAINS", "") == "" else int(settings["KEEP_CHAINS"])
     full = settings.get("MODE") == "FULL"
     limit = keep - 1 if full else closed  # how many images stay beside the open one
-    by_number = sorted((chain for chain in chains if chain.ids), key=lambda chain: chain.number)
-    if not by_number or not (keep if full else keep or closed):
+    by_age = sorted(
+        (chain for chain in chains if chain.ids), key=lambda chain: (chain.state == "open", chain.began, chain.number)
+    )
+    if not by_age or not (keep if full else keep or closed):
         return Retention()
-    *others, newest = by_number
+    *others, newest = by_age
     if newest.state != "open":
         why = f"it is {newest.state}, and may be all that is left: take a backup first"
         return Retention(passed=(Passed(number=newest.number, why=why),))
@@ -197,11 +201,11 @@ def retention(chains: Sequence[Chain], settings: Mapping[str, str]) -> Retention
     what = f"{keep} newer images stay" if full else f"{closed} newer closed images stay"
     why = f"{setting}={keep if full else closed}: {what}"
     removals = tuple(Removal(number=chain.number, why=why) for chain in going)
-    first_kept = min(chain.number for chain in [*counted[len(going) :], newest])
+    first_kept = next(iter(counted[len(going) :]), newest)
     passed += [
         Passed(number=chain.number, why=stays)
-        for chain in others
-        if chain.number < first_kept and (stays := _stays(chain))
+        for chain in by_age[: by_age.index(first_kept)]
+        if (stays := _stays(chain))
     ]
     return Retention(flattening=flattening, removals=removals, passed=tuple(passed))
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,8 +27,8 @@ from backupcore.disk.extents import CLUSTER
 from backupcore.disk.merged import MergedArtifact, MergedBlocks, MergedLayer
 from backupcore.disk.qcow2 import DiskArtifact, Layout
 from backupcore.disk.scattered import ScatteredLayout
-from backupcore.disk.stored import StoredDisk, read_exactly
-from backupcore.disk.table import DIGEST, digests
+from backupcore.disk.stored import read_exactly
+from backupcore.disk.table import DIGEST
 from backupcore.disk.winners import Winners, winners, winners_as_they_lie
 from backupcore.errors import (
     BackupError,
@@ -59,13 +58,14 @@ from backupcore.model import (
     stream,
 )
 from backupcore.opened import Opened, checked, open_chain, parts_of
+from backupcore.verify import tables_of, verify_disk
 
 if TYPE_CHECKING:
     from backupcore.context import Context
     from backupcore.datastore import Datastore
     from backupcore.manifest import DiskPart
 
-__all__ = ["MOST_DEAD", "MOST_STREAMS", "Flattened", "Merged", "find", "flatten"]
+__all__ = ["MOST_DEAD", "MOST_STREAMS", "Flattened", "Merged", "MergedDisk", "find", "flatten"]
 
 MOST_STREAMS = 8
 """Layers that are open at a time where they can only be read forward. A longer chain is flattened in several steps."""
@@ -93,7 +93,7 @@ class Flattened:
     seconds: float = 0.0
 
 
-class _Merging:
+class MergedDisk:
     """One disk of the result: its layers, oldest first, with their tables read."""
 
     def __init__(self, backups: Sequence[Opened], part: DiskPart, ctx: Context) -> None:
@@ -105,7 +105,7 @@ class _Merging:
             ctx.check()
             name = f"increment {backup.increment.id} (source {backup.increment.source}), disk {part.id}"
             artifact = backup.artifact(layer.artifact, layer.size)
-            layout = _tables(artifact, layer, name)
+            layout = tables_of(artifact, layer, name)
             if isinstance(layout, ScatteredLayout) and not artifact.seekable:
                 raise UnsupportedOperation(
                     f"{name} lies in the order in which a store copied it, and can only be read forward here",
@@ -157,7 +157,7 @@ class Merged:
     def __init__(
         self,
         backups: Sequence[Opened],
-        disks: Sequence[_Merging],
+        disks: Sequence[MergedDisk],
         run: BackupRun,
         ctx: Context,
         *,
@@ -346,7 +346,7 @@ def flatten(
     backups = _limited(backups)
     began = image.began or chain[0].date
     run = _run(datastore, image, backups, host)
-    disks = [_Merging(backups, part, ctx) for part in backups[-1].manifest.disks]
+    disks = [MergedDisk(backups, part, ctx) for part in backups[-1].manifest.disks]
     kept = None
     if datastore.flattens:
         merged = Merged(backups, disks, run, ctx, began=began, as_it_lies=True)
@@ -446,28 +446,9 @@ def verify(datastore: Datastore, source: SourceRef, manifest: bytes, ctx: Contex
                     raise IntegrityError(f"{what}: {entry.name} is not what was stored")
     for part in parsed.disks:
         with checked(artifacts[part.sums], part.sums_digest, ctx.folder) as due:
-            _verify_disk(artifacts[part.artifact], part, due, ctx, what=what, sample=sample)
-
-
-def _verify_disk(artifact: Artifact, part: DiskPart, sums: BinaryIO, ctx: Context, *, what: str, sample: float) -> None:
-    layout = _tables(artifact, part, f"{what}, disk {part.id}")
-
-    def compare(first: int, data: bytes) -> None:
-        sums.seek(first * DIGEST)
-        if digests(memoryview(data)) != sums.read(len(data) // CLUSTER * DIGEST):
-            raise IntegrityError(f"{what}, disk {part.id}: data clusters from {first} on are not what was stored")
-
-    if sample and (sample >= 1 or not artifact.seekable):
-        with artifact.open() as file:
-            for _ in range(0, layout.data_offset, CLUSTER):
-                read_exactly(file, CLUSTER, what)
-            for first in range(0, layout.clusters, _STEP):
-                ctx.check()
-                compare(first, read_exactly(file, min(_STEP, layout.clusters - first) * CLUSTER, what))
-    elif sample:
-        count = min(layout.clusters, max(_LEAST, min(_LARGEST, int(layout.clusters * sample))))
-        for first in sorted(random.sample(range(layout.clusters), count)):
-            compare(first, artifact.read_at(layout.data_offset + first * CLUSTER, CLUSTER))
+            verify_disk(
+                artifacts[part.artifact], part, due, ctx, what=what, sample=sample, least=_LEAST, largest=_LARGEST
+            )
 
 
 def _steps(chain: Sequence[Increment], image: Image) -> Sequence[Increment]:
@@ -551,20 +532,6 @@ def _check_room(datastore: Datastore, size: int, room: int | None, ctx: Context)
             f"datastore {datastore.name}: a flatten may take up to {needed} bytes, and {free} are free",
             "The old increments go only when the new full is proved. Make room there, then run it again.",
         )
-
-
-def _tables(artifact: Artifact, part: DiskPart, name: str) -> Layout | ScatteredLayout:
-    try:
-        with artifact.open() as file:
-            return StoredDisk.parse(
-                file,
-                part.size,
-                virtual_size=part.virtual_size,
-                tables_digest=bytes.fromhex(part.tables_digest),
-                order=part.order,
-            )
-    except IntegrityError as error:
-        raise IntegrityError(f"{name}: {error.message}", error.hint) from error
 
 
 def _manifest(artifacts: Mapping[str, Artifact], source: SourceRef) -> bytes:

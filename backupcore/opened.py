@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from backupcore.datastore import Datastore
     from backupcore.manifest import DiskPart, Manifest
 
-__all__ = ["Opened", "checked", "layers_of", "open_chain", "parts_of"]
+__all__ = ["Opened", "checked", "layers_of", "open_chain", "open_increment", "parts_of"]
 
 
 @dataclass(frozen=True)
@@ -57,25 +57,31 @@ def open_chain(datastore: Datastore, image: Image, chain: Sequence[Increment], c
     """Every increment of the chain, oldest first, its manifest held against the catalog, the VM and its parent."""
     backups: list[Opened] = []
     for increment in chain:
-        ctx.check()
-        what = f"increment {increment.id} (source {increment.source})"
-        artifacts = datastore.artifacts(increment.source, ctx)
-        if manifests.NAME not in artifacts:
-            raise IntegrityError(f"{what}: it has no manifest, so it is not complete")
-        if artifacts[manifests.NAME].size > manifests.LIMIT:
-            raise IntegrityError(f"{what}: the manifest is larger than {manifests.LIMIT >> 20} MiB")
-        with artifacts[manifests.NAME].open() as file:
-            data = file.read()
-        manifest = manifests.parse(data, what)
-        if manifest.vm.uuid != image.vm.uuid:
-            raise IntegrityError(f"{what}: it is a backup of another VM ({manifest.vm.name}, {manifest.vm.uuid})")
-        if blake3(data).hexdigest() != increment.digest or manifest.point != increment.point:
-            raise IntegrityError(f"{what}: it is not the backup that was recorded under this number")
-        parent = backups[-1] if backups else None
-        if not _builds_on(manifest, parent):
-            raise IntegrityError(f"{what}: it does not build on increment {parent.increment.id if parent else 'none'}")
-        backups.append(Opened(increment, manifest, artifacts))
+        backups.append(open_increment(datastore, image, increment, backups[-1] if backups else None, ctx))
     return backups
+
+
+def open_increment(
+    datastore: Datastore, image: Image, increment: Increment, parent: Opened | None, ctx: Context
+) -> Opened:
+    """One increment, its manifest held against the catalog, the VM and its parent (None: it must be a full)."""
+    what = f"increment {increment.id} (source {increment.source})"
+    ctx.check()
+    artifacts = datastore.artifacts(increment.source, ctx)
+    if manifests.NAME not in artifacts:
+        raise IntegrityError(f"{what}: it has no manifest, so it is not complete")
+    if artifacts[manifests.NAME].size > manifests.LIMIT:
+        raise IntegrityError(f"{what}: the manifest is larger than {manifests.LIMIT >> 20} MiB")
+    with artifacts[manifests.NAME].open() as file:
+        data = file.read()
+    manifest = manifests.parse(data, what)
+    if manifest.vm.uuid != image.vm.uuid:
+        raise IntegrityError(f"{what}: it is a backup of another VM ({manifest.vm.name}, {manifest.vm.uuid})")
+    if blake3(data).hexdigest() != increment.digest or manifest.point != increment.point:
+        raise IntegrityError(f"{what}: it is not the backup that was recorded under this number")
+    if not _builds_on(manifest, parent):
+        raise IntegrityError(f"{what}: it does not build on increment {parent.increment.id if parent else 'none'}")
+    return Opened(increment, manifest, artifacts)
 
 
 def _builds_on(manifest: Manifest, parent: Opened | None) -> bool:

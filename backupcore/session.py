@@ -16,7 +16,7 @@ from backupcore.model import Increment, Outcome, RunState, Type
 if TYPE_CHECKING:
     from backupcore.context import Context
     from backupcore.datastore import Datastore
-    from backupcore.model import BackupRun, LeftOut
+    from backupcore.model import BackupRun, LeftOut, Prepared
 
 __all__ = ["Recorded", "run_backup"]
 
@@ -40,23 +40,38 @@ class Recorded:
     warnings: tuple[str, ...] = ()
 
 
-def run_backup(datastore: Datastore, run: BackupRun, ctx: Context, *, record: Callable[[Recorded], None]) -> Recorded:
+def run_backup(
+    datastore: Datastore,
+    run: BackupRun,
+    ctx: Context,
+    *,
+    record: Callable[[Recorded], None],
+    note: Callable[[BackupRun, Prepared], None] = lambda run, prepared: None,
+) -> Recorded:
     """Take one backup. Returns when it is recorded and the guest is released.
 
     `record` writes the increment down (in the catalog), after the driver has it and before the guest is released; only
-    a recorded run lets older checkpoints go. Where the increment is impossible a full in a new image is taken instead,
-    once. The caller holds the lock of the VM, and closes `ctx` afterwards. Raises what went wrong, after the release.
+    a recorded run lets older checkpoints go. `note` is told what is about to be stored, so that whoever comes after a
+    process that was killed between the datastore and the record can still write it down. Where the increment is
+    impossible a full in a new image is taken instead, once. The caller holds the lock of the VM, and closes `ctx`
+    afterwards. Raises what went wrong, after the release.
     """
     try:
-        return _attempt(datastore, run, ctx, record)
+        return _attempt(datastore, run, ctx, record, note)
     except IncrementImpossible as impossible:
         if run.type is Type.FULL:
             raise
         ctx.log.info("full backup of %s instead of an increment: %s", run.vm.name, impossible)
-        return _attempt(datastore, run.as_full(str(impossible)), ctx, record)
+        return _attempt(datastore, run.as_full(str(impossible)), ctx, record, note)
 
 
-def _attempt(datastore: Datastore, run: BackupRun, ctx: Context, record: Callable[[Recorded], None]) -> Recorded:
+def _attempt(
+    datastore: Datastore,
+    run: BackupRun,
+    ctx: Context,
+    record: Callable[[Recorded], None],
+    note: Callable[[BackupRun, Prepared], None],
+) -> Recorded:
     started = time.monotonic()
     outcome = Outcome(state=RunState.FAILED)
     try:
@@ -64,6 +79,7 @@ def _attempt(datastore: Datastore, run: BackupRun, ctx: Context, record: Callabl
         ctx.progress.phase("prepare")
         prepared = datastore.prebackup(run, ctx)
         run = replace(run, date=prepared.date)
+        note(run, prepared)
         bundle = Bundle(prepared, run, ctx)
         try:
             ctx.progress.phase("backup", bundle.size)

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import BinaryIO, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from backupcore import run_backup
+import backupcore
+from backupcore import hookimpl, run_backup
 from backupcore.chain import plan
 from backupcore.context import Context
 from backupcore.datastore import Datastore
-from backupcore.errors import BackupError, Cancelled, ConfigError, IntegrityError, NotFound, SourceNotFound
+from backupcore.errors import (
+    BackupError,
+    Busy,
+    Cancelled,
+    ConfigError,
+    IntegrityError,
+    NotFound,
+    SourceNotFound,
+    TargetFull,
+)
 from backupcore.manifest import NAME
-from backupcore.model import VM, Image, Type
-from backupcore.restore import Restored, restore
+from backupcore.model import VM, Artifact, BytesArtifact, Image, SourceRef, Type
+from backupcore.restore import Form, Restored, check, onto, pour, restore
 from backupcore.session import Recorded
 from backupcore.testing.guest import MemoryGuest, MemoryHypervisor
 from backupcore.testing.memory import MemoryDriver
@@ -272,3 +285,241 @@ def test_a_cancelled_restore_leaves_nothing(site: Site):
         ctx.cancel()
         restore(site.datastore, site.images[WEB], None, ctx, target=lambda disk: to / f"{disk.id}.qcow2")
     assert not list(to.iterdir())
+
+
+@backupcore.driver
+class ForwardDriver(MemoryDriver):
+    """What it keeps can only be read forward."""
+
+    @hookimpl
+    def restore(self, source: SourceRef) -> Sequence[Artifact]:
+        if source.token not in self.kept:
+            raise SourceNotFound(f"no source {source}")
+        return [Forward(name, data) for name, data in self.kept[source.token][1].items()]
+
+
+class Forward(Artifact):
+    seekable = False
+
+    def __init__(self, name: str, data: bytes) -> None:
+        self.name, self.size, self.data = name, len(data), data
+
+    def open(self) -> BinaryIO:
+        return io.BytesIO(self.data)
+
+
+class Ranges(BytesArtifact):
+    """It counts the bytes that are fetched from it by range."""
+
+    fetched: ClassVar[dict[str, int]] = {}
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        Ranges.fetched[self.name] = Ranges.fetched.get(self.name, 0) + length
+        return super().read_at(offset, length)
+
+
+@backupcore.driver
+class RangesDriver(MemoryDriver):
+    @hookimpl
+    def restore(self, source: SourceRef) -> Sequence[Artifact]:
+        return [Ranges(name, data) for name, data in self.kept[source.token][1].items()]
+
+
+def over(site: Site, driver: type[MemoryDriver]) -> Site:
+    """The same backups, kept by another driver."""
+    site.driver = driver(kept=site.driver.kept)
+    site.datastore = Datastore("mem", site.driver, plugins=[MemoryHypervisor(site.guests.values())])
+    return site
+
+
+DRIVERS = [MemoryDriver, ForwardDriver]
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_raw_files_are_what_the_guest_held_and_sparse(site: Site, number: int, driver: type[MemoryDriver]):
+    for disk in over(site, driver).restore(number, form="raw").disks:
+        truth = site.truth[WEB, number][disk.id]
+        assert disk.path.read_bytes() == truth
+        assert disk.path.stat().st_blocks * 512 <= sum(
+            65536 for at in range(0, len(truth), 65536) if truth[at : at + 65536].strip(b"\0")
+        )
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_qcow2_from_every_kind_of_store(site: Site, number: int, driver: type[MemoryDriver]):
+    for disk in over(site, driver).restore(number).disks:
+        truth = site.truth[WEB, number][disk.id]
+        assert raw(disk.path) == truth.ljust(-(-len(truth) // 512) * 512, b"\0")
+
+
+def test_of_a_store_that_can_seek_only_the_ranges_that_win_are_fetched(site: Site):
+    over(site, RangesDriver)
+    Ranges.fetched.clear()
+    site.restore(2, disks=["vdb"])
+    assert Ranges.fetched.get("disk.vdb.qcow2", 0) == 0, "the last increment has made zeros of all of it"
+    Ranges.fetched.clear()
+    site.restore(2, disks=["vda"])
+    clusters = {at // 65536 for at in range(100_000, 100_000 + (1 << 20))} | {(5 << 20) // 65536}
+    assert Ranges.fetched["disk.vda.qcow2"] <= (len(clusters) + 1) * 65536
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("form", ["raw", "qcow2"])
+def test_one_disk_to_a_stream(site: Site, driver: type[MemoryDriver], form: Form):
+    over(site, driver)
+    path = site.folder / "stream.qcow2"
+    with site.context() as ctx, path.open("wb") as out:
+        pour(site.datastore, site.images[WEB], 1, ctx, disk="vda", out=out, form=form)
+    truth = site.truth[WEB, 1]["vda"]
+    assert (path.read_bytes() if form == "raw" else raw(path)) == truth
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_long_chain_to_a_stream_and_to_files(tmp_path: Path, driver: type[MemoryDriver]):
+    random = Random(5)
+    site = over(Site(tmp_path, {WEB: {"vda": bytearray(random.randbytes(1 << 20))}}), driver)
+    for _ in range(12):
+        site.guests[WEB].write("vda", random.randrange(1 << 20), random.randbytes(3000))
+        site.backup()
+    path = site.folder / "stream"
+    with site.context() as ctx, path.open("wb") as out:
+        pour(site.datastore, site.images[WEB], None, ctx, disk="vda", out=out, form="raw")
+        assert (ctx.folder / "staged").exists() is (driver is ForwardDriver)
+    assert path.read_bytes() == site.truth[WEB, 11]["vda"]
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("what", ["a byte of the data", "the disk is cut", "sums are gone"])
+def test_damage_is_noticed_by_whatever_way_it_is_read(site: Site, what: str, driver: type[MemoryDriver]):
+    over(site, driver)
+    with site.context() as ctx:
+        assert check(site.datastore, site.images[WEB], 2, ctx).increment.id == 2
+    DAMAGE[what][0](site)
+    with site.context() as ctx, pytest.raises(IntegrityError):
+        check(site.datastore, site.images[WEB], 2, ctx)
+    with pytest.raises(IntegrityError):
+        site.restore(2, form="raw")
+    assert not list(site.folder.glob("restored*/*"))
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    if os.geteuid():
+        pytest.skip("only root can mount")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place], check=True)
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_target_without_room_is_told_before_anything_is_written(site: Site, small: Path, driver: type[MemoryDriver]):
+    over(site, driver)
+    with site.context() as ctx, pytest.raises(TargetFull, match="the disks need"):
+        restore(site.datastore, site.images[WEB], 0, ctx, target=lambda disk: small / f"{disk.id}.qcow2")
+    assert list(small.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["raw", "qcow2"])
+def test_a_target_that_fills_up_meanwhile_is_told_and_nothing_is_left(site: Site, small: Path, form: Form):
+    class Filling:
+        def phase(self, name: str, total: int | None = None) -> None:
+            if name == "restore":
+                (small / "somebody else's").write_bytes(bytes(3 << 19))
+
+        def done(self, count: int) -> None:
+            pass
+
+    with Context(site.folder, progress=Filling()) as ctx, pytest.raises(TargetFull):
+        restore(
+            site.datastore,
+            site.images[WEB],
+            1,
+            ctx,
+            target=lambda disk: small / f"{disk.id}.qcow2",
+            disks=["vdb"],
+            form=form,
+        )
+    assert [path.name for path in small.iterdir()] == ["somebody else's"]
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Iterator[Path]:
+    """A block device of 8 MiB that holds zeros."""
+    if os.geteuid():
+        pytest.skip("only root can set up a loop device")
+    file = tmp_path / "device"
+    file.write_bytes(bytes(8 << 20))
+    made = subprocess.run(["losetup", "--find", "--show", file], check=True, capture_output=True, text=True).stdout
+    yield Path(made.strip())
+    subprocess.run(["losetup", "--detach", made.strip()], check=True)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_disk_goes_onto_a_block_device(site: Site, device: Path, driver: type[MemoryDriver]):
+    over(site, driver)
+    with site.context() as ctx:
+        onto(site.datastore, site.images[WEB], 1, ctx, disk="vda", device=device)
+    truth = site.truth[WEB, 1]["vda"]
+    assert device.read_bytes()[: len(truth)] == truth
+    with site.context() as ctx, pytest.raises(ConfigError, match="not empty"):
+        onto(site.datastore, site.images[WEB], 0, ctx, disk="vdb", device=device)
+    assert device.read_bytes()[: len(truth)] == truth, "refused before anything was written"
+    with site.context() as ctx:
+        onto(site.datastore, site.images[WEB], 2, ctx, disk="vdb", device=device, overwrite=True)
+    assert device.read_bytes()[: 1 << 20] == site.truth[WEB, 2]["vdb"], "zeros over what was there"
+
+
+def test_a_device_that_cannot_be_written_to(site: Site, device: Path):
+    subprocess.run(["mkfs.ext4", "-q", device], check=True, capture_output=True)
+    place = site.folder / "mounted"
+    place.mkdir()
+    subprocess.run(["mount", device, place], check=True)
+    try:
+        with site.context() as ctx, pytest.raises(Busy, match="in use"):
+            onto(site.datastore, site.images[WEB], 0, ctx, disk="vdb", device=device, overwrite=True)
+    finally:
+        subprocess.run(["umount", place], check=True)
+    site.guests[WEB].write("vda", 9 << 20, b"larger than the device")
+    site.backup()
+    with site.context() as ctx, pytest.raises(ConfigError, match="8388608 bytes"):
+        onto(site.datastore, site.images[WEB], 3, ctx, disk="vda", device=device, overwrite=True)
+    with site.context() as ctx, pytest.raises(ConfigError, match="no block device"):
+        onto(site.datastore, site.images[WEB], 0, ctx, disk="vdb", device=site.folder / "device")
+
+
+def test_a_restore_onto_a_device_that_fails_leaves_no_disk_there(site: Site, device: Path):
+    DAMAGE["a byte of the data"][0](site)
+    with site.context() as ctx, pytest.raises(IntegrityError):
+        onto(site.datastore, site.images[WEB], 2, ctx, disk="vda", device=device)
+    assert not device.read_bytes()[:65536].strip(b"\0")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_chain_of_200_needs_few_descriptors(tmp_path: Path, driver: type[MemoryDriver]):
+    random = Random(6)
+    site = over(Site(tmp_path, {WEB: {"vda": bytearray(random.randbytes(4 << 20))}}), driver)
+    for _ in range(200):
+        site.guests[WEB].write("vda", random.randrange(4 << 20), random.randbytes(3000))
+        site.backup()
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    most = 0
+
+    class Counting:
+        def phase(self, name: str, total: int | None = None) -> None:
+            pass
+
+        def done(self, count: int) -> None:
+            nonlocal most
+            most = max(most, len(list(Path("/proc/self/fd").iterdir())) - before)
+
+    path = tmp_path / "vda.raw"
+    with Context(tmp_path, progress=Counting()) as ctx:
+        restore(site.datastore, site.images[WEB], None, ctx, target=lambda disk: path, form="raw")
+    assert path.read_bytes() == site.truth[WEB, 199]["vda"]
+    assert 0 < most <= 16

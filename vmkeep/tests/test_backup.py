@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 import sqlite3
+import subprocess
 
 import pytest
 from kept_in_files import DB, WEB
@@ -148,13 +151,67 @@ def test_a_run_that_was_killed_after_its_record_keeps_its_checkpoint(site):
     assert " recorded " in (site.guests.parent / "released").read_text().splitlines()[1]
 
 
-def test_a_run_killed_after_it_was_stored_is_not_in_the_catalog_and_the_next_goes_on(site):
-    site.run("backup", "web1")
+def killed_after_storing(site, *arguments):
     (site.store / "die").touch()
-    assert site.process("backup", "web1").code == 9
+    assert site.process("backup", "web1", *arguments).code == 9
     (site.store / "die").unlink()
+
+
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_a_run_killed_after_it_was_stored_is_recorded_by_the_next(site, before):
+    for _ in range(before):
+        site.run("backup", "web1")
+    site.write(WEB, "vda", 1 << 20, b"between the store and the record")
+    killed_after_storing(site)
+    truth = bytes(site.guest(WEB).disks["vda"])
+    site.write(WEB, "vda", 1 << 20, b"what came after it, and in the same place")
+    told = site.run("backup", "web1", "--json")
+    assert (told.json["type"], told.json["increment"]) == ("INCREMENT", before + 1)
+    assert [one["id"] for one in site.run("image", "show", "1", "--json").json["increments"]] == list(range(before + 2))
+    to = site.folder / "to"
+    disk = site.run("restore", "1", "--increment", str(before), "--disk", "vda", "--to", str(to), "--json").json
+    out = site.folder / "raw"
+    subprocess.run(["qemu-img", "convert", "-O", "raw", disk["disks"][0]["path"], out], check=True)
+    assert out.read_bytes() == truth
+    assert len(site.guest(WEB).checkpoints) == 2
+    assert site.run("vm", "show", "web1", "--json").json["last_runs"][1]["state"] == "recorded"
+    assert site.run("catalog", "check").out == "the catalog and the datastores agree\n"
+
+
+def test_a_reset_that_was_killed_after_it_was_stored_is_recorded_as_a_new_image(site):
+    site.run("backup", "web1")
+    killed_after_storing(site, "--reset")
+    assert site.run("backup", "web1", "--json").json["image"] == 2
+    assert [one["state"] for one in site.run("image", "list", "--json").json] == ["closed", "open"]
+
+
+@pytest.mark.parametrize("harm", ["manifest", "point", "disk"])
+def test_what_a_killed_run_stored_and_is_not_as_it_should_be_stays_unused(site, harm):
+    site.run("backup", "web1")
+    killed_after_storing(site)
+    noted = next((site.state / "runs").glob("*/prepared.json"))
+    point = json.loads(json.loads(noted.read_text())["run"])["point"]
+    labels = next(path for path in site.store.glob("*/.labels") if point in path.read_text())
+    if harm == "manifest":
+        path = labels.with_name("manifest.json")
+        path.write_bytes(path.read_bytes().replace(b'"point": "', b'"point": "0', 1))
+    elif harm == "disk":
+        labels.with_name("disk.vda.qcow2").unlink()
+    else:
+        labels.write_text(labels.read_text().replace(point, "0" * 32))
+    told = site.run("backup", "web1", "--json")
+    assert told.json["increment"] == 1
+    assert len(site.run("catalog", "check", "--json").json["unused"]) == 1
+    assert labels.exists(), "nothing is deleted for being unknown"
+
+
+def test_a_guest_is_released_where_the_datastore_of_a_killed_run_is_away(site):
+    site.run("backup", "web1")
+    killed_after_storing(site)
+    site.store.rename(site.folder / "away")
+    assert site.run("backup", "web1").code == 5
+    (site.folder / "away").rename(site.store)
     assert site.run("backup", "web1", "--json").json["increment"] == 1
-    assert len(site.run("image", "show", "1", "--json").json["increments"]) == 2
 
 
 def test_a_release_that_fails_is_a_warning_and_the_backup_is_done(site):
@@ -199,3 +256,12 @@ def test_an_unknown_vm(site):
     told = site.run("backup", "web2")
     assert (told.code, told.err) == (4, "vmkeep: no VM web2\n")
     assert DB.name not in told.out
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_after_a_source_was_removed_by_hand_the_next_is_a_full_and_says_why(site, which):
+    sources = [site.run("backup", "web1", "--json").json["source"] for _ in range(2)]
+    shutil.rmtree(site.store / sources[which])
+    told = site.run("backup", "web1", "--json").json
+    assert (told["type"], told["image"], told["reason"]) == ("FULL", 2, f"source {sources[which]} is gone")
+    assert site.run("restore", "2", "--to", str(site.folder / "to")).code == 0

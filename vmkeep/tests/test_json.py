@@ -12,7 +12,9 @@ from kept_in_files import WEB, load, save
 from backupcore.model import Image, LeftOut
 from backupcore.restore import RestoredDisk
 from vmkeep.cli import documents, exits
+from vmkeep.config import load as load_config
 from vmkeep.in_place import Replaced
+from vmkeep.workplace import Workplace
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "json.md"
 
@@ -74,7 +76,7 @@ def printed(site):
             found[command] = site.run(command, "web1", "--json").json
     (site.store / "wait").unlink()
     site.run("vm", "updateconf", "web1", "--keep-last", "1")
-    for command in ("image pin 1", "image unpin 1", "image prune"):
+    for command in ("image pin 1", "image unpin 1", "image prune", "image verify 1"):
         found[" ".join(command.split()[:2])] = site.run(*command.split(), "--json").json
     site.run("vm", "updateconf", "web1", "--keep-last", "0")
     site.run("backup", "web1")
@@ -97,6 +99,22 @@ def printed(site):
         "image delete 1 --yes",
     ):
         found[" ".join(command.split()[:2])] = site.run(*command.split(), "--json").json
+    site.run("backup", "web1")
+    site.run("backup", "db1")
+    place = Workplace(load_config(site.config))
+    with place.catalog.writing() as connection:
+        for table in ("increments", "images"):
+            connection.exec_driver_sql(f"DELETE FROM {table}")
+    next(site.store.glob("*/vm.xml")).unlink()
+    found["catalog rebuild"] = site.run("catalog", "rebuild", "nas", "--json").json
+    number = found["catalog rebuild"]["added"][0]["id"]
+    next(
+        one for one in site.store.iterdir() if one.name in str(site.run("image", "show", str(number), "--json").json)
+    ).rename(site.folder / "gone")
+    site.config.write_text(
+        site.config.read_text() + f'[datastores.away]\ndriver = "files"\npath = "{site.folder}/away"\n'
+    )
+    found["catalog check"] = json.loads(site.run("catalog", "check", "--json").out)
     found["driver test"] = site.run(
         "driver", "test", "files", "-o", f"path={site.store}", "--check=hooks", "--json"
     ).json

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -199,3 +201,65 @@ def test_no_image_can_be_deleted_while_it_is_restored(site, chain):
     for process in (child, other):
         process.communicate(timeout=60)
         assert process.returncode == 0, "two restores may run at once"
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_raw_files_and_a_definition_for_them(site, chain, number):
+    truths, _ = chain
+    to = site.folder / "to"
+    made = site.run("restore", "1", "--increment", str(number), "--format", "raw", "--to", str(to), "--json").json
+    assert [Path(disk["path"]).suffix for disk in made["disks"]] == [".raw", ".raw"]
+    for disk in made["disks"]:
+        assert Path(disk["path"]).read_bytes() == truths[number][disk["id"]]
+    assert Path(made["xml"]).exists()
+
+
+def test_verify_only_reads_all_and_writes_nothing(site, chain, monkeypatch):
+    _, sources = chain
+    folder = site.folder / "empty"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    made = site.run("restore", "1", "--verify-only", "--json").json
+    assert (made["increment"], [disk["path"] for disk in made["disks"]]) == (1, [None, None])
+    told = site.run("restore", "1", "--verify-only", "--disk", "vdb")
+    assert told.out == "disk vdb is well\nincrement 1 of image 1 can be restored\n"
+    stored = site.store / sources[0] / "disk.vda.qcow2"
+    content = bytearray(stored.read_bytes())
+    content[-10] ^= 1
+    stored.write_bytes(content)
+    assert site.run("restore", "1", "--verify-only").code == 8
+    assert site.run("restore", "1", "--verify-only", "--disk", "vdb").code == 0
+    assert names(folder) == []
+
+
+@pytest.mark.parametrize("form", ["raw", "qcow2"])
+def test_one_disk_to_the_standard_output(site, chain, form):
+    truths, _ = chain
+    path = site.folder / "stream.qcow2"
+    with path.open("wb") as out:
+        child = subprocess.run(
+            [sys.executable, "-m", "vmkeep", "restore", "1", "--disk", "vda", "--stdout", "--format", form],
+            env={**os.environ, "PYTHONPATH": site.paths, "VMKEEP_CONFIG": str(site.config)},
+            stdout=out,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            check=False,
+        )
+    assert child.returncode == 0, child.stderr
+    assert (path.read_bytes() if form == "raw" else raw(path)) == truths[1]["vda"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--stdout", "--verify-only"),
+        ("--stdout", "--to", "x"),
+        ("--stdout", "--json"),
+        ("--overwrite",),
+        ("--device", "/dev/null", "--format", "qcow2"),
+        ("--device", "/dev/null", "--disk", "vda"),
+        ("--stdout",),
+    ],
+)
+def test_what_does_not_go_together_is_refused(site, chain, options):
+    assert site.run("restore", "1", *options).code == 2

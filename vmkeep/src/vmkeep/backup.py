@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 from backupcore import chain
 from backupcore.context import Context, Progress
@@ -16,7 +17,7 @@ from backupcore.errors import BackupError, Cancelled, IncrementImpossible
 from backupcore.hypervisor import VMState
 from backupcore.model import BackupRun, Estimate, Image, RunState, Type
 from backupcore.session import Recorded, run_backup
-from vmkeep import flatten, folders, interrupt, lock, recovery, retention, settings
+from vmkeep import adoption, flatten, folders, interrupt, lock, recovery, retention, settings
 from vmkeep.catalog import flattens, images, runs
 from vmkeep.catalog.database import Catalog
 from vmkeep.workplace import Workplace
@@ -119,7 +120,11 @@ def take(
             ctx = Context(folder, progress=progress)
             with interrupt.cancels(ctx), ctx:
                 recorded = run_backup(
-                    store, run, ctx, record=lambda done: numbers.append(runs.record(place.catalog, done))
+                    store,
+                    run,
+                    ctx,
+                    record=lambda done: numbers.append(runs.record(place.catalog, done)),
+                    note=partial(adoption.note, folder),
                 )
         shared.close()
         done, warnings = retention.after(place, found.vm, name, progress=progress)

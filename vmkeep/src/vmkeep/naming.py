@@ -38,22 +38,23 @@ class Names:
 
     folder: Path
     base: str
+    form: str = "qcow2"
 
     @classmethod
-    def given(cls, folder: Path, base: str) -> Names:
+    def given(cls, folder: Path, base: str, form: str = "qcow2") -> Names:
         """With a base that the user chose. ConfigError if it cannot begin the name of a file."""
         if not base or base != file_name(base):
             raise ConfigError(
                 f"the name {base!r:.80} cannot be used for files",
                 "Use a name without /, not beginning with a dot or a dash, of at most 150 bytes.",
             )
-        return cls(folder, base)
+        return cls(folder, base, form)
 
     def disk(self, disk: str) -> Path:
         """The file of a disk."""
         if not _DISK.fullmatch(disk):
             raise ConfigError(f"{disk!r:.80} is no disk ID", "See: vmkeep image show ID")
-        return self.folder / f"{self.base}-disk-{disk}.qcow2"
+        return self.folder / f"{self.base}-disk-{disk}.{self.form}"
 
     @property
     def definition(self) -> Path:

@@ -16,7 +16,7 @@ from backupcore.context import Context
 from backupcore.datastore import Datastore
 from backupcore.errors import BackupError, Busy, NotFound
 from backupcore.model import VM, BackupRun, Outcome, RunState
-from vmkeep import flatten, folders, lock, swap
+from vmkeep import adoption, flatten, folders, lock, swap
 from vmkeep.catalog import images, runs
 from vmkeep.workplace import Workplace
 
@@ -157,6 +157,8 @@ def _release(place: Workplace, run: BackupRun, ctx: Context, other: Datastore | 
     # What other chains have recorded since it died is no stray.
     run = replace(run, keep=images.kept(place.catalog, run.vm))
     written = runs.increment_of(place.catalog, run.id)
+    if not written and run.datastore == store.name and adoption.adopt(place, ctx.folder, store, ctx):
+        written = runs.increment_of(place.catalog, run.id)
     outcome = Outcome(state=RunState.RECORDED if written else RunState.FAILED)
     if written and written[0].uuid != run.image:  # it became a full in a new image after its folder was made
         image, increment = written

@@ -69,6 +69,7 @@ def restore(
     name: str | None = None,
     no_ip: bool = False,
     no_nic: bool = False,
+    form: core.Form = "qcow2",
     define: Define | None = None,
     progress: Progress | None = None,
 ) -> Files:
@@ -91,7 +92,7 @@ def restore(
             )
         source = short(increment.source.token, images.tokens(place.catalog_if_any))
         base = f"{file_name(image.vm.name)}-{source}" if name is None else name
-        names = Names.given(folder.absolute(), base)
+        names = Names.given(folder.absolute(), base, form)
         wanted = [names.disk(disk) for disk in disks or held]
         others = () if disks else (names.definition, names.nvram, *map(names.file, BESIDE))
         _require_free([*wanted, *others])
@@ -101,7 +102,13 @@ def restore(
         with _staging(names) as staged, place.context(progress) as ctx:
             store = place.datastore(image.datastore)
             made = core.restore(
-                store, image, increment.id, ctx, target=lambda disk: _at(staged, disk, names), disks=disks or None
+                store,
+                image,
+                increment.id,
+                ctx,
+                target=lambda disk: _at(staged, disk, names),
+                disks=disks or None,
+                form=form,
             )
             files = _publish(
                 place, made, names, staged, image, no_ip=no_ip, no_nic=no_nic, whole=not disks, define=define

@@ -11,6 +11,7 @@ import pickle
 import shutil
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import backupcore
 from backupcore import hookimpl
@@ -21,7 +22,6 @@ from backupcore.model import (
     VM,
     Artifact,
     BackupRun,
-    BytesArtifact,
     Listed,
     Outcome,
     Prepared,
@@ -115,6 +115,22 @@ class FileHypervisor(MemoryHypervisor):
         save(self.path, self.guests.values())
 
 
+class FileArtifact(Artifact):
+    """One file of a source; nothing of it is read before it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = path.name
+        self.size = path.stat().st_size
+
+    def open(self) -> BinaryIO:
+        return self.path.open("rb")
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        with self.path.open("rb") as file:
+            return os.pread(file.fileno(), length, offset)
+
+
 @backupcore.driver
 class FileDriver:
     """One folder per source. ``wait`` in its folder holds a backup up until it is gone or the run is cancelled."""
@@ -162,7 +178,7 @@ class FileDriver:
             (self.path / "waits").touch()
             ctx.wait(0.02)
         files = [file for file in (self.path / source.token).iterdir() if file.name != ".labels"]
-        return [BytesArtifact(file.name, file.read_bytes()) for file in files]
+        return [FileArtifact(file) for file in files]
 
     @hookimpl
     def delete(self, sources: Sequence[SourceRef]) -> bool:
@@ -176,6 +192,8 @@ class FileDriver:
 
     @hookimpl
     def sources(self) -> Iterable[Listed]:
+        if not self.path.is_dir():
+            raise TargetUnavailable(f"{self.path} is away", "Bring it back.")
         for folder in self.path.glob("[!.]*/.labels"):
             yield Listed(source=SourceRef(folder.parent.name), labels=json.loads(folder.read_text()))
 

@@ -233,7 +233,7 @@ def _unknown_disk(disk: str, path: Path) -> Element:
 def _disk(stored: Element, path: Path, left: list[str]) -> Element:
     result = Element("disk", type="file", device="disk")
     driver = stored.find("driver")
-    options = {"name": "qemu", "type": "qcow2"}
+    options = {"name": "qemu", "type": "raw" if path.suffix == ".raw" else "qcow2"}
     for option in ("discard", "detect_zeroes"):
         if driver is not None and option in driver.attrib:
             options[option] = driver.attrib[option]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Chains",
     "Listed",
+    "add",
     "chains",
     "close",
     "columns",
@@ -29,6 +30,7 @@ __all__ = [
     "kept",
     "last_dates",
     "listed",
+    "mark",
     "newest",
     "pin",
     "record",
@@ -136,11 +138,13 @@ def listed(catalog: Catalog, *, vm: str | None = None) -> list[Listed]:
 
 
 def newest(catalog: Catalog, vm: VM, datastore: str) -> Image | None:
-    """The newest image of a VM in a datastore."""
+    """The newest image of a VM in a datastore: the open one, else the one that began last."""
     table = schema.images.c
+    # Not by number alone: a rebuild gives old images new numbers.
+    order = (table.state == "open").desc(), table.began.desc(), table.number.desc()
     with catalog.reading() as connection:
         number = connection.execute(
-            select(func.max(table.number)).where(table.vm_uuid == vm.uuid, table.datastore == datastore)
+            select(table.number).where(table.vm_uuid == vm.uuid, table.datastore == datastore).order_by(*order).limit(1)
         ).scalar()
         return next(iter(_load(connection, table.number == number)), None) if number is not None else None
 
@@ -205,6 +209,32 @@ def record(connection: Connection, recorded: Recorded) -> int:
         connection.execute(update(schema.images).where(table.number == number).values(vm_name=run.vm.name))
     connection.execute(insert(schema.increments).values(columns(number, increment) | _of_the_run(recorded)))
     connection.execute(delete(schema.retired).where(schema.retired.c.point.in_(run.spent)))
+    return number
+
+
+def add(catalog: Catalog, image: Image) -> int | None:
+    """Write a whole image down that was found in its datastore; its number, or None if the catalog has it already."""
+    with catalog.writing() as connection:
+        if connection.execute(select(schema.images.c.number).where(schema.images.c.uuid == image.uuid)).first():
+            return None
+        key = connection.execute(
+            insert(schema.images).values(
+                uuid=image.uuid,
+                vm_uuid=image.vm.uuid,
+                vm_name=image.vm.name,
+                datastore=image.datastore,
+                state=image.state,
+                why_closed=image.why_closed or None,
+                pinned=image.pinned,
+                host=image.host or None,
+                began=image.began.astimezone(UTC).isoformat() if image.began else None,
+            )
+        ).inserted_primary_key
+        number = int(key[0]) if key else 0
+        # How their runs went is not in the datastore.
+        of_the_run = {"stored": None, "read": 0, "frozen_seconds": 0.0, "seconds": 0.0}
+        rows = [columns(number, increment) | of_the_run for increment in image.increments]
+        connection.execute(insert(schema.increments), rows)
     return number
 
 
@@ -293,6 +323,7 @@ def chains(catalog: Catalog, host: str, *, vm: str | None = None, datastore: str
                 pinned=row.pinned,
                 ours=row.host == host,
                 ids=tuple(of_image.get(row.number, ())),
+                began=row.began or "",
             )
             known = found.setdefault((row.vm_uuid, row.datastore), (VM(uuid=row.vm_uuid, name=row.vm_name), []))
             known[1].append(chain)
@@ -306,6 +337,17 @@ def close(catalog: Catalog, image: Image, why: str = "") -> None:
             update(schema.images)
             .where(schema.images.c.number == image.number, schema.images.c.state == "open")
             .values(state="closed", why_closed=why or None)
+        )
+
+
+def mark(catalog: Catalog, image: Image, *, damaged: bool) -> None:
+    """Mark an image as damaged, or take the mark away; it is closed then, since its VM has begun another meanwhile."""
+    before, after = (("open", "closed"), "damaged") if damaged else (("damaged",), "closed")
+    with catalog.writing() as connection:
+        connection.execute(
+            update(schema.images)
+            .where(schema.images.c.number == image.number, schema.images.c.state.in_(before))
+            .values(state=after)
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from backupcore.model import Image, Increment, LeftOut
@@ -13,25 +14,30 @@ from vmkeep.catalog.runs import PastRun
 from vmkeep.cli.figures import iso
 from vmkeep.flatten import Done
 from vmkeep.in_place import Replaced
+from vmkeep.rebuild import Checked, Rebuilt
 from vmkeep.recovery import PutRight
 from vmkeep.restore import Files
 from vmkeep.retention import Action
 from vmkeep.retention import Plan as RetentionPlan
 from vmkeep.settings import DISK_LISTS, NUMBERS, disk_list
+from vmkeep.verify import Result
 from vmkeep.vms import Detail, Listing
 
 __all__ = [
     "backup",
     "cancel",
+    "checked",
     "config",
     "flatten",
     "image",
     "images",
     "plan",
     "prune",
+    "rebuild",
     "recovered",
     "replaced",
     "restore",
+    "verify",
     "vm",
     "vms",
 ]
@@ -251,6 +257,68 @@ def restore(files: Files, driver: str) -> Document:
         "disks": [_restored(files.image, disk, driver) for disk in files.disks],
         "left_out": list(files.left_out),
         "uuid": files.vm.uuid if files.vm else None,
+    }
+
+
+def elsewhere(image: Image, number: int, disks: Sequence[RestoredDisk], driver: str, device: str | None) -> Document:
+    """``vmkeep restore --device`` and ``--verify-only``."""
+    return {
+        "increment": number,
+        "disks": [{**_restored(image, disk, driver), "path": device} for disk in disks],
+    }
+
+
+def verify(result: Result) -> Document:
+    """``vmkeep image verify``."""
+    return {
+        "id": result.image.number,
+        "image_uuid": result.image.uuid,
+        "state": result.image.state,
+        "ok": result.ok,
+        "sample": result.sample,
+        "increments": [
+            {"id": one.increment.id, "source": one.increment.source.token, "read": one.read, "problem": one.problem}
+            for one in result.increments
+        ],
+    }
+
+
+def rebuild(done: Rebuilt) -> Document:
+    """``vmkeep catalog rebuild``."""
+    return {
+        "datastore": done.datastore,
+        "added": [
+            {
+                "id": one.number,
+                "image_uuid": one.uuid,
+                "vm": one.vm.name,
+                "uuid": one.vm.uuid,
+                "host": one.host,
+                "increments": [increment.id for increment in one.increments],
+                "date": iso(one.increments[-1].date),
+            }
+            for one in done.added
+        ],
+        "known": done.known,
+        "remarks": [{"source": one.source.token, "kind": one.kind, "why": one.why} for one in done.remarks],
+        "busy": list(done.busy),
+    }
+
+
+def checked(found: Checked) -> Document:
+    """``vmkeep catalog check``."""
+    return {
+        "datastores": list(found.datastores),
+        "missing": [
+            {"datastore": one.datastore, "source": one.source.token, "what": one.what} for one in found.missing
+        ],
+        "unused": [
+            {"datastore": one.datastore, "source": one.source.token, "labels": dict(one.labels)} for one in found.unused
+        ],
+        "errors": [
+            {"datastore": name, "class": type(error).__name__, "message": error.message}
+            for name, error in found.errors.items()
+        ],
     }
 
 

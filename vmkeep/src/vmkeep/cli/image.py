@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from backupcore.errors import ConfigError
+from backupcore.errors import ConfigError, IntegrityError
 from backupcore.model import Image
 from vmkeep import deletion
 from vmkeep.catalog import images
@@ -87,6 +87,36 @@ def show(asked: Asked, reference: str) -> None:
     output.table(
         ("ID", "PID", "T", "SIZE", "DATE", "SOURCE", "CONSISTENCY", "WHY WHOLE"), rows, right=("ID", "PID", "SIZE")
     )
+
+
+@image.command(short_help="Read an image back and hold it against its digests.")
+@click.argument("reference", metavar="ID")
+@click.option("--increment", type=click.IntRange(min=0), metavar="N", help="Only what increment N is made of.")
+@click.option(
+    "--sample", type=click.FloatRange(0, 100), default=100, metavar="PERCENT", help="Read that much of the data only."
+)
+@common
+@click.pass_obj
+def verify(asked: Asked, reference: str, increment: int | None, sample: float) -> int:
+    """Read image ID back and compare it with the digests that were taken when the guest's disks were read.
+
+    Where something is damaged (exit code 8) the next backup of the VM begins a new image.
+    """
+    from vmkeep import verify as work  # noqa: PLC0415 - the data plane, which most commands here do not need
+
+    place = workplace(asked)
+    with shown(asked, f"image {reference}") as progress:
+        result = work.verify(place, reference, number=increment, sample=sample / 100, progress=progress)
+    if asked.json:
+        output.document(documents.verify(result))
+    elif not asked.quiet:
+        rows = [(str(one.increment.id), size(one.read), one.problem or "well") for one in result.increments]
+        output.table(("INCREMENT", "READ", "FOUND"), rows, right=("INCREMENT", "READ"))
+    if result.ok:
+        return 0
+    damaged = ", ".join(str(one.increment.id) for one in result.increments if one.problem)
+    output.remark(asked, f"image {result.image.number} is damaged: increments {damaged} cannot be restored")
+    return exits.CODES[IntegrityError]
 
 
 @image.command(short_help="Delete an image and its backups.")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 
 import click
 from click.core import ParameterSource
 
+from backupcore.model import Image
+from backupcore.restore import Form, Restored
 from vmkeep import restore as work
+from vmkeep import restore_elsewhere as elsewhere
 from vmkeep.cli import documents, output
 from vmkeep.cli.asked import Asked, common
 from vmkeep.cli.figures import size
@@ -28,6 +32,13 @@ __all__ = ["restore"]
 )
 @click.option("--to", "folder", type=click.Path(file_okay=False, path_type=Path), default=Path(), help="The folder.")
 @click.option("--name", metavar="BASE", help="What the files' names, and the VM's, begin with.")
+@click.option("--format", "form", type=click.Choice(["qcow2", "raw"]), default="qcow2", help="Of the disks; qcow2.")
+@click.option("--verify-only", is_flag=True, help="Read and check all that a restore reads; write nothing.")
+@click.option("--stdout", is_flag=True, help="Write one disk to the standard output.")
+@click.option(
+    "--device", type=click.Path(dir_okay=False, path_type=Path), help="Write one disk onto this block device, raw."
+)
+@click.option("--overwrite", is_flag=True, help="With --device: also if it is not empty.")
 @click.option("--define", is_flag=True, help="Define the restored VM, with a new UUID and new MAC addresses.")
 @click.option("--keep-uuid", is_flag=True, help="With --define: it gets the UUID that it had.")
 @click.option("--keep-mac", is_flag=True, help="With --define: it gets the MAC addresses that it had.")
@@ -47,6 +58,11 @@ def restore(
     name: str | None,
     no_ip: bool,
     no_nic: bool,
+    form: Form,
+    verify_only: bool,
+    stdout: bool,
+    device: Path | None,
+    overwrite: bool,
     define: bool,
     keep_uuid: bool,
     keep_mac: bool,
@@ -58,7 +74,22 @@ def restore(
     With --in-place the restored disks take the place of the VM's own, which are kept beside them.
     """
     _check_together(define=define, keep_uuid=keep_uuid, keep_mac=keep_mac, in_place=in_place, drop_old=drop_old)
+    _check_one_way(verify_only=verify_only, stdout=stdout, device=device, overwrite=overwrite, asked=asked)
     place = workplace(asked)
+    if verify_only or stdout or device:
+        with shown(asked, f"image {image}") as progress:
+            if device:
+                made = elsewhere.onto(
+                    place, image, device, number=increment, disks=disks, overwrite=overwrite, progress=progress
+                )
+            elif stdout:
+                made = elsewhere.pour(
+                    place, image, sys.stdout.buffer, number=increment, disks=disks, form=form, progress=progress
+                )
+            else:
+                made = elsewhere.check(place, image, number=increment, disks=disks, progress=progress)
+        _tell(asked, place, *made, stdout=stdout, device=device)
+        return
     if in_place:
         _in_place(asked, place, image, increment=increment, disks=disks, drop_old=drop_old)
         return
@@ -72,6 +103,7 @@ def restore(
             name=name,
             no_ip=no_ip,
             no_nic=no_nic,
+            form=form,
             define=work.Define(keep_uuid=keep_uuid, keep_mac=keep_mac) if define else None,
             progress=progress,
         )
@@ -82,6 +114,50 @@ def restore(
         _show(files)
     if files.no_definition:
         output.remark(asked, f"no definition was made: {files.no_definition}")
+
+
+def _check_one_way(*, verify_only: bool, stdout: bool, device: Path | None, overwrite: bool, asked: Asked) -> None:
+    ctx = click.get_current_context()
+    files = [
+        f"--{option}"
+        for name, option in (
+            ("folder", "to"),
+            ("name", "name"),
+            ("no_ip", "no-ip"),
+            ("no_nic", "no-nic"),
+            ("define", "define"),
+            ("in_place", "in-place"),
+        )
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
+    ways = [way for way, given in (("--verify-only", verify_only), ("--stdout", stdout), ("--device", device)) if given]
+    if len(ways) > 1 or (ways and files):
+        raise click.UsageError(f"{', '.join([*ways, *files])} cannot go together", ctx)
+    if ctx.params["in_place"] and ctx.get_parameter_source("form") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--format cannot go with --in-place: the disks stay what they are", ctx)
+    if overwrite and not device:
+        raise click.UsageError("--overwrite goes with --device", ctx)
+    if device and ctx.get_parameter_source("form") is ParameterSource.COMMANDLINE and ctx.params["form"] != "raw":
+        raise click.UsageError("a block device gets the disk raw", ctx)
+    if stdout and asked.json:
+        raise click.UsageError("--stdout and --json cannot go together: there is one standard output", ctx)
+    if stdout and sys.stdout.isatty():
+        raise click.UsageError("a disk is not written to a terminal: send it to a file or a pipe", ctx)
+
+
+def _tell(asked: Asked, place: Workplace, image: Image, made: Restored, *, stdout: bool, device: Path | None) -> None:
+    if stdout or (asked.quiet and not asked.json):
+        return
+    if asked.json:
+        driver = place.config.datastores[image.datastore]["driver"]
+        where = str(device) if device else None
+        output.document(documents.elsewhere(image, made.increment.id, made.disks, str(driver), where))
+        return
+    for disk in made.disks:
+        what = f"{device}  ({size(disk.virtual_size)} disk {disk.id})" if device else f"disk {disk.id} is well"
+        output.line(what)
+    if not device:
+        output.line(f"increment {made.increment.id} of image {image.number} can be restored")
 
 
 def _show(files: work.Files) -> None:

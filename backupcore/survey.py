@@ -1,0 +1,236 @@
+"""What a datastore holds, found out from its manifests alone: which sources make up which image.
+
+Nothing but the manifests counts. Labels are for a quick look; a number may be there twice (a flatten that was
+interrupted, a run that was killed before it was recorded); whatever another program or a newer version put there is
+listed and left alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Literal
+
+from blake3 import blake3
+
+from backupcore import manifest as manifests
+from backupcore.errors import ContractViolation, IntegrityError, SourceNotFound, UnsupportedOperation
+from backupcore.model import VM, Image, Increment, SourceRef
+
+if TYPE_CHECKING:
+    from backupcore.context import Context
+    from backupcore.datastore import Datastore
+    from backupcore.manifest import Manifest
+    from backupcore.model import Artifact, Listed
+
+__all__ = ["Found", "Remark", "Survey", "look_at", "put_together", "survey"]
+
+_AT_ONCE = 4  # manifests that are read beside each other: most stores answer slowly, not little
+_LARGEST = 1 << 31  # numbers of increments: a database takes no more than 63 bits, and nobody has as many
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """One complete source: its manifest has been checked, and all that it lists is there in the right size."""
+
+    source: SourceRef
+    manifest: Manifest
+    digest: str
+    size: int
+    date: datetime
+    began: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remark:
+    """A source that belongs to no image that was found, and why.
+
+    ``unused``: complete, and nothing builds on it. ``damaged``: it cannot be restored, or what it builds on is not
+    there. ``foreign``: made by something else, or by a newer version. `image` is its image's UUID, "" where it is not
+    known.
+    """
+
+    source: SourceRef
+    kind: Literal["unused", "damaged", "foreign"]
+    why: str
+    image: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What was found: images (closed, without a number of this host), and the sources that belong to none."""
+
+    images: tuple[Image, ...]
+    remarks: tuple[Remark, ...]
+
+
+def survey(datastore: Datastore, ctx: Context, *, known: Collection[SourceRef] = ()) -> Survey:
+    """Read the manifest of every source but those in `known`, and put together what belongs together.
+
+    A source that is damaged or foreign is a remark; a datastore that does not answer is an error.
+    """
+    ctx.progress.phase("look")
+    listed = [one for one in datastore.sources(ctx) if one.source not in known]
+    ctx.progress.phase("read manifests")
+    with ThreadPoolExecutor(_AT_ONCE, "survey") as pool:
+        answers = list(pool.map(lambda one: _look(datastore, one, ctx), listed))
+    images, remarks = put_together(datastore.name, [one for one in answers if isinstance(one, Found)])
+    return Survey(images=images, remarks=(*(one for one in answers if isinstance(one, Remark)), *remarks))
+
+
+def _look(datastore: Datastore, listed: Listed, ctx: Context) -> Found | Remark:
+    if not listed.labels.get("point"):
+        return Remark(source=listed.source, kind="foreign", why="it has no labels of a backup")
+    try:
+        return look_at(datastore, listed.source, ctx)
+    except UnsupportedOperation as error:
+        return Remark(source=listed.source, kind="foreign", why=error.message)
+    except (IntegrityError, SourceNotFound, ContractViolation) as error:
+        return Remark(source=listed.source, kind="damaged", why=error.message)
+
+
+def look_at(datastore: Datastore, source: SourceRef, ctx: Context) -> Found:
+    """What one source holds. IntegrityError if its manifest, or an artifact that it lists, is not as it must be."""
+    what = f"source {source}"
+    ctx.check()
+    artifacts = datastore.artifacts(source, ctx)
+    if manifests.NAME not in artifacts:
+        raise IntegrityError(f"{what}: it has no manifest, so it is not complete")
+    if artifacts[manifests.NAME].size > manifests.LIMIT:
+        raise IntegrityError(f"{what}: the manifest is larger than {manifests.LIMIT >> 20} MiB")
+    with artifacts[manifests.NAME].open() as file:
+        data = file.read()
+    manifest = manifests.parse(data, what)
+    _require_all(manifest, artifacts, what)
+    # These go into a database and into names of files.
+    if not _UUID.fullmatch(manifest.vm.uuid) or manifest.number >= _LARGEST:
+        raise IntegrityError(f"{what}: not a manifest: its VM's UUID or its number cannot be")
+    try:
+        date = manifest.date.astimezone(UTC)
+        began = manifest.began.astimezone(UTC) if manifest.began else date
+    except OverflowError as error:
+        raise IntegrityError(f"{what}: not a manifest: its date cannot be") from error
+    return Found(
+        source=source,
+        manifest=manifest,
+        digest=blake3(data).hexdigest(),
+        size=sum(artifact.size for artifact in artifacts.values()),
+        date=date,
+        began=began,
+    )
+
+
+def _require_all(manifest: Manifest, artifacts: dict[str, Artifact], what: str) -> None:
+    sizes = {part.artifact: part.size for part in manifest.disks} | {
+        part.name: part.size for part in manifest.artifacts
+    }
+    wrong = [name for name, size in sizes.items() if name not in artifacts or artifacts[name].size != size]
+    if wrong:
+        raise IntegrityError(f"{what}: missing, or of another size: {', '.join(sorted(wrong))}")
+
+
+def put_together(datastore: str, found: Iterable[Found]) -> tuple[tuple[Image, ...], tuple[Remark, ...]]:
+    """The images that these sources make up, oldest first, and a remark about every source that is in none of them."""
+    groups: dict[str, list[Found]] = {}
+    for one in found:
+        groups.setdefault(one.manifest.image, []).append(one)
+    images: list[Image] = []
+    remarks: list[Remark] = []
+    for group in groups.values():
+        chain = _longest(group)
+        if chain:
+            images.append(_image(datastore, chain))
+        remarks += _others(group, chain)
+    images.sort(key=lambda image: (image.began or image.increments[0].date, image.uuid))
+    return tuple(images), tuple(remarks)
+
+
+def _longest(group: Sequence[Found]) -> list[Found]:
+    """The chain to the last increment that can be restored, oldest first; empty if none can be."""
+    parents: dict[SourceRef, Found | None] = {}  # of those that can be restored
+    for one in sorted(group, key=lambda one: (one.manifest.number, one.source.token)):
+        if one.manifest.parent is None:
+            parents[one.source] = None
+            continue
+        ready = [other for other in group if other.source in parents and _carries(other, one)]
+        if ready:
+            # What was recorded before a flatten has been proved; its result is taken where parts of that are gone.
+            parents[one.source] = min(ready, key=lambda other: bool(other.manifest.replaces))
+    able = [one for one in group if one.source in parents]
+    if not able:
+        return []
+    tip: Found | None = max(able, key=lambda one: (one.manifest.number, not one.manifest.replaces, one.date))
+    chain: list[Found] = []
+    while tip is not None:
+        chain.append(tip)
+        tip = parents[tip.source]
+    return chain[::-1]
+
+
+def _carries(parent: Found, child: Found) -> bool:
+    link, manifest = child.manifest.parent, parent.manifest
+    return (
+        link is not None
+        and link.point == manifest.point
+        and link.digest in (parent.digest, manifest.stands_for)
+        and manifest.number < child.manifest.number
+        and manifest.vm.uuid == child.manifest.vm.uuid
+    )
+
+
+def _image(datastore: str, chain: Sequence[Found]) -> Image:
+    first, last = chain[0], chain[-1]
+    rows = [
+        Increment(
+            id=one.manifest.number,
+            pid=before.manifest.number if before else -1,
+            type=one.manifest.type,
+            point=one.manifest.point,
+            source=one.source,
+            size=one.size,
+            date=one.date,
+            consistency=one.manifest.consistency,
+            reason=one.manifest.reason,
+            digest=one.digest,
+            disks=tuple(part.disk for part in one.manifest.disks),
+        )
+        for one, before in zip(chain, [None, *chain], strict=False)
+    ]
+    return Image(
+        uuid=first.manifest.image,
+        number=0,
+        vm=VM(uuid=last.manifest.vm.uuid, name=last.manifest.vm.name),
+        datastore=datastore,
+        state="closed",
+        increments=tuple(rows),
+        host=first.manifest.host,
+        began=first.began,
+    )
+
+
+def _others(group: Sequence[Found], chain: Sequence[Found]) -> list[Remark]:
+    taken = {one.source for one in chain}
+    merged = {point for one in chain for point in one.manifest.replaces}
+    numbers = {one.manifest.number: one for one in chain}
+    remarks = []
+    for one in group:
+        if one.source in taken:
+            continue
+        what = f"increment {one.manifest.number} of image {one.manifest.image}, VM {one.manifest.vm.name}"
+        beside = numbers.get(one.manifest.number)
+        kind: Literal["unused", "damaged"] = "unused"
+        if one.manifest.point in merged:
+            why = "it was merged into a later full"
+        elif beside is not None:
+            why = f"source {beside.source} is used for it"
+        elif one.manifest.parent is None:
+            why = "no chain that was found needs it"
+        else:
+            kind = "damaged"
+            why = f"it builds on point {one.manifest.parent.point}, which is not there or cannot be restored"
+        remarks.append(Remark(source=one.source, kind=kind, why=f"{what}: {why}", image=one.manifest.image))
+    return remarks

@@ -1,0 +1,108 @@
+"""A backup that was stored and never recorded, because its process was killed in between: the next run records it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from backupcore.datastore import Datastore
+from backupcore.errors import BackupError, IntegrityError
+from backupcore.model import BackupRun, Disk, Increment, Prepared, Type
+from backupcore.session import Recorded
+from backupcore.survey import look_at
+from vmkeep import folders
+from vmkeep.catalog import images, runs
+from vmkeep.workplace import Workplace
+
+if TYPE_CHECKING:
+    from backupcore.context import Context
+    from backupcore.survey import Found
+
+__all__ = ["adopt", "note"]
+
+log = logging.getLogger("vmkeep.adoption")
+
+_NAME = "prepared.json"
+
+
+def note(folder: Path, run: BackupRun, prepared: Prepared) -> None:
+    """Keep in the run's folder what its record will need and its datastore does not hold."""
+    temporary = folder / f".{_NAME}"
+    # The run as it is taken: it may have become a full since its folder was made.
+    temporary.write_text(json.dumps({"run": folders.dump_run(run), "disks": [asdict(disk) for disk in prepared.disks]}))
+    temporary.rename(folder / _NAME)
+
+
+def adopt(place: Workplace, folder: Path, store: Datastore, ctx: Context) -> bool:
+    """Record what the dead run of this folder had stored; True if there was such a thing and it is recorded now.
+
+    It must be complete, and its parent the tip of its image; otherwise it stays what it is, an unused source. The
+    caller holds the VM's lock. Nothing is raised: the guest of the dead run must be released in any case.
+    """
+    try:
+        noted = json.loads((folder / _NAME).read_text())
+        run = folders.load_run(noted["run"])
+        disks = tuple(Disk(**disk) for disk in noted["disks"])
+    except FileNotFoundError:
+        return False  # it did not come that far
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        log.warning("%s cannot be read (%s)", folder / _NAME, type(error).__name__)
+        return False
+    try:
+        return _adopt(place, run, disks, store, ctx)
+    except BackupError as error:
+        log.warning("what run %s may have stored in %s was not recorded: %s", run.id, store.name, error)
+        return False
+
+
+def _adopt(place: Workplace, run: BackupRun, disks: tuple[Disk, ...], store: Datastore, ctx: Context) -> bool:
+    known = set(images.tokens(place.catalog))
+    for listed in store.sources(ctx):
+        if listed.labels.get("point") != run.point or listed.source.token in known:
+            continue
+        if listed.labels.get("image") != run.image or listed.labels.get("type") != run.type.value:
+            continue
+        recorded = _recorded(run, disks, look_at(store, listed.source, ctx))
+        number = runs.record(place.catalog, recorded)
+        log.warning(
+            "run %s was killed after it had stored increment %d of image %d; it is recorded now",
+            run.id,
+            run.number,
+            number,
+        )
+        return True
+    return False
+
+
+def _recorded(run: BackupRun, disks: tuple[Disk, ...], found: Found) -> Recorded:
+    manifest = found.manifest
+    parent = run.parent and (run.parent.point, run.parent.digest)
+    held = manifest.parent and (manifest.parent.point, manifest.parent.digest)
+    due = (run.vm.uuid, run.image, run.point, run.number, run.type, parent)
+    if (manifest.vm.uuid, manifest.image, manifest.point, manifest.number, manifest.type, held) != due:
+        raise IntegrityError(f"source {found.source} is not what run {run.id} was to store")
+    increment = Increment(
+        id=run.number,
+        pid=run.number - 1 if run.type is Type.INCREMENT else -1,
+        type=run.type,
+        point=run.point,
+        source=found.source,
+        size=found.size,
+        date=run.date or found.date,
+        consistency=manifest.consistency,
+        reason=run.reason,
+        digest=found.digest,
+        disks=disks,
+    )
+    return Recorded(
+        run=replace(run, date=increment.date),
+        increment=increment,
+        stored=None,
+        read=0,
+        frozen_seconds=manifest.frozen_seconds,
+        left_out=(),
+        seconds=0.0,
+    )

@@ -1,0 +1,95 @@
+"""``vmkeep catalog``."""
+
+from __future__ import annotations
+
+import click
+
+from backupcore.errors import IntegrityError
+from vmkeep import rebuild as work
+from vmkeep.cli import documents, exits, output
+from vmkeep.cli.asked import Asked, common
+from vmkeep.cli.figures import date
+from vmkeep.cli.opening import workplace
+from vmkeep.cli.progress import shown
+
+__all__ = ["catalog"]
+
+
+@click.group(short_help="Hold the catalog against the datastores; make it anew from them.")
+def catalog() -> None:
+    """Hold this host's catalog against the datastores, or make it anew from them."""
+
+
+@catalog.command(short_help="Add the images that a datastore holds and the catalog lacks.")
+@click.argument("datastore")
+@common
+@click.pass_obj
+def rebuild(asked: Asked, datastore: str) -> int:
+    """Find every image in DATASTORE from what lies there alone, and add those that the catalog does not know.
+
+    What the catalog knows stays as it is, and nothing in the datastore is changed. Images that are added are closed:
+    the next backup of their VM begins a new one.
+    """
+    place = workplace(asked)
+    with shown(asked, f"datastore {datastore}") as progress:
+        done = work.rebuild(place, datastore, progress=progress)
+    if asked.json:
+        output.document(documents.rebuild(done))
+    elif not asked.quiet:
+        rows = [
+            (
+                str(one.number),
+                one.vm.name,
+                str(len(one.increments)),
+                date(one.increments[0].date),
+                date(one.increments[-1].date),
+                one.host,
+            )
+            for one in done.added
+        ]
+        if rows:
+            output.table(("ID", "VM", "INCREMENTS", "FIRST", "LAST", "HOST"), rows, right=("ID", "INCREMENTS"))
+        output.line(f"{len(rows)} images were added; the catalog knew {done.known} sources already")
+        for remark in done.remarks:
+            output.line(f"{remark.kind}: {remark.source}: {remark.why}")
+    for one in done.busy:
+        output.remark(asked, f"{one}; run it again")
+    return exits.WARNING if done.busy else 0
+
+
+@catalog.command(short_help="What do the datastores lack, and what do they hold unused?")
+@click.argument("datastore", required=False)
+@common
+@click.pass_obj
+def check(asked: Asked, datastore: str | None) -> int:
+    """Hold the catalog against DATASTORE (without it: all): what is missing there, what lies there unused.
+
+    The exit code is 8 where something is missing. Data are not read: that is what vmkeep image verify does.
+    """
+    place = workplace(asked)
+    with shown(asked, "catalog") as progress:
+        found = work.check(place, datastore, progress=progress)
+    if asked.json:
+        output.document(documents.checked(found))
+    elif not asked.quiet:
+        for gone in found.missing:
+            output.line(f"missing in {gone.datastore}: {gone.source}: {gone.what}")
+        for unused in found.unused:
+            output.line(f"unused in {unused.datastore}: {unused.source}: {_told(unused)}")
+        if not found.missing and not found.unused and not found.errors:
+            output.line("the catalog and the datastores agree")
+    for name, error in found.errors.items():
+        output.remark(asked, f"datastore {name} was not looked into: {error.message} {error.hint}".strip())
+    if found.missing:
+        return exits.CODES[IntegrityError]
+    return next((exits.code(error) for error in found.errors.values()), 0)
+
+
+def _told(unused: work.Unused) -> str:
+    labels = unused.labels
+    if not labels.get("point"):
+        return "it has no labels of a backup"
+    return (
+        f"increment {labels.get('number', '?')} of image {labels.get('image', '?')}, VM {labels.get('vm', '?')},"
+        f" {labels.get('date', '?')}"
+    )
