@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import pickle
 import random
@@ -19,7 +18,7 @@ from hypothesis import strategies as st
 
 from backupcore.disk.extents import CLUSTER, Extent, Kind
 from backupcore.disk.qcow2 import DiskArtifact, Layout, MemoryBlocks
-from backupcore.disk.sums import DIGEST, Checker, HashedDisk, SumsArtifact, Table, digests
+from backupcore.disk.sums import DIGEST, HashedDisk, SumsArtifact, Table, digests
 from backupcore.errors import ContractViolation, IntegrityError, TargetFull, TargetUnavailable
 from tests.disk.odd_blocks import MIB, Changing, Counting, Failing, Hanging, content, disk
 
@@ -333,49 +332,6 @@ class TestSumsArtifact:
         sums = SumsArtifact("s", hashed, patience=0.0)
         assert sums.read_at(offset, length) == reference(plain)[offset : offset + length]
         hashed.close()
-
-
-class Dribble(io.RawIOBase):
-    """A stream that gives at most seven bytes at a time, as a pipe may."""
-
-    def __init__(self, data):
-        self._data = io.BytesIO(data)
-
-    def read(self, size=-1):
-        return self._data.read(min(size, 7) if size >= 0 else 7)
-
-
-class TestChecker:
-    CLUSTERS = tuple(bytes([n]) * CLUSTER for n in range(8))
-
-    @given(runs=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=6))
-    def test_passes_what_is_right(self, runs):
-        checker = Checker(Dribble(digests(memoryview(b"".join(self.CLUSTERS)))), "d")
-        at = 0
-        for skip, count in runs:
-            at += skip
-            checker.check(at, memoryview(b"".join(self.CLUSTERS[at : at + count])))
-            at += len(self.CLUSTERS[at : at + count])
-
-    def test_names_the_cluster_that_is_not(self):
-        checker = Checker(io.BytesIO(digests(memoryview(b"".join(self.CLUSTERS)))), "disk.vda.qcow2")
-        wrong = bytearray(b"".join(self.CLUSTERS[2:5]))
-        wrong[2 * CLUSTER] ^= 1
-        with pytest.raises(IntegrityError, match=r"disk\.vda\.qcow2: data cluster 4 is damaged"):
-            checker.check(2, memoryview(wrong))
-
-    def test_sums_that_end_early(self):
-        checker = Checker(io.BytesIO(digests(memoryview(b"".join(self.CLUSTERS)))[:-1]), "d")
-        with pytest.raises(IntegrityError, match="cluster 7 is damaged: its sums end before it"):
-            checker.check(6, memoryview(b"".join(self.CLUSTERS[6:])))
-        with pytest.raises(IntegrityError, match="cluster 12 is damaged: its sums end"):
-            checker.check(12, memoryview(self.CLUSTERS[0]))
-
-    def test_goes_forward_only(self):
-        checker = Checker(io.BytesIO(digests(memoryview(b"".join(self.CLUSTERS)))), "d")
-        checker.check(3, memoryview(self.CLUSTERS[3]))
-        with pytest.raises(ValueError, match="forward only"):
-            checker.check(3, memoryview(self.CLUSTERS[3]))
 
 
 def test_clusters_are_hashed_whole():
