@@ -19,6 +19,7 @@ _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$|^(<!-- .*? -->)$", re.MULTILINE | re
 
 
 @pytest.mark.timeout(600)  # thirty commands, each a second of restic and more on a loaded machine
+@pytest.mark.soak  # a minute and a half: it calls restic some fifty times
 def test_every_command_of_the_guide_works(make_vm, libvirt_uri: str, vm_folder: Path, require_programs):
     require_programs("restic", "virsh", "gzip")
     vm = make_vm([DiskSpec(target="vda", size=8 << 20)], label="guide")
