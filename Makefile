@@ -23,7 +23,7 @@ demo: setup ## Back up a running Linux guest three times, restore each backup, c
 	@$(RUN) -m lab.demo $(ARGS)
 
 test: setup ## Run all tests, with real VMs
-	@$(RUN) -m pytest -n $(PYTEST_WORKERS) --dist loadfile --timeout $(PYTEST_TIMEOUT) -m "not soak" --durations 12 $(ARGS)
+	@$(RUN) -m pytest -n $(PYTEST_WORKERS) --dist loadfile --timeout $(PYTEST_TIMEOUT) -m "not soak" --durations 60 --durations-min 3 $(ARGS)
 
 lint: setup ## ruff (lint and format) and mypy --strict
 	@$(RUN) -m ruff check

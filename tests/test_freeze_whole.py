@@ -41,6 +41,7 @@ def vmkeep(vm_folder: Path, libvirt_uri: str, require_programs):
     return run
 
 
+@pytest.mark.soak  # 24 s; its parts are held by the tests of drivers/libvirt
 def test_a_frozen_guest_comes_back_with_its_kernel(make_vm, vm_folder, vmkeep, tmp_path):
     disk = tmp_path / "disk.raw"
     kernel.make_ext4(disk, 48 * MIB)

@@ -51,6 +51,7 @@ def overlays(vm: VM) -> list[Path]:
     return [path for path in vm.folder.iterdir() if "backupcore" in path.name]
 
 
+@pytest.mark.soak  # 27 s; test_killed.py takes the same way, killed and not
 def test_increments_of_a_raw_disk_and_back_to_plain_files(make_vm, ask, vm_folder: Path):
     vm = make_vm([DiskSpec(target="vda", size=32 * MIB, format="raw")], label="snapshot")
     vm.io("vda", "write -P 0x11 0 4M")

@@ -293,6 +293,7 @@ def test_a_second_backup_of_the_same_vm_at_once_is_refused(host: Host):
     host.assert_released()
 
 
+@pytest.mark.soak  # 28 s; test_killed.py has the named steps
 def test_killed_at_many_moments_the_next_backup_works_and_nothing_reported_is_lost(host: Host):
     """kill -9 of vmkeep at moments spread over the whole of a backup, then a backup and a restore."""
     host.backup()
@@ -367,6 +368,7 @@ def test_a_vm_that_is_off_can_start_once_its_backup_has_ended_in_any_way(host: H
         assert same(truth[disk], path)
 
 
+@pytest.mark.soak  # 25 s; drivers/libvirt has it without a store
 def test_a_chain_in_each_of_two_datastores(host: Host):
     second = host.config.read_text().partition("[datastores.nas]")[2].replace(str(host.repository), f"{host.folder}/r2")
     host.config.write_text(f"{host.config.read_text()}\n[datastores.other]{second}")
