@@ -32,7 +32,8 @@ def test_the_state_of_a_tpm_is_kept_and_can_be_given_to_another_vm(needs_root, l
     target = Path(f"/var/lib/libvirt/swtpm/{other.uuid}/tpm2/tpm2-00.permall")
 
     def differing() -> int:
-        return sum(a != b for a, b in zip(target.read_bytes(), kept, strict=True))
+        found = target.read_bytes()  # of nearly the same length: its keys have a byte more or less
+        return sum(a != b for a, b in zip(found, kept, strict=False)) + abs(len(found) - len(kept))
 
     assert differing() > 100, "its own seeds"
     other.destroy()
