@@ -4,8 +4,11 @@
 
 PYTHON ?= python3
 RUN := .venv/bin/python
-# Two workers for two cores; a file's tests stay together, so that what a module sets up is set up once.
-PYTEST_WORKERS ?= 2
+# A container's image may forbid it, and each vmkeep that a test or a benchmark starts would compile all its modules.
+export PYTHONDONTWRITEBYTECODE :=
+# One more than the two cores: tests wait for VMs, locks and fsync a third of their time. A file's tests stay
+# together, so that what a module sets up is set up once.
+PYTEST_WORKERS ?= 3
 # A hanging test ends with the stacks of its threads, not with the patience of whoever waits for it.
 PYTEST_TIMEOUT ?= 120
 SECONDS ?= 600

@@ -8,6 +8,7 @@ as; the folders above only have to let that user pass (0711).
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import pwd
 import re
@@ -77,11 +78,14 @@ def check_scratch(scratch: Path, owner: Owner) -> None:
             f"QEMU runs as {owner}, and only root can hand a folder over to it",
             "Run it as root, or keep the VM in qemu:///session.",
         )
-    for folder in reversed([scratch, *scratch.parents]):
-        if not folder.exists():
-            return
+    way = list(itertools.takewhile(Path.exists, reversed([scratch, *scratch.parents])))
+    for folder in way:
         if not folder.is_dir():
             raise AccessDenied(f"{folder}, on the way to the scratch folder {scratch}, is no folder")
+    # The last one can only be passed by a user who can pass all above it; each question is a process.
+    if owner.may("x", way[-1]):
+        return
+    for folder in way:
         if not owner.may("x", folder):
             raise AccessDenied(
                 f"QEMU runs as {owner} and cannot pass {folder}, on the way to the scratch folder {scratch}",
