@@ -18,7 +18,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from backupcore.disk import nbd
 from backupcore.disk.extents import Extent, Kind, complement, intersect
 from backupcore.disk.nbd import (
     ALLOCATION,
@@ -32,6 +31,7 @@ from backupcore.disk.nbd import (
     changes,
     dirty,
 )
+from backupcore.disk.nbd.client import LONGEST_WAIT
 from tests.disk import scripted_nbd as wire_words
 from tests.disk.qemu_nbd import LIMIT, QemuNbd, run
 from tests.disk.scripted_nbd import ACK, DONE, ERR_UNKNOWN, ERR_UNSUP, GO, INFO, META, SET_META, ScriptedServer
@@ -800,17 +800,17 @@ def test_a_server_that_dies_in_the_middle_of_a_chunk():
     with ScriptedServer(script) as server, Client(server.address) as client:
         with pytest.raises(ConnectionLost, match=f"'disk' on {server.address.socket}: the connection was lost"):
             client.read(0, 100)
-        assert nbd.ConnectionLost.connection_lost
+        assert ConnectionLost.connection_lost
 
 
 def test_a_server_that_stalls_is_waited_for():
     def script(wire):
         wire.negotiate(SIZE)
         for request in (wire.request(), wire.request()):
-            time.sleep(nbd._LONGEST_WAIT * 1.2)
+            time.sleep(LONGEST_WAIT * 1.2)
             wire.send(struct.pack(">IHHQI", 0x668E33EF, 1, wire_words.DATA, request.cookie, 108))
             wire.send(request.offset.to_bytes(8), b"a" * 50)
-            time.sleep(nbd._LONGEST_WAIT * 1.2)
+            time.sleep(LONGEST_WAIT * 1.2)
             wire.send(b"b" * 50)
         assert wire.request().command == wire_words.DISC
 

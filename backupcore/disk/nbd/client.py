@@ -1,18 +1,4 @@
-"""An NBD client: reads the exports of QEMU (a live backup job, or `qemu-nbd`) over a unix socket.
-
-It speaks the fixed newstyle protocol with structured replies, as the NBD project's ``doc/proto.md`` lays it
-down, and only reads: NBD_CMD_READ and NBD_CMD_BLOCK_STATUS. All offsets and lengths are bytes.
-
-One `Client` is one connection and may be used by several threads, with several requests in flight. There is
-no thread of its own: of those who wait for a reply, one reads from the socket for all, straight into the
-buffers of the callers.
-
-Errors say whether the connection is gone. `RequestFailed`: the server refused one request, the connection
-goes on. Everything else (`ConnectionLost`, `ProtocolError`) closes it: after a reply that breaks the protocol
-nobody knows where the next one starts. A QEMU whose NBD server is stopped while a client is half way through
-the handshake hangs for ever, guest and all. So the handshake has a deadline, and no connection outlives an
-exception.
-"""
+"""One connection to an export, for reads and block status; the transmission phase of the protocol."""
 
 from __future__ import annotations
 
@@ -23,63 +9,20 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import Self
 
-from backupcore.disk.extents import Extent, Kind, coalesce, intersect
-from backupcore.errors import HypervisorError
+from backupcore.disk.nbd.address import Address
+from backupcore.disk.nbd.errors import ConnectionLost, NbdError, ProtocolError, RequestFailed, printable
+from backupcore.disk.nbd.handshake import MAX_TEXT, Handshake, connect
 
-__all__ = [
-    "ALLOCATION",
-    "DEPTH",
-    "Address",
-    "Client",
-    "ConnectionLost",
-    "NbdError",
-    "Pending",
-    "ProtocolError",
-    "RequestFailed",
-    "allocation",
-    "changes",
-    "dirty",
-    "held",
-]
+__all__ = ["LONGEST_WAIT", "Client", "Pending"]
 
-ALLOCATION = "base:allocation"
-"""The metadata context that tells holes and zeros from data."""
-
-DEPTH = "qemu:allocation-depth"
-"""The metadata context that tells which image of a chain holds a block: 0 none, 1 the top one, 2 the one below it."""
-
-_STATE_ZERO = 2  # of base:allocation; NBD_STATE_HOLE (1) alone promises nothing about what a read gives
-_STATE_DIRTY = 1  # of qemu:dirty-bitmap:*
-
-_MAGIC = b"NBDMAGIC"
-_OPTION_MAGIC = 0x49484156454F5054  # "IHAVEOPT"
-_OPTION_REPLY_MAGIC = 0x3E889045565A9
 _REQUEST_MAGIC = 0x25609513
 _SIMPLE_REPLY_MAGIC = 0x67446698
 _CHUNK_MAGIC = 0x668E33EF
 
-_FLAG_FIXED_NEWSTYLE, _FLAG_NO_ZEROES = 1, 2
-_FLAG_HAS_FLAGS, _FLAG_READ_ONLY, _FLAG_SEND_DF, _FLAG_MULTI_CONN = 1, 2, 128, 256
-
-_OPT_GO, _OPT_STRUCTURED_REPLY, _OPT_SET_META_CONTEXT = 7, 8, 10
-_REP_ACK, _REP_INFO, _REP_META_CONTEXT = 1, 3, 4
-_REP_ERROR = 1 << 31
-_REP_ERRORS = {
-    _REP_ERROR | 1: "the option is not supported",
-    _REP_ERROR | 2: "forbidden by the server's policy",
-    _REP_ERROR | 3: "invalid request",
-    _REP_ERROR | 4: "not supported on the server's platform",
-    _REP_ERROR | 5: "TLS is required",
-    _REP_ERROR | 6: "no such export",
-    _REP_ERROR | 7: "the server is shutting down",
-    _REP_ERROR | 8: "the server demands a block size",
-    _REP_ERROR | 9: "the request is too big",
-}
-_INFO_EXPORT, _INFO_BLOCK_SIZE = 0, 3
+_FLAG_READ_ONLY, _FLAG_SEND_DF, _FLAG_MULTI_CONN = 2, 128, 256
 
 _CMD_READ, _CMD_DISC, _CMD_BLOCK_STATUS = 0, 2, 7
 _CMD_FLAG_DF = 4
@@ -89,69 +32,14 @@ _CHUNK_IS_ERROR, _CHUNK_ERROR_OFFSET = 1 << 15, (1 << 15) | 2
 
 _REQUEST = struct.Struct(">IHHQQI")
 _CHUNK = struct.Struct(">IHHQ")  # of 20 bytes, without the length: a simple reply is 16 bytes long
-_OPTION = struct.Struct(">QII")
-_OPTION_REPLY = struct.Struct(">QIII")
 
-_MAX_REQUEST = 32 << 20  # what the protocol allows where the server names no maximum; QEMU's too
 _MAX_STATUS_RANGE = 0xFFFF0000  # a request's length has 32 bits; kept a multiple of every legal block size
 _MAX_STATUS_PAYLOAD = 16 << 20  # QEMU sends at most 1 MiB, nbdkit 8 MiB; more is an attack on memory
-_MAX_TEXT = 65536  # of option replies and error messages: names are at most 4096 bytes
 _MAX_IN_FLIGHT = 64  # see Client._start
-_MAX_SOCKET_PATH = 107  # sun_path of sockaddr_un, less its NUL
 # A signal that arrives just before a system call blocks does not interrupt it, and Python runs the handler (which may
 # want to cancel, by closing this client) only when the call returns. So no wait is longer than this, in seconds.
-_LONGEST_WAIT = 1
+LONGEST_WAIT = 1
 _ZEROS = memoryview(bytes(1 << 20))
-
-
-class NbdError(HypervisorError):
-    """NBD failed; `connection_lost` says whether the client can still be used."""
-
-    connection_lost: ClassVar[bool] = True
-
-
-class ConnectionLost(NbdError):
-    """There is no connection (any more): the server is away, or `Client.close` was called."""
-
-
-class ProtocolError(ConnectionLost):
-    """The server broke the protocol; the connection was closed."""
-
-
-class RequestFailed(NbdError):
-    """The server answered one request with an error; `errno` is the server's. The connection goes on."""
-
-    connection_lost: ClassVar[bool] = False
-
-    def __init__(self, message: str, hint: str = "", errno: int = 0) -> None:
-        super().__init__(message, hint)
-        self.errno = errno
-
-
-@dataclass(frozen=True)
-class Address:
-    """An export: the path of a unix socket, and a name ("" is the server's default export)."""
-
-    socket: str
-    export: str = ""
-
-    def __str__(self) -> str:
-        return f"NBD export {self.export!r} on {self.socket}"
-
-    def connect(self) -> Client:
-        """A new connection, for reads; what `backupcore.disk.qcow2.DiskArtifact` calls."""
-        return Client(self)
-
-
-@dataclass(frozen=True)
-class _Export:
-    """What the handshake found out."""
-
-    size: int
-    flags: int
-    contexts: dict[int, str]
-    min_block: int
-    max_request: int
 
 
 class _Request:
@@ -229,12 +117,12 @@ class Client:
         self._receiving = False
         self._users = 0  # threads inside a call on the socket; the last one out closes it
         self._lost: NbdError | None = None
-        self._socket = _connect(address, timeout)
+        self._socket = connect(address, timeout)
         try:
-            export = _Handshake(self._socket, address, time.monotonic() + timeout).run(self.contexts)
+            export = Handshake(self._socket, address, time.monotonic() + timeout).run(self.contexts)
             self._socket.settimeout(None)
             # The kernel's timeout, not Python's: that one costs a poll() before every call.
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", _LONGEST_WAIT, 0))
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", LONGEST_WAIT, 0))
         except BaseException:  # whatever it was: a half-open connection hangs QEMU
             self._socket.close()
             raise
@@ -399,7 +287,7 @@ class Client:
                 self._check_alive()
                 if not self._receiving:
                     break
-                self._changed.wait(_LONGEST_WAIT)
+                self._changed.wait(LONGEST_WAIT)
             self._receiving = True
             self._users += 1
         try:
@@ -493,7 +381,7 @@ class Client:
         request.status[name] = entries
 
     def _take_error(self, request: _Request, kind: int, length: int) -> None:
-        if length < 6 or length > _MAX_TEXT:
+        if length < 6 or length > MAX_TEXT:
             raise self._broken(f"an error chunk of {length} bytes")
         payload = self._receive(length)
         number, size = struct.unpack_from(">IH", payload)
@@ -504,7 +392,7 @@ class Client:
             if not request.offset <= offset < request.offset + request.length:
                 raise self._broken(f"an error at {offset} in the reply to the {request}")
         if request.error is None:
-            request.error = self._refused(request, number, _text(payload[6 : 6 + size]))
+            request.error = self._refused(request, number, printable(payload[6 : 6 + size]))
 
     def _check_complete(self, request: _Request) -> None:
         if request.error is not None:
@@ -549,7 +437,7 @@ class Client:
             # each part.
             try:
                 count = self._socket.recv_into(view, 0, socket.MSG_WAITALL)
-            except BlockingIOError:  # nothing came for _LONGEST_WAIT
+            except BlockingIOError:  # nothing came for LONGEST_WAIT
                 continue
             if count == 0:
                 raise ConnectionResetError("the server closed the connection")
@@ -600,189 +488,6 @@ class Client:
         return RequestFailed(f"{self.address}: {request} failed: {os.strerror(number)}{detail}", "", number)
 
 
-def _connect(address: Address, timeout: float) -> socket.socket:
-    length = len(os.fsencode(address.socket))
-    if length > _MAX_SOCKET_PATH:
-        raise NbdError(
-            f"the socket path {address.socket} has {length} bytes; unix sockets allow {_MAX_SOCKET_PATH}",
-            "Use a shorter folder.",
-        )
-    if len(address.export.encode()) > 4096:
-        raise NbdError(f"the export name on {address.socket} is longer than 4096 bytes")
-    deadline = time.monotonic() + timeout
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)  # not inherited by children (PEP 446)
-    try:
-        while True:
-            connection.settimeout(max(deadline - time.monotonic(), 0.001))
-            try:
-                connection.connect(address.socket)
-            except BlockingIOError:
-                # A full backlog: a unix socket with a timeout does not wait for a place by itself.
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.02)
-            else:
-                return connection
-    except BaseException as error:
-        connection.close()
-        if isinstance(error, OSError):
-            raise ConnectionLost(
-                f"cannot connect to {address}: {error.strerror or error}",
-                "Check that the disk is being served there and that this user may open the socket.",
-            ) from error
-        raise
-
-
-class _Handshake:
-    """From the greeting to the transmission phase, within one deadline."""
-
-    def __init__(self, connection: socket.socket, address: Address, deadline: float) -> None:
-        self._socket = connection
-        self._address = address
-        self._deadline = deadline
-
-    def run(self, contexts: Sequence[str]) -> _Export:
-        try:
-            self._greet()
-            self._simple_option(_OPT_STRUCTURED_REPLY, "structured replies")
-            granted = self._set_contexts(contexts) if contexts else {}
-            return self._go(granted)
-        except TimeoutError as error:
-            raise ConnectionLost(
-                f"{self._address}: the server did not finish the handshake in time",
-                "Another client may hold the only connection that the server allows.",
-            ) from error
-        except OSError as error:
-            raise ConnectionLost(
-                f"{self._address}: the connection was lost in the handshake: {error.strerror or error}"
-            ) from error
-
-    def _greet(self) -> None:
-        if self._receive(8) != _MAGIC:
-            raise self._broken("this is no NBD server")
-        if int.from_bytes(self._receive(8)) != _OPTION_MAGIC:
-            raise NbdError(f"{self._address}: the server speaks only the old NBD handshake, which is not supported")
-        flags = int.from_bytes(self._receive(2))
-        if not flags & _FLAG_FIXED_NEWSTYLE:
-            raise NbdError(f"{self._address}: the server does not offer the fixed newstyle handshake")
-        self._send((_FLAG_FIXED_NEWSTYLE | flags & _FLAG_NO_ZEROES).to_bytes(4))
-
-    def _simple_option(self, option: int, what: str) -> None:
-        self._ask(option, b"")
-        kind, payload = self._reply(option)
-        if kind & _REP_ERROR:
-            raise self._denied(what, kind, payload)
-        if kind != _REP_ACK:
-            raise self._broken(f"a reply of type {kind} to the option {option}")
-
-    def _set_contexts(self, contexts: Sequence[str]) -> dict[int, str]:
-        names = [name.encode() for name in contexts]
-        self._ask(
-            _OPT_SET_META_CONTEXT,
-            _counted(self._address.export) + len(names).to_bytes(4) + b"".join(_counted(name) for name in contexts),
-        )
-        granted: dict[int, str] = {}
-        while True:
-            kind, payload = self._reply(_OPT_SET_META_CONTEXT)
-            if kind & _REP_ERROR:
-                raise self._denied("metadata contexts", kind, payload)
-            if kind == _REP_ACK:
-                break
-            if kind != _REP_META_CONTEXT or len(payload) < 4:
-                raise self._broken(f"a reply of type {kind} and {len(payload)} bytes to the list of contexts")
-            number, name = int.from_bytes(payload[:4]), payload[4:]
-            if name not in names or number in granted or name.decode() in granted.values():
-                raise self._broken(f"the context {_text(name)!r} was not asked for or came twice")
-            granted[number] = name.decode()
-        missing = [name for name in contexts if name not in granted.values()]
-        if missing:
-            raise NbdError(
-                f"{self._address} has no metadata context {', '.join(map(repr, missing))}",
-                "A dirty bitmap is missing, disabled or inconsistent, or was not exported.",
-            )
-        return granted
-
-    def _go(self, contexts: dict[int, str]) -> _Export:
-        self._ask(_OPT_GO, _counted(self._address.export) + struct.pack(">HH", 1, _INFO_BLOCK_SIZE))
-        size = flags = None
-        smallest, largest = 1, _MAX_REQUEST
-        while True:
-            kind, payload = self._reply(_OPT_GO)
-            if kind & _REP_ERROR:
-                raise self._denied("opening it", kind, payload)
-            if kind == _REP_ACK:
-                break
-            if kind != _REP_INFO or len(payload) < 2:
-                raise self._broken(f"a reply of type {kind} and {len(payload)} bytes on opening the export")
-            info = int.from_bytes(payload[:2])
-            if info == _INFO_EXPORT:
-                if len(payload) != 12:
-                    raise self._broken(f"export information of {len(payload)} bytes")
-                size, flags = struct.unpack(">QH", payload[2:])
-            elif info == _INFO_BLOCK_SIZE:
-                if len(payload) != 14:
-                    raise self._broken(f"block size information of {len(payload)} bytes")
-                smallest, _, largest = struct.unpack(">III", payload[2:])
-        if size is None or flags is None or size >= 1 << 63 or not flags & _FLAG_HAS_FLAGS:
-            raise self._broken(f"an export of {size} bytes with the flags {flags}")
-        if smallest not in _BLOCK_SIZES or largest < smallest:
-            raise self._broken(f"block sizes of {smallest} to {largest} bytes")
-        largest = min(largest, _MAX_REQUEST)
-        return _Export(size, flags, contexts, smallest, largest - largest % smallest)
-
-    def _ask(self, option: int, payload: bytes) -> None:
-        self._send(_OPTION.pack(_OPTION_MAGIC, option, len(payload)) + payload)
-
-    def _reply(self, option: int) -> tuple[int, bytes]:
-        magic, answered, kind, length = _OPTION_REPLY.unpack(self._receive(_OPTION_REPLY.size))
-        if magic != _OPTION_REPLY_MAGIC or answered != option or length > _MAX_TEXT:
-            raise self._broken(f"a reply to the option {answered} (magic {magic:#x}, {length} bytes) after {option}")
-        return kind, self._receive(length)
-
-    def _denied(self, what: str, kind: int, payload: bytes) -> NbdError:
-        reason = _REP_ERRORS.get(kind, f"error {kind:#x}")
-        text = _text(payload)
-        return NbdError(f"{self._address}: the server refused {what}: {reason}" + (f" ({text})" if text else ""))
-
-    def _broken(self, what: str) -> ProtocolError:
-        return ProtocolError(f"{self._address}: the server broke the protocol in the handshake: {what}")
-
-    def _receive(self, length: int) -> bytes:
-        buffer = bytearray(length)
-        view = memoryview(buffer)
-        while view:
-            self._limit()
-            count = self._socket.recv_into(view)
-            if count == 0:
-                raise ConnectionResetError("the server closed the connection")
-            view = view[count:]
-        return bytes(buffer)
-
-    def _send(self, data: bytes) -> None:
-        self._limit()
-        self._socket.sendall(data)
-
-    def _limit(self) -> None:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        self._socket.settimeout(left)
-
-
-_BLOCK_SIZES = frozenset(1 << power for power in range(17))  # the protocol allows 1 byte to 64 KiB
-
-
-def _counted(name: str) -> bytes:
-    data = name.encode()
-    return len(data).to_bytes(4) + data
-
-
-def _text(data: bytes) -> str:
-    """What a server says of an error, for a message: one line, nothing that moves a terminal's cursor."""
-    text = data[:500].decode("utf-8", "replace")
-    return "".join(letter if letter.isprintable() else " " for letter in text).strip()
-
-
 def _cut(entries: Iterable[tuple[int, int]], skip: int, length: int) -> list[tuple[int, int]]:
     """The entries without their first `skip` bytes, and no more than `length` bytes of them."""
     found = []
@@ -797,73 +502,3 @@ def _cut(entries: Iterable[tuple[int, int]], skip: int, length: int) -> list[tup
         skip = 0
         length -= taken
     return found
-
-
-def allocation(client: Client, offset: int, length: int) -> Iterator[Extent]:
-    """The range as DATA and ZERO extents, without gaps, joined. The client needs the context `ALLOCATION`.
-
-    ZERO is what the server promises to read as zeros; a hole without that promise is DATA.
-    """
-    return coalesce(
-        Extent(start, size, Kind.ZERO if flags & _STATE_ZERO else Kind.DATA)
-        for start, size, flags in _flags(client, ALLOCATION, offset, length)
-    )
-
-
-def dirty(client: Client, context: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
-    """The (offset, length) of what is dirty by `context` (``qemu:dirty-bitmap:NAME``), joined."""
-    marked = (
-        Extent(start, size, Kind.DATA)
-        for start, size, flags in _flags(client, context, offset, length)
-        if flags & _STATE_DIRTY
-    )
-    return ((extent.offset, extent.length) for extent in coalesce(marked))
-
-
-def held(client: Client, context: str, offset: int, length: int, *, most: int) -> Iterator[tuple[int, int]]:
-    """The (offset, length) of what one of the `most` topmost images of a chain holds, by `context` (`DEPTH`), joined.
-
-    A block that such an image holds as zeros counts: it hides what lies below.
-    """
-    within = (
-        Extent(start, size, Kind.DATA)
-        for start, size, depth in _flags(client, context, offset, length)
-        if 1 <= depth <= most
-    )
-    return ((extent.offset, extent.length) for extent in coalesce(within))
-
-
-def changes(client: Client, context: str, offset: int, length: int) -> Iterator[Extent]:
-    """What is dirty in the range by `context`, as DATA and ZERO extents: all that an increment has to carry.
-
-    Both contexts come with one walk. A dirty range that reads as zeros now is ZERO: it must be carried as
-    zeros.
-    """
-
-    def pieces() -> Iterator[Extent]:
-        for start, window in client.walk_status(offset, length):
-            kinds, marks = window[ALLOCATION], window[context]
-            if not any(flags & _STATE_DIRTY for _, flags in marks):
-                continue
-            yield from intersect(
-                (
-                    Extent(at, size, Kind.ZERO if flags & _STATE_ZERO else Kind.DATA)
-                    for at, size, flags in _places(start, kinds)
-                ),
-                ((at, size) for at, size, flags in _places(start, marks) if flags & _STATE_DIRTY),
-            )
-
-    return coalesce(pieces())
-
-
-def _flags(client: Client, context: str, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
-    if context not in client.contexts:
-        raise ValueError(f"the client was opened without the context {context!r}")
-    for start, window in client.walk_status(offset, length):
-        yield from _places(start, window[context])
-
-
-def _places(start: int, entries: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
-    for size, flags in entries:
-        yield start, size, flags
-        start += size

@@ -1,0 +1,28 @@
+"""Where a disk is served: what can be pickled of a connection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from backupcore.disk.nbd.client import Client
+
+__all__ = ["Address"]
+
+
+@dataclass(frozen=True)
+class Address:
+    """An export: the path of a unix socket, and a name ("" is the server's default export)."""
+
+    socket: str
+    export: str = ""
+
+    def __str__(self) -> str:
+        return f"NBD export {self.export!r} on {self.socket}"
+
+    def connect(self) -> Client:
+        """A new connection, for reads; what `backupcore.disk.qcow2.DiskArtifact` calls."""
+        from backupcore.disk.nbd.client import Client  # noqa: PLC0415 - which needs this module
+
+        return Client(self)
