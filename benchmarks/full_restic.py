@@ -43,7 +43,7 @@ def rows(place: Place, rounds: int) -> Iterator[Figure]:
         rounds,
         {"restic": 1.15, "virtnbdbackup": 0.9, "staging": 0.6},
     )
-    shutil.rmtree(store.beside)
+    store.share()
     store.put(ready)
     yield from compared(
         "second full to the same repository",

@@ -30,6 +30,7 @@ def rows(place: Place, rounds: int) -> Iterator[Figure]:
         store = Restic(place)
         vmkeep, theirs = Vmkeep(place, store), Virtnbdbackup(place, twin)
         vmkeep.backup(vm)
+        store.share()
         theirs.backup("full")
         for kind, (change, amount) in kinds.items():
             yield from _increments(place, rounds, kind, vm, twin, vmkeep, theirs, store, change, amount)
@@ -63,7 +64,6 @@ def _increments(
         return store.put(fresh)
 
     what = f"increment, {kind}"
-    restic()  # the first makes the repository
     taken = interleaved({"vmkeep": ours, "virtnbdbackup": virtnbdbackup, "restic": restic}, rounds)
     for name, samples in taken.items():
         yield from costs(what, name, samples)

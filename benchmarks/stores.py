@@ -73,6 +73,15 @@ class Restic:
         for folder in (self.repository, self.beside):
             shutil.rmtree(folder, ignore_errors=True)
 
+    def share(self) -> None:
+        """From now on restic alone uses vmkeep's repository.
+
+        The cost of a key is set when a repository is made, by how quick the machine was in that moment: two that were
+        made one after the other may differ by half a second for every command.
+        """
+        shutil.rmtree(self.beside, ignore_errors=True)
+        self.beside = self.repository
+
     def make(self) -> None:
         """Make the repository that vmkeep uses."""
         self._restic(self.repository, "init", "-q")
