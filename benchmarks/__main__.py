@@ -107,6 +107,9 @@ def main() -> int:
                             record.write(asked.record, [row], ROWS)
             finally:
                 shutil.rmtree(vms, ignore_errors=True)
+    except (libvirtd.LibvirtMissing, OSError, RuntimeError) as error:
+        print(f"{error}\nThe rest was not measured.", file=sys.stderr)
+        return 1
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if asked.json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import tomllib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -62,9 +63,9 @@ def _keep(place: Place, store: Store, count: int) -> None:
             settings={},  # the default, a read-only view, cannot be pickled
         )
         artifacts = [BytesArtifact("disk.vda.qcow2", bytes(4096)), BytesArtifact(NAME, b"{}")]
-        folder = place.folder / f"run-{number}"
-        folder.mkdir()
-        with Context(Path(folder), log=logging.getLogger("benchmarks")) as ctx:
+        with Context(
+            Path(tempfile.mkdtemp(prefix="run-", dir=place.folder)), log=logging.getLogger("benchmarks")
+        ) as ctx:
             keep(kept, artifacts, run, ctx)
 
     one(0)
