@@ -11,9 +11,9 @@ import pytest
 
 from benchmarks import measure, record
 from benchmarks.counted import Counted
-from benchmarks.figures import MIB, Figure, Spread, line
+from benchmarks.figures import MIB, Spread, line
 
-# A child that takes 64 MiB and half a second of processor time, reads 1 MiB, writes 2 MiB: the parent only waits for it.
+# A child that takes 64 MiB and half a second of processor time, reads 1 MiB, writes 2 MiB; the parent only waits.
 _CHILD = (
     "import pathlib, time, sys; held = bytearray(b'x' * (64 << 20)); end = time.process_time() + 0.5\n"
     "while time.process_time() < end: pass\n"
