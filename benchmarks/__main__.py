@@ -77,7 +77,7 @@ ROWS = {
     "increments": Kind(increments, 4),
     "restore-chain": Kind(restore_chain, 9),
     "long-chain": Kind(long_chain, 5),
-    "flatten": Kind(flatten, 13),
+    "flatten": Kind(flatten, 15),
     "ten-vms": Kind(ten_vms, 6),
     "guest": Kind(guest, 8),
     "listing": Kind(listing, 20),

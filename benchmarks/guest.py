@@ -9,10 +9,11 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks.figures import Figure, Spread
-from benchmarks.measure import Sample, costs, run, together
+from benchmarks.measure import Sample, costs, interleaved, run, together
 from benchmarks.place import Place
 from benchmarks.stores import Folder, Restic
 from benchmarks.virtnbdbackup import Virtnbdbackup
@@ -25,6 +26,7 @@ __all__ = ["rows"]
 _WHAT = "synced writes of a guest"
 _IDLE = 10  # seconds
 _LINE = r"^((?:\d+ )+)took\r?$"
+_OURS = ("vmkeep to restic", "vmkeep to a folder")
 _THEIRS = "virtnbdbackup"
 _AT_MOST = 1.1  # of virtnbdbackup's, for the 99th percentile
 # A full as it is taken without changed block tracking: the guest writes to an overlay, which is merged afterwards.
@@ -66,11 +68,8 @@ def rows(place: Place, rounds: int) -> Iterator[Figure]:
     linux = kernel.running(sources / "guest-init.sh", program, place.folder / "initramfs.gz")
     with place.live(kernel=linux, memory_mib=192) as vm, closing(Folder(place)) as folder:
         vm.wait_for_console(f"(?m){_LINE}")
-        works = _works(place, vm, folder)
-        views: dict[str, list[_View]] = {name: [] for name in works}
-        for number in range(rounds):
-            for name in list(works) if number % 2 == 0 else list(works)[::-1]:
-                views[name].append(_seen(vm, works[name]))
+        works = {name: partial(_seen, vm, work) for name, work in _works(place, vm, folder).items()}
+        views = interleaved(works, rounds)
     for name, found in views.items():
         yield from costs(_WHAT, name, [one.sample for one in found])
         for measure, figures in {
@@ -86,6 +85,7 @@ def _works(place: Place, vm: VM, folder: Folder) -> Mapping[str, Callable[[], Sa
     store = Restic(place)
     to_restic = Vmkeep(place, store, "restic", 'mode = "FULL"')
     to_folder = Vmkeep(place, folder, "rsync", 'mode = "FULL"')
+    at_rest = Vmkeep(place, folder, "at-rest", 'mode = "FULL"\nfs_freeze = "SUSPEND"')
     theirs = Virtnbdbackup(place, vm)
     overlay, staged = vm.folder / "overlay.qcow2", place.folder / "staged.qcow2"
 
@@ -93,8 +93,8 @@ def _works(place: Place, vm: VM, folder: Folder) -> Mapping[str, Callable[[], Sa
         shutil.rmtree(store.repository, ignore_errors=True)
         return to_restic.backup(vm)
 
-    def rsync() -> Sample:
-        taken = to_folder.backup(vm)
+    def rsync(vmkeep: Vmkeep) -> Sample:
+        taken = vmkeep.backup(vm)
         shutil.rmtree(folder.target)
         folder.target.mkdir()
         return taken
@@ -109,8 +109,9 @@ def _works(place: Place, vm: VM, folder: Folder) -> Mapping[str, Callable[[], Sa
 
     return {
         "no backup": lambda: run("sleep", str(_IDLE)),
-        "vmkeep to restic": restic,
-        "vmkeep to a folder": rsync,
+        _OURS[0]: restic,
+        _OURS[1]: lambda: rsync(to_folder),
+        "vmkeep to a folder, FS_FREEZE=SUSPEND": lambda: rsync(at_rest),
         _THEIRS: lambda: theirs.backup("copy"),
         "staging, restic": staging,
     }
@@ -127,7 +128,7 @@ def _ratios(views: Mapping[str, Sequence[_View]]) -> Iterator[Figure]:
             measure="99th percentile ratio",
             unit="",
             spread=Spread.of(ratios),
-            at_most=_AT_MOST if name.startswith("vmkeep") else None,
+            at_most=_AT_MOST if name in _OURS else None,
         )
 
 

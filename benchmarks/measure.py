@@ -11,11 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from benchmarks.figures import MIB, Figure, Spread
 from benchmarks.tree import Watch
 
 __all__ = ["COSTS", "Sample", "compared", "costs", "interleaved", "ratio", "run", "together", "while_reading"]
+
+T = TypeVar("T")
 
 _SECTOR = 512  # bytes; the unit of /proc/diskstats, whatever the device's own sector is
 
@@ -127,9 +130,9 @@ def while_reading(vms: Sequence[str], work: Callable[[], Sample]) -> Sample:
     return replace(sample, read=sum(_calls(one)[0] for one in processes) - before)
 
 
-def interleaved(works: Mapping[str, Callable[[], Sample]], rounds: int) -> dict[str, list[Sample]]:
+def interleaved(works: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
     """Every work once per round, in turn, so that whatever else the machine does falls on all of them."""
-    taken: dict[str, list[Sample]] = {name: [] for name in works}
+    taken: dict[str, list[T]] = {name: [] for name in works}
     for number in range(rounds):
         names = list(works) if number % 2 == 0 else list(works)[::-1]
         for name in names:
