@@ -1,53 +1,176 @@
-"""Run the benchmarks: `make bench`, or python -m benchmarks [--rounds N] [ROW …]."""
+"""Our work beside what a user would run instead, on the same live VM: `make bench`, or python -m benchmarks."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
+from types import ModuleType
+from typing import TextIO
 
-from benchmarks import full_restic, full_rsync, full_s3, increments, reading, startup
-from benchmarks.vm import MIB, filled
+from benchmarks import (
+    catalog,
+    flatten,
+    full_restic,
+    full_rsync,
+    full_s3,
+    guest,
+    increments,
+    listing,
+    long_chain,
+    machine,
+    reading,
+    record,
+    restore_chain,
+    six_disks,
+    sparse,
+    startup,
+    ten_vms,
+)
+from benchmarks.figures import MIB, Figure, line
+from benchmarks.place import Place
 from lab import libvirtd
-from lab.places import LAB
+from lab.places import LAB, ROOT
+
+ROUNDS, DATA = 5, 2048
+DOCS = ROOT / "docs"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A row that can be asked for: its module, and about how many minutes it takes by default on 2 cores."""
+
+    module: ModuleType
+    minutes: float
+
+    @property
+    def rows(self) -> Callable[[Place, int], Iterator[Figure]]:
+        """What measures it."""
+        found: Callable[[Place, int], Iterator[Figure]] = self.module.rows
+        return found
+
+    @property
+    def about(self) -> str:
+        """In words: what its module says first."""
+        return " ".join((self.module.__doc__ or "").split("\n\n", maxsplit=1)[0].split())
+
 
 ROWS = {
-    "startup": startup.rows,
-    "reading": reading.rows,
-    "full-restic": full_restic.rows,
-    "full-s3": full_s3.rows,
-    "full-rsync": full_rsync.rows,
-    "increments": increments.rows,
+    "startup": Kind(startup, 0.1),
+    "catalog": Kind(catalog, 1),
+    "reading": Kind(reading, 2),
+    "full-restic": Kind(full_restic, 6),
+    "full-s3": Kind(full_s3, 5),
+    "full-rsync": Kind(full_rsync, 5),
+    "sparse": Kind(sparse, 5),
+    "six-disks": Kind(six_disks, 5),
+    "increments": Kind(increments, 4),
+    "restore-chain": Kind(restore_chain, 9),
+    "long-chain": Kind(long_chain, 5),
+    "flatten": Kind(flatten, 15),
+    "ten-vms": Kind(ten_vms, 6),
+    "guest": Kind(guest, 8),
+    "listing": Kind(listing, 20),
 }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    parser.add_argument("rows", nargs="*", choices=[[], *ROWS], help="which to run; all by default")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--data", type=int, default=2048, help="MiB of data on the disk")
-    asked = parser.parse_args()
+    """Measure the rows that are asked for, print them, and put them into the record where they are of full size."""
+    asked = _asked()
+    told = sys.stderr if asked.json else sys.stdout
     LAB.mkdir(exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="bench-", dir=LAB))
+    # restic would leave a cache for each of the repositories, which are all gone afterwards.
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    rows = []
     try:
         with libvirtd.running() as uri:
             base = libvirtd.folder_for_vms()
-            vm_folder = Path(tempfile.mkdtemp(prefix="bench-", dir=base))
-            os.chown(vm_folder, base.stat().st_uid, base.stat().st_gid)
+            vms = Path(tempfile.mkdtemp(prefix="bench-", dir=base))
+            os.chown(vms, base.stat().st_uid, base.stat().st_gid)
             try:
-                size, data = 2 * asked.data * MIB, asked.data * MIB
-                with filled(uri, folder, vm_folder, size=size, data=data, name=f"bench-{os.getpid()}") as place:
+                with closing(Place(uri, folder, vms, asked.data * MIB)) as place:
                     for name in asked.rows or ROWS:
-                        for line in ROWS[name](place, asked.rounds):
-                            print(line, flush=True)
+                        row = _measured(name, place, asked.rounds, told)
+                        rows.append(row)
+                        if asked.record:
+                            record.write(asked.record, [row], ROWS)
             finally:
-                shutil.rmtree(vm_folder, ignore_errors=True)
+                shutil.rmtree(vms, ignore_errors=True)
+    except (libvirtd.LibvirtMissing, OSError, RuntimeError) as error:
+        print(f"{error}\nThe rest was not measured.", file=sys.stderr)
+        return 1
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    if asked.json:
+        print(json.dumps([row.as_json() for row in rows], indent=1))
+    if not asked.record:
+        print("Nothing was recorded: that takes --rounds 5 and --data 2048 at least, or --record FOLDER.", file=told)
     return 0
+
+
+def _asked() -> argparse.Namespace:
+    total = sum(kind.minutes for kind in ROWS.values())
+    times = "\n".join(f"  {name:15} {kind.minutes:4g} min  {kind.about}" for name, kind in ROWS.items())
+    parser = argparse.ArgumentParser(
+        prog="make bench",
+        description=__doc__,
+        epilog=f"rows, with their times by default on 2 quiet cores ({total:.0f} min in all):\n{times}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="which to measure; all by default")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"how often each rival runs; {ROUNDS}")
+    parser.add_argument("--data", type=int, default=DATA, metavar="MIB", help=f"of data on the disk; {DATA}")
+    parser.add_argument("--json", action="store_true", help="print one JSON document; the lines go to stderr")
+    parser.add_argument(
+        "--record",
+        type=Path,
+        metavar="FOLDER",
+        help="put the rows into benchmarks.json and benchmarks.md there, whatever their size. By default into docs, if "
+        "the rounds and the data are not fewer than by default",
+    )
+    asked = parser.parse_args()
+    if unknown := [name for name in asked.rows if name not in ROWS]:
+        parser.error(f"no row {', '.join(unknown)}; there are: {', '.join(ROWS)}")
+    if asked.record is None and asked.rounds >= ROUNDS and asked.data >= DATA:
+        asked.record = DOCS
+    return asked
+
+
+def _measured(name: str, place: Place, rounds: int, told: TextIO) -> record.Row:
+    kind = ROWS[name]
+    started = time.monotonic()
+    date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    with place.row(name):
+        places = {str(place.folder): "DIR", str(place.vms): "VMS", f"{Path(sys.executable).parent}/": ""}
+        figures: list[Figure] = []
+        measured = (record.plain(figure, places) for figure in kind.rows(place, rounds))
+        for _, some in groupby(measured, lambda figure: (figure.what, figure.by)):
+            these = list(some)
+            print(line(these), file=told, flush=True)
+            figures += these
+    print(f"{name} took {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    return record.Row(
+        name=name,
+        about=kind.about,
+        date=date,
+        commit=machine.commit(),
+        rounds=rounds,
+        data=place.data // MIB,
+        machine=machine.described(),
+        versions=machine.versions(),
+        figures=tuple(figures),
+    )
 
 
 if __name__ == "__main__":

@@ -1,65 +1,65 @@
-"""A live full to a new local restic repository, beside restic on the ready file, and by way of a staging file."""
+"""A live full to a local restic repository, beside restic on the ready file, a staging file, and virtnbdbackup."""
 
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
-from benchmarks.measure import Sample, compared, run, together
-from benchmarks.vm import Place
+from benchmarks.figures import Figure
+from benchmarks.measure import Sample, compared, together
+from benchmarks.place import Place
+from benchmarks.stores import Restic
+from benchmarks.virtnbdbackup import Virtnbdbackup
+from benchmarks.vmkeep import Vmkeep
 
 __all__ = ["rows"]
 
 
-def rows(place: Place, rounds: int) -> Iterator[str]:
-    """The lines of the table."""
-    works = _Works(place)
+def rows(place: Place, rounds: int) -> Iterator[Figure]:
+    """The figures."""
+    vm, ready, staged = place.filled, place.folder / "ready.qcow2", place.folder / "staged.qcow2"
+    store = Restic(place)
+    vmkeep, theirs = Vmkeep(place, store), Virtnbdbackup(place, place.twin)
+    place.ready(vm, ready)
+
+    def ours() -> Sample:
+        shutil.rmtree(store.repository, ignore_errors=True)
+        return vmkeep.backup(vm, "--reset")
+
+    def restic() -> Sample:
+        shutil.rmtree(store.beside, ignore_errors=True)
+        return store.put(ready)
+
+    def staging() -> Sample:
+        shutil.rmtree(store.beside, ignore_errors=True)
+        try:
+            return together(place.ready(vm, staged), store.put(staged))
+        finally:
+            staged.unlink(missing_ok=True)
+
     yield from compared(
         "full to a new restic repository",
-        {"vmkeep": works.ours, "restic": works.restic, "staging": works.staging},
+        {"vmkeep": ours, "restic": restic, "virtnbdbackup": lambda: theirs.backup("full"), "staging": staging},
         rounds,
+        {"restic": 1.15, "virtnbdbackup": 0.9, "staging": 0.6},
     )
-
-
-class _Works:
-    def __init__(self, place: Place) -> None:
-        self._place = place
-        self._program = Path(sys.executable).with_name("vmkeep")
-        self._repository = place.folder / "repository"
-        self._environment = {"RESTIC_PASSWORD_FILE": str(place.password), "RESTIC_REPOSITORY": str(self._repository)}
-        self._config = place.configuration(
-            "restic",
-            f'driver = "restic"\nrepository = "{self._repository}"\npassword_file = "{place.password}"',
-        )
-        self._ready = place.folder / "ready.qcow2"
-        place.ready(self._ready)
-
-    def _clean(self) -> None:
-        shutil.rmtree(self._repository, ignore_errors=True)
-
-    def ours(self) -> Sample:
-        """The whole command, in full mode's first run."""
-        self._clean()
-        return run(self._program, "--config", self._config, "--json", "backup", "--reset", self._place.vm.name)
-
-    def restic(self) -> Sample:
-        """What restic alone needs, with the file ready in the page cache."""
-        self._clean()
-        return together(
-            run("restic", "init", "-q", environment=self._environment),
-            run("restic", "backup", "--force", "-q", self._ready, environment=self._environment),
-        )
-
-    def staging(self) -> Sample:
-        """Convert to a file, then restic: the usual way."""
-        self._clean()
-        staged = self._place.folder / "staged.qcow2"
-        samples = (
-            self._place.ready(staged),
-            run("restic", "init", "-q", environment=self._environment),
-            run("restic", "backup", "--force", "-q", staged, environment=self._environment),
-        )
-        staged.unlink()
-        return together(*samples)
+    store.share()
+    store.put(ready)
+    yield from compared(
+        "second full to the same repository",
+        {"vmkeep": lambda: vmkeep.backup(vm, "--reset"), "restic": lambda: store.put(ready)},
+        rounds,
+        {"restic": 1.15},
+    )
+    source, fetched = vmkeep.taken[-1].source, place.folder / "fetched"
+    yield from compared(
+        "restore of a full from restic",
+        {
+            "vmkeep": vmkeep.restore,
+            "restic dump": lambda: store.fetched(source, "disk.vda.qcow2", fetched),
+            "virtnbdrestore": theirs.restore,
+        },
+        rounds,
+        {"restic dump": 1.2, "virtnbdrestore": 0.5},
+    )
+    store.close()

@@ -1,72 +1,74 @@
-"""Increments of a live VM to restic: what vmkeep takes beyond what restic needs for that data."""
+"""Increments of a live VM to restic: beside virtnbdbackup's, and what they take beyond restic's own time."""
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-from benchmarks.measure import Sample, Spread, interleaved, run
-from benchmarks.vm import MIB, Place
+from benchmarks import dirt
+from benchmarks.figures import Figure, Spread
+from benchmarks.measure import Sample, costs, interleaved, ratio
+from benchmarks.place import Place
+from benchmarks.stores import Restic
+from benchmarks.virtnbdbackup import Virtnbdbackup
+from benchmarks.vmkeep import Vmkeep
+from lab.vm import VM
 
 __all__ = ["rows"]
 
-DIRTY = 20
-"""MiB that change between two increments: 1 % of the data."""
+
+def rows(place: Place, rounds: int) -> Iterator[Figure]:
+    """The figures."""
+    some = dirt.percent(place.data)
+    kinds: dict[str, tuple[Callable[[VM], None], int]] = {
+        "nothing dirty": (lambda _vm: None, 0),
+        "1 % dirty in one place": (lambda vm: dirt.one_place(vm, some), some),
+        "1 % dirty in 64 KiB islands": (lambda vm: dirt.islands(vm, place.size, some), some),
+        "all zeroed": (lambda vm: dirt.zeroes(vm, place.size), 0),
+    }
+    with place.live() as vm, place.live() as twin:
+        store = Restic(place)
+        vmkeep, theirs = Vmkeep(place, store), Virtnbdbackup(place, twin)
+        vmkeep.backup(vm)
+        store.share()
+        theirs.backup("full")
+        for kind, (change, amount) in kinds.items():
+            yield from _increments(place, rounds, kind, vm, twin, vmkeep, theirs, store, change, amount)
 
 
-def rows(place: Place, rounds: int) -> Iterator[str]:
-    """The lines of the table."""
-    program = Path(sys.executable).with_name("vmkeep")
-    repository, beside = place.folder / "increments", place.folder / "beside"
-    config = place.configuration(
-        "increments", f'driver = "restic"\nrepository = "{repository}"\npassword_file = "{place.password}"'
-    )
-    environment = {"RESTIC_PASSWORD_FILE": str(place.password), "RESTIC_REPOSITORY": str(beside)}
-    run(program, "--config", config, "--json", "backup", place.vm.name)
-    run("restic", "init", "-q", environment=environment)
-    ready = place.folder / "dirty"
+def _increments(
+    place: Place,
+    rounds: int,
+    kind: str,
+    vm: VM,
+    twin: VM,
+    vmkeep: Vmkeep,
+    theirs: Virtnbdbackup,
+    store: Restic,
+    change: Callable[[VM], None],
+    amount: int,
+) -> Iterator[Figure]:
+    fresh = place.folder / "dirty"
+
+    def ours() -> Sample:
+        change(vm)
+        return vmkeep.backup(vm)
+
+    def virtnbdbackup() -> Sample:
+        change(twin)
+        return theirs.backup("inc")
 
     def restic() -> Sample:
-        ready.write_bytes(os.urandom(DIRTY * MIB))
-        return run("restic", "backup", "--force", "-q", ready, environment=environment)
+        # As many bytes as have changed, and some that stand for what a backup holds besides.
+        fresh.write_bytes(os.urandom(amount + 64 * 1024))
+        return store.put(fresh)
 
-    def ours(writes: Callable[[], list[str]]) -> Callable[[], Sample]:
-        def work() -> Sample:
-            place.vm.io("vda", *writes())
-            return run(program, "--config", config, "--json", "backup", place.vm.name)
-
-        return work
-
-    taken = interleaved(
-        {
-            "nothing dirty": ours(list),
-            "1 % in one place": ours(_one),
-            "1 % in islands": ours(lambda: _islands(place.size)),
-            "restic": restic,
-        },
-        rounds,
-    )
+    what = f"increment, {kind}"
+    taken = interleaved({"vmkeep": ours, "virtnbdbackup": virtnbdbackup, "restic": restic}, rounds)
     for name, samples in taken.items():
-        yield f"increment, {name}: {Spread.of([one.wall for one in samples])} s"
-        if name == "restic":
-            continue
-        beyond = [mine.wall - theirs.wall for mine, theirs in zip(samples, taken["restic"], strict=True)]
-        read = max(int(json.loads(one.output)["read"]) for one in samples)
-        yield f"increment, {name}: {Spread.of(beyond)} s beyond what restic takes for {DIRTY} MiB"
-        yield f"increment, {name}: at most {read / MIB:.1f} MiB read from the disk"
-    for folder in (repository, beside):
-        shutil.rmtree(folder)
-
-
-def _one() -> list[str]:
-    return [f"write -P {os.urandom(1)[0]} 100M {DIRTY}M"]
-
-
-def _islands(size: int) -> list[str]:
-    pattern, count = os.urandom(1)[0], DIRTY * 16
-    step = size // count // (64 << 10) * 64  # KiB
-    return [f"write -P {pattern} {number * step}k 64k" for number in range(count)]
+        yield from costs(what, name, samples)
+    yield from ratio(what, "vmkeep", "virtnbdbackup", taken, 0.5)
+    beyond = [mine.wall - other.wall for mine, other in zip(taken["vmkeep"], taken["restic"], strict=True)]
+    yield Figure(
+        what=what, by="vmkeep - restic", measure="wall beyond", unit="s", spread=Spread.of(beyond), at_most=1.0
+    )

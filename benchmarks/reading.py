@@ -7,40 +7,21 @@ import sys
 import time
 from collections.abc import Iterator
 
-from benchmarks.measure import Sample, Spread, interleaved, run
-from benchmarks.vm import Place
+from benchmarks.figures import Figure, Spread
+from benchmarks.measure import Sample, costs, interleaved, ratio, run
+from benchmarks.place import Place
 
 __all__ = ["rows"]
 
-# What a driver does with an artifact, less the driver.
-_STREAM = """
-import sys
-from pathlib import Path
-from backupcore.disk.extents import Kind, to_clusters
-from backupcore.disk.nbd import ALLOCATION, Address, Client, allocation
-from backupcore.disk.qcow2 import DiskArtifact, Layout
-from backupcore.disk.sums import HashedDisk
-address = Address(sys.argv[1], "vda")
-with Client(address, [ALLOCATION]) as client:
-    held = (extent for extent in allocation(client, 0, client.size) if extent.kind is Kind.DATA)
-    disk = DiskArtifact("disk.vda.qcow2", Layout(client.size, to_clusters(held, client.size)), address)
-artifact = HashedDisk(disk, Path(sys.argv[2])) if len(sys.argv) > 2 else disk
-buffer = memoryview(bytearray(1 << 20))
-with artifact.open() as stream:
-    while stream.readinto(buffer):
-        pass
-artifact.close()
-"""
 
-
-def rows(place: Place, rounds: int) -> Iterator[str]:
-    """The lines of the table."""
-    socket = place.vm.folder.parent / "read.sock"
+def rows(place: Place, rounds: int) -> Iterator[Figure]:
+    """The figures."""
+    socket = place.vms / "read.sock"
     server = subprocess.Popen(
         [
             *("qemu-nbd", "-r", "-t", "-e", "8", "-k", str(socket), "-x", "vda"),
             # The VM runs, so its QEMU holds the lock; it writes nothing meanwhile.
-            *("--image-opts", f"driver=qcow2,force-share=on,file.filename={place.vm.disk('vda')}"),
+            *("--image-opts", f"driver=qcow2,force-share=on,file.filename={place.filled.disk('vda')}"),
         ]
     )
     try:
@@ -49,16 +30,17 @@ def rows(place: Place, rounds: int) -> Iterator[str]:
             if time.monotonic() > deadline:
                 raise TimeoutError("qemu-nbd does not listen")
             time.sleep(0.02)
+        stream = (sys.executable, "-m", "benchmarks.stream", socket, "vda")
         sums = place.folder / "sums"
 
         def hashed() -> Sample:
             sums.unlink(missing_ok=True)
-            return run(sys.executable, "-c", _STREAM, socket, sums)
+            return run(*stream, sums)
 
         taken = interleaved(
             {
                 "nbdcopy": lambda: run("nbdcopy", f"nbd+unix:///vda?socket={socket}", "null:"),
-                "artifact": lambda: run(sys.executable, "-c", _STREAM, socket),
+                "artifact": lambda: run(*stream),
                 "artifact with digests": hashed,
             },
             rounds,
@@ -67,8 +49,17 @@ def rows(place: Place, rounds: int) -> Iterator[str]:
         server.terminate()
         server.wait()
         socket.unlink(missing_ok=True)
+    what = "read a disk to nowhere"
     for name, samples in taken.items():
-        yield f"reading, {name}: {Spread.of([one.wall for one in samples])} s"
+        yield from costs(what, name, samples)
+    yield from ratio(what, "artifact", "nbdcopy", taken, 1.0)
+    yield from ratio(what, "artifact with digests", "nbdcopy", taken, 1.3)
     for name in ("artifact", "artifact with digests"):
-        ratios = [ours.wall / theirs.wall for ours, theirs in zip(taken[name], taken["nbdcopy"], strict=True)]
-        yield f"reading, {name} to nbdcopy: {Spread.of(ratios)}"
+        started = [float(ours.output) / theirs.wall for ours, theirs in zip(taken[name], taken["nbdcopy"], strict=True)]
+        yield Figure(
+            what=what,
+            by=f"{name}, less Python's start : nbdcopy",
+            measure="wall ratio",
+            unit="",
+            spread=Spread.of(started),
+        )

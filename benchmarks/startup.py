@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
-from benchmarks.measure import Spread, run
-from benchmarks.vm import Place
+from benchmarks.figures import Figure
+from benchmarks.measure import costs, run
+from benchmarks.place import Place
+from benchmarks.vmkeep import PROGRAM
 
 __all__ = ["rows"]
 
 
-def rows(_place: Place, rounds: int) -> Iterator[str]:
-    """The lines of the table."""
-    program = Path(sys.executable).with_name("vmkeep")
-    taken = [run(program, "--help") for _ in range(rounds)]
-    yield f"vmkeep --help: {Spread.of([one.wall for one in taken])} s"
+def rows(_place: Place, rounds: int) -> Iterator[Figure]:
+    """The figures."""
+    run(PROGRAM, "--help")  # from here on the files are in the page cache
+    yield from costs("vmkeep --help", "vmkeep", [run(PROGRAM, "--help") for _ in range(rounds)])

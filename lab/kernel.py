@@ -44,8 +44,19 @@ def files(*, agent: bool = False) -> Kernel:
         if not initramfs.exists() or initramfs.stat().st_mtime < max(
             _INIT.stat().st_mtime, Path(__file__).stat().st_mtime
         ):
-            _write_initramfs(initramfs, _agent() if agent else [])
+            _write_initramfs(initramfs, _INIT, _agent() if agent else [])
         return Kernel(kernel, initramfs)
+
+
+def running(init: Path, program: Path, initramfs: Path) -> Kernel:
+    """The same kernel with another first program: `init`, a script for busybox, finds `program` in /bin.
+
+    `initramfs` is the file to write; `program` must need no libraries.
+    """
+    kernel = files().image
+    with locked("guest"):
+        _write_initramfs(initramfs, init, [(f"bin/{program.name}", stat.S_IFREG | 0o755, program.read_bytes())])
+    return Kernel(kernel, initramfs)
 
 
 def firmware() -> Firmware:
@@ -124,14 +135,14 @@ def _agent() -> list[tuple[str, int, bytes]]:
     ]
 
 
-def _write_initramfs(target: Path, more: list[tuple[str, int, bytes]]) -> None:
+def _write_initramfs(target: Path, init: Path, more: list[tuple[str, int, bytes]]) -> None:
     busybox = LAB / "packages/busybox-static/bin/busybox"
     if not busybox.exists():
         fetched("busybox-static")
     entries: list[tuple[str, int, bytes]] = [
         (folder, stat.S_IFDIR | 0o755, b"") for folder in ("bin", "dev", "proc", "sys", "tmp", "disk", "modules")
     ]
-    entries.append(("init", stat.S_IFREG | 0o755, _INIT.read_bytes()))
+    entries.append(("init", stat.S_IFREG | 0o755, init.read_bytes()))
     entries.append(("bin/busybox", stat.S_IFREG | 0o755, busybox.read_bytes()))
     entries += more
     modules = _in_loading_order(_MODULES)

@@ -1,0 +1,25 @@
+"""What retention would do to every VM of a catalog: python -m benchmarks.plan CATALOG.
+
+``vmkeep image prune --dry-run`` less the hypervisor, which would have to have these VMs.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from backupcore.chain import retention
+from lab import many_images
+from vmkeep.catalog import images
+from vmkeep.catalog.database import Catalog
+
+
+def main(catalog: str) -> None:
+    """Print how many images would be flattened."""
+    known = {"MODE": "INCREMENT", "KEEP_LAST": "7", "KEEP_CHAINS": ""}
+    plans = [retention(one.chains, known) for one in images.chains(Catalog.open(Path(catalog)), many_images.HOST)]
+    print(sum(plan.flattening is not None for plan in plans))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
