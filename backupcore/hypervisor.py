@@ -7,6 +7,7 @@ libvirt, domain XML and QEMU.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -15,8 +16,10 @@ from backupcore.model import VM, BackupRun, Estimate
 
 if TYPE_CHECKING:
     from backupcore.context import Context
+    from backupcore.disk.extents import Extent
+    from backupcore.disk.qcow2 import Blocks
 
-__all__ = ["Definition", "DiskFile", "Finding", "Hypervisor", "VMDisk", "VMState", "open_hypervisor"]
+__all__ = ["Definition", "DiskFile", "Finding", "Hypervisor", "Unchanged", "VMDisk", "VMState", "open_hypervisor"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +69,21 @@ class DiskFile:
     format: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unchanged:
+    """What of one disk is said not to have been written since a point, and where it can be read, at one instant.
+
+    `extents` are whole clusters in guest order, DATA or ZERO as the disk reads now; `virtual_size` is the disk's size
+    now. `why_not` says why nothing tells what changed; then there are no `blocks` and no extents.
+    """
+
+    id: str
+    virtual_size: int = 0
+    extents: Sequence[Extent] = ()
+    blocks: Blocks | None = None
+    why_not: str = ""
+
+
 class Hypervisor(Protocol):
     """The hypervisor's side of `vmkeep vm`, `backup --dry-run`, `check`, and of a restored definition."""
 
@@ -81,6 +99,17 @@ class Hypervisor(Protocol):
 
     def estimate(self, run: BackupRun) -> Estimate:
         """What `prebackup` would take for this run, raising what it would raise, and touching nothing."""
+
+    def unchanged(
+        self, run: BackupRun, disks: Collection[str], ctx: Context
+    ) -> AbstractContextManager[Sequence[Unchanged]]:
+        """Hold one instant of these disks, and tell what is said not to have changed since `run.parent`.
+
+        As `prebackup` does for an increment, with all that it looks at and puts right first; but no checkpoint is made
+        and the guest is not brought to rest. IncrementImpossible where nothing tells of any of the disks. At the end of
+        the block all is released, whatever happened, and what a killed process leaves the next run clears away. Whoever
+        reads has closed its connections by then.
+        """
 
     def forget(self, vm: VM) -> Sequence[str]:
         """Remove what backupcore made on this VM to tell changes: checkpoints, bitmaps, overlays; their names.

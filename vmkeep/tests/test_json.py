@@ -80,6 +80,8 @@ def printed(site):
         found[" ".join(command.split()[:2])] = site.run(*command.split(), "--json").json
     site.run("vm", "updateconf", "web1", "--keep-last", "0")
     site.run("backup", "web1")
+    site.write_unseen(WEB, "vda", 70_000, b"x")
+    found["vm compare"] = json.loads(site.run("vm", "compare", "web1", "--json").out)
     found["image flatten"] = site.run("image", "flatten", "1", "--json").json
     found["vm forget"] = site.run("vm", "forget", "web1", "--json").json
     site.run("backup", "web1")

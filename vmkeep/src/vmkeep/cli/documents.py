@@ -12,6 +12,7 @@ from vmkeep.cancel import Stopped
 from vmkeep.catalog.images import Listed
 from vmkeep.catalog.runs import PastRun
 from vmkeep.cli.figures import iso
+from vmkeep.compare import Compared
 from vmkeep.flatten import Done
 from vmkeep.in_place import Replaced
 from vmkeep.rebuild import Checked, Rebuilt
@@ -27,6 +28,7 @@ __all__ = [
     "backup",
     "cancel",
     "checked",
+    "compare",
     "config",
     "flatten",
     "image",
@@ -279,6 +281,30 @@ def verify(result: Result) -> Document:
         "increments": [
             {"id": one.increment.id, "source": one.increment.source.token, "read": one.read, "problem": one.problem}
             for one in result.increments
+        ],
+    }
+
+
+def compare(done: Compared) -> Document:
+    """``vmkeep vm compare``."""
+    return {
+        "name": done.image.vm.name,
+        "uuid": done.image.vm.uuid,
+        "image": done.image.number,
+        "increment": done.increment,
+        "datastore": done.image.datastore,
+        "ok": done.error is None,
+        "sample": done.sample,
+        "disks": [
+            {
+                "id": disk.id,
+                "size": disk.virtual_size,
+                "unchanged": disk.unchanged,
+                "compared": disk.compared,
+                "differing": [{"offset": offset, "length": length} for offset, length in disk.differing],
+                "why_not": disk.why_not,
+            }
+            for disk in done.disks
         ],
     }
 
