@@ -19,7 +19,17 @@ if TYPE_CHECKING:
     from backupcore.disk.extents import Extent
     from backupcore.disk.qcow2 import Blocks
 
-__all__ = ["Definition", "DiskFile", "Finding", "Hypervisor", "Unchanged", "VMDisk", "VMState", "open_hypervisor"]
+__all__ = [
+    "Definition",
+    "DiskFile",
+    "Finding",
+    "Hypervisor",
+    "Pool",
+    "Unchanged",
+    "VMDisk",
+    "VMState",
+    "open_hypervisor",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +77,15 @@ class DiskFile:
 
     path: Path
     format: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """A storage pool of the hypervisor: its volumes are the files in `folder`, or block devices where that is None."""
+
+    name: str
+    kind: str
+    folder: Path | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +172,22 @@ class Hypervisor(Protocol):
 
     def define(self, definition: bytes) -> VM:
         """Define a VM; it is not started. An existing one is never changed: HypervisorError."""
+
+    def pool(self, name: str) -> Pool:
+        """The storage pool of that name, if disks can be restored into it.
+
+        NotFound, with the names that there are; HypervisorError if it is not active; UnsupportedOperation, with what to
+        do instead, for a kind that has neither a folder nor block devices that can be made one by one.
+        """
+
+    def add_volume(self, pool: Pool, volume: str, size: int) -> Path:
+        """A new volume of a pool without a folder, of `size` bytes at least: its device. ConfigError if it exists."""
+
+    def remove_volume(self, pool: Pool, volume: str) -> None:
+        """Remove a volume that `add_volume` has made."""
+
+    def refresh(self, pool: Pool) -> None:
+        """Have the hypervisor list what was put into the folder of a pool."""
 
     def require_replaceable(self, vm: VM, disks: Sequence[str]) -> Mapping[str, DiskFile]:
         """That these disks of a VM may be replaced by others now, and the file of each.

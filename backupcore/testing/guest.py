@@ -14,7 +14,7 @@ from backupcore.context import Context
 from backupcore.disk.extents import Extent, Kind
 from backupcore.disk.qcow2 import CLUSTER, DiskArtifact, Layout, MemoryBlocks
 from backupcore.errors import Busy, ConfigError, IncrementImpossible, NotFound
-from backupcore.hypervisor import Definition, DiskFile, Finding, Unchanged, VMDisk, VMState
+from backupcore.hypervisor import Definition, DiskFile, Finding, Pool, Unchanged, VMDisk, VMState
 from backupcore.model import (
     VM,
     Artifact,
@@ -223,6 +223,22 @@ class MemoryHypervisor:
         vm = VM(uuid=str(uuid4()), name=name)
         self.guests[vm.uuid] = MemoryGuest(vm, {})
         return vm
+
+    def pool(self, name: str) -> Pool:
+        """There is none."""
+        raise NotFound(f"there is no storage pool {name}", "It has none.")
+
+    def add_volume(self, pool: Pool, volume: str, size: int) -> Path:
+        """Never asked for, see above."""
+        raise NotImplementedError
+
+    def remove_volume(self, pool: Pool, volume: str) -> None:
+        """Never asked for, see above."""
+        raise NotImplementedError
+
+    def refresh(self, pool: Pool) -> None:
+        """Never asked for, see above."""
+        raise NotImplementedError
 
     def require_replaceable(self, vm: VM, disks: Sequence[str]) -> Mapping[str, DiskFile]:
         """These guests always run."""

@@ -15,7 +15,7 @@ from backupcore import hookimpl
 from backupcore.context import Context
 from backupcore.disk.qcow2 import DiskArtifact
 from backupcore.errors import BackupError, HypervisorError, NotFound
-from backupcore.hypervisor import Definition, DiskFile, Finding, Unchanged, VMDisk, VMState
+from backupcore.hypervisor import Definition, DiskFile, Finding, Pool, Unchanged, VMDisk, VMState
 from backupcore.model import (
     VM,
     Artifact,
@@ -55,6 +55,7 @@ from backupcore_libvirt.in_place import fit, require_replaceable
 from backupcore_libvirt.look import Look, look
 from backupcore_libvirt.overlay import is_overlay
 from backupcore_libvirt.overlay_plan import plan, without_bitmaps
+from backupcore_libvirt.pools import add_volume, find_pool
 from backupcore_libvirt.qemu_nbd import end_stray, is_served
 from backupcore_libvirt.recovery import clear, recover
 from backupcore_libvirt.scratch_watch import ScratchWatch, watch
@@ -278,6 +279,26 @@ class Libvirt:
         """Define a VM that is not there yet."""
         with Connection(self.uri) as connection:
             return define(connection, definition)
+
+    def pool(self, name: str) -> Pool:
+        """The storage pool of that name, if disks can be restored into it; see `backupcore_libvirt.pools`."""
+        with Connection(self.uri) as connection:
+            return find_pool(connection, name)
+
+    def add_volume(self, pool: Pool, volume: str, size: int) -> Path:
+        """Make a volume of a pool without a folder; its device. ConfigError if there is one of that name."""
+        with Connection(self.uri) as connection:
+            return add_volume(connection.pool(pool.name), volume, size)
+
+    def remove_volume(self, pool: Pool, volume: str) -> None:
+        """Remove a volume that `add_volume` has made."""
+        with Connection(self.uri) as connection:
+            connection.pool(pool.name).delete(volume)
+
+    def refresh(self, pool: Pool) -> None:
+        """Have libvirt list what was put into the pool's folder."""
+        with Connection(self.uri) as connection:
+            connection.pool(pool.name).refresh()
 
     def require_replaceable(self, vm: VM, disks: Sequence[str]) -> Mapping[str, DiskFile]:
         """That disks of a powered-off VM may be replaced, and their files; see `backupcore_libvirt.in_place`."""

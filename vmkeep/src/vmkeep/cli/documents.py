@@ -256,6 +256,7 @@ def restore(files: Files, driver: str) -> Document:
         "nvram": str(files.nvram) if files.nvram else None,
         "beside": [{"artifact": name, "path": str(path)} for name, path in files.beside.items()],
         "increment": files.number,
+        "pool": files.pool,
         "disks": [_restored(files.image, disk, driver) for disk in files.disks],
         "left_out": list(files.left_out),
         "uuid": files.vm.uuid if files.vm else None,
