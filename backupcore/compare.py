@@ -21,7 +21,7 @@ from backupcore.disk.geometry import clusters_of
 from backupcore.disk.table import DIGEST, digests
 from backupcore.disk.winners import winners
 from backupcore.errors import NotFound
-from backupcore.flatten import MergedDisk
+from backupcore.merging import MergedDisk
 from backupcore.opened import Opened, open_chain
 
 if TYPE_CHECKING:

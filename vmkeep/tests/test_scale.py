@@ -9,7 +9,7 @@ import pytest
 
 from backupcore.chain import retention
 from backupcore.model import new_id
-from vmkeep.catalog import images, schema
+from vmkeep.catalog import chains, images, schema
 from vmkeep.catalog.database import Catalog
 
 VMS = 2000
@@ -76,7 +76,7 @@ def _plan(catalog: Catalog) -> float:
     started = time.process_time()
     plans = [
         retention(one.chains, {"MODE": "INCREMENT", "KEEP_LAST": "7", "KEEP_CHAINS": ""})
-        for one in images.chains(catalog, "here")
+        for one in chains.chains(catalog, "here")
     ]
     assert len(plans) == VMS
     assert all(one.flattening is not None and one.flattening.to == INCREMENTS - 7 for one in plans)

@@ -18,7 +18,7 @@ from backupcore.hypervisor import VMState
 from backupcore.model import BackupRun, Estimate, Image, RunState, Type
 from backupcore.session import Recorded, run_backup
 from vmkeep import adoption, flatten, folders, interrupt, lock, recovery, retention, settings
-from vmkeep.catalog import flattens, images, runs
+from vmkeep.catalog import flattens, images, points, runs
 from vmkeep.catalog.database import Catalog
 from vmkeep.workplace import Workplace
 
@@ -71,8 +71,8 @@ def _run(
         settings=_settings(place, found),
         reset=reset,
     )
-    spent = (*images.retired(catalog, found.vm), *run.spent)
-    return replace(run, spent=spent, keep=images.kept(catalog, found.vm))
+    spent = (*points.retired(catalog, found.vm), *run.spent)
+    return replace(run, spent=spent, keep=points.kept(catalog, found.vm))
 
 
 def plan(place: Workplace, vm: str, *, datastore: str | None = None, reset: bool = False) -> Planned:

@@ -13,8 +13,9 @@ from backupcore.model import Image
 from backupcore.restore import Form, Restored
 from vmkeep import restore as work
 from vmkeep import restore_elsewhere as elsewhere
-from vmkeep.cli import documents, output
+from vmkeep.cli import output
 from vmkeep.cli.asked import Asked, common
+from vmkeep.cli.documents import restores as documents
 from vmkeep.cli.figures import size
 from vmkeep.cli.opening import workplace
 from vmkeep.cli.progress import shown

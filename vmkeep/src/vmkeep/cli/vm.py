@@ -8,8 +8,9 @@ import click
 
 from backupcore.hypervisor import VMState
 from vmkeep import vms
-from vmkeep.cli import documents, exits, output
+from vmkeep.cli import exits, output
 from vmkeep.cli.asked import Asked, common
+from vmkeep.cli.documents import vms as documents
 from vmkeep.cli.figures import age, date, size
 from vmkeep.cli.opening import workplace
 from vmkeep.cli.progress import shown
