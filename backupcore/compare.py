@@ -12,6 +12,7 @@ import os
 import random
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -185,10 +186,12 @@ def _compared(known: Due, held: Unchanged, chosen: Iterator[_Run], ctx: Context,
     size = min(known.virtual_size, held.virtual_size)
     done = 0
     assert held.blocks is not None
-    reader = held.blocks.connect()
-    sums = known.digests()
     waiting: deque[tuple[_Run, bytearray, Pending]] = deque()
-    try:
+    sums = known.digests()
+    with ExitStack() as stack:
+        stack.callback(os.close, sums)
+        reader = held.blocks.connect()
+        stack.callback(reader.close)
         with ctx.on_cancel(reader.close):
 
             def settle() -> None:
@@ -213,9 +216,6 @@ def _compared(known: Due, held: Unchanged, chosen: Iterator[_Run], ctx: Context,
                     settle()
             while waiting:
                 settle()
-    finally:
-        reader.close()
-        os.close(sums)
     return ComparedDisk(
         id=held.id,
         virtual_size=held.virtual_size,
