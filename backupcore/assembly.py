@@ -16,7 +16,7 @@ from backupcore.disk.geometry import clusters_of
 from backupcore.disk.merge import Target, merge
 from backupcore.disk.qcow2 import DiskArtifact, Layout
 from backupcore.disk.winners import Winners, winners
-from backupcore.flatten import MOST_STREAMS, MergedDisk
+from backupcore.merging import MOST_STREAMS, MergedDisk
 from backupcore.opened import Opened, layers_of, parts_of
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ libvirt, domain XML and QEMU.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -15,8 +16,20 @@ from backupcore.model import VM, BackupRun, Estimate
 
 if TYPE_CHECKING:
     from backupcore.context import Context
+    from backupcore.disk.extents import Extent
+    from backupcore.disk.qcow2 import Blocks
 
-__all__ = ["Definition", "DiskFile", "Finding", "Hypervisor", "VMDisk", "VMState", "open_hypervisor"]
+__all__ = [
+    "Definition",
+    "DiskFile",
+    "Finding",
+    "Hypervisor",
+    "Pool",
+    "Unchanged",
+    "VMDisk",
+    "VMState",
+    "open_hypervisor",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +79,30 @@ class DiskFile:
     format: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """A storage pool of the hypervisor: its volumes are the files in `folder`, or block devices where that is None."""
+
+    name: str
+    kind: str
+    folder: Path | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unchanged:
+    """What of one disk is said not to have been written since a point, and where it can be read, at one instant.
+
+    `extents` are whole clusters in guest order, DATA or ZERO as the disk reads now; `virtual_size` is the disk's size
+    now. `why_not` says why nothing tells what changed; then there are no `blocks` and no extents.
+    """
+
+    id: str
+    virtual_size: int = 0
+    extents: Sequence[Extent] = ()
+    blocks: Blocks | None = None
+    why_not: str = ""
+
+
 class Hypervisor(Protocol):
     """The hypervisor's side of `vmkeep vm`, `backup --dry-run`, `check`, and of a restored definition."""
 
@@ -81,6 +118,17 @@ class Hypervisor(Protocol):
 
     def estimate(self, run: BackupRun) -> Estimate:
         """What `prebackup` would take for this run, raising what it would raise, and touching nothing."""
+
+    def unchanged(
+        self, run: BackupRun, disks: Collection[str], ctx: Context
+    ) -> AbstractContextManager[Sequence[Unchanged]]:
+        """Hold one instant of these disks, and tell what is said not to have changed since `run.parent`.
+
+        As `prebackup` does for an increment, with all that it looks at and puts right first; but no checkpoint is made
+        and the guest is not brought to rest. IncrementImpossible where nothing tells of any of the disks. At the end of
+        the block all is released, whatever happened, and what a killed process leaves the next run clears away. Whoever
+        reads has closed its connections by then.
+        """
 
     def forget(self, vm: VM) -> Sequence[str]:
         """Remove what backupcore made on this VM to tell changes: checkpoints, bitmaps, overlays; their names.
@@ -124,6 +172,22 @@ class Hypervisor(Protocol):
 
     def define(self, definition: bytes) -> VM:
         """Define a VM; it is not started. An existing one is never changed: HypervisorError."""
+
+    def pool(self, name: str) -> Pool:
+        """The storage pool of that name, if disks can be restored into it.
+
+        NotFound, with the names that there are; HypervisorError if it is not active; UnsupportedOperation, with what to
+        do instead, for a kind that has neither a folder nor block devices that can be made one by one.
+        """
+
+    def add_volume(self, pool: Pool, volume: str, size: int) -> Path:
+        """A new volume of a pool without a folder, of `size` bytes at least: its device. ConfigError if it exists."""
+
+    def remove_volume(self, pool: Pool, volume: str) -> None:
+        """Remove a volume that `add_volume` has made."""
+
+    def refresh(self, pool: Pool) -> None:
+        """Have the hypervisor list what was put into the folder of a pool."""
 
     def require_replaceable(self, vm: VM, disks: Sequence[str]) -> Mapping[str, DiskFile]:
         """That these disks of a VM may be replaced by others now, and the file of each.

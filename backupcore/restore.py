@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from backupcore.datastore import Datastore
     from backupcore.manifest import DiskPart
 
-__all__ = ["Form", "Restored", "RestoredDisk", "check", "onto", "pour", "restore"]
+__all__ = ["Form", "Restored", "RestoredDisk", "check", "onto", "onto_new", "pour", "restore"]
 
 Form = Literal["qcow2", "raw"]
 """How a restored disk is written. Both are sparse."""
@@ -134,6 +134,36 @@ def onto(
         one.into(writer, ctx.progress.done)
         writer.finish()
     return Restored(increment=backups[-1].increment, disks=(_restored(one, device),), files={})
+
+
+def onto_new(
+    datastore: Datastore,
+    image: Image,
+    number: int | None,
+    ctx: Context,
+    *,
+    device: Callable[[Disk], Path],
+    disks: Sequence[str] | None = None,
+) -> Restored:
+    """Write disks onto block devices that `device` makes for them, of a disk's size or somewhat larger, raw.
+
+    It is called once the chain is known to be there and in order. What such a device held is lost, also beyond the end
+    of the disk. Whoever made the devices removes them if this raises.
+    """
+    ctx.progress.phase("look", None)
+    backups, wanted = _chosen(datastore, image, number, ctx, disks)
+    files = _files(backups[-1])
+    assemblies = [Assembly(backups, part, ctx) for part in wanted]
+    devices = {part.id: device(part.disk) for part in wanted}
+    ctx.progress.phase("restore", sum(one.to_read for one in assemblies))
+    done = 0
+    for one in assemblies:
+        with DeviceWriter(devices[one.part.id], one.part.virtual_size, overwrite=True, rest=True) as writer:
+            one.into(writer, partial(_advance, ctx, done))
+            writer.finish()
+        done += one.to_read
+    restored = tuple(_restored(one, devices[one.part.id]) for one in assemblies)
+    return Restored(increment=backups[-1].increment, disks=restored, files=files)
 
 
 def pour(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from backupcore.disk.extents import CLUSTER
 from backupcore.disk.stored import StoredDisk, read_exactly
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Verified", "tables_of", "verify", "verify_disk"]
 
 _STEP = 16  # clusters read at once
+_DAMAGE = (IntegrityError, NotFound, ContractViolation, UnsupportedOperation)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +43,13 @@ def verify(
     all, and of the data the share `sample` (1: every cluster).
 
     Where a datastore can only be read forward, all data are read whatever the share. Damage does not end it: every
-    increment is looked at, and one whose parent is damaged says so. What is not damage (the datastore is away) raises.
+    increment is looked at, and one whose parent cannot be read, or that builds on a damaged disk, says so. What is not
+    damage (the datastore is away) raises.
     """
     ctx.progress.phase("verify", sum(increment.size for increment in chain))
     found: list[Verified] = []
     opened: dict[int, Opened] = {}
+    harmed: dict[int, set[str]] = {}  # the disks that cannot be restored, by increment
     done = 0
     for increment in chain:
         read = 0
@@ -59,9 +62,14 @@ def verify(
         try:
             backup = open_increment(datastore, image, increment, _parent(increment, opened), ctx)
             opened[increment.id] = backup
-            _contents(backup, ctx, sample, advance)
-            problem = ""
-        except (IntegrityError, NotFound, ContractViolation, UnsupportedOperation) as error:
+            found_of = _contents(backup, ctx, sample, advance)
+            below = {one.id for one in backup.manifest.disks if not one.whole} & harmed.get(increment.pid, set())
+            harmed[increment.id] = found_of.disks | below
+            problem = found_of.problem
+            if below and not problem:
+                names = ", ".join(sorted(below))
+                problem = f"it builds on increment {increment.pid}, of which disk {names} cannot be restored"
+        except _DAMAGE as error:
             ctx.check()
             problem = error.message
         found.append(Verified(increment=increment, read=read, problem=problem))
@@ -76,18 +84,37 @@ def _parent(increment: Increment, opened: Mapping[int, Opened]) -> Opened | None
     return opened.get(increment.pid)
 
 
-def _contents(backup: Opened, ctx: Context, sample: float, advance: Callable[[int], None]) -> None:
+class _Contents(NamedTuple):
+    """The first thing that is wrong with the contents of an increment ("" if nothing is), and the damaged disks."""
+
+    problem: str
+    disks: set[str]
+
+
+def _contents(backup: Opened, ctx: Context, sample: float, advance: Callable[[int], None]) -> _Contents:
     sums = {part.sums for part in backup.manifest.disks}
     sizes = {part.name: part.size for part in backup.manifest.artifacts}
+    problems: list[str] = []
+    disks: set[str] = set()
     for part in backup.manifest.artifacts:
         if part.name not in sums:
-            advance(len(backup.small(part.name, part.size, part.digest)))
+            try:
+                advance(len(backup.small(part.name, part.size, part.digest)))
+            except _DAMAGE as error:
+                ctx.check()
+                problems.append(error.message)
     for disk in backup.manifest.disks:
         what = f"increment {backup.increment.id} (source {backup.increment.source})"
-        artifact = backup.artifact(disk.artifact, disk.size)
-        with checked(backup.artifact(disk.sums, sizes[disk.sums]), disk.sums_digest, ctx.folder) as due:
-            advance(sizes[disk.sums])
-            verify_disk(artifact, disk, due, ctx, what=what, sample=sample, advance=advance)
+        try:
+            artifact = backup.artifact(disk.artifact, disk.size)
+            with checked(backup.artifact(disk.sums, sizes[disk.sums]), disk.sums_digest, ctx.folder) as due:
+                advance(sizes[disk.sums])
+                verify_disk(artifact, disk, due, ctx, what=what, sample=sample, advance=advance)
+        except _DAMAGE as error:
+            ctx.check()
+            problems.append(error.message)
+            disks.add(disk.id)
+    return _Contents(next(iter(problems), ""), disks)
 
 
 def verify_disk(

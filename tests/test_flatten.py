@@ -32,7 +32,8 @@ from backupcore.errors import (
     TargetFull,
     TargetUnavailable,
 )
-from backupcore.flatten import MOST_DEAD, MOST_STREAMS, Flattened, find, flatten
+from backupcore.flatten import Flattened, find, flatten
+from backupcore.merging import MOST_DEAD, MOST_STREAMS
 from backupcore.model import (
     VM,
     Artifact,

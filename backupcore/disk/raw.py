@@ -67,15 +67,20 @@ class RawWriter:
 
 
 class DeviceWriter(RawWriter):
-    """Writes onto a block device, whose contents are lost; what lies beyond the disk's end stays.
+    """Writes onto a block device, whose contents are lost.
+
+    What lies beyond the disk's end stays, or with `rest` becomes zeros: on a device that was made for this disk it is
+    what others have left there, and the guest would see it.
 
     The first cluster, by which a disk is recognized, comes last: a restore that was cut off leaves none that could be
     taken for one. ConfigError if it is no block device or too small, or holds something and `overwrite` is not said;
     Busy if it is mounted, or another part of the system holds it.
     """
 
-    def __init__(self, path: Path, virtual_size: int, *, overwrite: bool = False) -> None:
+    def __init__(self, path: Path, virtual_size: int, *, overwrite: bool = False, rest: bool = False) -> None:
         self._name = str(path)
+        self._end = virtual_size
+        self._rest = rest
         with self._translated("opening"):
             if not stat.S_ISBLK(path.stat().st_mode):
                 raise ConfigError(f"{path} is no block device", "For a file: --to and --name.")
@@ -125,6 +130,10 @@ class DeviceWriter(RawWriter):
 
     def finish(self) -> None:
         """When this returns all of it is on stable storage."""
+        if self._rest:
+            with self._translated("reading"):
+                size = os.lseek(self._fd, 0, os.SEEK_END)
+            self.zero(self._end, size - self._end)
         super().finish()
         super().write(0, memoryview(self._first))
         super().finish()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +14,7 @@ from backupcore.context import Context
 from backupcore.disk.extents import Extent, Kind
 from backupcore.disk.qcow2 import CLUSTER, DiskArtifact, Layout, MemoryBlocks
 from backupcore.errors import Busy, ConfigError, IncrementImpossible, NotFound
-from backupcore.hypervisor import Definition, DiskFile, Finding, VMDisk, VMState
+from backupcore.hypervisor import Definition, DiskFile, Finding, Pool, Unchanged, VMDisk, VMState
 from backupcore.model import (
     VM,
     Artifact,
@@ -152,6 +153,29 @@ class MemoryHypervisor:
         disks = (DiskEstimate(id=name, bytes=len(data), whole=whole) for name, data in guest.disks.items())
         return Estimate(disks=tuple(disks), left_out=())
 
+    @contextmanager
+    def unchanged(self, run: BackupRun, disks: Collection[str], ctx: Context) -> Iterator[Sequence[Unchanged]]:
+        """A copy of every disk as it is now, and the clusters that `MemoryGuest.write` has not touched."""
+        ctx.check()
+        guest = self.guests[run.vm.uuid]
+        assert run.parent is not None
+        if run.parent.point not in guest.checkpoints:
+            raise IncrementImpossible(f"checkpoint of point {run.parent.point} is gone")
+        dirty = guest.checkpoints[run.parent.point]
+        guest.busy = run.id
+        try:
+            yield [self._unchanged(disk, guest.disks.get(disk), dirty.get(disk, set())) for disk in disks]
+        finally:
+            guest.busy = ""
+
+    def _unchanged(self, disk: str, content: bytearray | None, dirty: set[int]) -> Unchanged:
+        if content is None:
+            return Unchanged(id=disk, why_not="the VM has no such disk any more")
+        data = bytes(content)
+        clean = set(range(-(-len(data) // CLUSTER))) - dirty
+        extents = tuple(self._extents(data, clean))
+        return Unchanged(id=disk, virtual_size=len(data), extents=extents, blocks=MemoryBlocks(data))
+
     def forget(self, vm: VM) -> Sequence[str]:
         """Drop every checkpoint."""
         gone = sorted(self.guests[vm.uuid].checkpoints)
@@ -199,6 +223,22 @@ class MemoryHypervisor:
         vm = VM(uuid=str(uuid4()), name=name)
         self.guests[vm.uuid] = MemoryGuest(vm, {})
         return vm
+
+    def pool(self, name: str) -> Pool:
+        """There is none."""
+        raise NotFound(f"there is no storage pool {name}", "It has none.")
+
+    def add_volume(self, pool: Pool, volume: str, size: int) -> Path:
+        """Never asked for, see above."""
+        raise NotImplementedError
+
+    def remove_volume(self, pool: Pool, volume: str) -> None:
+        """Never asked for, see above."""
+        raise NotImplementedError
+
+    def refresh(self, pool: Pool) -> None:
+        """Never asked for, see above."""
+        raise NotImplementedError
 
     def require_replaceable(self, vm: VM, disks: Sequence[str]) -> Mapping[str, DiskFile]:
         """These guests always run."""

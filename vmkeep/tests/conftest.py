@@ -89,6 +89,14 @@ class Site:
                 guest.write(disk, offset, data)
         save(self.guests, guests)
 
+    def write_unseen(self, vm: VM, disk: str, offset: int, data: bytes) -> None:
+        """Write as nobody should: what tracks changes does not notice."""
+        guests = load(self.guests)
+        for guest in guests:
+            if guest.vm.uuid == vm.uuid:
+                guest.disks[disk][offset : offset + len(data)] = data
+        save(self.guests, guests)
+
     def guest(self, vm: VM) -> MemoryGuest:
         return next(guest for guest in load(self.guests) if guest.vm.uuid == vm.uuid)
 

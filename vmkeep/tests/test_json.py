@@ -11,7 +11,8 @@ from kept_in_files import WEB, load, save
 
 from backupcore.model import Image, LeftOut
 from backupcore.restore import RestoredDisk
-from vmkeep.cli import documents, exits
+from vmkeep.cli import exits
+from vmkeep.cli.documents import parts, restores
 from vmkeep.config import load as load_config
 from vmkeep.in_place import Replaced
 from vmkeep.workplace import Workplace
@@ -80,6 +81,8 @@ def printed(site):
         found[" ".join(command.split()[:2])] = site.run(*command.split(), "--json").json
     site.run("vm", "updateconf", "web1", "--keep-last", "0")
     site.run("backup", "web1")
+    site.write_unseen(WEB, "vda", 70_000, b"x")
+    found["vm compare"] = json.loads(site.run("vm", "compare", "web1", "--json").out)
     found["image flatten"] = site.run("image", "flatten", "1", "--json").json
     found["vm forget"] = site.run("vm", "forget", "web1", "--json").json
     site.run("backup", "web1")
@@ -90,7 +93,7 @@ def printed(site):
     disk = RestoredDisk(id="vda", path=Path("/vda"), virtual_size=1, layers=(), artifact="disk.vda.qcow2")
     image = Image(uuid="0" * 32, number=1, vm=WEB, datastore="nas", state="open", increments=())
     done = Replaced(vm=WEB, image=image, number=0, disks=(disk,), kept={})
-    found["restore --in-place"] = documents.replaced(done, "files")
+    found["restore --in-place"] = restores.replaced(done, "files")
     for command in (
         "datastore list",
         "datastore check nas",
@@ -126,7 +129,7 @@ def printed(site):
 
 def test_the_page_lists_exactly_the_keys_that_are_printed(printed):
     # What this host has nothing of: disks that are left out.
-    assert documents._left_out((LeftOut(id="sda", reason="a CD"),)) == [{"id": "sda", "reason": "a CD"}]
+    assert parts.left_out((LeftOut(id="sda", reason="a CD"),)) == [{"id": "sda", "reason": "a CD"}]
     never_here = {"left_out[].id", "left_out[].reason"}
     page = documented()
     assert set(page) == set(printed)

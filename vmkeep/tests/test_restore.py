@@ -256,6 +256,9 @@ def test_one_disk_to_the_standard_output(site, chain, form):
         ("--stdout", "--to", "x"),
         ("--stdout", "--json"),
         ("--overwrite",),
+        ("--pool", "images", "--in-place"),
+        ("--pool", "images", "--verify-only"),
+        ("--pool", "images", "--device", "/dev/null"),
         ("--device", "/dev/null", "--format", "qcow2"),
         ("--device", "/dev/null", "--disk", "vda"),
         ("--stdout",),
@@ -263,3 +266,10 @@ def test_one_disk_to_the_standard_output(site, chain, form):
 )
 def test_what_does_not_go_together_is_refused(site, chain, options):
     assert site.run("restore", "1", *options).code == 2
+
+
+def test_a_pool_that_is_not_there_is_told_before_anything_is_fetched(site, chain):
+    (site.store / "wait-restore").touch()  # whoever fetches waits
+    told = site.run("restore", "1", "--pool", "images", "--to", str(site.folder / "to"), "--json")
+    assert (told.code, told.error["message"]) == (4, "there is no storage pool images")
+    assert not (site.folder / "to").exists()

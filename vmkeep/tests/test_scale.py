@@ -8,7 +8,7 @@ import pytest
 
 from backupcore.chain import retention
 from lab import many_images
-from vmkeep.catalog import images
+from vmkeep.catalog import chains, images
 from vmkeep.catalog.database import Catalog
 
 VMS = 2000
@@ -34,7 +34,7 @@ def _plan(catalog: Catalog) -> float:
     started = time.process_time()
     plans = [
         retention(one.chains, {"MODE": "INCREMENT", "KEEP_LAST": "7", "KEEP_CHAINS": ""})
-        for one in images.chains(catalog, many_images.HOST)
+        for one in chains.chains(catalog, many_images.HOST)
     ]
     assert len(plans) == VMS
     assert all(one.flattening is not None and one.flattening.to == INCREMENTS - 7 for one in plans)

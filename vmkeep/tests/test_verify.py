@@ -92,3 +92,17 @@ def test_the_table_for_people_and_a_datastore_that_is_away(site, chain):
     told = site.run("image", "verify", "1")
     assert told.code == 8
     assert "image 1 is damaged: increments 1 cannot be restored" in told.err
+
+
+def test_a_damaged_disk_harms_what_builds_on_it_and_no_other(site, chain):
+    disk = site.store / chain[1] / "disk.vda.qcow2"
+    data = bytearray(disk.read_bytes())
+    data[-1] ^= 1
+    disk.write_bytes(data)
+    told = site.run("image", "verify", "1", "--json")
+    problems = [one["problem"] for one in json.loads(told.out)["increments"]]
+    assert (told.code, problems[0]) == (8, "")
+    assert "disk vda: data cluster" in problems[1]
+    assert problems[2] == "it builds on increment 1, of which disk vda cannot be restored"
+    assert site.run("restore", "1", "--disk", "vda", "--to", str(site.folder / "vda")).code == 8
+    assert site.run("restore", "1", "--disk", "vdb", "--to", str(site.folder / "vdb")).code == 0

@@ -18,11 +18,11 @@ from backupcore.hypervisor import VMState
 from backupcore.model import BackupRun, Estimate, Image, RunState, Type
 from backupcore.session import Recorded, run_backup
 from vmkeep import adoption, flatten, folders, interrupt, lock, recovery, retention, settings
-from vmkeep.catalog import flattens, images, runs
+from vmkeep.catalog import flattens, images, points, runs
 from vmkeep.catalog.database import Catalog
 from vmkeep.workplace import Workplace
 
-__all__ = ["Planned", "Taken", "plan", "take"]
+__all__ = ["Planned", "Taken", "newest_locked", "plan", "recover_first", "take"]
 
 log = logging.getLogger("vmkeep.backup")
 
@@ -71,8 +71,8 @@ def _run(
         settings=_settings(place, found),
         reset=reset,
     )
-    spent = (*images.retired(catalog, found.vm), *run.spent)
-    return replace(run, spent=spent, keep=images.kept(catalog, found.vm))
+    spent = (*points.retired(catalog, found.vm), *run.spent)
+    return replace(run, spent=spent, keep=points.kept(catalog, found.vm))
 
 
 def plan(place: Workplace, vm: str, *, datastore: str | None = None, reset: bool = False) -> Planned:
@@ -109,9 +109,9 @@ def take(
     found = place.hypervisor.find(vm)
     with ExitStack() as stack:
         stack.enter_context(lock.vm_run(place.state, found.vm))
-        _recover(place, found, store)
+        recover_first(place, found, store)
         shared = stack.enter_context(ExitStack())
-        newest = _newest_locked(place, found, name, shared)
+        newest = newest_locked(place, found, name, shared)
         run = _run(place, found, name, newest, place.catalog, reset=reset)
         runs.begin(place.catalog, run)
         numbers: list[int] = []
@@ -136,8 +136,11 @@ def take(
         )
 
 
-def _recover(place: Workplace, found: VMState, store: Datastore) -> None:
-    """Put right what dead runs left of this VM. What hinders it is logged: the run says what hinders itself."""
+def recover_first(place: Workplace, found: VMState, store: Datastore) -> None:
+    """Put right what dead runs left of this VM, which the caller has locked; what was done is logged.
+
+    What hinders it is logged, too: the run says what hinders itself.
+    """
     did: list[str] = []
     try:
         for error in recovery.put_right(place, found.vm, did, store):
@@ -147,7 +150,7 @@ def _recover(place: Workplace, found: VMState, store: Datastore) -> None:
             log.warning("VM %s: %s", found.vm.name, line)
 
 
-def _newest_locked(place: Workplace, found: VMState, datastore: str, stack: ExitStack) -> Image | None:
+def newest_locked(place: Workplace, found: VMState, datastore: str, stack: ExitStack) -> Image | None:
     """The VM's newest image, with a shared lock: it must not be deleted while an increment is added to it.
 
     A flatten of it that was interrupted is finished first.

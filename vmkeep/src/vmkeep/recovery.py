@@ -17,7 +17,7 @@ from backupcore.datastore import Datastore
 from backupcore.errors import BackupError, Busy, NotFound
 from backupcore.model import VM, BackupRun, Outcome, RunState
 from vmkeep import adoption, flatten, folders, lock, swap
-from vmkeep.catalog import images, runs
+from vmkeep.catalog import images, points, runs
 from vmkeep.workplace import Workplace
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def put_right(place: Workplace, vm: VM, did: list[str], other: Datastore | None 
         did.append(f"run {run[:8]}: written down as failed, its process was killed")
     with _context(place, did) as ctx:
         try:
-            place.hypervisor.recover(vm, images.spent(place.catalog, vm), ctx)
+            place.hypervisor.recover(vm, points.spent(place.catalog, vm), ctx)
         except BackupError as error:
             errors.append(error)
 
@@ -132,7 +132,7 @@ def follow(place: Workplace, swaps: swap.Swaps) -> None:
         if image.state == "open":
             images.close(place.catalog, image, swaps.reason)
     with _context(place, []) as ctx:
-        place.hypervisor.recover(swaps.vm, images.spent(place.catalog, swaps.vm), ctx)
+        place.hypervisor.recover(swaps.vm, points.spent(place.catalog, swaps.vm), ctx)
     swap.forget(place.state, swaps)
 
 
@@ -155,7 +155,7 @@ def _release(place: Workplace, run: BackupRun, ctx: Context, other: Datastore | 
         name = run.datastore if run.datastore in place.config.datastores else next(iter(place.config.datastores), None)
         store = place.datastore(place.config.datastore(name), hypervisor=True)
     # What other chains have recorded since it died is no stray.
-    run = replace(run, keep=images.kept(place.catalog, run.vm))
+    run = replace(run, keep=points.kept(place.catalog, run.vm))
     written = runs.increment_of(place.catalog, run.id)
     if not written and run.datastore == store.name and adoption.adopt(place, ctx.folder, store, ctx):
         written = runs.increment_of(place.catalog, run.id)

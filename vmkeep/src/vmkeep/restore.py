@@ -1,4 +1,4 @@
-"""Restoring: from an image of the catalog to new files, all of them or none."""
+"""Restoring: from an image of the catalog to new files or volumes, all of them or none."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from backupcore import restore as core
 from backupcore.context import Progress
 from backupcore.errors import ConfigError, IntegrityError, NotFound, from_os_error
 from backupcore.hypervisor import Definition
-from backupcore.model import VM, Disk, Image
-from vmkeep import lock
+from backupcore.model import VM, Image
+from vmkeep import lock, volumes
 from vmkeep.catalog import images
 from vmkeep.naming import Names, file_name, short
 from vmkeep.workplace import Workplace
@@ -44,7 +44,7 @@ class Files:
 
     `definition` is None where none was asked for (some disks only) or none could be made (`no_definition` says why);
     `left_out` are the parts of the stored definition that it does not hold. `vm` is the VM that was defined from it.
-    `beside` are the files of `BESIDE`, by artifact.
+    `beside` are the files of `BESIDE`, by artifact. `pool` is the storage pool that the disks are in.
     """
 
     name: str
@@ -57,6 +57,7 @@ class Files:
     no_definition: str = ""
     left_out: tuple[str, ...] = ()
     vm: VM | None = None
+    pool: str | None = None
 
 
 def restore(
@@ -69,7 +70,8 @@ def restore(
     name: str | None = None,
     no_ip: bool = False,
     no_nic: bool = False,
-    form: core.Form = "qcow2",
+    form: core.Form | None = None,
+    pool: str | None = None,
     define: Define | None = None,
     progress: Progress | None = None,
 ) -> Files:
@@ -78,9 +80,17 @@ def restore(
     With `disks`, only those, and no definition: disks without the VM that they belong to. With `define` the VM is also
     defined; that it can be is looked at before anything is fetched. Nothing is overwritten: every
     name is looked at first (ConfigError), and taken only when all files are written.
+
+    With `pool` the disks become volumes of that storage pool of the hypervisor: files in its folder, beside which goes
+    all else that the VM uses, or devices, which are raw; the definition goes to `folder`. `form` is qcow2 where it is
+    not given and may be chosen.
     """
     image = images.find(place.catalog_if_any, reference)
-    with lock.image_shared(place.state, image):
+    into = place.hypervisor.pool(pool) if pool is not None else None
+    on_devices = into is not None and into.folder is None
+    if on_devices and form == "qcow2":
+        raise ConfigError(f"the volumes of storage pool {pool} are devices, and get disks raw", "Leave out --format.")
+    with lock.image_shared(place.state, image), ExitStack() as stack:
         image = images.find(place.catalog_if_any, image.uuid)  # what it was before the lock may be gone
         increment = chain.lineage(image, number)[-1]
         held = [disk.id for disk in increment.disks]
@@ -92,38 +102,64 @@ def restore(
             )
         source = short(increment.source.token, images.tokens(place.catalog_if_any))
         base = f"{file_name(image.vm.name)}-{source}" if name is None else name
-        names = Names.given(folder.absolute(), base, form)
-        wanted = [names.disk(disk) for disk in disks or held]
+        names = Names.given(folder.absolute(), base, form or "qcow2", into.folder if into else None)
+        wanted = [] if on_devices else [names.disk(disk) for disk in disks or held]
         others = () if disks else (names.definition, names.nvram, *map(names.file, BESIDE))
         _require_free([*wanted, *others])
         if define:
             kept = image.vm.uuid if define.keep_uuid else None
-            place.hypervisor.require_definable(names.base, kept, names.folder)
-        with _staging(names) as staged, place.context(progress) as ctx:
-            store = place.datastore(image.datastore)
+            place.hypervisor.require_definable(names.base, kept, Path("/") if on_devices else names.used)
+        ctx = stack.enter_context(place.context(progress))
+        # Of the definition alone, where a pool takes the rest.
+        staged = stack.enter_context(_staging(names.folder, names.base))
+        staged_home = stack.enter_context(_staging(names.used, names.base)) if names.home else staged
+        made_volumes = stack.enter_context(volumes.made(place, into, names)) if into and on_devices else None
+        store = place.datastore(image.datastore)
+        if made_volumes is not None:
+            made = core.onto_new(store, image, increment.id, ctx, device=made_volumes.add, disks=disks or None)
+        else:
             made = core.restore(
                 store,
                 image,
                 increment.id,
                 ctx,
-                target=lambda disk: _at(staged, disk, names),
+                target=lambda disk: staged_home / names.disk(disk.id).name,
                 disks=disks or None,
-                form=form,
+                form=form or "qcow2",
             )
-            files = _publish(
-                place, made, names, staged, image, no_ip=no_ip, no_nic=no_nic, whole=not disks, define=define
-            )
+            made = replace(made, disks=tuple(replace(disk, path=names.disk(disk.id)) for disk in made.disks))
+        files = _publish(
+            place,
+            made,
+            names,
+            _Staged(staged, staged_home, on_devices=on_devices),
+            image,
+            no_ip=no_ip,
+            no_nic=no_nic,
+            whole=not disks,
+            define=define,
+        )
+        files = replace(files, pool=pool)
+        if made_volumes is not None:
+            made_volumes.keep()
+        elif into is not None:
+            volumes.show(place, into)
         return _defined(place, files) if define else files
+
+
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    """Where unfinished files lie: the definition, and all that the VM uses; no disks where these are `on_devices`."""
+
+    definition: Path
+    used: Path
+    on_devices: bool
 
 
 def _defined(place: Workplace, files: Files) -> Files:
     if files.definition is None:
         raise IntegrityError(f"the disks are restored, but no VM could be defined: {files.no_definition}")
     return replace(files, vm=place.hypervisor.define(files.definition.read_bytes()))
-
-
-def _at(staged: Path, disk: Disk, names: Names) -> Path:
-    return staged / names.disk(disk.id).name
 
 
 def _require_free(paths: Sequence[Path]) -> None:
@@ -135,29 +171,29 @@ def _require_free(paths: Sequence[Path]) -> None:
 
 
 @contextmanager
-def _staging(names: Names) -> Iterator[Path]:
+def _staging(folder: Path, base: str) -> Iterator[Path]:
     """A hidden folder beside the final files, so that publishing them is a rename within one file system."""
-    there = names.folder.exists()
+    there = folder.exists()
     try:
-        names.folder.mkdir(parents=True, exist_ok=True)
-        staged = names.folder / f".{names.base}.{secrets.token_hex(4)}.part"
+        folder.mkdir(parents=True, exist_ok=True)
+        staged = folder / f".{base}.{secrets.token_hex(4)}.part"
         staged.mkdir(mode=0o700)
     except OSError as error:
-        raise from_os_error(error, f"the folder {names.folder}") from error
+        raise from_os_error(error, f"the folder {folder}") from error
     try:
         yield staged
     finally:
         shutil.rmtree(staged)
         if not there:
             with suppress(OSError):  # not empty: the restore went well
-                names.folder.rmdir()
+                folder.rmdir()
 
 
 def _publish(
     place: Workplace,
     made: core.Restored,
     names: Names,
-    staged: Path,
+    staged: _Staged,
     image: Image,
     *,
     no_ip: bool,
@@ -166,18 +202,18 @@ def _publish(
     define: Define | None,
 ) -> Files:
     """Make the definition, then give every file its final name, the definition last."""
-    finished = [(disk.path, names.disk(disk.id)) for disk in made.disks]
+    finished = [] if staged.on_devices else [(staged.used / disk.path.name, disk.path) for disk in made.disks]
     nvram = names.nvram if whole and "nvram" in made.files else None
     definition: Path | None = None
     why_not = ""
     left_out: tuple[str, ...] = ()
     if nvram:
-        finished.append(_write(staged, nvram, made.files["nvram"]))
+        finished.append(_write(staged.used, nvram, made.files["nvram"]))
     beside = {name: names.file(name) for name in BESIDE if whole and name in made.files}
-    finished += [_write(staged, path, made.files[name]) for name, path in beside.items()]
+    finished += [_write(staged.used, path, made.files[name]) for name, path in beside.items()]
     if whole:
         if "vm.xml" in made.files:
-            disks = {disk.id: names.disk(disk.id) for disk in made.disks}
+            disks = {disk.id: disk.path for disk in made.disks}
             made_definition, why_not = _definition(
                 place,
                 made.files["vm.xml"],
@@ -195,13 +231,13 @@ def _publish(
         if made_definition is not None:
             definition = names.definition
             left_out = made_definition.left_out
-            finished.append(_write(staged, definition, made_definition.xml))
+            finished.append(_write(staged.definition, definition, made_definition.xml))
     core.publish(finished)
     return Files(
         name=names.base,
         image=image,
         number=made.increment.id,
-        disks=tuple(replace(disk, path=names.disk(disk.id)) for disk in made.disks),
+        disks=made.disks,
         definition=definition,
         nvram=nvram,
         beside=beside,

@@ -12,7 +12,7 @@ from backupcore.context import Progress
 from backupcore.errors import BackupError, Cancelled
 from backupcore.model import VM
 from vmkeep import deletion, flatten, settings
-from vmkeep.catalog import flattens, images
+from vmkeep.catalog import chains, flattens, images
 from vmkeep.workplace import Workplace
 
 __all__ = ["Action", "Plan", "apply", "plan", "prune"]
@@ -50,7 +50,7 @@ class Plan:
 
 def plan(place: Workplace, *, vm: VM | None = None, datastore: str | None = None) -> list[Plan]:
     """What retention would do now, for all VMs that have images or for one. Touches nothing."""
-    found = images.chains(place.catalog_if_any, socket.gethostname(), vm=vm.uuid if vm else None, datastore=datastore)
+    found = chains.chains(place.catalog_if_any, socket.gethostname(), vm=vm.uuid if vm else None, datastore=datastore)
     known: dict[str, Mapping[str, str] | BackupError] = {}
     for one in found:
         if one.vm.uuid not in known:
@@ -66,7 +66,7 @@ def _settings(place: Workplace, vm: VM) -> Mapping[str, str] | BackupError:
         return error
 
 
-def _plan(found: images.Chains, known: Mapping[str, str] | BackupError) -> Plan:
+def _plan(found: chains.Chains, known: Mapping[str, str] | BackupError) -> Plan:
     if isinstance(known, BackupError):
         return Plan(vm=found.vm, datastore=found.datastore, actions=(), unknown=known.message)
     due = chain.retention(found.chains, known)

@@ -40,6 +40,7 @@ __all__ = [
     "SHUTTING_DOWN",
     "Connection",
     "Domain",
+    "StoragePool",
     "code_of",
     "is_away",
 ]
@@ -156,6 +157,16 @@ class Connection:
         with _calling("define the VM"):
             return Domain(self._conn.defineXMLFlags(xml, libvirt.VIR_DOMAIN_DEFINE_VALIDATE))
 
+    def pools(self) -> list[str]:
+        """The names of all storage pools, active or not."""
+        with _calling("list the storage pools"):
+            return [str(pool.name()) for pool in self._conn.listAllStoragePools(0)]
+
+    def pool(self, name: str) -> StoragePool:
+        """The storage pool of that name."""
+        with _calling(f"storage pool {name}"):
+            return StoragePool(self._conn.storagePoolLookupByName(name))
+
     def libvirt_version(self) -> tuple[int, int, int]:
         """The daemon's version."""
         with _calling("libvirt's version"):
@@ -175,6 +186,47 @@ class Connection:
         """What libvirt can do with VMs of this kind, XML; libvirt caches it."""
         with _calling("the capabilities for this kind of VM"):
             return str(self._conn.getDomainCapabilities(emulator or None, arch, machine or None, kind, 0))
+
+
+class StoragePool:
+    """One storage pool of a connection."""
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+        self.name: str = pool.name()
+
+    def _calling(self, what: str) -> Any:
+        return _calling(f"storage pool {self.name}: {what}")
+
+    def xml(self) -> str:
+        """Its definition."""
+        with self._calling("definition"):
+            return str(self._pool.XMLDesc(0))
+
+    def is_active(self) -> bool:
+        """Whether its volumes can be used."""
+        with self._calling("state"):
+            return bool(self._pool.isActive())
+
+    def refresh(self) -> None:
+        """Look anew which volumes there are."""
+        with self._calling("refresh"):
+            self._pool.refresh(0)
+
+    def volumes(self) -> list[str]:
+        """The names of its volumes, as far as libvirt has looked."""
+        with self._calling("volumes"):
+            return [str(name) for name in self._pool.listVolumes()]
+
+    def create(self, xml: str) -> str:
+        """Make a volume; its path. libvirt refuses a name that is taken."""
+        with self._calling("make a volume"):
+            return str(self._pool.createXML(xml, 0).path())
+
+    def delete(self, volume: str) -> None:
+        """Delete a volume."""
+        with self._calling(f"delete volume {volume}"):
+            self._pool.storageVolLookupByName(volume).delete(0)
 
 
 class Domain:

@@ -220,25 +220,37 @@ def _devices(
     return result
 
 
+def _on(path: Path) -> Element:
+    return Element("disk", type="block" if path.is_block_device() else "file", device="disk")
+
+
+def _source(path: Path) -> dict[str, str]:
+    return {"dev" if path.is_block_device() else "file": str(path.absolute())}
+
+
+def _format(path: Path) -> str:
+    return "raw" if path.is_block_device() or path.suffix == ".raw" else "qcow2"
+
+
 def _unknown_disk(disk: str, path: Path) -> Element:
     """A disk of which nothing is known but its target: its name tells the kind of bus."""
     bus = next((bus for prefix, bus in _BUSES.items() if disk.startswith(prefix)), "virtio")
-    result = Element("disk", type="file", device="disk")
-    SubElement(result, "driver", name="qemu", type="qcow2")
-    SubElement(result, "source", file=str(path.absolute()))
+    result = _on(path)
+    SubElement(result, "driver", name="qemu", type=_format(path))
+    SubElement(result, "source", _source(path))
     SubElement(result, "target", dev=disk, bus=bus)
     return result
 
 
 def _disk(stored: Element, path: Path, left: list[str]) -> Element:
-    result = Element("disk", type="file", device="disk")
+    result = _on(path)
     driver = stored.find("driver")
-    options = {"name": "qemu", "type": "raw" if path.suffix == ".raw" else "qcow2"}
+    options = {"name": "qemu", "type": _format(path)}
     for option in ("discard", "detect_zeroes"):
         if driver is not None and option in driver.attrib:
             options[option] = driver.attrib[option]
     SubElement(result, "driver", options)
-    SubElement(result, "source", file=str(path.absolute()))
+    SubElement(result, "source", _source(path))
     dropped: list[str] = []
     carried = _carry(stored, DISK, "devices/disk", dropped)
     assert carried is not None  # DISK rules nothing out

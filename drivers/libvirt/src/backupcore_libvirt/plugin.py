@@ -6,17 +6,16 @@ import contextlib
 import difflib
 import os
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
 from backupcore import hookimpl
 from backupcore.context import Context
 from backupcore.disk.qcow2 import DiskArtifact
-from backupcore.errors import BackupError, HypervisorError, IncrementImpossible, NotFound
-from backupcore.hypervisor import Definition, DiskFile, Finding, VMDisk, VMState
+from backupcore.errors import BackupError, HypervisorError, NotFound
+from backupcore.hypervisor import Definition, DiskFile, Finding, Pool, Unchanged, VMDisk, VMState
 from backupcore.model import (
     VM,
     Artifact,
@@ -27,20 +26,19 @@ from backupcore.model import (
     Estimate,
     Outcome,
     Prepared,
+    RunState,
     new_id,
 )
 from backupcore_libvirt import __version__, checkpoint, freeze_record, overlay_run
-from backupcore_libvirt.backup_job import backup_xml, end, left_behind
-from backupcore_libvirt.checkpoint import checkpoint_xml, make_known
+from backupcore_libvirt.backup_job import end, left_behind
+from backupcore_libvirt.begin import begin
+from backupcore_libvirt.checkpoint import make_known
 from backupcore_libvirt.connection import (
-    CHECKPOINT_INCONSISTENT,
-    NO_CHECKPOINT,
     OFF,
     PAUSED,
     RUNNING,
     Connection,
     Domain,
-    code_of,
     is_away,
 )
 from backupcore_libvirt.cut import REASON as CUT
@@ -57,11 +55,13 @@ from backupcore_libvirt.in_place import fit, require_replaceable
 from backupcore_libvirt.look import Look, look
 from backupcore_libvirt.overlay import is_overlay
 from backupcore_libvirt.overlay_plan import plan, without_bitmaps
+from backupcore_libvirt.pools import add_volume, find_pool
 from backupcore_libvirt.qemu_nbd import end_stray, is_served
 from backupcore_libvirt.recovery import clear, recover
 from backupcore_libvirt.scratch_watch import ScratchWatch, watch
 from backupcore_libvirt.settings import read as read_settings
 from backupcore_libvirt.settings import write as write_settings
+from backupcore_libvirt.unchanged import hold_unchanged
 from backupcore_libvirt.vm_files import read as read_file
 
 __all__ = ["Libvirt"]
@@ -113,7 +113,7 @@ class Libvirt:
             if overlays:
                 date = overlay_run.begin(domain, run, overlays, seen.all_disks)
             elif seen.live:
-                date = _begin(domain, run, folder, seen)
+                date = begin(domain, run, folder, seen)
                 exports = live_exports(folder, seen)
             else:
                 date, exports = hold(run, folder, seen, ctx)
@@ -209,6 +209,24 @@ class Libvirt:
             disks = overlays.estimate() if overlays else tuple(_estimated(domain, disk, seen) for disk in seen.disks)
         return Estimate(disks=disks, left_out=seen.left_out)
 
+    @contextlib.contextmanager
+    def unchanged(self, run: BackupRun, disks: Collection[str], ctx: Context) -> Iterator[Sequence[Unchanged]]:
+        """Hold one instant of these disks, and tell what is said not to have changed since the parent."""
+        # Released as a backup that came to nothing: its point has no checkpoint, and all others stay.
+        ended, outcome = replace(run, spent=(), keep=None), Outcome(state=RunState.FAILED)
+        try:
+            with Connection(self.uri) as connection:
+                domain = connection.domain(run.vm.uuid)
+                clear(domain, self.scratch, ctx)
+                yield hold_unchanged(connection, domain, run, disks, scratch=self.scratch, ctx=ctx)
+        except BaseException:
+            try:
+                self.postbackup(ended, outcome, ctx)
+            except BackupError as error:  # it must not hide the first one
+                ctx.log.warning("VM %s: %s %s", run.vm.name, error.message, error.hint)
+            raise
+        self.postbackup(ended, outcome, ctx)
+
     def forget(self, vm: VM) -> Sequence[str]:
         """Delete every checkpoint, bitmap and overlay that backupcore made on this VM, and return their names."""
         with Connection(self.uri) as connection:
@@ -262,6 +280,26 @@ class Libvirt:
         with Connection(self.uri) as connection:
             return define(connection, definition)
 
+    def pool(self, name: str) -> Pool:
+        """The storage pool of that name, if disks can be restored into it; see `backupcore_libvirt.pools`."""
+        with Connection(self.uri) as connection:
+            return find_pool(connection, name)
+
+    def add_volume(self, pool: Pool, volume: str, size: int) -> Path:
+        """Make a volume of a pool without a folder; its device. ConfigError if there is one of that name."""
+        with Connection(self.uri) as connection:
+            return add_volume(connection.pool(pool.name), volume, size)
+
+    def remove_volume(self, pool: Pool, volume: str) -> None:
+        """Remove a volume that `add_volume` has made."""
+        with Connection(self.uri) as connection:
+            connection.pool(pool.name).delete(volume)
+
+    def refresh(self, pool: Pool) -> None:
+        """Have libvirt list what was put into the pool's folder."""
+        with Connection(self.uri) as connection:
+            connection.pool(pool.name).refresh()
+
     def require_replaceable(self, vm: VM, disks: Sequence[str]) -> Mapping[str, DiskFile]:
         """That disks of a powered-off VM may be replaced, and their files; see `backupcore_libvirt.in_place`."""
         with Connection(self.uri) as connection:
@@ -274,33 +312,6 @@ class Libvirt:
     def check(self) -> Sequence[Finding]:
         """Is everything here that backups need: the daemon, versions, the scratch folder, QEMU's user?"""
         return findings(self.uri, self.scratch)
-
-
-def _begin(domain: Domain, run: BackupRun, folder: RunFolder, seen: Look) -> datetime:
-    """The one call that fixes the instant of all disks; the instant in UTC."""
-    job = backup_xml([disk.id for disk in seen.disks], folder, seen.bitmaps)
-    points = checkpoint_xml(run.point, seen.all_disks, seen.tracked)
-    date = datetime.now(UTC)
-    try:
-        domain.begin_backup(job, points)
-    except BackupError as error:
-        if run.parent is not None and code_of(error) in (CHECKPOINT_INCONSISTENT, NO_CHECKPOINT):
-            # libvirt says so before it starts anything.
-            raise IncrementImpossible(error.message) from error
-        if "permission denied" in error.message.lower():
-            raise HypervisorError(
-                f"{error.message} (QEMU could not use {folder.path})",
-                "Is QEMU confined by AppArmor or SELinux? The scratch folder must be allowed there too.",
-            ) from error
-        if "No such file or directory" in error.message and str(folder.path) in error.message:
-            # QEMU lives in a mount namespace of its own, made when the VM started.
-            raise HypervisorError(
-                f"{error.message} (the folder exists, but QEMU does not see it)",
-                f"If a file system was mounted at {folder.scratch} after the VM had started, restart the VM, or set "
-                "'scratch' in the configuration to another folder.",
-            ) from error
-        raise
-    return date
 
 
 def _release(connection: Connection, run: BackupRun, outcome: Outcome, folder: RunFolder, ctx: Context) -> None:

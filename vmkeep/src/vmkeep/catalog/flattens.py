@@ -10,7 +10,7 @@ from sqlalchemy import delete, func, insert, select, update
 
 from backupcore.errors import IntegrityError, UnsupportedOperation
 from backupcore.model import Image, SourceRef
-from vmkeep.catalog import images, schema
+from vmkeep.catalog import images, points, schema
 from vmkeep.catalog.database import Catalog
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def record(catalog: Catalog, image: Image, done: Flattened) -> None:
                 }
             )
         )
-        images.retire(connection, image.vm, [one.point for one in done.replaces if one.point != done.increment.point])
+        points.retire(connection, image.vm, [one.point for one in done.replaces if one.point != done.increment.point])
         connection.execute(
             update(schema.images)
             .where(schema.images.c.number == image.number)

@@ -10,24 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, update
 
-from backupcore.chain import Chain
 from backupcore.errors import ConfigError, IntegrityError, NotFound
 from backupcore.model import VM, Disk, Image, Increment, SourceRef, Type
-from vmkeep.catalog import schema
+from vmkeep.catalog import points, schema
 from vmkeep.catalog.database import Catalog
 
 if TYPE_CHECKING:
     from backupcore.session import Recorded
 
 __all__ = [
-    "Chains",
     "Listed",
     "add",
-    "chains",
     "close",
     "columns",
     "find",
-    "kept",
     "last_dates",
     "listed",
     "mark",
@@ -35,9 +31,6 @@ __all__ = [
     "pin",
     "record",
     "remove",
-    "retire",
-    "retired",
-    "spent",
     "tokens",
     "where",
 ]
@@ -269,65 +262,16 @@ def _of_the_run(recorded: Recorded) -> dict[str, object]:
 def remove(catalog: Catalog, image: Image) -> None:
     """Forget an image and its increments. Its points are kept as retired until the VM's next recorded run."""
     with catalog.writing() as connection:
-        retire(connection, image.vm, [increment.point for increment in image.increments])
+        points.retire(connection, image.vm, [increment.point for increment in image.increments])
         connection.execute(delete(schema.flattens).where(schema.flattens.c.image == image.number))
         connection.execute(delete(schema.increments).where(schema.increments.c.image == image.number))
         connection.execute(delete(schema.images).where(schema.images.c.number == image.number))
-
-
-def retire(connection: Connection, vm: VM, points: Sequence[str]) -> None:
-    """Note points that leave the catalog: their checkpoints go with the VM's next recorded run."""
-    known = set(connection.execute(select(schema.retired.c.point)).scalars())
-    rows = [{"point": point, "vm_uuid": vm.uuid} for point in points if point not in known]
-    if rows:
-        connection.execute(insert(schema.retired), rows)
 
 
 def pin(catalog: Catalog, image: Image, *, pinned: bool) -> None:
     """Mark an image as one that neither retention nor a user deletes, or take the mark away."""
     with catalog.writing() as connection:
         connection.execute(update(schema.images).where(schema.images.c.number == image.number).values(pinned=pinned))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chains:
-    """The images of one VM in one datastore, as retention looks at them."""
-
-    vm: VM
-    datastore: str
-    chains: tuple[Chain, ...]
-
-
-def chains(catalog: Catalog, host: str, *, vm: str | None = None, datastore: str | None = None) -> list[Chains]:
-    """What there is for retention, of all VMs or of that one (UUID): without the increments' own data, so it is quick.
-
-    `host` is this host's name; images that another one wrote are not ours.
-    """
-    table, rows = schema.images.c, schema.increments.c
-    images = select(schema.images).order_by(table.number)
-    ids = select(rows.image, rows.id).order_by(rows.image, rows.id)
-    if vm is not None:
-        images = images.where(table.vm_uuid == vm)
-        ids = ids.where(rows.image.in_(select(table.number).where(table.vm_uuid == vm)))
-    with catalog.reading() as connection:
-        of_image: dict[int, list[int]] = {}
-        for number, increment in connection.execute(ids):
-            of_image.setdefault(number, []).append(increment)
-        found: dict[tuple[str, str], tuple[VM, list[Chain]]] = {}
-        for row in connection.execute(images):
-            if datastore is not None and row.datastore != datastore:
-                continue
-            chain = Chain(
-                number=row.number,
-                state=row.state,
-                pinned=row.pinned,
-                ours=row.host == host,
-                ids=tuple(of_image.get(row.number, ())),
-                began=row.began or "",
-            )
-            known = found.setdefault((row.vm_uuid, row.datastore), (VM(uuid=row.vm_uuid, name=row.vm_name), []))
-            known[1].append(chain)
-    return [Chains(vm=one, datastore=key[1], chains=tuple(these)) for key, (one, these) in found.items()]
 
 
 def close(catalog: Catalog, image: Image, why: str = "") -> None:
@@ -349,30 +293,6 @@ def mark(catalog: Catalog, image: Image, *, damaged: bool) -> None:
             .where(schema.images.c.number == image.number, schema.images.c.state.in_(before))
             .values(state=after)
         )
-
-
-def retired(catalog: Catalog, vm: VM) -> Sequence[str]:
-    """Points of this VM whose images were deleted, and whose checkpoints it may still have."""
-    with catalog.reading() as connection:
-        query = select(schema.retired.c.point).where(schema.retired.c.vm_uuid == vm.uuid)
-        return connection.execute(query).scalars().all()
-
-
-def kept(catalog: Catalog, vm: VM) -> tuple[str, ...]:
-    """The points of this VM that a next increment may build on: the last two of every chain that is not closed.
-
-    The last but one as well: a run may have to be taken again.
-    """
-    table = schema.images.c
-    with catalog.reading() as connection:
-        chains = _load(connection, table.vm_uuid == vm.uuid, table.state != "closed")
-    return tuple(increment.point for image in chains for increment in image.increments[-2:])
-
-
-def spent(catalog: Catalog, vm: VM) -> tuple[str, ...]:
-    """The points of this VM, of all that the catalog knows, that no next increment will build on."""
-    known = {increment.point for image in where(catalog, vm=vm.uuid) for increment in image.increments}
-    return tuple(sorted(known.union(retired(catalog, vm)).difference(kept(catalog, vm))))
 
 
 def tokens(catalog: Catalog) -> Sequence[str]:

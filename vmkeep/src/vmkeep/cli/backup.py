@@ -5,8 +5,9 @@ from __future__ import annotations
 import click
 
 from vmkeep import backup as work
-from vmkeep.cli import documents, exits, output
+from vmkeep.cli import exits, output
 from vmkeep.cli.asked import Asked, common
+from vmkeep.cli.documents import runs as documents
 from vmkeep.cli.figures import seconds, size
 from vmkeep.cli.opening import workplace
 from vmkeep.cli.progress import shown

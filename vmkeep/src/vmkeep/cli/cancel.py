@@ -5,8 +5,9 @@ from __future__ import annotations
 import click
 
 from vmkeep import cancel as work
-from vmkeep.cli import documents, output
+from vmkeep.cli import output
 from vmkeep.cli.asked import Asked, common
+from vmkeep.cli.documents import runs as documents
 from vmkeep.cli.figures import seconds
 from vmkeep.cli.opening import workplace
 from vmkeep.lock import Holder

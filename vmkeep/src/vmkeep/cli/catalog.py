@@ -6,8 +6,9 @@ import click
 
 from backupcore.errors import IntegrityError
 from vmkeep import rebuild as work
-from vmkeep.cli import documents, exits, output
+from vmkeep.cli import exits, output
 from vmkeep.cli.asked import Asked, common
+from vmkeep.cli.documents import catalogs as documents
 from vmkeep.cli.figures import date
 from vmkeep.cli.opening import workplace
 from vmkeep.cli.progress import shown

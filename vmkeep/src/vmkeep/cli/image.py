@@ -10,8 +10,9 @@ from backupcore.errors import ConfigError, IntegrityError
 from backupcore.model import Image
 from vmkeep import deletion
 from vmkeep.catalog import images
-from vmkeep.cli import documents, exits, output
+from vmkeep.cli import exits, output
 from vmkeep.cli.asked import Asked, common
+from vmkeep.cli.documents import images as documents
 from vmkeep.cli.exits import one_line
 from vmkeep.cli.figures import date, seconds, size
 from vmkeep.cli.opening import workplace

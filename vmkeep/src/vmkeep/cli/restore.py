@@ -13,8 +13,9 @@ from backupcore.model import Image
 from backupcore.restore import Form, Restored
 from vmkeep import restore as work
 from vmkeep import restore_elsewhere as elsewhere
-from vmkeep.cli import documents, output
+from vmkeep.cli import output
 from vmkeep.cli.asked import Asked, common
+from vmkeep.cli.documents import restores as documents
 from vmkeep.cli.figures import size
 from vmkeep.cli.opening import workplace
 from vmkeep.cli.progress import shown
@@ -31,6 +32,7 @@ __all__ = ["restore"]
     "--disk", "disks", multiple=True, metavar="DISK", help="Only this disk, without a definition; repeatable."
 )
 @click.option("--to", "folder", type=click.Path(file_okay=False, path_type=Path), default=Path(), help="The folder.")
+@click.option("--pool", metavar="NAME", help="The disks become volumes of this storage pool; --to gets the definition.")
 @click.option("--name", metavar="BASE", help="What the files' names, and the VM's, begin with.")
 @click.option("--format", "form", type=click.Choice(["qcow2", "raw"]), default="qcow2", help="Of the disks; qcow2.")
 @click.option("--verify-only", is_flag=True, help="Read and check all that a restore reads; write nothing.")
@@ -58,6 +60,7 @@ def restore(
     name: str | None,
     no_ip: bool,
     no_nic: bool,
+    pool: str | None,
     form: Form,
     verify_only: bool,
     stdout: bool,
@@ -103,7 +106,8 @@ def restore(
             name=name,
             no_ip=no_ip,
             no_nic=no_nic,
-            form=form,
+            form=form if _given("form") else None,
+            pool=pool,
             define=work.Define(keep_uuid=keep_uuid, keep_mac=keep_mac) if define else None,
             progress=progress,
         )
@@ -116,6 +120,11 @@ def restore(
         output.remark(asked, f"no definition was made: {files.no_definition}")
 
 
+def _given(option: str) -> bool:
+    """Whether the user said it, and not just its default counts."""
+    return click.get_current_context().get_parameter_source(option) is ParameterSource.COMMANDLINE
+
+
 def _check_one_way(*, verify_only: bool, stdout: bool, device: Path | None, overwrite: bool, asked: Asked) -> None:
     ctx = click.get_current_context()
     files = [
@@ -125,19 +134,20 @@ def _check_one_way(*, verify_only: bool, stdout: bool, device: Path | None, over
             ("name", "name"),
             ("no_ip", "no-ip"),
             ("no_nic", "no-nic"),
+            ("pool", "pool"),
             ("define", "define"),
             ("in_place", "in-place"),
         )
-        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if _given(name)
     ]
     ways = [way for way, given in (("--verify-only", verify_only), ("--stdout", stdout), ("--device", device)) if given]
     if len(ways) > 1 or (ways and files):
         raise click.UsageError(f"{', '.join([*ways, *files])} cannot go together", ctx)
-    if ctx.params["in_place"] and ctx.get_parameter_source("form") is ParameterSource.COMMANDLINE:
+    if ctx.params["in_place"] and _given("form"):
         raise click.UsageError("--format cannot go with --in-place: the disks stay what they are", ctx)
     if overwrite and not device:
         raise click.UsageError("--overwrite goes with --device", ctx)
-    if device and ctx.get_parameter_source("form") is ParameterSource.COMMANDLINE and ctx.params["form"] != "raw":
+    if device and _given("form") and ctx.params["form"] != "raw":
         raise click.UsageError("a block device gets the disk raw", ctx)
     if stdout and asked.json:
         raise click.UsageError("--stdout and --json cannot go together: there is one standard output", ctx)
@@ -191,8 +201,8 @@ def _check_together(*, define: bool, keep_uuid: bool, keep_mac: bool, in_place: 
         raise click.UsageError("--drop-old goes with --in-place", ctx)
     given = [
         f"--{name.replace('_', '-')}"
-        for name in ("folder", "name", "no_ip", "no_nic", "define")
-        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        for name in ("folder", "pool", "name", "no_ip", "no_nic", "define")
+        if _given(name)
     ]
     if in_place and given:
         raise click.UsageError(f"{', '.join(given).replace('--folder', '--to')} cannot go with --in-place", ctx)

@@ -1,0 +1,77 @@
+"""What tracks the changes of a VM's disks, asked for what has not changed: for a comparison with the backups."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from backupcore.context import Context
+from backupcore.disk.extents import Extent, ExtentTable, Kind, complement, intersect, to_clusters
+from backupcore.disk.nbd import ALLOCATION, Client, allocation, dirty
+from backupcore.errors import IncrementImpossible
+from backupcore.hypervisor import Unchanged
+from backupcore.model import BackupRun
+from backupcore_libvirt.begin import begin
+from backupcore_libvirt.checkpoint import Since, make_known
+from backupcore_libvirt.connection import Connection, Domain
+from backupcore_libvirt.export import Export
+from backupcore_libvirt.folder import RunFolder
+from backupcore_libvirt.hold import hold, live_exports
+from backupcore_libvirt.look import Look, look
+from backupcore_libvirt.scratch_watch import ScratchWatch
+
+__all__ = ["hold_unchanged"]
+
+
+def hold_unchanged(
+    connection: Connection, domain: Domain, run: BackupRun, disks: Collection[str], *, scratch: Path, ctx: Context
+) -> tuple[Unchanged, ...]:
+    """Hold one instant of `disks`, as a backup does that makes no checkpoint, and ask their bitmaps.
+
+    The exports live until the job is ended, or the end of `ctx`. IncrementImpossible where no bitmap tells of any disk.
+    """
+    run = replace(run, tracked=False, settings={**run.settings, "FS_FREEZE": "NONE"})
+    folder = RunFolder(scratch, run.id)
+    seen = look(connection, domain, run, scratch)
+    assert seen.since is not None  # the run has a parent
+    why_not = {disk: _why_not(disk, seen, seen.since) for disk in disks if disk not in seen.since.changed}
+    chosen = tuple(disk for disk in seen.disks if disk.id in disks and disk.id not in why_not)
+    if not chosen:
+        raise IncrementImpossible("; ".join(f"disk {disk}: {why}" for disk, why in why_not.items()))
+    only = replace(seen.since, changed=tuple(disk.id for disk in chosen))
+    seen = replace(seen, disks=chosen, since=only)
+    lock = folder.make(seen.owner, domain.uuid)
+    ctx.stack.callback(os.close, lock)
+    ctx.check()
+    if seen.live:
+        make_known(domain, only, seen.all_disks)
+        begin(domain, run, folder, seen)
+        exports: Mapping[str, Export] = live_exports(folder, seen)
+        watch = ScratchWatch(connection.uri, domain.uuid, domain.name, folder, ctx)
+        ctx.stack.callback(watch.stop)
+        watch.start()
+    else:
+        _, exports = hold(run, folder, seen, ctx)
+    found = {disk.id: _unchanged(disk.id, exports[disk.id], ctx) for disk in chosen}
+    return tuple(found.get(disk) or Unchanged(id=disk, why_not=why_not[disk]) for disk in disks)
+
+
+def _why_not(disk: str, seen: Look, since: Since) -> str:
+    if disk in since.whole:
+        return since.whole[disk]
+    left_out = {left.id: left.reason for left in seen.left_out}
+    return left_out.get(disk, "the VM has no such disk any more")
+
+
+def _unchanged(disk: str, export: Export, ctx: Context) -> Unchanged:
+    # Two connections, for the reason that `export` gives.
+    context = f"qemu:dirty-bitmap:{export.bitmap}"
+    with Client(export.address, [context]) as client, ctx.on_cancel(client.close):
+        size = client.size
+        marked = (Extent(offset, length, Kind.DATA) for offset, length in dirty(client, context, 0, size))
+        changed = ExtentTable(to_clusters(marked, size))
+    with Client(export.address, [ALLOCATION]) as client, ctx.on_cancel(client.close):
+        extents = ExtentTable(to_clusters(intersect(allocation(client, 0, size), complement(changed, size)), size))
+    return Unchanged(id=disk, virtual_size=size, extents=extents, blocks=export.address)

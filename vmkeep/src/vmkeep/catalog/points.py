@@ -1,0 +1,59 @@
+"""The points of a VM's backups: those that a next increment may build on, and those whose checkpoints may go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import Connection, insert, select
+
+from backupcore.model import VM
+from vmkeep.catalog import schema
+from vmkeep.catalog.database import Catalog
+
+__all__ = ["kept", "retire", "retired", "spent"]
+
+
+def retire(connection: Connection, vm: VM, points: Sequence[str]) -> None:
+    """Note points that leave the catalog: their checkpoints go with the VM's next recorded run."""
+    known = set(connection.execute(select(schema.retired.c.point)).scalars())
+    rows = [{"point": point, "vm_uuid": vm.uuid} for point in points if point not in known]
+    if rows:
+        connection.execute(insert(schema.retired), rows)
+
+
+def retired(catalog: Catalog, vm: VM) -> Sequence[str]:
+    """Points of this VM whose images were deleted, and whose checkpoints it may still have."""
+    with catalog.reading() as connection:
+        query = select(schema.retired.c.point).where(schema.retired.c.vm_uuid == vm.uuid)
+        return connection.execute(query).scalars().all()
+
+
+def kept(catalog: Catalog, vm: VM) -> tuple[str, ...]:
+    """The points of this VM that a next increment may build on: the last two of every chain that is not closed.
+
+    The last but one as well: a run may have to be taken again.
+    """
+    chains: dict[int, list[str]] = {}
+    for image, state, point in _points(catalog, vm):
+        if state != "closed":
+            chains.setdefault(image, []).append(point)
+    return tuple(point for points in chains.values() for point in points[-2:])
+
+
+def spent(catalog: Catalog, vm: VM) -> tuple[str, ...]:
+    """The points of this VM, of all that the catalog knows, that no next increment will build on."""
+    known = {point for _, _, point in _points(catalog, vm)}
+    return tuple(sorted(known.union(retired(catalog, vm)).difference(kept(catalog, vm))))
+
+
+def _points(catalog: Catalog, vm: VM) -> list[tuple[int, str, str]]:
+    """(image, its state, point) of every increment of this VM, in the order of images and increments."""
+    images, rows = schema.images.c, schema.increments.c
+    query = (
+        select(images.number, images.state, rows.point)
+        .join_from(schema.images, schema.increments, images.number == rows.image)
+        .where(images.vm_uuid == vm.uuid)
+        .order_by(images.number, rows.id)
+    )
+    with catalog.reading() as connection:
+        return [(row.number, row.state, row.point) for row in connection.execute(query)]

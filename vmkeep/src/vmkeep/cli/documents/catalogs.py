@@ -1,0 +1,52 @@
+"""Documents of the catalog."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vmkeep.cli.figures import iso
+
+if TYPE_CHECKING:
+    from vmkeep.cli.documents.parts import Document
+    from vmkeep.rebuild import Checked, Rebuilt
+
+__all__ = ["checked", "rebuild"]
+
+
+def rebuild(done: Rebuilt) -> Document:
+    """``vmkeep catalog rebuild``."""
+    return {
+        "datastore": done.datastore,
+        "added": [
+            {
+                "id": one.number,
+                "image_uuid": one.uuid,
+                "vm": one.vm.name,
+                "uuid": one.vm.uuid,
+                "host": one.host,
+                "increments": [increment.id for increment in one.increments],
+                "date": iso(one.increments[-1].date),
+            }
+            for one in done.added
+        ],
+        "known": done.known,
+        "remarks": [{"source": one.source.token, "kind": one.kind, "why": one.why} for one in done.remarks],
+        "busy": list(done.busy),
+    }
+
+
+def checked(found: Checked) -> Document:
+    """``vmkeep catalog check``."""
+    return {
+        "datastores": list(found.datastores),
+        "missing": [
+            {"datastore": one.datastore, "source": one.source.token, "what": one.what} for one in found.missing
+        ],
+        "unused": [
+            {"datastore": one.datastore, "source": one.source.token, "labels": dict(one.labels)} for one in found.unused
+        ],
+        "errors": [
+            {"datastore": name, "class": type(error).__name__, "message": error.message}
+            for name, error in found.errors.items()
+        ],
+    }
