@@ -10,14 +10,14 @@ from pathlib import Path
 
 from backupcore.chain import retention
 from lab import many_images
-from vmkeep.catalog import images
+from vmkeep.catalog import chains
 from vmkeep.catalog.database import Catalog
 
 
 def main(catalog: str) -> None:
     """Print how many images would be flattened."""
     known = {"MODE": "INCREMENT", "KEEP_LAST": "7", "KEEP_CHAINS": ""}
-    plans = [retention(one.chains, known) for one in images.chains(Catalog.open(Path(catalog)), many_images.HOST)]
+    plans = [retention(one.chains, known) for one in chains.chains(Catalog.open(Path(catalog)), many_images.HOST)]
     print(sum(plan.flattening is not None for plan in plans))
 
 
