@@ -7,6 +7,7 @@ libvirt, domain XML and QEMU.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -60,7 +61,10 @@ class Definition:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskFile:
-    """The file that a disk of a powered-off VM consists of: its path without symbolic links, and its format."""
+    """The file that a disk of a powered-off VM consists of: its path without symbolic links, and its format.
+
+    The format is "" for a file that is no disk: the variables of the VM's firmware.
+    """
 
     path: Path
     format: str
@@ -125,15 +129,21 @@ class Hypervisor(Protocol):
     def define(self, definition: bytes) -> VM:
         """Define a VM; it is not started. An existing one is never changed: HypervisorError."""
 
-    def require_replaceable(self, vm: VM, disks: Sequence[str]) -> Mapping[str, DiskFile]:
+    def require_replaceable(self, vm: VM, disks: Sequence[str], *, nvram: bool = False) -> Mapping[str, DiskFile]:
         """That these disks of a VM may be replaced by others now, and the file of each.
 
-        Busy if the VM is not powered off, or somebody has a disk open. UnsupportedOperation where more than that file
-        belongs to a disk, or where the file belongs to other VMs as well. NotFound for a disk that the VM has not got.
+        With `nvram` the file of its firmware's variables as well, as "nvram", if the VM has one. Busy if the VM is not
+        powered off, or somebody has a disk open. UnsupportedOperation where more than that file belongs to a disk, or
+        where the file belongs to other VMs as well. NotFound for a disk that the VM has not got.
         """
+
+    def keep_closed(self, files: Sequence[Path]) -> AbstractContextManager[None]:
+        """Until the end of the block no VM can start on these files, by whatever name. Busy if one is in use."""
 
     def fit(self, written: Path, old: DiskFile) -> None:
         """Make a qcow2 file what takes the place of `old`: its format, owner and mode; checked by the VM's own tools.
+
+        Of what is no disk the contents stay as they were written.
 
         IntegrityError, and the old file untouched, if the tools find anything.
         """

@@ -7,6 +7,7 @@ import difflib
 import os
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,6 +54,7 @@ from backupcore_libvirt.findings import findings
 from backupcore_libvirt.folder import RunFolder, living_vms
 from backupcore_libvirt.freeze import DEAD_LIMIT, frozen, release
 from backupcore_libvirt.hold import hold, live_exports
+from backupcore_libvirt.image_lock import keep_closed
 from backupcore_libvirt.in_place import fit, require_replaceable
 from backupcore_libvirt.look import Look, look
 from backupcore_libvirt.overlay import is_overlay
@@ -262,10 +264,14 @@ class Libvirt:
         with Connection(self.uri) as connection:
             return define(connection, definition)
 
-    def require_replaceable(self, vm: VM, disks: Sequence[str]) -> Mapping[str, DiskFile]:
+    def require_replaceable(self, vm: VM, disks: Sequence[str], *, nvram: bool = False) -> Mapping[str, DiskFile]:
         """That disks of a powered-off VM may be replaced, and their files; see `backupcore_libvirt.in_place`."""
         with Connection(self.uri) as connection:
-            return require_replaceable(connection, connection.domain(vm.uuid), disks)
+            return require_replaceable(connection, connection.domain(vm.uuid), disks, nvram=nvram)
+
+    def keep_closed(self, files: Sequence[Path]) -> AbstractContextManager[None]:
+        """Hold QEMU's own lock on these files; see `backupcore_libvirt.image_lock`."""
+        return keep_closed(files)
 
     def fit(self, written: Path, old: DiskFile) -> None:
         """Make a restored qcow2 file like the one that it replaces."""
