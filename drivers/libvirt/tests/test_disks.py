@@ -174,21 +174,9 @@ def pool(lab, vm_prefix, libvirt_uri) -> Iterator[str]:
     connection.close()
 
 
-@pytest.fixture
-def loop(needs_root, lab) -> Iterator[Path]:
-    """A block device of 8 MiB that holds a qcow2 of 4 MiB."""
-    file = lab.folder / "loop"
-    file.write_bytes(bytes(8 * MiB))
-    device = subprocess.run(
-        ["losetup", "--find", "--show", file], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    create(Path(device), size="4M")
-    yield Path(device)
-    subprocess.run(["losetup", "--detach", device], check=True)
-
-
 def test_volumes_devices_backing_chains_and_buses(lab, runs, pool, loop, restored, tmp_path):
     """A full and two increments of each, one with the VM off; a pattern is where it was written, zeros elsewhere."""
+    create(loop, size="4M")
     base = create(lab.folder / "base.qcow2")
     subprocess.run(["qemu-io", "-c", "write -P 0x10 0 1M", base], check=True, capture_output=True)
     overlay = create(lab.folder / "overlay.qcow2", "-F", "qcow2", "-b", str(base))

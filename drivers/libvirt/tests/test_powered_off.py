@@ -247,3 +247,22 @@ def test_the_vm_is_switched_off_while_it_is_read_and_the_next_increment_is_taken
         assert chains.backup(vm).run.type is Type.INCREMENT
         vm.start() if not vm.active else vm.destroy()
     chains.check()
+
+
+def test_a_vm_on_a_block_device_that_is_started_while_it_is_read_ends_the_backup(lab, runs, loop, wait_for):
+    """libvirt gives the VM a device node of its own, so QEMU's lock on the one that is read does not hinder it."""
+    disk = (
+        f"<disk type='block' device='disk'><driver name='qemu' type='raw'/><source dev='{loop}'/>"
+        "<target dev='vda' bus='virtio'/><alias name='ua-vda'/></disk>"
+    )
+    vm = lab.vm([], more=disk, start=False)
+    with runs.take(runs.run(vm)) as taken:
+        pass
+    assert taken.ctx.failure is None
+    with runs.take(runs.run(vm), state=RunState.FAILED) as taken:
+        vm.start()
+        wait_for(lambda: taken.ctx.failure, "the watch notices", 60)
+    assert isinstance(taken.ctx.failure, Busy)
+    assert "was started while its disks were read" in taken.ctx.failure.message
+    with runs.take(runs.run(vm)) as taken:
+        assert taken.prepared.consistency == "crash"

@@ -61,10 +61,12 @@ from backupcore_libvirt.overlay import is_overlay
 from backupcore_libvirt.overlay_plan import plan, without_bitmaps
 from backupcore_libvirt.qemu_nbd import end_stray, is_served
 from backupcore_libvirt.recovery import clear, recover
-from backupcore_libvirt.scratch_watch import ScratchWatch, watch
+from backupcore_libvirt.scratch_watch import ScratchWatch
 from backupcore_libvirt.settings import read as read_settings
 from backupcore_libvirt.settings import write as write_settings
+from backupcore_libvirt.start_watch import StartWatch
 from backupcore_libvirt.vm_files import read as read_file
+from backupcore_libvirt.watch import stop_watches
 
 __all__ = ["Libvirt"]
 
@@ -118,13 +120,13 @@ class Libvirt:
                 date = _begin(domain, run, folder, seen)
                 exports = live_exports(folder, seen)
             else:
+                if any(disk.kind == "block" for disk in seen.disks):
+                    StartWatch(self.uri, domain.uuid, domain.name, folder, ctx).begin()
                 date, exports = hold(run, folder, seen, ctx)
         if overlays:
             exports = overlay_run.serve(domain, run, overlays, live=seen.live, folder=folder, ctx=ctx)
         elif seen.live:
-            scratch_watch = ScratchWatch(self.uri, domain.uuid, domain.name, folder, ctx)
-            ctx.stack.callback(scratch_watch.stop)
-            scratch_watch.start()
+            ScratchWatch(self.uri, domain.uuid, domain.name, folder, ctx).begin()
         files = [read_file(domain.name, file) for file in seen.files]
         taken = [_taken(disk, exports[disk.id], seen, run) for disk in seen.disks]
         for disk_artifact, _ in taken:
@@ -150,8 +152,7 @@ class Libvirt:
 
         Finds out what is there, so it works after a crash, in another process, and where `prebackup` never ran.
         """
-        if (running := watch(run.id)) is not None:
-            running.stop()
+        stop_watches(run.id)
         folder = RunFolder(self.scratch, run.id)
         end_stray(folder.path)
         # Where something is held, a libvirtd that is just being started anew is waited for.
