@@ -277,5 +277,11 @@ def test_an_encrypted_disk_is_refused_unless_told_so(lab, luks, runs, restored, 
     data = restored(layers, tmp_path / "plain").read_bytes()
     assert data == bytes(MiB) + b"\x42" * MiB + bytes(2 * MiB) + b"\x43" * 65536 + bytes(4 * MiB - 65536)
     vm.destroy()
-    with pytest.raises(UnsupportedOperation, match="is off, and disk vdb is encrypted"):
-        runs.hypervisor.estimate(runs.run(vm, parent, settings=settings))
+    for told in (settings, {}):
+        refusal = pytest.raises(UnsupportedOperation, match="is off, and disk vdb is encrypted")
+        with refusal as refused, runs.take(runs.run(vm, parent, settings=told)):
+            pass
+        assert "--exclude-disks vdb; or start the VM" in refused.value.hint
+        assert ("--encrypted-disks PLAIN" in refused.value.hint) is not bool(told)
+    with runs.take(runs.run(vm, settings={"EXCLUDE_DISKS": "vdb"})) as taken:
+        assert [disk.id for disk in taken.prepared.disks] == ["vda"]
