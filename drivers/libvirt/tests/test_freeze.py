@@ -19,9 +19,10 @@ from backupcore.errors import HypervisorError, UnsupportedOperation
 from backupcore.model import Outcome, RunState
 from backupcore_libvirt import freeze_record
 from backupcore_libvirt.connection import Connection, Domain
-from backupcore_libvirt.folder import Owner, RunFolder
+from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.freeze import Freeze, frozen
 from backupcore_libvirt.plugin import Libvirt
+from backupcore_libvirt.scratch import Owner
 from backupcore_libvirt.watchdog import watchdog
 from lab.kernel import AGENT_CHANNEL
 
@@ -267,7 +268,8 @@ FROZEN = """
 import sys, pathlib, time
 from backupcore.context import Context
 from backupcore_libvirt.connection import Connection, Domain
-from backupcore_libvirt.folder import Owner, RunFolder
+from backupcore_libvirt.folder import RunFolder
+from backupcore_libvirt.scratch import Owner
 from backupcore_libvirt.freeze import Freeze, frozen
 import os
 uri, scratch, folder, uuid, run, how, limit = sys.argv[1:]

@@ -17,7 +17,7 @@ from backupcore_libvirt import stopped
 from backupcore_libvirt.connection import Connection
 from backupcore_libvirt.disks import source_disks
 from backupcore_libvirt.folder import RunFolder
-from backupcore_libvirt.hold import hold
+from backupcore_libvirt.hold import hold_off
 from backupcore_libvirt.look import look
 
 MiB = 1 << 20
@@ -154,7 +154,7 @@ def test_a_vm_that_is_started_after_the_look(lab, runs, hypervisor, monkeypatch)
         ctx.stack.callback(os.close, folder.make(seen.owner, vm.uuid))
         vm.start()
         with pytest.raises(Busy, match="disk vda: .* is open in another process") as refused:
-            hold(run, folder, seen, ctx)
+            hold_off(run, folder, seen, ctx)
         assert "Has the VM just been started" in refused.value.hint
         hypervisor.postbackup(run, Outcome(state=RunState.FAILED), ctx)
     vm.untouched()

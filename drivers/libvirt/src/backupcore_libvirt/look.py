@@ -12,9 +12,10 @@ from backupcore.model import BackupRun, Consistency, LeftOut
 from backupcore_libvirt.checkpoint import Since, since
 from backupcore_libvirt.connection import IO_ERROR, OFF, PAUSED, RUNNING, SHUTTING_DOWN, Connection, Domain
 from backupcore_libvirt.disks import DiskChoice, Node, SourceDisk, located, nodes, source_disks
-from backupcore_libvirt.folder import Owner, RunFolder, check_scratch, require_room, scratch_room
+from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.freeze import Freeze, plan
 from backupcore_libvirt.owner import qemu_owner
+from backupcore_libvirt.scratch import Owner, check_scratch, require_room, scratch_room
 from backupcore_libvirt.stopped import check_backing, stopped_nodes
 from backupcore_libvirt.versions import require, require_stopped
 from backupcore_libvirt.vm_files import VMFile, vm_files

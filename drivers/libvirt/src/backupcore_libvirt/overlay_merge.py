@@ -17,7 +17,8 @@ from xml.etree.ElementTree import tostring
 from backupcore.disk.nbd import DEPTH, Client, held
 from backupcore.errors import BackupError, Busy, HypervisorError, NotFound, UnsupportedOperation
 from backupcore_libvirt import qemu_img
-from backupcore_libvirt.connection import ACTIVE_COMMIT, COMMIT, NOT_READY, Connection, Domain, code_of
+from backupcore_libvirt.connection import ACTIVE_COMMIT, COMMIT, NOT_READY, Connection, Domain
+from backupcore_libvirt.libvirt_errors import code_of
 from backupcore_libvirt.overlay import Stack, is_overlay, overlays_beside, stacks
 from backupcore_libvirt.qemu_nbd import QemuNbd
 from backupcore_libvirt.xml import Element, parse

@@ -11,8 +11,10 @@ from contextlib import ExitStack
 
 from backupcore.context import Context
 from backupcore.errors import BackupError, HypervisorError, NotFound, TargetFull
-from backupcore_libvirt.connection import IO_ERROR, OFF, PAUSED, Connection, Domain, is_away
-from backupcore_libvirt.folder import RunFolder, scratch_room
+from backupcore_libvirt.connection import IO_ERROR, OFF, PAUSED, Connection, Domain
+from backupcore_libvirt.folder import RunFolder
+from backupcore_libvirt.libvirt_errors import is_away
+from backupcore_libvirt.scratch import scratch_room
 from backupcore_libvirt.watch import Watch
 
 __all__ = ["ScratchWatch"]

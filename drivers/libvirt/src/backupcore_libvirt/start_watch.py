@@ -10,8 +10,9 @@ from contextlib import ExitStack
 
 from backupcore.context import Context
 from backupcore.errors import Busy, HypervisorError, NotFound
-from backupcore_libvirt.connection import Connection, Domain, is_away
+from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.folder import RunFolder
+from backupcore_libvirt.libvirt_errors import is_away
 from backupcore_libvirt.watch import Watch
 
 __all__ = ["StartWatch"]

@@ -18,8 +18,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from backupcore.errors import BackupError, HypervisorError
-from backupcore_libvirt.connection import Connection, is_away
+from backupcore_libvirt.connection import Connection
 from backupcore_libvirt.folder import RunFolder
+from backupcore_libvirt.libvirt_errors import is_away
 
 __all__ = ["Watchdog", "main", "watchdog"]
 
