@@ -165,7 +165,11 @@ def test_what_is_refused(host: Host):
 
 @pytest.mark.parametrize(
     "step",
-    ["vmkeep.in_place:_ready return", "vmkeep.swap:_swap return", "vmkeep.swap:carry_out return"],
+    [
+        pytest.param("vmkeep.in_place:_ready return", marks=pytest.mark.soak),
+        "vmkeep.swap:_swap return",
+        pytest.param("vmkeep.swap:carry_out return", marks=pytest.mark.soak),
+    ],
     ids=["before", "between", "after"],
 )
 def test_a_vm_that_is_started_while_its_disks_are_swapped_never_runs_on_old_ones(host: Host, step: str):

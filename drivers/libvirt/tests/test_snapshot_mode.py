@@ -356,7 +356,7 @@ def test_an_overlay_that_lies_about_and_holds_something_stays(lab, chain, hyperv
     assert Path(lost).exists()
 
 
-@pytest.mark.parametrize("merged", ["at once", "live, by the next run", "off"])
+@pytest.mark.parametrize("merged", [pytest.param("at once", marks=pytest.mark.soak), "live, by the next run", "off"])
 def test_a_disk_that_was_shrunk_off_line_and_is_grown_live_shows_nothing_of_what_was_cut_off(lab, runs, chain, merged):
     vm = lab.vm(["raw:16"])
     vm.io("vda", "write -P 0x55 0 16M")
