@@ -221,7 +221,7 @@ class Life:
 
     def restore_in_place(self) -> None:
         """One disk gets back what it held at some backup, and its size."""
-        if self.vm.active or self.vm.domain.hasManagedSaveImage() or self.host.overlays():
+        if self.vm.domain.hasManagedSaveImage() or self.host.overlays():
             raise NotNow
         recorded = [one for one in self.host.recorded() if set(self.truths[one.point]) & set(self.vm.targets())]
         if not recorded:
@@ -230,6 +230,8 @@ class Life:
         truth = self.truths[one.point]
         disk = self.choice.choice(sorted(set(truth) & set(self.vm.targets())))
         self.log[-1] += f" {disk} of {one.image}/{one.id}"
+        if self.vm.active:
+            self.power()
         done = self.host.run(
             "restore", str(one.image), "--increment", str(one.id), "--in-place", "--disk", disk, "--drop-old"
         )
