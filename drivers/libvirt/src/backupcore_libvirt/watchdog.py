@@ -13,12 +13,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from backupcore.errors import BackupError, HypervisorError
-from backupcore_libvirt.connection import Connection
+from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.libvirt_errors import is_away
 
@@ -88,7 +88,9 @@ def watchdog(uri: str, vm: str, folder: RunFolder, limit: float) -> Iterator[Wat
 
 
 def main(asked: dict[str, str]) -> None:
-    """The process itself."""
+    """The process itself. All that it needs is there before it says that it is ready."""
+    from backupcore_libvirt.freeze import release  # noqa: PLC0415 - it imports this module
+
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # what ends the run must not end this
     try:
@@ -98,14 +100,13 @@ def main(asked: dict[str, str]) -> None:
             readable, _, _ = select.select([0], [], [], float(asked["limit"]))
             if readable and os.read(0, 16):
                 return
-            _let_go(connection, asked, time.monotonic() + LET_GO_LIMIT)
+            _let_go(connection, asked, release)
     except BackupError as error:  # once it was ready nobody listens; the record stays, for the next run of the VM
         _say(error.message)
 
 
-def _let_go(connection: Connection, asked: dict[str, str], deadline: float) -> None:
-    from backupcore_libvirt.freeze import release  # noqa: PLC0415 - it imports this module
-
+def _let_go(connection: Connection, asked: dict[str, str], release: Callable[[Domain, RunFolder, float], bool]) -> None:
+    deadline = time.monotonic() + LET_GO_LIMIT
     folder = RunFolder(Path(asked["scratch"]), asked["run"])
     with ExitStack() as stack:
         while True:
