@@ -73,7 +73,10 @@ class Definition:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskFile:
-    """The file that a disk of a powered-off VM consists of: its path without symbolic links, and its format."""
+    """The file that a disk of a powered-off VM consists of: its path without symbolic links, and its format.
+
+    The format is "" for a file that is no disk: the variables of the VM's firmware.
+    """
 
     path: Path
     format: str
@@ -189,15 +192,21 @@ class Hypervisor(Protocol):
     def refresh(self, pool: Pool) -> None:
         """Have the hypervisor list what was put into the folder of a pool."""
 
-    def require_replaceable(self, vm: VM, disks: Sequence[str]) -> Mapping[str, DiskFile]:
+    def require_replaceable(self, vm: VM, disks: Sequence[str], *, nvram: bool = False) -> Mapping[str, DiskFile]:
         """That these disks of a VM may be replaced by others now, and the file of each.
 
-        Busy if the VM is not powered off, or somebody has a disk open. UnsupportedOperation where more than that file
-        belongs to a disk, or where the file belongs to other VMs as well. NotFound for a disk that the VM has not got.
+        With `nvram` the file of its firmware's variables as well, as "nvram", if the VM has one. Busy if the VM is not
+        powered off, or somebody has a disk open. UnsupportedOperation where more than that file belongs to a disk, or
+        where the file belongs to other VMs as well. NotFound for a disk that the VM has not got.
         """
+
+    def keep_closed(self, files: Sequence[Path]) -> AbstractContextManager[None]:
+        """Until the end of the block no VM can start on these files, by whatever name. Busy if one is in use."""
 
     def fit(self, written: Path, old: DiskFile) -> None:
         """Make a qcow2 file what takes the place of `old`: its format, owner and mode; checked by the VM's own tools.
+
+        Of what is no disk the contents stay as they were written.
 
         IntegrityError, and the old file untouched, if the tools find anything.
         """

@@ -7,14 +7,16 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
 import libvirt
 import pytest
 
+from lab import kernel
 from lab.domain_xml import DiskSpec
-from lab.host import Host, size_of, wait_until
+from lab.host import Host, size_of, stopped, wait_until
 from lab.vm import VM, same
 
 MIB = 1 << 20
@@ -153,10 +155,60 @@ def test_what_is_refused(host: Host):
     block = xml.replace("<disk type='file'", "<disk type='block'").replace("source file=", "source dev=")
     host.vm.connection.defineXML(block)
     refused(9, "is a block disk")
+    refused(9, "vmkeep restore ID --disk vdb --device /", "--disk", "vdb")
+    refused(9, "qemu-img convert -O FORMAT FILE TARGET", "--disk", "vda")
     host.vm.connection.defineXML(xml)
     host.vm.domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA)
     refused(4, "is not on this host")
     host.vm.connection.defineXML(xml)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param("vmkeep.in_place:_ready return", marks=pytest.mark.soak),
+        "vmkeep.swap:_swap return",
+        pytest.param("vmkeep.swap:carry_out return", marks=pytest.mark.soak),
+    ],
+    ids=["before", "between", "after"],
+)
+def test_a_vm_that_is_started_while_its_disks_are_swapped_never_runs_on_old_ones(host: Host, step: str):
+    """On old and new ones mixed, or on old ones that have lost their names, what it writes would be lost."""
+    truth = host.note_truth("first")
+    host.backup()
+    host.vm.io("vda", "write -P 0x66 0 16M")
+    host.vm.destroy()
+    process = host.start("restore", "1", "--in-place", "--drop-old", at=step, stop=True)
+    try:
+        wait_until(partial(stopped, process.pid), step)
+        if step.endswith("carry_out return"):
+            host.vm.start()
+            host.vm.destroy()
+        else:
+            with pytest.raises(libvirt.libvirtError, match='Failed to get "write" lock'):
+                host.vm.start()
+    finally:
+        process.send_signal(signal.SIGCONT)
+    done = host.end(process)
+    assert done.code == 0, done.err
+    host.vm.start()
+    assert equal(contents(host), truth)
+
+
+def test_a_vm_that_is_started_just_before_the_swap_keeps_its_disks(host: Host):
+    host.backup()
+    host.vm.destroy()
+    before = files(host)
+    process = host.start("restore", "1", "--in-place", at="backupcore_libvirt.image_lock:keep_closed call", stop=True)
+    try:
+        wait_until(partial(stopped, process.pid), "the moment before the swap")
+        host.vm.start()
+    finally:
+        process.send_signal(signal.SIGCONT)
+    done = host.end(process)
+    assert (done.code, "is open in another process" in done.err) == (10, True), done.err
+    assert files(host) == before
+    host.vm.io("vda", "write -P 0x66 0 1M")
 
 
 KILLED = {
@@ -268,3 +320,90 @@ def test_identity_is_kept_where_asked_for(host: Host, made: list[str]):
     refused = host.run("restore", "1", "--to", str(closed), "--name", name, "--define")
     assert (refused.code, f"cannot pass {closed}" in refused.err) == (7, True), refused.err
     assert not list(closed.iterdir())
+
+
+@pytest.fixture
+def uefi(make_vm, libvirt_uri: str, vm_folder: Path) -> Host:
+    firmware = kernel.firmware()
+    vm = make_vm([DiskSpec(target="vda", size=8 * MIB)], label="uefi", firmware=firmware)
+    vm.destroy()
+    return Host(vm_folder, vm, libvirt_uri, driver="lab")
+
+
+def test_the_variables_of_the_firmware_come_back_with_all_disks(uefi: Host):
+    variables = uefi.vm.folder / "nvram.fd"
+    truth, first = uefi.note_truth("first"), variables.read_bytes()
+    uefi.backup()
+    later = first[:1000] + b"changed since" + first[1013:]
+    variables.write_bytes(later)
+    variables.chmod(0o640)
+    owner = variables.stat().st_uid
+    uefi.ask("restore", "1", "--in-place", "--disk", "vda", "--drop-old")
+    assert variables.read_bytes() == later, "with one disk they stay"
+    done = uefi.ask("restore", "1", "--in-place")
+    assert variables.read_bytes() == first
+    assert (variables.stat().st_mode & 0o777, variables.stat().st_uid) == (0o640, owner)
+    assert done["nvram"]["path"] == str(variables)
+    assert Path(done["nvram"]["kept"]).read_bytes() == later
+    assert [one["id"] for one in done["disks"]] == ["vda"]
+    assert equal(contents(uefi), truth)
+    assert not [name for name in files(uefi) if name.startswith(".")]
+    # Cut off between the disk and the variables, `recover` brings both to their end.
+    variables.write_bytes(later)
+    killed = uefi.run("restore", "1", "--in-place", at="vmkeep.swap:_swap return")
+    assert killed.code == -signal.SIGKILL, killed.err
+    (told,) = uefi.ask("recover", uefi.vm.name)
+    assert told["errors"] == []
+    assert variables.read_bytes() == first
+    uefi.vm.start()
+
+
+@pytest.fixture
+def loop(vm_folder: Path) -> Iterator[Path]:
+    """A block device of 16 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    file = vm_folder / "loop"
+    file.write_bytes(bytes(16 * MIB))
+    found = subprocess.run(["losetup", "--find", "--show", file], capture_output=True, text=True, check=True)
+    yield Path(found.stdout.strip())
+    subprocess.run(["losetup", "--detach", found.stdout.strip()], check=True)
+
+
+def test_a_block_device_of_a_vm_is_written_to_only_when_told_so(make_vm, libvirt_uri: str, vm_folder: Path, loop: Path):
+    device = (
+        f"<disk type='block' device='disk'><driver name='qemu' type='raw'/><source dev='{loop}'/>"
+        "<target dev='vdb' bus='virtio'/><alias name='ua-vdb'/></disk>"
+    )
+    host = Host(
+        vm_folder,
+        make_vm([DiskSpec(target="vda", size=4 * MIB)], label="block", devices=device),
+        libvirt_uri,
+        driver="lab",
+    )
+    host.vm.io("vdb", "write -P 0x55 1M 8M")
+    host.backup()
+    host.vm.io("vdb", "write -P 0x66 0 16M")
+    command = ["restore", "1", "--disk", "vdb", "--device", str(loop)]
+
+    def refused(code: int, words: str, *more: str) -> None:
+        done = host.run(*command, *more)
+        assert (done.code, words in done.err) == (code, True), done.err
+
+    refused(10, "which is running", "--overwrite")
+    host.vm.destroy()
+    done = host.run("restore", "1", "--in-place")
+    assert (done.code, f"vmkeep restore ID --disk vdb --device {loop} --overwrite" in done.err) == (9, True), done.err
+    refused(10, f"is disk vdb of VM {host.vm.name}")
+    process = host.start(*command, "--overwrite", at="backupcore.disk.raw:DeviceWriter._prepare return", stop=True)
+    try:
+        wait_until(partial(stopped, process.pid), "the device to be written")
+        host.vm.start()
+    finally:
+        process.send_signal(signal.SIGCONT)
+    done = host.end(process)
+    assert (done.code, "was started while its disk" in done.err) == (10, True), done.err
+    host.vm.destroy()
+    assert host.run(*command, "--overwrite").code == 0
+    assert loop.read_bytes() == bytes(MIB) + b"\x55" * 8 * MIB + bytes(7 * MIB)
+    host.vm.start()

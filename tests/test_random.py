@@ -1,8 +1,9 @@
 """A random life of a VM and of its backups: whatever the order, every increment that was reported done restores equal.
 
 Writes, zeroes, discards, resizes, disks that come and go, restarts, crashes, definitions removed and made again; fulls,
-increments, cancelled and killed backups. The truth of an instant is a copy by QEMU's own tools. A failure names its
-seed; ``SEED=… pytest tests/test_random.py`` takes the same decisions again (times are not repeated).
+increments, cancelled and killed backups, restores in place. The truth of an instant is a copy by QEMU's own tools. A
+failure names its seed; ``SEED=… pytest tests/test_random.py`` takes the same decisions again (times are not repeated).
+With ``-s`` the end tells how often each was taken.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,9 +26,14 @@ import pytest
 
 from lab.domain_xml import DiskSpec
 from lab.host import Host, Recorded, size_of, stopped, wait_until
+from lab.vm import same
 from tests.test_killed import SNAPSHOT, STEPS
 
 MIB = 1 << 20
+
+
+class NotNow(Exception):
+    """What was drawn cannot be done in the VM's state; something else is drawn."""
 
 
 class Life:
@@ -37,6 +45,7 @@ class Life:
         self.choice = random.Random(seed)
         self.truths: dict[str, dict[str, Path]] = {}
         self.log: list[str] = []
+        self.counts: Counter[str] = Counter()
         self.suspended = False
         self.snapshots = False
         self.instant = 0
@@ -54,6 +63,7 @@ class Life:
         command = self.choice.choice(
             [f"write -P {pattern}", f"write -P {pattern}", "write -z", "write -z -u", "discard"]
         )
+        self.counts[command.partition(" -P")[0]] += 1
         self._io(disk, f"{command} {offset} {length}")
 
     def _io(self, disk: str, command: str) -> None:
@@ -71,9 +81,10 @@ class Life:
         grow = size + self.choice.choice([512, 65536, 3 * MIB])
         if self.vm.active:
             # QEMU refuses it while a job runs, also a dead run's.
-            if grow <= 64 * MIB and not self.vm.domain.jobInfo()[0]:
-                self.log[-1] += f" {disk} to {grow}"
-                self.vm.domain.blockResize(disk, grow, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+            if grow > 64 * MIB or self.vm.domain.jobInfo()[0]:
+                raise NotNow
+            self.log[-1] += f" {disk} to {grow}"
+            self.vm.domain.blockResize(disk, grow, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
             return
         wanted = self.choice.choice([grow if grow <= 64 * MIB else size, max(4 * MIB, size - 2 * MIB)])
         self.log[-1] += f" {disk} to {wanted}"
@@ -88,7 +99,10 @@ class Life:
         elif not self.vm.active and self.vm.disk("vdc") == self.spare:
             # Without an operating system no guest lets go of a disk; and while it lies under an overlay of ours, the
             # README says, it is not to be taken away.
+            self.log[-1] += ": detach"
             self.vm.domain.detachDeviceFlags(self.spare_xml(), libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+        else:
+            raise NotNow
 
     def spare_xml(self) -> str:
         return (
@@ -105,24 +119,26 @@ class Life:
 
     def crash(self) -> None:
         if not self.vm.active:
-            return
+            raise NotNow
         pid = Path(f"/run/libvirt/qemu/{self.vm.name}.pid").read_text()
         os.kill(int(pid), signal.SIGKILL)
         wait_until(lambda: not self.vm.active, "libvirt to notice the crash")
         self.suspended = False
 
     def save(self) -> None:
-        if self.vm.active and not self.suspended:
-            self.vm.domain.managedSave()
+        if not self.vm.active or self.suspended:
+            raise NotNow
+        self.vm.domain.managedSave()
 
     def suspend_or_resume(self) -> None:
-        if self.vm.active:
-            (self.vm.domain.resume if self.suspended else self.vm.domain.suspend)()
-            self.suspended = not self.suspended
+        if not self.vm.active:
+            raise NotNow
+        (self.vm.domain.resume if self.suspended else self.vm.domain.suspend)()
+        self.suspended = not self.suspended
 
     def define_again(self) -> None:
         if self.vm.active or self.vm.domain.hasManagedSaveImage():
-            return
+            raise NotNow
         xml = self.vm.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
         self.vm.domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA)
         self.vm.connection.defineXML(xml)
@@ -142,13 +158,14 @@ class Life:
         assert done.code == 0, done.err
         taken = done.json
         self.log[-1] += f" -> {taken['type']} {taken['image']}/{taken['increment']} {taken['reason']}"
+        self.counts[taken["type"]] += 1
         self._note(truth)
         self._nothing_left()
 
     def back_up_beside_writes(self) -> None:
         """The instant is held while the guest writes on."""
         if not self.vm.active:
-            return
+            raise NotNow
         truth = self._truth()
         process = self.host.start("backup", self.vm.name, *self._reset(), at=self._instant(), stop=True)
         wait_until(partial(stopped, process.pid), "the instant")
@@ -163,7 +180,7 @@ class Life:
 
     def kill(self) -> None:
         if not self.vm.active:
-            return
+            raise NotNow
         truth = self._truth()
         steps = {**STEPS, **SNAPSHOT} if self.snapshots else STEPS
         step = self.choice.choice(list(steps))
@@ -177,7 +194,7 @@ class Life:
 
     def cancel(self) -> None:
         if not self.vm.active:
-            return
+            raise NotNow
         truth = self._truth()
         names = ("between connect and GO", "a disk is mapped", "all is prepared")
         step = self.choice.choice([self._instant(), *(STEPS[name] for name in names)])
@@ -198,8 +215,30 @@ class Life:
 
     def check_one(self) -> None:
         recorded = self.host.recorded()
-        if recorded:
-            self._compare(self.choice.choice(recorded[-8:]))
+        if not recorded:
+            raise NotNow
+        self._compare(self.choice.choice(recorded[-8:]))
+
+    def restore_in_place(self) -> None:
+        """One disk gets back what it held at some backup, and its size."""
+        if self.vm.domain.hasManagedSaveImage() or self.host.overlays():
+            raise NotNow
+        recorded = [one for one in self.host.recorded() if set(self.truths[one.point]) & set(self.vm.targets())]
+        if not recorded:
+            raise NotNow
+        one = self.choice.choice(recorded[-8:])
+        truth = self.truths[one.point]
+        disk = self.choice.choice(sorted(set(truth) & set(self.vm.targets())))
+        self.log[-1] += f" {disk} of {one.image}/{one.id}"
+        if self.vm.active:
+            self.power()
+        done = self.host.run(
+            "restore", str(one.image), "--increment", str(one.id), "--in-place", "--disk", disk, "--drop-old"
+        )
+        assert done.code == 0, done.err
+        now = self.vm.disk(disk)
+        assert size_of(now) == size_of(truth[disk])
+        assert same(now, truth[disk])
 
     # The whole
 
@@ -220,10 +259,16 @@ class Life:
             self.change_mode: 2,
             self.recover: 2,
             self.check_one: 2,
+            self.restore_in_place: 3,
         }
         (deed,) = self.choice.choices(list(deeds), list(deeds.values()))
         self.log.append(deed.__name__)
-        deed()
+        try:
+            deed()
+        except NotNow:
+            self.log.pop()
+        else:
+            self.counts[deed.__name__] += 1
 
     def check_all(self) -> None:
         for one in self.host.recorded():
@@ -285,6 +330,9 @@ def live(host: Host, seconds: float, *, usual: int | None = None) -> None:
     except BaseException as error:
         error.add_note(f"SEED={seed}; what happened:\n" + "\n".join(life.log))
         raise
+    finally:
+        counts = ", ".join(f"{name} {count}" for name, count in sorted(life.counts.items()))
+        sys.stdout.write(f"SEED={seed}: {counts}\n")
 
 
 @pytest.fixture
@@ -298,7 +346,7 @@ def host(make_vm, libvirt_uri: str, vm_folder: Path) -> Host:
 
 @pytest.mark.timeout(600)  # a loaded machine takes longer for the comparisons at the end
 def test_a_random_life(host: Host):
-    live(host, 60, usual=337210652)  # a red `make test` is to be about the change; `make soak` looks for what is new
+    live(host, 30, usual=337210652)  # a red `make test` is to be about the change; `make soak` looks for what is new
 
 
 @pytest.mark.soak

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -240,10 +240,15 @@ class MemoryHypervisor:
         """Never asked for, see above."""
         raise NotImplementedError
 
-    def require_replaceable(self, vm: VM, disks: Sequence[str]) -> Mapping[str, DiskFile]:
+    def require_replaceable(self, vm: VM, disks: Sequence[str], *, nvram: bool = False) -> Mapping[str, DiskFile]:
         """These guests always run."""
-        del disks
+        del disks, nvram
         raise Busy(f"VM {vm.name} is running; its disks cannot be replaced", "Power it off.")
+
+    def keep_closed(self, files: Sequence[Path]) -> AbstractContextManager[None]:
+        """No guest uses a file."""
+        del files
+        return nullcontext()
 
     def fit(self, written: Path, old: DiskFile) -> None:
         """Never asked for, see above."""

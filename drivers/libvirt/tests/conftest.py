@@ -351,6 +351,16 @@ def tmpfs(needs_root: None, lab: Lab) -> Iterator[Callable[[int], Path]]:
 
 
 @pytest.fixture
+def loop(needs_root: None, lab: Lab) -> Iterator[Path]:
+    """A block device of 8 MiB."""
+    file = lab.folder / "loop"
+    file.write_bytes(bytes(8 * MiB))
+    found = subprocess.run(["losetup", "--find", "--show", file], capture_output=True, text=True, check=True)
+    yield Path(found.stdout.strip())
+    subprocess.run(["losetup", "--detach", found.stdout.strip()], check=True)
+
+
+@pytest.fixture
 def hypervisor(libvirt_uri: str, lab: Lab) -> Libvirt:
     return Libvirt(libvirt_uri, lab.folder / "scratch")
 

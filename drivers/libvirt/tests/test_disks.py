@@ -174,21 +174,9 @@ def pool(lab, vm_prefix, libvirt_uri) -> Iterator[str]:
     connection.close()
 
 
-@pytest.fixture
-def loop(needs_root, lab) -> Iterator[Path]:
-    """A block device of 8 MiB that holds a qcow2 of 4 MiB."""
-    file = lab.folder / "loop"
-    file.write_bytes(bytes(8 * MiB))
-    device = subprocess.run(
-        ["losetup", "--find", "--show", file], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    create(Path(device), size="4M")
-    yield Path(device)
-    subprocess.run(["losetup", "--detach", device], check=True)
-
-
 def test_volumes_devices_backing_chains_and_buses(lab, runs, pool, loop, restored, tmp_path):
     """A full and two increments of each, one with the VM off; a pattern is where it was written, zeros elsewhere."""
+    create(loop, size="4M")
     base = create(lab.folder / "base.qcow2")
     subprocess.run(["qemu-io", "-c", "write -P 0x10 0 1M", base], check=True, capture_output=True)
     overlay = create(lab.folder / "overlay.qcow2", "-F", "qcow2", "-b", str(base))
@@ -289,5 +277,11 @@ def test_an_encrypted_disk_is_refused_unless_told_so(lab, luks, runs, restored, 
     data = restored(layers, tmp_path / "plain").read_bytes()
     assert data == bytes(MiB) + b"\x42" * MiB + bytes(2 * MiB) + b"\x43" * 65536 + bytes(4 * MiB - 65536)
     vm.destroy()
-    with pytest.raises(UnsupportedOperation, match="is off, and disk vdb is encrypted"):
-        runs.hypervisor.estimate(runs.run(vm, parent, settings=settings))
+    for told in (settings, {}):
+        refusal = pytest.raises(UnsupportedOperation, match="is off, and disk vdb is encrypted")
+        with refusal as refused, runs.take(runs.run(vm, parent, settings=told)):
+            pass
+        assert "--exclude-disks vdb; or start the VM" in refused.value.hint
+        assert ("--encrypted-disks PLAIN" in refused.value.hint) is not bool(told)
+    with runs.take(runs.run(vm, settings={"EXCLUDE_DISKS": "vdb"})) as taken:
+        assert [disk.id for disk in taken.prepared.disks] == ["vda"]

@@ -19,9 +19,10 @@ from backupcore.errors import HypervisorError, UnsupportedOperation
 from backupcore.model import Outcome, RunState
 from backupcore_libvirt import freeze_record
 from backupcore_libvirt.connection import Connection, Domain
-from backupcore_libvirt.folder import Owner, RunFolder
+from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.freeze import Freeze, frozen
 from backupcore_libvirt.plugin import Libvirt
+from backupcore_libvirt.scratch import Owner
 from backupcore_libvirt.watchdog import watchdog
 from lab.kernel import AGENT_CHANNEL
 
@@ -267,7 +268,8 @@ FROZEN = """
 import sys, pathlib, time
 from backupcore.context import Context
 from backupcore_libvirt.connection import Connection, Domain
-from backupcore_libvirt.folder import Owner, RunFolder
+from backupcore_libvirt.folder import RunFolder
+from backupcore_libvirt.scratch import Owner
 from backupcore_libvirt.freeze import Freeze, frozen
 import os
 uri, scratch, folder, uuid, run, how, limit = sys.argv[1:]
@@ -281,12 +283,12 @@ with Context(pathlib.Path(folder)) as ctx, Connection(uri) as connection:
 
 
 @pytest.fixture
-def holder(agent_guest, runs, tmp_path):
-    """Starts a process that holds the guest at rest, for `limit` seconds at most; killed at the end."""
+def holder(tmp_path):
+    """Starts a process that holds the run's guest at rest, for `limit` seconds at most; killed at the end."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(run, how: str, limit: float = 600) -> subprocess.Popen[str]:
-        arguments = [runs.hypervisor.uri, runs.hypervisor.scratch, tmp_path, agent_guest.uuid, run.id, how, limit]
+    def start(runs, run, how: str, limit: float = 600) -> subprocess.Popen[str]:
+        arguments = [runs.hypervisor.uri, runs.hypervisor.scratch, tmp_path, run.vm.uuid, run.id, how, limit]
         process = subprocess.Popen(
             [sys.executable, "-c", FROZEN, *map(str, arguments)],
             stdout=subprocess.PIPE,
@@ -310,10 +312,23 @@ def still(vm, how: str) -> bool:
 
 @pytest.mark.parametrize("how", ["AGENT", "SUSPEND"])
 def test_a_run_that_is_killed_while_the_guest_stands_still(how, agent_guest, runs, holder, wait_for):
-    process = holder(runs.run(agent_guest), how)
+    process = holder(runs, runs.run(agent_guest), how)
     assert still(agent_guest, how)
     process.kill()
     wait_for(lambda: not still(agent_guest, how), "the watchdog lets the guest go", 60)
+
+
+def test_a_run_that_is_killed_while_libvirtd_is_away(daemon, private, holder, wait_for):
+    vm, runs = private
+    name = vm.name
+    process = holder(runs, runs.run(vm), "SUSPEND")
+    daemon.kill()
+    process.kill()
+    process.wait()
+    daemon.start()
+    vm.connection = libvirt.open(daemon.uri)
+    vm.domain = vm.connection.lookupByName(name)
+    wait_for(lambda: not still(vm, "SUSPEND"), "the watchdog lets the guest go", 60)
 
 
 def kill_with_its_watchdog(process: subprocess.Popen[str]) -> None:
@@ -327,7 +342,7 @@ def kill_with_its_watchdog(process: subprocess.Popen[str]) -> None:
 @pytest.mark.parametrize("how", ["AGENT", "SUSPEND"])
 def test_postbackup_in_a_fresh_process_lets_the_guest_go(how, agent_guest, runs, holder):
     dead = runs.run(agent_guest)
-    kill_with_its_watchdog(holder(dead, how))
+    kill_with_its_watchdog(holder(runs, dead, how))
     assert still(agent_guest, how)
     for _ in range(2):
         with runs.context(dead) as ctx:
@@ -339,7 +354,7 @@ def test_postbackup_in_a_fresh_process_lets_the_guest_go(how, agent_guest, runs,
 
 def test_the_next_backup_lets_the_guest_go_first(agent_guest, runs, holder, caplog):
     dead = runs.run(agent_guest)
-    kill_with_its_watchdog(holder(dead, "AGENT"))
+    kill_with_its_watchdog(holder(runs, dead, "AGENT"))
     with caplog.at_level(logging.WARNING), runs.take(runs.run(agent_guest, settings=AGENT)) as taken:
         assert not (runs.hypervisor.scratch / dead.id).exists()
     assert f"which a dead run ({dead.id}) had left at rest" in caplog.text

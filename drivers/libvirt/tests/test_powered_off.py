@@ -17,7 +17,7 @@ from backupcore_libvirt import stopped
 from backupcore_libvirt.connection import Connection
 from backupcore_libvirt.disks import source_disks
 from backupcore_libvirt.folder import RunFolder
-from backupcore_libvirt.hold import hold
+from backupcore_libvirt.hold import hold_off
 from backupcore_libvirt.look import look
 
 MiB = 1 << 20
@@ -154,7 +154,7 @@ def test_a_vm_that_is_started_after_the_look(lab, runs, hypervisor, monkeypatch)
         ctx.stack.callback(os.close, folder.make(seen.owner, vm.uuid))
         vm.start()
         with pytest.raises(Busy, match="disk vda: .* is open in another process") as refused:
-            hold(run, folder, seen, ctx)
+            hold_off(run, folder, seen, ctx)
         assert "Has the VM just been started" in refused.value.hint
         hypervisor.postbackup(run, Outcome(state=RunState.FAILED), ctx)
     vm.untouched()
@@ -247,3 +247,22 @@ def test_the_vm_is_switched_off_while_it_is_read_and_the_next_increment_is_taken
         assert chains.backup(vm).run.type is Type.INCREMENT
         vm.start() if not vm.active else vm.destroy()
     chains.check()
+
+
+def test_a_vm_on_a_block_device_that_is_started_while_it_is_read_ends_the_backup(lab, runs, loop, wait_for):
+    """libvirt gives the VM a device node of its own, so QEMU's lock on the one that is read does not hinder it."""
+    disk = (
+        f"<disk type='block' device='disk'><driver name='qemu' type='raw'/><source dev='{loop}'/>"
+        "<target dev='vda' bus='virtio'/><alias name='ua-vda'/></disk>"
+    )
+    vm = lab.vm([], more=disk, start=False)
+    with runs.take(runs.run(vm)) as taken:
+        pass
+    assert taken.ctx.failure is None
+    with runs.take(runs.run(vm), state=RunState.FAILED) as taken:
+        vm.start()
+        wait_for(lambda: taken.ctx.failure, "the watch notices", 60)
+    assert isinstance(taken.ctx.failure, Busy)
+    assert "was started while its disks were read" in taken.ctx.failure.message
+    with runs.take(runs.run(vm)) as taken:
+        assert taken.prepared.consistency == "crash"

@@ -19,8 +19,9 @@ from backupcore.errors import Busy, HypervisorError, TargetFull
 from backupcore.model import Outcome, RunState
 from backupcore_libvirt import backup_job
 from backupcore_libvirt.clients import connected
-from backupcore_libvirt.folder import Owner, RunFolder
+from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.plugin import Libvirt
+from backupcore_libvirt.scratch import Owner
 from lab.boot_sector import boot_sector
 
 MiB = 1 << 20

@@ -12,7 +12,7 @@ import pytest
 
 from backupcore.context import Context
 from backupcore.disk.extents import Kind
-from backupcore.errors import IncrementImpossible
+from backupcore.errors import IncrementImpossible, UnsupportedOperation
 from backupcore.model import Outcome, RunState
 
 MiB = 1 << 20
@@ -354,3 +354,38 @@ def test_an_overlay_that_lies_about_and_holds_something_stays(lab, chain, hyperv
     held.truths.pop()
     chain(vm).backup()
     assert Path(lost).exists()
+
+
+@pytest.mark.parametrize("merged", [pytest.param("at once", marks=pytest.mark.soak), "live, by the next run", "off"])
+def test_a_disk_that_was_shrunk_off_line_and_is_grown_live_shows_nothing_of_what_was_cut_off(lab, runs, chain, merged):
+    vm = lab.vm(["raw:16"])
+    vm.io("vda", "write -P 0x55 0 16M")
+    held = chain(vm)
+    held.backup()
+    vm.destroy()
+    qemu_img("resize", "-q", "-f", "qcow2", "--shrink", files(vm, "vda")[0], "8M")
+    vm.start()
+
+    def grow() -> None:
+        vm.domain.blockResize("vda", 16 * MiB, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+        vm.io("vda", "read -P 0 8M 8M")
+
+    if merged == "at once":
+        grow()
+        held.backup()
+    else:
+        run = runs.run(vm, settings=SNAPSHOT)
+        with pytest.raises(UnsupportedOperation, match="was made smaller and has grown since"), runs.take(run):
+            grow()
+        vm.io("vda", "read -P 0 8M 8M", "write -P 0x66 8M 64k", "write -P 0 8M 64k")
+        if merged == "off":
+            vm.destroy()
+            settle(held, run, RunState.RECORDED)
+            vm.start()
+        else:
+            with runs.take(runs.run(vm, settings=SNAPSHOT)):
+                pass
+    vm.io("vda", "read -P 0x55 0 8M", "read -P 0 8M 8M")
+    assert len(files(vm, "vda")) == 2
+    runs.hypervisor.forget(vm.identity)
+    vm.io("vda", "read -P 0x55 0 8M", "read -P 0 8M 8M")

@@ -1,11 +1,12 @@
-"""Restoring disks in the place of a powered-off VM's own.
+"""Restoring disks in the place of a powered-off VM's own, and with all of them the variables of its firmware.
 
-They are written beside the old ones, checked, then swapped in (`vmkeep.swap`). The old ones stay until the user says
-otherwise. What tracked changes lay in them, so the VM's next backups are fulls.
+They are written beside the old ones, checked, then swapped in (`vmkeep.swap`) while the VM cannot start. The old ones
+stay until the user says otherwise. What tracked changes lay in them, so the VM's next backups are fulls.
 """
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -26,17 +27,22 @@ from vmkeep.workplace import Workplace
 __all__ = ["Replaced", "restore_in_place"]
 
 _NAME = 255  # bytes; what a file name may have
+_NVRAM = "nvram"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replaced:
-    """What a restore in place did. `kept` maps a disk's ID to its old file; it lacks those that are gone."""
+    """What a restore in place did. `kept` maps a disk's ID to its old file; it lacks those that are gone.
+
+    `nvram` is the file of the firmware's variables where that was replaced as well; its old one is kept as "nvram".
+    """
 
     vm: VM
     image: Image
     number: int
     disks: tuple[core.RestoredDisk, ...]
     kept: Mapping[str, Path]
+    nvram: Path | None = None
 
 
 def restore_in_place(
@@ -50,8 +56,9 @@ def restore_in_place(
 ) -> Replaced:
     """Put the disks of increment `number` (None: the last) of the image `reference` in the place of its VM's own.
 
-    With `disks`, only those. The VM must be powered off (Busy); NotFound if it is not on this host. Until all new disks
-    are written and checked nothing of the VM is touched. With `drop_old` the old files are removed at the end.
+    With `disks`, only those, and not the variables of its firmware. The VM must be powered off (Busy); NotFound if it
+    is not on this host. Until all new disks are written and checked nothing of the VM is touched. With `drop_old` the
+    old files are removed at the end.
     """
     image = images.find(place.catalog_if_any, reference)
     try:
@@ -68,7 +75,7 @@ def restore_in_place(
         _settle(place, vm)
         increment = chain.lineage(image, number)[-1]
         wanted = list(disks) or [disk.id for disk in increment.disks]
-        files = place.hypervisor.require_replaceable(vm, wanted)
+        files = place.hypervisor.require_replaceable(vm, wanted, nvram=not disks)
         swaps = _plan(vm, image, increment.id, files)
         new = {one.disk: one.new for one in swaps.disks}
         ctx = stack.enter_context(place.context(progress))
@@ -83,15 +90,22 @@ def restore_in_place(
         for disk in made.disks:
             ctx.check()
             place.hypervisor.fit(disk.path, files[disk.id])
-        if place.hypervisor.require_replaceable(vm, wanted) != files:
-            raise Busy(f"the disks of VM {vm.name} were changed meanwhile", "Run it again.")
+        if _NVRAM in made.files and _NVRAM in new:
+            _write(new[_NVRAM], made.files[_NVRAM])
+            place.hypervisor.fit(new[_NVRAM], files[_NVRAM])
+        elif _NVRAM in made.files and not disks:
+            ctx.log.warning("VM %s has no NVRAM now, so that of the backup was left out", vm.name)
         ctx.check()
         ctx.progress.phase("swap")
-        swaps = _ready(swaps)
-        unfinished.pop_all()  # from here on whoever finds the journal needs the new files
-        swap.write(place.state, swaps)
-        swap.carry_out(swaps)
-        recovery.follow(place, swaps)
+        # The old files stay locked under whatever name: a VM that starts in between fails, on old and new ones mixed.
+        with place.hypervisor.keep_closed([file.path for file in files.values()]):
+            if place.hypervisor.require_replaceable(vm, wanted, nvram=not disks) != files:
+                raise Busy(f"the disks of VM {vm.name} were changed meanwhile", "Run it again.")
+            swaps = _ready(swaps)
+            unfinished.pop_all()  # from here on whoever finds the journal needs the new files
+            swap.write(place.state, swaps)
+            swap.carry_out(swaps)
+            recovery.follow(place, swaps)
         kept = {one.disk: one.kept for one in swaps.disks if one.kept is not None}
         if drop_old:
             for path in kept.values():
@@ -102,6 +116,7 @@ def restore_in_place(
             number=increment.id,
             disks=tuple(replace(disk, path=files[disk.id].path) for disk in made.disks),
             kept={} if drop_old else kept,
+            nvram=next((one.path for one in swaps.disks if one.disk == _NVRAM), None),
         )
 
 
@@ -138,8 +153,21 @@ def _plan(vm: VM, image: Image, number: int, files: Mapping[str, DiskFile]) -> s
     )
 
 
+def _write(path: Path, data: bytes) -> None:
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+    except OSError as error:
+        raise from_os_error(error, f"writing {path}") from error
+
+
 def _ready(swaps: swap.Swaps) -> swap.Swaps:
-    stamped = (replace(one, old_stamp=swap.stamp(one.path), new_stamp=swap.stamp(one.new)) for one in swaps.disks)
+    """With the stamps of both files; what the backup does not hold (NVRAM) is not swapped."""
+    made = [one for one in swaps.disks if one.new.exists()]
+    for folder in swaps.folders - {one.new.parent for one in made}:
+        folder.rmdir()
+    stamped = (replace(one, old_stamp=swap.stamp(one.path), new_stamp=swap.stamp(one.new)) for one in made)
     return replace(swaps, ready=True, disks=tuple(stamped))
 
 

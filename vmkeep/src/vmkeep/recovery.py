@@ -7,7 +7,7 @@ looking, so a second time there is nothing left to do.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -119,11 +119,22 @@ def _finish_flattens(place: Workplace, vm: VM, did: list[str], errors: list[Back
 
 
 def _settle_swap(place: Workplace, vm: VM, did: list[str]) -> None:
-    swaps, line = swap.settle(place.state, vm, lambda: place.hypervisor.find(vm.uuid).state == "off")
+    swaps, line = swap.settle(place.state, vm, lambda files: _held_off(place, vm, files))
     if swaps is not None:
         follow(place, swaps)
     if line:
         did.append(line)
+
+
+@contextmanager
+def _held_off(place: Workplace, vm: VM, files: Sequence[Path]) -> Iterator[bool]:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(place.hypervisor.keep_closed(files))
+            off = place.hypervisor.find(vm.uuid).state == "off"
+        except Busy:
+            off = False
+        yield off
 
 
 def follow(place: Workplace, swaps: swap.Swaps) -> None:

@@ -12,7 +12,8 @@ from backupcore import restore as core
 from backupcore.chain import lineage
 from backupcore.context import Context, Progress
 from backupcore.datastore import Datastore
-from backupcore.errors import BackupError, Busy, ConfigError
+from backupcore.errors import BackupError, Busy, ConfigError, UnsupportedOperation
+from backupcore.hypervisor import VMDisk, VMState
 from backupcore.model import Image
 from vmkeep import lock
 from vmkeep.catalog import images
@@ -44,11 +45,14 @@ def onto(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Image, core.Restored]:
-    """Write one disk onto a block device. Busy if a VM of this host has it as a disk; see `core.onto` for the rest."""
+    """Write one disk onto a block device; see `core.onto`.
+
+    Where it is a raw disk of a VM of this host, that VM must be powered off and stay so, and `overwrite` be said: Busy.
+    """
     with _opened(place, reference, progress) as (image, store, ctx):
         disk = _only(image, number, disks)
-        _require_unused(place, device)
-        return image, core.onto(store, image, number, ctx, disk=disk, device=device, overwrite=overwrite)
+        with _unused(place, device, overwrite=overwrite):
+            return image, core.onto(store, image, number, ctx, disk=disk, device=device, overwrite=overwrite)
 
 
 def pour(
@@ -85,13 +89,45 @@ def _only(image: Image, number: int | None, disks: Sequence[str]) -> str:
     return chosen[0]
 
 
-def _require_unused(place: Workplace, device: Path) -> None:
+@contextmanager
+def _unused(place: Workplace, device: Path, *, overwrite: bool) -> Iterator[None]:
+    """With the device, which no VM uses: looked at before, and again at the end.
+
+    Nothing keeps a VM from starting meanwhile: libvirt gives each one device nodes of its own, so QEMU's locks on them
+    do not meet ours.
+    """
+    for one in _vms(place):
+        _refuse(one, device, overwrite=overwrite)
+    yield
+    for one in _vms(place):
+        if _disks_at(one, device) and one.state != "off":
+            raise Busy(
+                f"VM {one.vm.name} was started while its disk {device} was written: what it sees there is torn",
+                "Power it off and run this again.",
+            )
+
+
+def _vms(place: Workplace) -> Sequence[VMState]:
     try:
-        found = place.hypervisor.vms()
+        return place.hypervisor.vms()
     except BackupError:
-        return  # a host without a hypervisor has no VM that could use it
+        return ()  # a host without a hypervisor has no VM that could use it
+
+
+def _disks_at(one: VMState, device: Path) -> list[VMDisk]:
     there = os.path.realpath(device)
-    for one in found:
-        for disk in one.disks:
-            if os.path.realpath(disk.path) == there:
-                raise Busy(f"{device} is disk {disk.id} of VM {one.vm.name}", "Choose another device, or detach it.")
+    return [disk for disk in one.disks if os.path.realpath(disk.path) == there]
+
+
+def _refuse(one: VMState, device: Path, *, overwrite: bool) -> None:
+    for disk in _disks_at(one, device):
+        what = f"{device} is disk {disk.id} of VM {one.vm.name}"
+        if one.state != "off":
+            raise Busy(f"{what}, which is {one.state}", "Power it off, or choose another device.")
+        if disk.format != "raw":
+            raise UnsupportedOperation(
+                f"{what}, whose format is {disk.format}; --device writes raw disks",
+                f"Restore it with --to, then write it there: qemu-img convert -O {disk.format} FILE {device}",
+            )
+        if not overwrite:
+            raise Busy(what, "To give up what it holds now: --overwrite. Or choose another device.")

@@ -1,4 +1,4 @@
-"""Exchanging disks of a powered-off VM for restored ones: each by one rename, all of them or none, also after a crash.
+"""Exchanging files of a powered-off VM for restored ones, each by one rename, all of them or none, also after a crash.
 
 ``swaps/<VM UUID>.json`` is the journal, there from before the first file is made until everything has followed. What a
 crash leaves is settled by the next backup or by `vmkeep recover`: nothing swapped yet, the new files go; all or some
@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -28,9 +29,10 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Swap:
-    """One disk: `new` takes the place of `path`, whose file stays as `kept` ("" where it was missing).
+    """One disk, or the firmware's variables ("nvram"): `new` takes the place of `path`, whose file stays as `kept`.
 
-    `old_stamp` and `new_stamp` tell the two files apart, and whether somebody has written to them since; see `stamp`.
+    `kept` is None where there was none. `old_stamp` and `new_stamp` tell the two files apart, and whether somebody has
+    written to them since; see `stamp`.
     """
 
     disk: str
@@ -68,8 +70,9 @@ class Swaps:
     @property
     def reason(self) -> str:
         """Why the next backup is a full."""
-        names = ", ".join(swap.disk for swap in self.disks)
-        one = "disk" if len(self.disks) == 1 else "disks"
+        disks = [swap.disk for swap in self.disks if swap.disk != "nvram"]
+        names = ", ".join(disks)
+        one = "disk" if len(disks) == 1 else "disks"
         return (
             f"{one} {names} restored in place from image {self.image}, increment {self.increment}, "
             f"on {self.date:%Y-%m-%d %H:%M:%S}"
@@ -184,11 +187,14 @@ def _swap(swap: Swap) -> None:
     _sync(swap.path.parent)
 
 
-def settle(state: Path, vm: VM, off: Callable[[], bool]) -> tuple[Swaps | None, str]:
+def settle(
+    state: Path, vm: VM, held_off: Callable[[Sequence[Path]], AbstractContextManager[bool]]
+) -> tuple[Swaps | None, str]:
     """Bring a restore in place that a crash has cut off to an end; what was done, or ``(None, "")``.
 
-    The first is None where it was taken back, else what the caller has to let follow before `forget`. `off` says
-    whether the VM is powered off. HypervisorError where the VM runs, or has run, on some new and some old disks.
+    The first is None where it was taken back, else what the caller has to let follow before `forget`. In the block of
+    `held_off`, which says whether the VM is powered off, it cannot start on these files. HypervisorError where the VM
+    runs, or has run, on some new and some old disks.
     """
     swaps = pending(state, vm)
     if swaps is None:
@@ -203,15 +209,18 @@ def settle(state: Path, vm: VM, off: Callable[[], bool]) -> tuple[Swaps | None, 
         _take_back(left)
         forget(state, swaps)
         return None, "took back a restore in place that was cut off before it began: the VM has its old disks"
-    ran = (
-        not off()
-        or not all(swap.new.exists() for swap in left)
-        or any(
-            stamp(swap.path) != (swap.new_stamp if swap.done else swap.old_stamp)
-            for swap in swaps.disks
-            if swap.done or swap.path.exists()
+    with held_off([swap.path for swap in left]) as off:
+        ran = (
+            not off
+            or not all(swap.new.exists() for swap in left)
+            or any(
+                stamp(swap.path) != (swap.new_stamp if swap.done else swap.old_stamp)
+                for swap in swaps.disks
+                if swap.done or swap.path.exists()
+            )
         )
-    )
+        if not ran:
+            carry_out(swaps)
     if ran:
         new = ", ".join(swap.disk for swap in swaps.disks if swap.done)
         old = ", ".join(swap.disk for swap in left)
@@ -221,7 +230,6 @@ def settle(state: Path, vm: VM, off: Callable[[], bool]) -> tuple[Swaps | None, 
             + "; ".join(f"mv {swap.kept} {swap.path}" for swap in swaps.disks if swap.done and swap.kept)
             + f"; then remove {_journal(state, vm)}",
         )
-    carry_out(swaps)
     return swaps, f"finished a restore in place that was cut off: {swaps.reason}"
 
 

@@ -9,8 +9,9 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 
 from backupcore.errors import BackupError, Busy, HypervisorError, NotFound
 from backupcore_libvirt.clients import wait_until_alone
-from backupcore_libvirt.connection import BACKUP, IO_ERROR, NO_JOB, PAUSED, Domain, code_of
+from backupcore_libvirt.connection import BACKUP, IO_ERROR, NO_JOB, PAUSED, Domain
 from backupcore_libvirt.folder import RunFolder
+from backupcore_libvirt.libvirt_errors import code_of
 from backupcore_libvirt.xml import parse
 
 __all__ = ["backup_xml", "bitmap_name", "end", "left_behind", "running_socket"]

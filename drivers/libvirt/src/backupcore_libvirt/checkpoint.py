@@ -17,8 +17,9 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 
 from backupcore.errors import BackupError, HypervisorError, IncrementImpossible
 from backupcore.model import BackupRun, Link, Outcome, RunState
-from backupcore_libvirt.connection import CHECKPOINT_INCONSISTENT, NO_CHECKPOINT, Domain, code_of
+from backupcore_libvirt.connection import CHECKPOINT_INCONSISTENT, NO_CHECKPOINT, Domain
 from backupcore_libvirt.disks import Node, SourceDisk, located, nodes, source_disks
+from backupcore_libvirt.libvirt_errors import code_of
 from backupcore_libvirt.stopped import remove_bitmap, stopped_nodes
 from backupcore_libvirt.xml import parse
 

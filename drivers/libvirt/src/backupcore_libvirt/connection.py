@@ -1,27 +1,22 @@
-"""libvirt, typed: the only module that imports it, and the one place where its errors are translated.
+"""libvirt, typed: no other module calls it.
 
 libvirt-python publishes no types, so every `Any` of this package ends here. Each method is one call of libvirt; its
-error comes out as a member of the taxonomy. Constants are those of libvirt's C headers; they are part of its ABI.
+error comes out as a member of the taxonomy (`libvirt_errors`). Constants are those of libvirt's C headers; they are
+part of its ABI.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal, Self
 
 import libvirt
 import libvirt_qemu
 
-from backupcore.errors import (
-    AccessDenied,
-    BackupError,
-    Busy,
-    HypervisorError,
-    NotFound,
-    UnsupportedOperation,
-)
+from backupcore.errors import BackupError, HypervisorError
+from backupcore_libvirt.libvirt_errors import calling, code_of
 
 __all__ = [
     "ACTIVE_COMMIT",
@@ -41,8 +36,6 @@ __all__ = [
     "Connection",
     "Domain",
     "StoragePool",
-    "code_of",
-    "is_away",
 ]
 
 RUNNING: int = libvirt.VIR_DOMAIN_RUNNING
@@ -62,70 +55,15 @@ ACTIVE_COMMIT: int = libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT
 NOT_READY: int = libvirt.VIR_ERR_BLOCK_COPY_ACTIVE
 NO_JOB: int = libvirt.VIR_ERR_NO_DOMAIN_BACKUP
 
-START_HINT = (
-    "Start it: 'systemctl start libvirtd' (or 'systemctl start virtqemud.socket'); without systemd: "
-    "'virtlogd -d; libvirtd -d'."
-)
-BUSY_HINT = "Wait until the other job on this VM has ended ('virsh domjobinfo VM' shows it), then run it again."
-
 # Without this, libvirt-python prints every error to stderr, also those that are handled.
 libvirt.registerErrorHandler(lambda *_: None, None)
-
-
-def code_of(error: BaseException | None) -> int:
-    """libvirt's error code (VIR_ERR_…) behind a translated error; 0 if there is none."""
-    cause = error.__cause__ if error is not None else None
-    return int(cause.get_error_code() or 0) if isinstance(cause, libvirt.libvirtError) else 0
-
-
-def is_away(error: BackupError) -> bool:
-    """Whether the daemon did not answer, or no longer: it is away, or was started anew."""
-    return error.hint == START_HINT
-
-
-@contextmanager
-def _calling(what: str) -> Iterator[None]:
-    try:
-        yield
-    except libvirt.libvirtError as error:
-        raise _translate(error, what) from error
-
-
-def _translate(error: Any, what: str) -> BackupError:  # noqa: PLR0911 - one return per kind of answer
-    code = error.get_error_code()
-    text = str(error.get_error_message() or error)
-    message = f"{what}: {text}"
-    lower = text.lower()
-    if code == libvirt.VIR_ERR_NO_DOMAIN:
-        return NotFound(message, "List the VMs with: vmkeep vm list")
-    if (
-        code in (libvirt.VIR_ERR_AUTH_FAILED, libvirt.VIR_ERR_AUTH_CANCELLED, libvirt.VIR_ERR_AUTH_UNAVAILABLE)
-        or code in (libvirt.VIR_ERR_ACCESS_DENIED, libvirt.VIR_ERR_OPERATION_DENIED)
-        or ("connect" in lower and "permission denied" in lower)
-    ):
-        return AccessDenied(message, "Run it as root or as a member of the group 'libvirt', or use qemu:///session.")
-    if code == libvirt.VIR_ERR_DBUS_SERVICE or "system bus" in lower or "polkit" in lower:
-        # What an ordinary user gets from qemu:///system where polkit does not run.
-        return AccessDenied(
-            f"{message} (libvirt asks polkit over the system bus who may connect)",
-            "Run it as root, or use qemu:///session.",
-        )
-    if code in (libvirt.VIR_ERR_OPERATION_TIMEOUT, libvirt.VIR_ERR_RESOURCE_BUSY):
-        return Busy(message, BUSY_HINT)
-    if code in (libvirt.VIR_ERR_OPERATION_UNSUPPORTED, libvirt.VIR_ERR_NO_SUPPORT, libvirt.VIR_ERR_CONFIG_UNSUPPORTED):
-        return UnsupportedOperation(message)
-    if error.get_error_domain() == libvirt.VIR_FROM_RPC or "client socket is closed" in lower or "broken pipe" in lower:
-        return HypervisorError(f"{what}: libvirt does not answer: {text}", START_HINT)
-    if code in (libvirt.VIR_ERR_NO_CONNECT, libvirt.VIR_ERR_INVALID_CONN) or "unexpected qemu uri" in lower:
-        return HypervisorError(message, "Check 'uri' in the configuration: qemu:///system or qemu:///session.")
-    return HypervisorError(message)
 
 
 class Connection:
     """One connection to a libvirt daemon, a context manager. Calls of libvirt leave other threads running."""
 
     def __init__(self, uri: str) -> None:
-        with _calling(f"connect to {uri}"):
+        with calling(f"connect to {uri}"):
             self._conn: Any = libvirt.open(uri)
         self.uri = uri
 
@@ -144,47 +82,47 @@ class Connection:
 
     def domain(self, uuid: str) -> Domain:
         """The VM with this UUID. NotFound."""
-        with _calling(f"VM {uuid}"):
+        with calling(f"VM {uuid}"):
             return Domain(self._conn.lookupByUUIDString(uuid))
 
     def domains(self) -> Sequence[Domain]:
         """Every VM, running or not."""
-        with _calling("list the VMs"):
+        with calling("list the VMs"):
             return [Domain(domain) for domain in self._conn.listAllDomains(0)]
 
     def define(self, xml: str) -> Domain:
         """Define a VM, or change one of the same name and UUID. What libvirt's schema does not know is refused."""
-        with _calling("define the VM"):
+        with calling("define the VM"):
             return Domain(self._conn.defineXMLFlags(xml, libvirt.VIR_DOMAIN_DEFINE_VALIDATE))
 
     def pools(self) -> list[str]:
         """The names of all storage pools, active or not."""
-        with _calling("list the storage pools"):
+        with calling("list the storage pools"):
             return [str(pool.name()) for pool in self._conn.listAllStoragePools(0)]
 
     def pool(self, name: str) -> StoragePool:
         """The storage pool of that name."""
-        with _calling(f"storage pool {name}"):
+        with calling(f"storage pool {name}"):
             return StoragePool(self._conn.storagePoolLookupByName(name))
 
     def libvirt_version(self) -> tuple[int, int, int]:
         """The daemon's version."""
-        with _calling("libvirt's version"):
+        with calling("libvirt's version"):
             return _version(self._conn.getLibVersion())
 
     def qemu_version(self) -> tuple[int, int, int]:
         """The version of the QEMU that new VMs get. HypervisorError if none is installed."""
-        with _calling("QEMU's version"):
+        with calling("QEMU's version"):
             return _version(self._conn.getVersion())
 
     def capabilities(self) -> str:
         """The host's capabilities, XML."""
-        with _calling("the host's capabilities"):
+        with calling("the host's capabilities"):
             return str(self._conn.getCapabilities())
 
     def domain_capabilities(self, emulator: str, arch: str, machine: str, kind: str) -> str:
         """What libvirt can do with VMs of this kind, XML; libvirt caches it."""
-        with _calling("the capabilities for this kind of VM"):
+        with calling("the capabilities for this kind of VM"):
             return str(self._conn.getDomainCapabilities(emulator or None, arch, machine or None, kind, 0))
 
 
@@ -196,7 +134,7 @@ class StoragePool:
         self.name: str = pool.name()
 
     def _calling(self, what: str) -> Any:
-        return _calling(f"storage pool {self.name}: {what}")
+        return calling(f"storage pool {self.name}: {what}")
 
     def xml(self) -> str:
         """Its definition."""
@@ -238,7 +176,7 @@ class Domain:
         self.uuid: str = domain.UUIDString()
 
     def _calling(self, what: str) -> Any:
-        return _calling(f"VM {self.name}: {what}")
+        return calling(f"VM {self.name}: {what}")
 
     def state(self) -> tuple[int, int]:
         """(state, reason), the numbers of virDomainState and its reasons."""

@@ -9,8 +9,9 @@ from pathlib import Path
 from backupcore.errors import BackupError
 from backupcore.hypervisor import Finding
 from backupcore_libvirt.connection import Connection
-from backupcore_libvirt.folder import Owner, RunFolder, check_scratch, require_room, scratch_room
+from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.owner import confinement, default_owner
+from backupcore_libvirt.scratch import Owner, check_scratch, require_room, scratch_room
 from backupcore_libvirt.versions import LIBVIRT, QEMU, text
 
 __all__ = ["findings"]

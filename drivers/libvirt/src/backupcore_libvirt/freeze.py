@@ -21,9 +21,10 @@ from backupcore.context import Context
 from backupcore.errors import BackupError, Busy, HypervisorError, NotFound, UnsupportedOperation
 from backupcore.model import Consistency
 from backupcore_libvirt import freeze_record
-from backupcore_libvirt.connection import AGENT_UNRESPONSIVE, PAUSED, PAUSED_BY_USER, RUNNING, Domain, code_of
+from backupcore_libvirt.connection import AGENT_UNRESPONSIVE, PAUSED, PAUSED_BY_USER, RUNNING, Domain
 from backupcore_libvirt.folder import RunFolder, dead_folders
 from backupcore_libvirt.freeze_record import FreezeRecord, How
+from backupcore_libvirt.libvirt_errors import code_of
 from backupcore_libvirt.watchdog import watchdog
 from backupcore_libvirt.xml import parse
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from backupcore.errors import Busy, HypervisorError, IntegrityError, NotFound, UnsupportedOperation, from_os_error
 from backupcore.hypervisor import DiskFile
 from backupcore_libvirt.connection import OFF, Connection, Domain
-from backupcore_libvirt.disks import source_disks
+from backupcore_libvirt.disks import SourceDisk, source_disks
 from backupcore_libvirt.overlay import any_overlay
+from backupcore_libvirt.vm_files import VMFile, nvram_file
 from backupcore_libvirt.xml import parse
 
 __all__ = ["fit", "require_replaceable"]
@@ -24,7 +25,13 @@ __all__ = ["fit", "require_replaceable"]
 _COPIED = ("security.selinux", "system.posix_acl_access")
 
 
-def require_replaceable(connection: Connection, domain: Domain, disks: Sequence[str]) -> dict[str, DiskFile]:
+NVRAM = "nvram"
+"""What the file of the firmware's variables is called beside the disks: as the artifact of a backup."""
+
+
+def require_replaceable(
+    connection: Connection, domain: Domain, disks: Sequence[str], *, nvram: bool = False
+) -> dict[str, DiskFile]:
     """The file of each of `disks`, if all of them may be replaced; see `backupcore.hypervisor.Hypervisor`."""
     _require_off(domain)
     if names := domain.snapshots():
@@ -50,10 +57,7 @@ def require_replaceable(connection: Connection, domain: Domain, disks: Sequence[
         if disk.left_out:
             raise UnsupportedOperation(f"VM {domain.name}: disk {name} is {disk.left_out}", "Restore it with --to.")
         if disk.kind != "file":
-            raise UnsupportedOperation(
-                f"VM {domain.name}: disk {name} is a {disk.kind} disk ({disk.path}); only files are replaced in place",
-                "Restore it with --to, then write it there: qemu-img convert -n -O FORMAT FILE TARGET",
-            )
+            raise _no_file(domain, disk)
         if disk.encrypted:
             raise UnsupportedOperation(f"VM {domain.name}: disk {name} is encrypted", "Restore it with --to.")
         found[name] = DiskFile(path=_regular(domain, name, Path(disk.path)), format=disk.format)
@@ -65,10 +69,29 @@ def require_replaceable(connection: Connection, domain: Domain, disks: Sequence[
                 f"VM {domain.name}: the definition itself names a backing file of disk {target.get('dev')}",
                 f"Remove <backingStore> from it with 'virsh edit {domain.name}', or restore to new files with --to.",
             )
+    variables = nvram_file(definition) if nvram else None
+    if isinstance(variables, VMFile):
+        found[NVRAM] = DiskFile(path=_regular(domain, NVRAM, variables.path), format="")
     _require_ours(connection, domain, found)
     for name, file in found.items():
         _require_closed(domain, name, file)
     return found
+
+
+def _no_file(domain: Domain, disk: SourceDisk) -> UnsupportedOperation:
+    """There is no room beside a device in which its old contents could be kept."""
+    if disk.kind == "block" and disk.format == "raw":
+        hint = (
+            f"To give up what it holds now: vmkeep restore ID --disk {disk.id} --device {disk.path} --overwrite. "
+            "Choose the others with --disk."
+        )
+    else:
+        hint = "Restore it with --to, then write it there: qemu-img convert -O FORMAT FILE TARGET"
+    return UnsupportedOperation(
+        f"VM {domain.name}: disk {disk.id} is a {disk.kind} disk ({disk.path}), beside which its old contents cannot "
+        "be kept; only files are replaced in place",
+        hint,
+    )
 
 
 def _require_off(domain: Domain) -> None:
@@ -115,6 +138,9 @@ def _require_ours(connection: Connection, domain: Domain, files: dict[str, DiskF
 
 def _used(domain: Domain) -> Iterator[Path]:
     for xml in (domain.live_xml(), domain.inactive_xml()) if domain.is_persistent() else (domain.live_xml(),):
+        variables = nvram_file(xml)
+        if isinstance(variables, VMFile):
+            yield variables.path.resolve()
         for disk in parse(xml).iterfind("./devices/disk"):
             driver = disk.find("driver")
             shape = driver.get("type", "raw") if driver is not None else "raw"
@@ -136,7 +162,7 @@ def _chain(path: Path, shape: str) -> Iterator[str]:
 
 
 def _require_closed(domain: Domain, disk: str, file: DiskFile) -> None:
-    if not file.path.exists():
+    if not file.path.exists() or not file.format:
         return
     # Without -U QEMU asks for its locks, which another QEMU that writes there holds, on whichever host it runs.
     done = _run(["qemu-img", "info", "-f", file.format, "--", str(file.path)])
@@ -149,8 +175,9 @@ def _require_closed(domain: Domain, disk: str, file: DiskFile) -> None:
 
 
 def fit(written: Path, old: DiskFile) -> None:
-    """Make the qcow2 file `written` what takes the place of `old`."""
-    _ask(["qemu-img", "check", "-q", "-f", "qcow2", "--", str(written)], written)
+    """Make the qcow2 file `written`, or one that is no disk, what takes the place of `old`."""
+    if old.format:
+        _ask(["qemu-img", "check", "-q", "-f", "qcow2", "--", str(written)], written)
     if old.format == "raw":
         raw = written.with_name(f"{written.name}.raw")
         try:

@@ -12,9 +12,10 @@ from backupcore.model import BackupRun, Consistency, LeftOut
 from backupcore_libvirt.checkpoint import Since, since
 from backupcore_libvirt.connection import IO_ERROR, OFF, PAUSED, RUNNING, SHUTTING_DOWN, Connection, Domain
 from backupcore_libvirt.disks import DiskChoice, Node, SourceDisk, located, nodes, source_disks
-from backupcore_libvirt.folder import Owner, RunFolder, check_scratch, require_room, scratch_room
+from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.freeze import Freeze, plan
 from backupcore_libvirt.owner import qemu_owner
+from backupcore_libvirt.scratch import Owner, check_scratch, require_room, scratch_room
 from backupcore_libvirt.stopped import check_backing, stopped_nodes
 from backupcore_libvirt.versions import require, require_stopped
 from backupcore_libvirt.vm_files import VMFile, vm_files
@@ -147,17 +148,24 @@ def _refuse(
         reasons = "; ".join(f"{disk.id}: {disk.left_out}" for disk in every) or "it has none"
         raise UnsupportedOperation(f"VM {domain.name} has no disk that a backup could hold ({reasons})")
     for disk in disks:
-        if disk.encrypted and not choice.plain_text:
+        if not disk.encrypted:
+            continue
+        without = f"Leave it out: vmkeep vm updateconf {domain.name} --exclude-disks {disk.id}; or"
+        if not live:
+            told = (
+                ""
+                if choice.plain_text
+                else ", and say --encrypted-disks PLAIN where the datastore may hold its contents"
+            )
+            raise UnsupportedOperation(
+                f"VM {domain.name} is off, and disk {disk.id} is encrypted; only the QEMU of a running VM has its key",
+                f"{without} start the VM{told}",
+            )
+        if not choice.plain_text:
             raise UnsupportedOperation(
                 f"VM {domain.name}: disk {disk.id} is encrypted; QEMU shows what the guest sees, so its backup would "
                 "hold it in plain text",
-                f"Leave it out: vmkeep vm updateconf {domain.name} --exclude-disks {disk.id}; or, where the datastore "
-                "may hold its contents: --encrypted-disks PLAIN",
-            )
-        if disk.encrypted and not live:
-            raise UnsupportedOperation(
-                f"VM {domain.name} is off, and disk {disk.id} is encrypted; only the QEMU of a running VM has its key",
-                "Start the VM: encrypted disks are read while it runs.",
+                f"{without}, where the datastore may hold its contents: --encrypted-disks PLAIN",
             )
 
 

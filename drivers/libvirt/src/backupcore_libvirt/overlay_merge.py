@@ -17,7 +17,8 @@ from xml.etree.ElementTree import tostring
 from backupcore.disk.nbd import DEPTH, Client, held
 from backupcore.errors import BackupError, Busy, HypervisorError, NotFound, UnsupportedOperation
 from backupcore_libvirt import qemu_img
-from backupcore_libvirt.connection import ACTIVE_COMMIT, COMMIT, NOT_READY, Connection, Domain, code_of
+from backupcore_libvirt.connection import ACTIVE_COMMIT, COMMIT, NOT_READY, Connection, Domain
+from backupcore_libvirt.libvirt_errors import code_of
 from backupcore_libvirt.overlay import Stack, is_overlay, overlays_beside, stacks
 from backupcore_libvirt.qemu_nbd import QemuNbd
 from backupcore_libvirt.xml import Element, parse
@@ -79,11 +80,18 @@ class Merger:
     def _merge_live(self, stack: Stack, low: int, high: int) -> None:
         below, shape = stack.file(low - 1)
         last = high == len(stack.overlays) - 1
-        if last and qemu_img.info(below, shape).virtual_size > qemu_img.info(stack.top, "qcow2").virtual_size:
+        if last and _size(below, shape) > _size(stack.top):
             raise UnsupportedOperation(
                 f"VM {self.domain.name}: disk {stack.disk} was made smaller, so {stack.top} can be merged into {below} "
                 "only while the VM is off",
                 "Power it off and run the backup again.",
+            )
+        if not last and _cut_off(stack, low, high):
+            # A commit does not cut off the file below. (While it runs QEMU lets nobody resize the disk.)
+            raise UnsupportedOperation(
+                f"VM {self.domain.name}: disk {stack.disk} was made smaller and has grown since, so "
+                f"{stack.overlays[high].path} is not merged yet: the guest would see again what was cut off",
+                "The next backup does it.",
             )
         self.domain.begin_commit(stack.disk, below, None if last else stack.overlays[high].path)
         self._follow(stack.disk)
@@ -144,6 +152,8 @@ class Merger:
                 # libvirt writes the chain of files into the stored definition, and believes that more than the images.
                 set_source(self.domain, stack.disk, stack.top, stack.top_shape)
                 qemu_img.commit(overlay, self.check)
+                if _cut_off(stack, index, index):
+                    qemu_img.shrink(below, shape, _size(overlay))
                 qemu_img.rebase(stack.overlays[index + 1].path, below, shape)
             self._discard(overlay)
             stack = replace(stack, overlays=stack.overlays[:index] + stack.overlays[index + 1 :])
@@ -161,7 +171,7 @@ class Merger:
                     "Run the backup again.",
                 )
             set_source(self.domain, stack.disk, below, shape)
-        if qemu_img.info(below, shape).virtual_size > size:
+        if _size(below, shape) > size:
             qemu_img.shrink(below, shape, size)  # the guest has seen it smaller since, and no less
 
     def sweep(self, stack: Stack) -> None:
@@ -205,6 +215,19 @@ class Merger:
         if qemu_img.is_open_elsewhere(path):
             raise Busy(f"{path} stays: a process still has it open", "It holds nothing any more: remove it by hand.")
         Path(path).unlink()
+
+
+def _size(path: str, shape: str = "qcow2") -> int:
+    """What the guest sees of an image, in bytes."""
+    return qemu_img.info(path, shape).virtual_size
+
+
+def _cut_off(stack: Stack, low: int, high: int) -> bool:
+    """Whether the file below overlay `low` reaches beyond overlay `high` where the one above that does as well: there
+
+    the disk reads as zeros, since the shorter file lies in between, and without that it would show old bytes.
+    """
+    return min(_size(*stack.file(low - 1)), _size(*stack.file(high + 1))) > _size(*stack.file(high))
 
 
 def _named(xml: str, *, whole: bool) -> set[str]:

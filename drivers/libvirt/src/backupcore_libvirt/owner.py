@@ -6,7 +6,7 @@ import os
 import pwd
 
 from backupcore_libvirt.connection import Connection
-from backupcore_libvirt.folder import Owner
+from backupcore_libvirt.scratch import Owner
 from backupcore_libvirt.xml import parse
 
 __all__ = ["confinement", "default_owner", "qemu_owner"]

@@ -7,62 +7,42 @@ import difflib
 import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from backupcore import hookimpl
 from backupcore.context import Context
-from backupcore.disk.qcow2 import DiskArtifact
 from backupcore.errors import BackupError, HypervisorError, NotFound
-from backupcore.hypervisor import Definition, DiskFile, Finding, Pool, Unchanged, VMDisk, VMState
-from backupcore.model import (
-    VM,
-    Artifact,
-    BackupRun,
-    BytesArtifact,
-    Disk,
-    DiskEstimate,
-    Estimate,
-    Outcome,
-    Prepared,
-    RunState,
-    new_id,
-)
+from backupcore.hypervisor import Definition, DiskFile, Finding, Pool, Unchanged, VMState
+from backupcore.model import VM, Artifact, BackupRun, BytesArtifact, Estimate, Outcome, Prepared, RunState, new_id
 from backupcore_libvirt import __version__, checkpoint, freeze_record, overlay_run
 from backupcore_libvirt.backup_job import end, left_behind
-from backupcore_libvirt.begin import begin
 from backupcore_libvirt.checkpoint import make_known
-from backupcore_libvirt.connection import (
-    OFF,
-    PAUSED,
-    RUNNING,
-    Connection,
-    Domain,
-    is_away,
-)
-from backupcore_libvirt.cut import REASON as CUT
-from backupcore_libvirt.cut import tail, was_cut
+from backupcore_libvirt.connection import Connection
 from backupcore_libvirt.define import define, require_definable
 from backupcore_libvirt.definition import restored_definition
-from backupcore_libvirt.disks import BY_RULE, DiskChoice, SourceDisk, source_disks
-from backupcore_libvirt.export import Export, artifact
 from backupcore_libvirt.findings import findings
 from backupcore_libvirt.folder import RunFolder, living_vms
 from backupcore_libvirt.freeze import DEAD_LIMIT, frozen, release
-from backupcore_libvirt.hold import hold, live_exports
+from backupcore_libvirt.hold import hold_live, hold_off
+from backupcore_libvirt.image_lock import keep_closed
 from backupcore_libvirt.in_place import fit, require_replaceable
-from backupcore_libvirt.look import Look, look
-from backupcore_libvirt.overlay import is_overlay
+from backupcore_libvirt.libvirt_errors import is_away
+from backupcore_libvirt.look import look
 from backupcore_libvirt.overlay_plan import plan, without_bitmaps
 from backupcore_libvirt.pools import add_volume, find_pool
-from backupcore_libvirt.qemu_nbd import end_stray, is_served
+from backupcore_libvirt.qemu_nbd import end_stray
 from backupcore_libvirt.recovery import clear, recover
-from backupcore_libvirt.scratch_watch import ScratchWatch, watch
+from backupcore_libvirt.scratch_watch import ScratchWatch
 from backupcore_libvirt.settings import read as read_settings
 from backupcore_libvirt.settings import write as write_settings
+from backupcore_libvirt.start_watch import StartWatch
+from backupcore_libvirt.taken import estimate_of, taken_of
 from backupcore_libvirt.unchanged import hold_unchanged
 from backupcore_libvirt.vm_files import read as read_file
+from backupcore_libvirt.vm_state import choice_of, state_of
+from backupcore_libvirt.watch import stop_watches
 
 __all__ = ["Libvirt"]
 
@@ -113,18 +93,17 @@ class Libvirt:
             if overlays:
                 date = overlay_run.begin(domain, run, overlays, seen.all_disks)
             elif seen.live:
-                date = begin(domain, run, folder, seen)
-                exports = live_exports(folder, seen)
+                date, exports = hold_live(domain, run, folder, seen)
             else:
-                date, exports = hold(run, folder, seen, ctx)
+                if any(disk.kind == "block" for disk in seen.disks):
+                    StartWatch(self.uri, domain.uuid, domain.name, folder, ctx).begin()
+                date, exports = hold_off(run, folder, seen, ctx)
         if overlays:
             exports = overlay_run.serve(domain, run, overlays, live=seen.live, folder=folder, ctx=ctx)
         elif seen.live:
-            scratch_watch = ScratchWatch(self.uri, domain.uuid, domain.name, folder, ctx)
-            ctx.stack.callback(scratch_watch.stop)
-            scratch_watch.start()
+            ScratchWatch(self.uri, domain.uuid, domain.name, folder, ctx).begin()
         files = [read_file(domain.name, file) for file in seen.files]
-        taken = [_taken(disk, exports[disk.id], seen, run) for disk in seen.disks]
+        taken = [taken_of(disk, exports[disk.id], seen, run) for disk in seen.disks]
         for disk_artifact, _ in taken:
             ctx.stack.callback(disk_artifact.close)
         artifacts: list[Artifact] = [
@@ -148,8 +127,7 @@ class Libvirt:
 
         Finds out what is there, so it works after a crash, in another process, and where `prebackup` never ran.
         """
-        if (running := watch(run.id)) is not None:
-            running.stop()
+        stop_watches(run.id)
         folder = RunFolder(self.scratch, run.id)
         end_stray(folder.path)
         # Where something is held, a libvirtd that is just being started anew is waited for.
@@ -181,7 +159,7 @@ class Libvirt:
             states = []
             for domain in connection.domains():
                 with contextlib.suppress(NotFound):  # one that ended, or was undefined, since it was listed
-                    states.append(_state(domain, backed_up))
+                    states.append(state_of(domain, backed_up))
         return sorted(states, key=lambda state: state.vm.name)
 
     def find(self, vm: str, defaults: Mapping[str, str] | None = None) -> VMState:
@@ -190,10 +168,10 @@ class Libvirt:
             domains = connection.domains()
             for domain in domains:
                 if domain.name == vm:
-                    return _state(domain, living_vms(self.scratch), _choice(domain, defaults))
+                    return state_of(domain, living_vms(self.scratch), choice_of(domain, defaults))
             for domain in domains:
                 if domain.uuid == vm.lower():
-                    return _state(domain, living_vms(self.scratch), _choice(domain, defaults))
+                    return state_of(domain, living_vms(self.scratch), choice_of(domain, defaults))
             names = [domain.name for domain in domains]
         near = difflib.get_close_matches(vm, names, n=3, cutoff=0.5)
         hint = f"Did you mean: {', '.join(near)}?" if near else "List the VMs with: vmkeep vm list"
@@ -206,7 +184,7 @@ class Libvirt:
             left_behind(domain, self.scratch)
             seen = look(connection, domain, without_bitmaps(run), self.scratch)
             overlays = plan(domain, run, seen.disks)
-            disks = overlays.estimate() if overlays else tuple(_estimated(domain, disk, seen) for disk in seen.disks)
+            disks = overlays.estimate() if overlays else tuple(estimate_of(domain, disk, seen) for disk in seen.disks)
         return Estimate(disks=disks, left_out=seen.left_out)
 
     @contextlib.contextmanager
@@ -300,10 +278,14 @@ class Libvirt:
         with Connection(self.uri) as connection:
             connection.pool(pool.name).refresh()
 
-    def require_replaceable(self, vm: VM, disks: Sequence[str]) -> Mapping[str, DiskFile]:
+    def require_replaceable(self, vm: VM, disks: Sequence[str], *, nvram: bool = False) -> Mapping[str, DiskFile]:
         """That disks of a powered-off VM may be replaced, and their files; see `backupcore_libvirt.in_place`."""
         with Connection(self.uri) as connection:
-            return require_replaceable(connection, connection.domain(vm.uuid), disks)
+            return require_replaceable(connection, connection.domain(vm.uuid), disks, nvram=nvram)
+
+    def keep_closed(self, files: Sequence[Path]) -> AbstractContextManager[None]:
+        """Hold QEMU's own lock on these files; see `backupcore_libvirt.image_lock`."""
+        return keep_closed(files)
 
     def fit(self, written: Path, old: DiskFile) -> None:
         """Make a restored qcow2 file like the one that it replaces."""
@@ -341,71 +323,3 @@ def _release(connection: Connection, run: BackupRun, outcome: Outcome, folder: R
         checkpoint.tidy(domain, run, outcome)
     if problems:
         raise problems[0]
-
-
-def _taken(disk: SourceDisk, export: Export, seen: Look, run: BackupRun) -> tuple[DiskArtifact, Disk]:
-    """The artifact of one disk: what changed, or all of it."""
-    reason = seen.since.whole.get(disk.id, "") if seen.since else ""
-    then = next((one for one in run.parent.disks if one.id == disk.id), None) if run.parent else None
-    found = artifact(disk.id, export, then.virtual_size if then else None)
-    held = then.tail if then else ()
-    if export.bitmap is not None and was_cut(export.address, found.layout, held):
-        export, reason = replace(export, bitmap=None), CUT
-        found = artifact(disk.id, export)
-    whole = export.whole
-    return found, Disk(
-        id=disk.id,
-        artifact=found.name,
-        virtual_size=found.layout.virtual_size,
-        whole=whole,
-        reason=reason,
-        path=disk.path,
-        tail=tail(found.layout, () if whole else held),
-    )
-
-
-def _estimated(domain: Domain, disk: SourceDisk, seen: Look) -> DiskEstimate:
-    name = seen.bitmaps.get(disk.id)
-    if name is None:
-        # libvirt cannot tell how much of a block device is in use.
-        size = domain.block_sizes(disk.id)[1] if disk.kind != "block" else None
-    else:
-        size = next(bitmap.dirty for bitmap in seen.nodes[disk.id].bitmaps if bitmap.name == name)
-    reason = seen.since.whole.get(disk.id, "") if seen.since else ""
-    return DiskEstimate(id=disk.id, bytes=size, whole=name is None, reason=reason)
-
-
-def _choice(domain: Domain, defaults: Mapping[str, str] | None) -> DiskChoice:
-    return BY_RULE if defaults is None else DiskChoice.of({**defaults, **read_settings(domain)})
-
-
-def _state(domain: Domain, backed_up: Collection[str], choice: DiskChoice = BY_RULE) -> VMState:
-    number, _ = domain.state()
-    state: Literal["running", "paused", "off", "saved", "other"] = "other"
-    if number == RUNNING:
-        state = "running"
-    elif number == PAUSED:
-        state = "paused"
-    elif number in OFF:
-        state = "saved" if domain.is_saved() else "off"
-    disks = tuple(
-        VMDisk(
-            id=disk.id,
-            path=disk.path,
-            format=disk.format,
-            virtual_size=_virtual_size(domain, disk.id) if not disk.left_out else None,
-            left_out=disk.left_out,
-        )
-        for disk in source_disks(domain.live_xml(), choice)
-    )
-    being_read = domain.uuid in backed_up
-    if being_read and state in ("off", "saved") and any(is_overlay(disk.path) for disk in disks):
-        being_read = any(is_served(disk.path) for disk in disks)  # what lies below an overlay keeps no VM from starting
-    return VMState(vm=VM(uuid=domain.uuid, name=domain.name), state=state, disks=disks, being_read=being_read)
-
-
-def _virtual_size(domain: Domain, disk: str) -> int | None:
-    try:
-        return domain.block_sizes(disk)[0]
-    except BackupError:
-        return None  # its file is missing or cannot be read by libvirt: the VM is listed all the same

@@ -6,40 +6,31 @@ the guest all the same; `postbackup` then ends the job, which lets the guest go 
 
 from __future__ import annotations
 
-import threading
 import time
 from contextlib import ExitStack
 
 from backupcore.context import Context
 from backupcore.errors import BackupError, HypervisorError, NotFound, TargetFull
-from backupcore_libvirt.connection import IO_ERROR, OFF, PAUSED, Connection, Domain, is_away
-from backupcore_libvirt.folder import RunFolder, scratch_room
+from backupcore_libvirt.connection import IO_ERROR, OFF, PAUSED, Connection, Domain
+from backupcore_libvirt.folder import RunFolder
+from backupcore_libvirt.libvirt_errors import is_away
+from backupcore_libvirt.scratch import scratch_room
+from backupcore_libvirt.watch import Watch
 
-__all__ = ["ScratchWatch", "watch"]
+__all__ = ["ScratchWatch"]
 
 FREE_EVERY = 0.1  # seconds; a guest that overwrites 2 GB/s takes 200 MiB of the reserve in one interval
 STATE_EVERY = 0.5
-STOP_LIMIT = 10.0  # a libvirt that hangs must not hold up the release
 
 
-class ScratchWatch(threading.Thread):
-    """One thread per run; it only looks, and calls `Context.fail`."""
+class ScratchWatch(Watch):
+    """One thread per run."""
 
     def __init__(self, uri: str, vm_uuid: str, vm_name: str, folder: RunFolder, ctx: Context) -> None:
-        super().__init__(name=f"scratch-watch-{folder.run}", daemon=True)
-        self.folder = folder
+        super().__init__(folder, ctx)
         self._uri = uri
         self._uuid = vm_uuid
         self._vm = vm_name
-        self._ctx = ctx
-        self._stop_asked = threading.Event()
-
-    def stop(self) -> None:
-        """End it and wait for it. Idempotent."""
-        self._stop_asked.set()
-        # ctx.fail runs the callbacks of the run in this thread, and one of them may release the guest.
-        if threading.current_thread() is not self:
-            self.join(STOP_LIMIT)
 
     def run(self) -> None:
         """Look until asked to stop, or until there is something to fail for."""
@@ -47,10 +38,10 @@ class ScratchWatch(threading.Thread):
             with ExitStack() as stack:
                 self._look(stack)
         except NotFound:
-            self._ctx.fail(self._ended())
+            self.ctx.fail(self._ended())
         except (BackupError, OSError) as error:
-            if not self._stop_asked.is_set():
-                self._ctx.fail(
+            if not self.stop_asked.is_set():
+                self.ctx.fail(
                     error
                     if isinstance(error, BackupError)
                     else HypervisorError(f"scratch folder {self.folder.scratch} cannot be watched: {error}")
@@ -60,7 +51,7 @@ class ScratchWatch(threading.Thread):
         state_due = time.monotonic()
         domain: Domain | None = None
         away = False
-        while not self._stop_asked.wait(FREE_EVERY):
+        while not self.stop_asked.wait(FREE_EVERY):
             free, kept = scratch_room(self.folder.scratch)
             if free <= kept:
                 self._fail(f"{free >> 20} MiB are left of the reserve of {kept >> 20} MiB")
@@ -76,13 +67,13 @@ class ScratchWatch(threading.Thread):
                     raise
                 # The export is QEMU's, and goes on while libvirtd is started anew; scratch is watched all the same.
                 if not away:
-                    self._ctx.log.warning("VM %s: %s; the backup goes on meanwhile", self._vm, error)
+                    self.ctx.log.warning("VM %s: %s; the backup goes on meanwhile", self._vm, error)
                 domain, away = None, True
                 stack.close()
             else:
                 away = False
                 if state[0] in OFF:
-                    self._ctx.fail(self._ended())
+                    self.ctx.fail(self._ended())
                     return
                 if state == (PAUSED, IO_ERROR):
                     self._fail("QEMU has stopped the guest after an I/O error; ending the backup lets it go on")
@@ -96,7 +87,7 @@ class ScratchWatch(threading.Thread):
         )
 
     def _fail(self, why: str) -> None:
-        self._ctx.fail(
+        self.ctx.fail(
             TargetFull(
                 f"scratch folder {self.folder.scratch} is full: {why}; the backup of VM {self._vm} was given up so "
                 "that the guest can go on",
@@ -104,11 +95,3 @@ class ScratchWatch(threading.Thread):
                 "during a backup.",
             )
         )
-
-
-def watch(run: str) -> ScratchWatch | None:
-    """The watch of this run in this process, if it has one: a plugin keeps no state of a run, its threads are it."""
-    for thread in threading.enumerate():
-        if isinstance(thread, ScratchWatch) and thread.folder.run == run:
-            return thread
-    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +13,14 @@ from backupcore.disk.nbd import ALLOCATION, Client, allocation, dirty
 from backupcore.errors import IncrementImpossible
 from backupcore.hypervisor import Unchanged
 from backupcore.model import BackupRun
-from backupcore_libvirt.begin import begin
 from backupcore_libvirt.checkpoint import Since, make_known
 from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.export import Export
 from backupcore_libvirt.folder import RunFolder
-from backupcore_libvirt.hold import hold, live_exports
+from backupcore_libvirt.hold import hold_live, hold_off
 from backupcore_libvirt.look import Look, look
 from backupcore_libvirt.scratch_watch import ScratchWatch
+from backupcore_libvirt.start_watch import StartWatch
 
 __all__ = ["hold_unchanged"]
 
@@ -47,13 +47,12 @@ def hold_unchanged(
     ctx.check()
     if seen.live:
         make_known(domain, only, seen.all_disks)
-        begin(domain, run, folder, seen)
-        exports: Mapping[str, Export] = live_exports(folder, seen)
-        watch = ScratchWatch(connection.uri, domain.uuid, domain.name, folder, ctx)
-        ctx.stack.callback(watch.stop)
-        watch.start()
+        _, exports = hold_live(domain, run, folder, seen)
+        ScratchWatch(connection.uri, domain.uuid, domain.name, folder, ctx).begin()
     else:
-        _, exports = hold(run, folder, seen, ctx)
+        if any(disk.kind == "block" for disk in seen.disks):
+            StartWatch(connection.uri, domain.uuid, domain.name, folder, ctx).begin()
+        _, exports = hold_off(run, folder, seen, ctx)
     found = {disk.id: _unchanged(disk.id, exports[disk.id], ctx) for disk in chosen}
     return tuple(found.get(disk) or Unchanged(id=disk, why_not=why_not[disk]) for disk in disks)
 

@@ -18,7 +18,7 @@ from backupcore.model import BytesArtifact, LeftOut
 from backupcore_libvirt.connection import Domain
 from backupcore_libvirt.xml import Element, parse
 
-__all__ = ["VMFile", "read", "vm_files"]
+__all__ = ["VMFile", "nvram_file", "read", "vm_files"]
 
 LIMIT = 64 << 20
 """Bytes of one file; the core holds artifacts that are no disks in memory."""
@@ -44,6 +44,11 @@ def vm_files(domain: Domain, uri: str) -> tuple[tuple[VMFile, ...], tuple[LeftOu
     found = [_looked_at(one, domain) if isinstance(one, VMFile) else one for one in named]
     files = tuple(one for one in found if isinstance(one, VMFile))
     return files, tuple(one for one in found if isinstance(one, LeftOut))
+
+
+def nvram_file(xml: str) -> VMFile | LeftOut | None:
+    """The file of the firmware's variables, or why it cannot be kept; None where there is none."""
+    return _nvram(parse(xml))
 
 
 def _nvram(root: Element) -> VMFile | LeftOut | None:

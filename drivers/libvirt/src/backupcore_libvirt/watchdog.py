@@ -12,18 +12,21 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from backupcore.errors import BackupError, HypervisorError
-from backupcore_libvirt.connection import Connection
+from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.folder import RunFolder
+from backupcore_libvirt.libvirt_errors import is_away
 
 __all__ = ["Watchdog", "main", "watchdog"]
 
 START_LIMIT = 30.0
 LET_GO_LIMIT = 600.0
+AGAIN = 0.2
 # -I and the parent's own path: the child must not import what lies in the current folder.
 _CHILD = (
     "import json, sys; asked = json.loads(sys.stdin.readline()); sys.path[:] = asked['path']; "
@@ -85,20 +88,39 @@ def watchdog(uri: str, vm: str, folder: RunFolder, limit: float) -> Iterator[Wat
 
 
 def main(asked: dict[str, str]) -> None:
-    """The process itself."""
+    """The process itself. All that it needs is there before it says that it is ready."""
     from backupcore_libvirt.freeze import release  # noqa: PLC0415 - it imports this module
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # what ends the run must not end this
     try:
         with Connection(asked["uri"]) as connection:
-            domain = connection.domain(asked["vm"])
+            connection.domain(asked["vm"])
             _say("ready")
             readable, _, _ = select.select([0], [], [], float(asked["limit"]))
-            if not (readable and os.read(0, 16)):
-                release(domain, RunFolder(Path(asked["scratch"]), asked["run"]), LET_GO_LIMIT)
+            if readable and os.read(0, 16):
+                return
+            _let_go(connection, asked, release)
     except BackupError as error:  # once it was ready nobody listens; the record stays, for the next run of the VM
         _say(error.message)
+
+
+def _let_go(connection: Connection, asked: dict[str, str], release: Callable[[Domain, RunFolder, float], bool]) -> None:
+    deadline = time.monotonic() + LET_GO_LIMIT
+    folder = RunFolder(Path(asked["scratch"]), asked["run"])
+    with ExitStack() as stack:
+        while True:
+            try:
+                release(connection.domain(asked["vm"]), folder, deadline - time.monotonic())
+            except HypervisorError as error:
+                # libvirtd is being started anew, or was: a freeze outlives it, and a connection does not.
+                if not is_away(error) or time.monotonic() > deadline:
+                    raise
+            else:
+                return
+            time.sleep(AGAIN)
+            with suppress(HypervisorError):
+                connection = stack.enter_context(Connection(asked["uri"]))
 
 
 def _say(text: str) -> None:

@@ -225,8 +225,10 @@ def _in_place(
         output.line(
             f"{disk.path}  ({size(disk.virtual_size)} disk {disk.id} of VM {done.vm.name}, increment {done.number})"
         )
-    for path in done.kept.values():
-        output.line(f"the old disk is kept: {path}")
+    if done.nvram:
+        output.line(f"{done.nvram}  (UEFI variables)")
+    for name, path in done.kept.items():
+        output.line(f"the old {'NVRAM' if name == 'nvram' else 'disk'} is kept: {path}")
     output.line("The next backup of this VM is a full in a new image.")
     if done.kept:
         output.line(f"When all is well: rm {' '.join(shlex.quote(str(path)) for path in done.kept.values())}")

@@ -37,6 +37,9 @@ def replaced(done: Replaced, driver: str) -> Document:
             {**_restored(done.image, disk, driver), "kept": str(done.kept[disk.id]) if disk.id in done.kept else None}
             for disk in done.disks
         ],
+        "nvram": {"path": str(done.nvram), "kept": str(done.kept["nvram"]) if "nvram" in done.kept else None}
+        if done.nvram
+        else None,
     }
 
 
