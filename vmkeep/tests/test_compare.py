@@ -136,3 +136,22 @@ def test_nothing_else_may_work_on_the_vm_meanwhile(chain):
     assert child.wait(30) == 130
     (chain.store / "wait-restore").unlink()
     assert chain.run("backup", "web1").code == 0
+
+
+def test_a_flattened_chain_and_a_disk_that_differs_all_over(site):
+    site.write(WEB, "vda", 0, b"data" * (4 << 20))  # 16 MiB
+    site.run("backup", "web1")
+    site.write(WEB, "vda", 5 << 20, bytes(1 << 20))
+    site.run("backup", "web1")
+    assert site.run("image", "flatten", "1").code == 0
+    told, found = compared(site, "--sample", "100")
+    assert (told.code, found["increment"], found["disks"][0]["compared"]) == (0, 1, 15 << 20)
+    content = site.guest(WEB).disks["vda"]
+    for at in range(0, len(content), 2 * CLUSTER):
+        content[at] ^= 1
+    site.write_unseen(WEB, "vda", 0, content)
+    told, found = compared(site, "--sample", "100")
+    assert told.code == 8
+    assert len(found["disks"][0]["differing"]) == 100, "that is enough to know"
+    assert found["disks"][0]["compared"] < 15 << 20
+    assert "and elsewhere" in told.error["message"]

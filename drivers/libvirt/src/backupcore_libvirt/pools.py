@@ -53,7 +53,8 @@ def add_volume(pool: StoragePool, volume: str, size: int) -> Path:
     if volume in pool.volumes():
         raise ConfigError(
             f"there is a volume {volume} already in storage pool {pool.name}",
-            "Nothing is overwritten: choose another --name.",
+            "Nothing is overwritten: choose another --name. If a restore that was killed has left it: "
+            f"virsh vol-delete {volume} --pool {pool.name}",
         )
     root = Element("volume")
     SubElement(root, "name").text = volume
