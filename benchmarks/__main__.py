@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TextIO
 
+import libvirt
+
 from benchmarks import (
     catalog,
     flatten,
@@ -107,7 +109,7 @@ def main() -> int:
                             record.write(asked.record, [row], ROWS)
             finally:
                 shutil.rmtree(vms, ignore_errors=True)
-    except (libvirtd.LibvirtMissing, OSError, RuntimeError) as error:
+    except (libvirtd.LibvirtMissing, libvirt.libvirtError, OSError, RuntimeError) as error:
         print(f"{error}\nThe rest was not measured.", file=sys.stderr)
         return 1
     finally:
