@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TextIO
 
+import libvirt
+
 from benchmarks import (
     catalog,
     flatten,
@@ -47,7 +49,7 @@ DOCS = ROOT / "docs"
 
 
 @dataclass(frozen=True)
-class Kind:
+class Subject:
     """A row that can be asked for: its module, and about how many minutes it takes by default on 2 cores."""
 
     module: ModuleType
@@ -66,21 +68,21 @@ class Kind:
 
 
 ROWS = {
-    "startup": Kind(startup, 0.1),
-    "catalog": Kind(catalog, 1),
-    "reading": Kind(reading, 2),
-    "full-restic": Kind(full_restic, 6),
-    "full-s3": Kind(full_s3, 5),
-    "full-rsync": Kind(full_rsync, 5),
-    "sparse": Kind(sparse, 5),
-    "six-disks": Kind(six_disks, 5),
-    "increments": Kind(increments, 4),
-    "restore-chain": Kind(restore_chain, 9),
-    "long-chain": Kind(long_chain, 5),
-    "flatten": Kind(flatten, 15),
-    "ten-vms": Kind(ten_vms, 6),
-    "guest": Kind(guest, 8),
-    "listing": Kind(listing, 20),
+    "startup": Subject(startup, 0.1),
+    "catalog": Subject(catalog, 1),
+    "reading": Subject(reading, 2),
+    "full-restic": Subject(full_restic, 6),
+    "full-s3": Subject(full_s3, 5),
+    "full-rsync": Subject(full_rsync, 5),
+    "sparse": Subject(sparse, 5),
+    "six-disks": Subject(six_disks, 5),
+    "increments": Subject(increments, 4),
+    "restore-chain": Subject(restore_chain, 9),
+    "long-chain": Subject(long_chain, 5),
+    "flatten": Subject(flatten, 15),
+    "ten-vms": Subject(ten_vms, 6),
+    "guest": Subject(guest, 8),
+    "listing": Subject(listing, 20),
 }
 
 
@@ -107,7 +109,7 @@ def main() -> int:
                             record.write(asked.record, [row], ROWS)
             finally:
                 shutil.rmtree(vms, ignore_errors=True)
-    except (libvirtd.LibvirtMissing, OSError, RuntimeError) as error:
+    except (libvirtd.LibvirtMissing, libvirt.libvirtError, OSError, RuntimeError) as error:
         print(f"{error}\nThe rest was not measured.", file=sys.stderr)
         return 1
     finally:
@@ -120,8 +122,8 @@ def main() -> int:
 
 
 def _asked() -> argparse.Namespace:
-    total = sum(kind.minutes for kind in ROWS.values())
-    times = "\n".join(f"  {name:15} {kind.minutes:4g} min  {kind.about}" for name, kind in ROWS.items())
+    total = sum(subject.minutes for subject in ROWS.values())
+    times = "\n".join(f"  {name:15} {subject.minutes:4g} min  {subject.about}" for name, subject in ROWS.items())
     parser = argparse.ArgumentParser(
         prog="make bench",
         description=__doc__,
@@ -148,13 +150,13 @@ def _asked() -> argparse.Namespace:
 
 
 def _measured(name: str, place: Place, rounds: int, told: TextIO) -> record.Row:
-    kind = ROWS[name]
+    subject = ROWS[name]
     started = time.monotonic()
     date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     with place.row(name):
         places = {str(place.folder): "DIR", str(place.vms): "VMS", f"{Path(sys.executable).parent}/": ""}
         figures: list[Figure] = []
-        measured = (record.plain(figure, places) for figure in kind.rows(place, rounds))
+        measured = (record.plain(figure, places) for figure in subject.rows(place, rounds))
         for _, some in groupby(measured, lambda figure: (figure.what, figure.by)):
             these = list(some)
             print(line(these), file=told, flush=True)
@@ -162,7 +164,7 @@ def _measured(name: str, place: Place, rounds: int, told: TextIO) -> record.Row:
     print(f"{name} took {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     return record.Row(
         name=name,
-        about=kind.about,
+        about=subject.about,
         date=date,
         commit=machine.commit(),
         rounds=rounds,

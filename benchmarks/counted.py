@@ -14,13 +14,16 @@ _PIECE = 1 << 18
 
 
 class Counted:
-    """Within the ``with`` block `url` leads to the server on that port of the loopback; `passed` are the bytes."""
+    """Within the ``with`` block `url` leads to the server on that port of the loopback.
+
+    `sent` are the bytes from its clients to it, `received` those that it answered.
+    """
 
     def __init__(self, port: int) -> None:
         self._port = port
         self._lock = threading.Lock()
         self._listening = socket.create_server(("127.0.0.1", 0))
-        self.passed = 0
+        self.sent = self.received = 0
         self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
 
     def __enter__(self) -> Self:
@@ -41,14 +44,17 @@ class Counted:
             except OSError:
                 return
             server = socket.create_connection(("127.0.0.1", self._port))
-            for source, target in ((client, server), (server, client)):
-                threading.Thread(target=self._pass, args=(source, target), daemon=True).start()
+            for source, target, sending in ((client, server, True), (server, client, False)):
+                threading.Thread(target=self._pass, args=(source, target, sending), daemon=True).start()
 
-    def _pass(self, source: socket.socket, target: socket.socket) -> None:
+    def _pass(self, source: socket.socket, target: socket.socket, sending: bool) -> None:
         with suppress(OSError):
             while piece := source.recv(_PIECE):
                 target.sendall(piece)
                 with self._lock:
-                    self.passed += len(piece)
+                    if sending:
+                        self.sent += len(piece)
+                    else:
+                        self.received += len(piece)
         with suppress(OSError):
             target.shutdown(socket.SHUT_WR)

@@ -31,24 +31,23 @@ def rows(place: Place, rounds: int) -> Iterator[Figure]:
 def _flattens(
     place: Place, rounds: int, store: Store, increments: int, at_most: float | None = None
 ) -> Iterator[Figure]:
-    samples, passed = zip(
+    samples, moved = zip(
         *(_flatten(place, store, increments, f"{store.tool}-{increments}-{turn}") for turn in range(rounds)),
         strict=True,
     )
     what = f"flatten of a full and {increments} increments, {store.tool}"
     yield from costs(what, "vmkeep", samples)
-    yield Figure(
-        what=what,
-        by="vmkeep",
-        measure="bytes through the host",
-        unit="MiB",
-        spread=Spread.of([count / MIB for count in passed]),
-        at_most=at_most,
-    )
+    for measure, counts, limit in (
+        ("bytes into the host", [one for one, _ in moved], None),
+        ("bytes out of the host", [other for _, other in moved], None),
+        ("bytes through the host", [one + other for one, other in moved], at_most),
+    ):
+        spread = Spread.of([count / MIB for count in counts])
+        yield Figure(what=what, by="vmkeep", measure=measure, unit="MiB", spread=spread, at_most=limit)
 
 
-def _flatten(place: Place, store: Store, increments: int, name: str) -> tuple[Sample, int]:
-    """One flatten of a chain that is made for it, by a vmkeep of its own; bytes by the network, or by system calls."""
+def _flatten(place: Place, store: Store, increments: int, name: str) -> tuple[Sample, tuple[int, int]]:
+    """One flatten of a chain that is made for it, by a vmkeep of its own; and the bytes that it moved, in and out."""
     some = dirt.percent(place.data)
     vmkeep = Vmkeep(place, store, name)
     with place.live() as vm:
@@ -58,7 +57,8 @@ def _flatten(place: Place, store: Store, increments: int, name: str) -> tuple[Sa
             vmkeep.backup(vm)
     if not isinstance(store, S3):
         sample = vmkeep.flatten()
-        return sample, sample.inward + sample.outward
+        return sample, (sample.inward, sample.outward)
     with Counted(store.server.port) as counted:
         vmkeep.config = place.configuration(name, store.at(counted.url))
-        return vmkeep.flatten(), counted.passed
+        sample = vmkeep.flatten()
+        return sample, (counted.received, counted.sent)

@@ -34,8 +34,8 @@ checkpoints of others, so where it makes its own it has a second VM of equal con
 - **read**: what QEMU read of the VM's disks, by its own count (for qemu-img: what it read itself).
 - **written**: what went to the host's disks meanwhile, whoever wrote it, up to a sync at the end.
 - **frozen**: how long the guest stood still, by vmkeep's own word.
-- **bytes through the host** (flatten): between vmkeep and the server for S3; elsewhere all that the processes read and
-  wrote by system calls, so a byte that passes a pipe or a view counts on either side of it.
+- **bytes through the host** (flatten; both ways): between vmkeep and the server for S3; elsewhere all that the
+  processes read and wrote by system calls, so a byte that passes a pipe or a view counts on either side of it.
 - **latency** (guest): by the guest's own clock, which stands still where its processors do.
 """
 
