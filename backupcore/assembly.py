@@ -1,7 +1,8 @@
 """One disk put together from the layers of its chain, into whatever it is restored to.
 
-Where the store can seek, all layers are laid over one another first and only the ranges that win are fetched, in guest
-order, several at once. Otherwise each layer is read once, as a stream, newest first (`backupcore.disk.merge`).
+Where the store can seek, all layers are laid over one another first and only the ranges that win are fetched, several
+at once: into a file or a device in large spans, into a stream in guest order. Otherwise each layer is read once, as a
+stream, newest first (`backupcore.disk.merge`).
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from backupcore.disk.extents import CLUSTER, Kind, complement
 from backupcore.disk.geometry import clusters_of
-from backupcore.disk.merge import Target, merge
+from backupcore.disk.merge import Target, merge, put
 from backupcore.disk.qcow2 import DiskArtifact, Layout
-from backupcore.disk.winners import Winners, winners
+from backupcore.disk.table import DIGEST
+from backupcore.disk.winners import Run, Winners, winners
 from backupcore.merging import MOST_STREAMS, MergedDisk
 from backupcore.opened import Opened, layers_of, parts_of
 
@@ -29,7 +31,6 @@ __all__ = ["Assembly", "Nowhere"]
 
 _STEP = 16 * CLUSTER  # bytes that are fetched at once
 _AHEAD = 4  # ... and how many such fetches are under way
-_ZERO = bytes(CLUSTER)
 
 
 class Nowhere:
@@ -104,15 +105,20 @@ class Assembly:
         for offset, length in complement(data, clusters_of(size) * CLUSTER):
             if offset < size:
                 target.zero(offset, min(length, size - offset))
+        blocks = self._disk.blocks(self._winners, self._ctx.folder, self._ctx).data()
         done = 0
-        for offset, chunk in self.chunks():
-            for at, end, zero in _runs_of_zeros(chunk):
-                if zero:
-                    target.zero(offset + at, end - at)
-                else:
-                    target.write(offset + at, chunk[at:end])
-            done += len(chunk)
+        for runs in blocks.fetched(self._ctx.check):
+            for run, chunk, sums in runs:
+                self._put(target, run, chunk, sums)
+                done += len(chunk)
             advance(done)
+
+    def _put(self, target: Target, run: Run, data: memoryview, sums: bytes) -> None:
+        at = 0
+        for offset, length in self._layout.runs(run.first, run.clusters):
+            first, end = at // CLUSTER, clusters_of(at + length)
+            put(target, offset, data[at : at + length], sums[first * DIGEST : end * DIGEST])
+            at += length
 
     def chunks(self) -> Iterator[tuple[int, memoryview]]:
         """(guest offset, bytes) of all data in guest order; several reads are under way where the store can seek."""
@@ -176,18 +182,3 @@ def _pad(out: BinaryIO, length: int, ctx: Context, advance: Callable[[int], None
         out.write(zeros[:length])
         advance(min(len(zeros), length))
         length -= len(zeros)
-
-
-def _runs_of_zeros(chunk: memoryview) -> Iterator[tuple[int, int, bool]]:
-    """(start, end, whether all of it is zeros) by clusters, joined."""
-    start = 0
-    before: bool | None = None
-    for at in range(0, len(chunk), CLUSTER):
-        block = chunk[at : at + CLUSTER]
-        zero = block == _ZERO[: len(block)]
-        if before is not None and zero is not before:
-            yield start, at, before
-            start = at
-        before = zero
-    if before is not None:
-        yield start, len(chunk), before

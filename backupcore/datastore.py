@@ -261,9 +261,20 @@ class _Exact(Artifact):
             self._ctx.check()
         with _reading(self._what):
             data = self._inner.read_at(offset, length)
-        if len(data) != max(0, min(length, self.size - offset)):
-            raise IntegrityError(f"{self._what}: {len(data)} bytes at {offset} instead of {length}")
+        self._exactly(offset, length, len(data))
         return data
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        if self._ctx is not None:
+            self._ctx.check()
+        with _reading(self._what):
+            count = self._inner.read_into(offset, buffer)
+        self._exactly(offset, len(buffer), count)
+        return count
+
+    def _exactly(self, offset: int, length: int, count: int) -> None:
+        if count != max(0, min(length, self.size - offset)):
+            raise IntegrityError(f"{self._what}: {count} bytes at {offset} instead of {length}")
 
 
 class _ExactStream(io.RawIOBase):

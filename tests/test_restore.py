@@ -362,7 +362,8 @@ def test_of_a_store_that_can_seek_only_the_ranges_that_win_are_fetched(site: Sit
     Ranges.fetched.clear()
     site.restore(2, disks=["vda"])
     clusters = {at // 65536 for at in range(100_000, 100_000 + (1 << 20))} | {(5 << 20) // 65536}
-    assert Ranges.fetched["disk.vda.qcow2"] <= (len(clusters) + 1) * 65536
+    # ... and the one cluster between two of them that has been zeroed since: cheaper than a second request
+    assert Ranges.fetched["disk.vda.qcow2"] <= (len(clusters) + 2) * 65536
 
 
 @pytest.mark.parametrize("driver", DRIVERS)

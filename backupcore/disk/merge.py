@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import groupby
 from typing import BinaryIO, Protocol
 
 from backupcore.disk.extents import CLUSTER, Extent, ExtentTable, Kind, complement, intersect
@@ -23,7 +24,7 @@ from backupcore.disk.stored import Order, StoredDisk, read_exactly
 from backupcore.disk.table import DIGEST, digests
 from backupcore.errors import IntegrityError
 
-__all__ = ["Layer", "Target", "merge"]
+__all__ = ["Layer", "Target", "merge", "put"]
 
 _STEP = 16  # clusters read at once: 1 MiB, after which a cancel is looked for
 _BATCH = 4 * _STEP  # clusters that are checked and written in one go, while the next are being read
@@ -265,20 +266,28 @@ def _place(layer: Layer, batch: Sequence[_Read], disk: _Disk) -> None:
             data = view[at * CLUSTER : (at + clusters) * CLUSTER]
             sums = read.sums[at * DIGEST : (at + clusters) * DIGEST]
             at += clusters
-            if _ZERO_CLUSTER in sums:
-                _put_sparse(offset, data, sums, disk)
-            else:
-                disk.write(offset, data)
+            put(disk, offset, data, sums)
 
 
-def _put_sparse(offset: int, data: memoryview, sums: bytes, disk: _Disk) -> None:
-    """Give the disk data of which some clusters are zeros, as their digests tell for nothing."""
-    for at in range(0, len(data), CLUSTER):
-        index = at // CLUSTER * DIGEST
-        if sums[index : index + DIGEST] == _ZERO_CLUSTER:
-            disk.zero(offset + at, CLUSTER)
+def put(target: Target, offset: int, data: memoryview, sums: bytes) -> None:
+    """Give `data` to the target, clusters of zeros as such: their digests tell which those are, for nothing.
+
+    `sums` are the digests from its first cluster on. The last cluster may be cut.
+    """
+    if _ZERO_CLUSTER not in sums:
+        target.write(offset, data)
+        return
+
+    def is_zero(at: int) -> bool:
+        return sums[at // CLUSTER * DIGEST :][:DIGEST] == _ZERO_CLUSTER
+
+    for zero, clusters in groupby(range(0, len(data), CLUSTER), is_zero):
+        places = list(clusters)
+        first, end = places[0], min(places[-1] + CLUSTER, len(data))
+        if zero:
+            target.zero(offset + first, end - first)
         else:
-            disk.write(offset + at, data[at : at + CLUSTER])
+            target.write(offset + first, data[first:end])
 
 
 def _mismatch(layer: Layer, found: bytes, read: _Read) -> IntegrityError:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from backupcore.disk.extents import CLUSTER
 from backupcore.disk.geometry import clusters_of
 from backupcore.disk.qcow2 import BlockReader, Pending
+from backupcore.disk.spans import MOST, Span, spans
 from backupcore.disk.stored import read_exactly
 from backupcore.disk.table import DIGEST, digests
 from backupcore.disk.winners import Run, Winners
@@ -26,8 +28,10 @@ from backupcore.model import Artifact, stream
 
 __all__ = ["MergedArtifact", "MergedBlocks", "MergedData", "MergedLayer"]
 
-_STEP = 16  # clusters that are fetched at once
-_REQUESTS = 4  # ... and how many such fetches are under way where a store can seek
+_STEP = 16  # clusters that a layer which is read forward is asked for at once
+_REQUESTS = 4  # reads that are under way at once where a store can seek
+T = TypeVar("T")
+_LOOK = 0.1  # seconds between two looks at whether the work is to stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,7 @@ class _Streamed:
         self._position = 0
         self._ended = False
 
-    def read(self, index: int, count: int) -> bytes:
+    def read_into(self, index: int, buffer: memoryview) -> None:
         offset = self._layer.data_offset + index * CLUSTER
         with self._lock:
             if self._ended:
@@ -59,20 +63,22 @@ class _Streamed:
                 self._stream = self._layer.artifact.open()
                 self._position = 0
             while self._position < offset:
-                self._position += len(self._next(min(offset - self._position, _STEP * CLUSTER)))
-            data = self._next(count * CLUSTER)
-            self._position += len(data)
+                self._next(min(offset - self._position, _STEP * CLUSTER))
+            for at in range(0, len(buffer), _STEP * CLUSTER):
+                part = buffer[at : at + _STEP * CLUSTER]
+                part[:] = self._next(len(part))
             if self._ended or self._position == self._layer.artifact.size:
                 self._close()
-            return data
 
     def _next(self, length: int) -> bytes:
         assert self._stream is not None
         try:
-            return read_exactly(self._stream, length, self._layer.name)
+            data = read_exactly(self._stream, length, self._layer.name)
         except BaseException:
             self._close()
             raise
+        self._position += length
+        return data
 
     def _close(self) -> None:
         if self._stream is not None:
@@ -95,8 +101,10 @@ class _Seekable:
     def __init__(self, layer: MergedLayer) -> None:
         self._layer = layer
 
-    def read(self, index: int, count: int) -> bytes:
-        return self._layer.artifact.read_at(self._layer.data_offset + index * CLUSTER, count * CLUSTER)
+    def read_into(self, index: int, buffer: memoryview) -> None:
+        count = self._layer.artifact.read_into(self._layer.data_offset + index * CLUSTER, buffer)
+        if count != len(buffer):
+            raise IntegrityError(f"{self._layer.name} ends within data cluster {index + count // CLUSTER}")
 
     def close(self) -> None:
         pass
@@ -120,15 +128,50 @@ class MergedData:
         """The clusters from `first` on; the last one may be cut. IntegrityError for one that was changed."""
         done = 0
         for run in self._merged.runs.within(first, clusters_of(len(buffer))):
-            for at in range(0, run.clusters, _STEP):
-                part = Run(run.first + at, run.layer, run.at + at, min(_STEP, run.clusters - at))
-                data = self._checked(part)[: len(buffer) - done]
-                buffer[done : done + len(data)] = data
-                done += len(data)
+            part = buffer[done : done + run.clusters * CLUSTER]
+            # A digest is that of a whole cluster.
+            whole = part if len(part) == run.clusters * CLUSTER else memoryview(bytearray(run.clusters * CLUSTER))
+            self._readers[run.layer].read_into(run.at, whole)
+            self._check(run, whole)
+            if whole is not part:
+                part[:] = whole[: len(part)]
+            done += len(part)
 
-    def _checked(self, run: Run) -> bytes:
-        data = self._readers[run.layer].read(run.at, run.clusters)
-        found = digests(memoryview(data))
+    def fetched(self, check: Callable[[], None]) -> Iterator[list[tuple[Run, memoryview, bytes]]]:
+        """All of the data by runs, each with its bytes and digests, in any order; several spans are fetched at once.
+
+        The bytes are there until the next list is asked for. `check` is called at least ten times a second and may
+        raise. Layers that can only be read forward are not for this.
+        """
+        free: list[memoryview] = []  # used again and again: fresh memory costs a page fault per 4 KiB
+        waiting: deque[tuple[memoryview, Future[list[tuple[Run, memoryview, bytes]]]]] = deque()
+        pool = ThreadPoolExecutor(self.requests, "fetch")
+        try:
+            for span in spans(self._merged.runs):
+                if len(waiting) == self.requests + 2:
+                    buffer, future = waiting.popleft()
+                    yield _settled(future, check)
+                    free.append(buffer)
+                buffer = free.pop() if free else memoryview(bytearray(MOST * CLUSTER))
+                waiting.append((buffer, pool.submit(self._fetch, span, buffer)))
+            for _, future in waiting:
+                yield _settled(future, check)
+        finally:
+            # A read that hangs is ended by what it hangs on: nobody waits for it any more.
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _fetch(self, span: Span, buffer: memoryview) -> list[tuple[Run, memoryview, bytes]]:
+        self._readers[span.layer].read_into(span.at, buffer[: span.clusters * CLUSTER])
+        found = []
+        for run in span.runs:
+            start = (run.at - span.at) * CLUSTER
+            data = buffer[start : start + run.clusters * CLUSTER]
+            found.append((run, data, self._check(run, data)))
+        return found
+
+    def _check(self, run: Run, data: memoryview) -> bytes:
+        """The digests that the clusters of a run must have. IntegrityError if they have not."""
+        found = digests(data)
         due = os.pread(self._sums, run.clusters * DIGEST, run.first * DIGEST)
         if found != due:
             wrong = next(
@@ -139,16 +182,11 @@ class MergedData:
                 "Nothing was changed. Restore an older increment, and start a new image with: vmkeep backup --reset",
             )
         if self._merged.cut:
-            data = self._cut(run, data)
-        return data
-
-    def _cut(self, run: Run, data: bytes) -> bytes:
-        for number in range(run.clusters):
-            left = self._merged.cut.get(run.first + number)
-            if left is not None:
-                at = number * CLUSTER
-                data = data[: at + left] + bytes(CLUSTER - left) + data[at + CLUSTER :]
-        return data
+            for number in range(run.clusters):
+                left = self._merged.cut.get(run.first + number)
+                if left is not None:
+                    data[number * CLUSTER + left : (number + 1) * CLUSTER] = bytes(CLUSTER - left)
+        return due
 
     @property
     def requests(self) -> int:
@@ -159,6 +197,14 @@ class MergedData:
         """Let go of the layers."""
         for reader in self._readers:
             reader.close()
+
+
+def _settled(future: Future[T], check: Callable[[], None]) -> T:
+    """Its result, unless the work is to stop before."""
+    while True:
+        check()
+        if wait([future], _LOOK).done:
+            return future.result()
 
 
 @dataclass(frozen=True)
@@ -173,12 +219,16 @@ class MergedBlocks:
         """Layers of this process's own."""
         return _Reader(self)
 
+    def data(self) -> MergedData:
+        """The same by clusters, with layers of this process's own."""
+        return MergedData(self.merged, self.layers, self.sums)
+
 
 class _Reader:
     def __init__(self, blocks: MergedBlocks) -> None:
         layout = blocks.merged.layout
         self._place = layout.places
-        self._data = MergedData(blocks.merged, blocks.layers, blocks.sums)
+        self._data = blocks.data()
         self._pool = ThreadPoolExecutor(self._data.requests, "merge")
         self._lock = threading.Lock()
         self._under_way: set[Future[None]] = set()
@@ -259,7 +309,7 @@ class MergedArtifact(Artifact):
     def _opened(self) -> MergedData:
         with self._lock:
             if self._data is None:
-                self._data = MergedData(self.blocks.merged, self.blocks.layers, self.blocks.sums)
+                self._data = self.blocks.data()
             return self._data
 
     def close(self) -> None:

@@ -65,6 +65,10 @@ def _ranges(given: Artifact, found: Artifact) -> None:
     for offset, length in ranges:
         if found.read_at(offset, length) != given.read_at(offset, length):
             raise Failed(f"{given.name}: read_at({offset}, {length}) of {size} bytes gives other bytes")
+        buffer = bytearray(length)
+        count = found.read_into(offset, memoryview(buffer))
+        if buffer[:count] != given.read_at(offset, length):
+            raise Failed(f"{given.name}: read_into({offset}) of {length} bytes gives other bytes than read_at")
 
 
 def several_readers(bench: Bench) -> None:

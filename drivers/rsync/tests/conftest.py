@@ -59,13 +59,15 @@ def make_kind(tmp_path: Path, ssh_server: Sshd, daemon: tuple[int, Path], passwo
         else:
             root = tmp_path / ODD
             options = over_ssh(ssh_server, root) if name == "host" else {"target": str(root)}
+            if name == "folder by rsync":
+                options["rsync_arguments"] = ["--times"]
         root.mkdir()
         return Kind(name, root, options)
 
     return make
 
 
-@pytest.fixture(params=["folder", "host", "daemon"])
+@pytest.fixture(params=["folder", "folder by rsync", "host", "daemon"])
 def kind(request: pytest.FixtureRequest, make_kind: Callable[[str], Kind]) -> Kind:
     """An empty target of each kind."""
     return make_kind(request.param)

@@ -188,10 +188,12 @@ def test_a_password_that_anybody_can_read_is_pointed_out(
 
 
 def test_rsync_is_not_installed(tmp_path: Path, ctx: Context) -> None:
-    driver = build(Rsync, {"target": str(tmp_path), "binary": "no-such-rsync"})
+    driver = build(Rsync, {"target": str(tmp_path), "binary": "no-such-rsync", "limit_upload": 100})
     with pytest.raises(ConfigError, match="no-such-rsync") as caught:
         driver.backup(new_artifacts(10), new_run(), ctx)
     assert "apt-get install rsync" in caught.value.hint
+    plain = build(Rsync, {"target": str(tmp_path), "binary": "no-such-rsync"})
+    assert plain.backup(new_artifacts(10), new_run(), ctx), "a folder of this host needs none"
 
 
 def test_the_readme_lists_every_option() -> None:

@@ -125,6 +125,26 @@ def test_a_limited_pace(options: Options, bucket: str, ctx: Context, make_run: R
     assert time.monotonic() - started > 1.3
 
 
+def test_a_stream_fetches_ahead_only_once_it_is_read_that_far(
+    options: Options, bucket: str, proxy: Proxy, ctx: Context, make_run: Runs, make_artifacts: Artifacts
+) -> None:
+    artifacts = make_artifacts(40 * MiB)
+    source = options(bucket).backup(artifacts, make_run(), ctx).source
+    heard: list[Request] = []
+    proxy.listen(heard.append)
+    disk = options(bucket, endpoint_url=proxy.url).restore(source, ctx)[0]
+
+    def ranges() -> set[str]:
+        return {value for one in heard for name, value in one.headers.items() if name.lower() == "range"}
+
+    with disk.open() as file:
+        assert file.read(1000) == artifacts[0].data[:1000]
+    assert ranges() == {f"bytes=0-{MiB - 1}"}, "the tables of a disk"
+    with disk.open() as file:
+        assert file.read() == artifacts[0].data
+    assert len(ranges()) == 1 + 5, "and 8 MiB at a time"
+
+
 def test_cuts() -> None:
     for size in (17 * MiB, 1 << 30, 156 << 30, 157 << 30, 600 << 30, 700 << 30, 2 << 40, LARGEST):
         for concurrency in (1, 4, 16):

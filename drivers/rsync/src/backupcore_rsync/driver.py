@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shlex
 import stat
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
@@ -103,10 +103,21 @@ class Rsync:
 
     @hookimpl
     def backup(self, artifacts: Sequence[Artifact], run: BackupRun, ctx: Context) -> Stored:
-        """One rsync of a folder in which the artifacts are ordinary files, into one that is published at the end."""
+        """Plain files in a folder that is published at the end."""
+        place, token = self._place(), Token.new(run)
+        if isinstance(place, Folder) and not self._transfer_arguments():
+            with self._all_or_nothing(place, token, run, ctx):
+                place.write(artifacts, token, run, ctx)
+        else:
+            self._by_rsync(place, artifacts, token, run, ctx)
+        return Stored(source=SourceRef(str(token)), stored=sum(artifact.size for artifact in artifacts))
+
+    def _by_rsync(
+        self, place: Place, artifacts: Sequence[Artifact], token: Token, run: BackupRun, ctx: Context
+    ) -> None:
+        """One rsync, or two, of a folder in which the artifacts are ordinary files."""
         from backupcore.disk.fileview import show  # noqa: PLC0415 - FUSE and hashing, which only a backup needs
 
-        place, token = self._place(), Token.new(run)
         what = f"backing up to {place.name}"
         running: list[Child] = []
         copied = [0]
@@ -150,19 +161,24 @@ class Rsync:
 
             sizes = {artifact.name: artifact.size for artifact in artifacts}
             upload = Upload(token, run, ctx, view.path, labels, sizes, copy)
-            try:
+            with self._all_or_nothing(place, token, run, ctx):
                 place.store(upload)
                 view.check()
-            except BaseException:
-                self._abandon(place, token, run, ctx)
-                raise
-        return Stored(source=SourceRef(str(token)), stored=sum(sizes.values()))
 
     def _transfer_arguments(self) -> list[str]:
         """What the options add where bytes are copied; the user's own come last, so that they count."""
         remote = [f"--timeout={STALLED}"] if not isinstance(parse(self.target), FolderTarget) else []
         limit = [f"--bwlimit={self.limit_upload}"] if self.limit_upload else []
         return [*remote, *limit, *self.rsync_arguments]
+
+    @contextmanager
+    def _all_or_nothing(self, place: Place, token: Token, run: BackupRun, ctx: Context) -> Iterator[None]:
+        """Whatever goes wrong in the block, nothing of it stays in the target."""
+        try:
+            yield
+        except BaseException:
+            self._abandon(place, token, run, ctx)
+            raise
 
     def _abandon(self, place: Place, token: Token, run: BackupRun, ctx: Context) -> None:
         """Never raises: the first error counts, and the next run of this VM removes what is left."""

@@ -1,4 +1,4 @@
-"""A folder of this host: rsync copies, the rest is done with system calls."""
+"""A folder of this host, with system calls. rsync copies only where it was given options: it adds nothing here."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import os
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from backupcore.errors import AccessDenied, IntegrityError, TargetUnavailable, from_os_error
+from backupcore.errors import AccessDenied, ContractViolation, IntegrityError, TargetUnavailable, from_os_error
 from backupcore.model import Artifact, Usage
 from backupcore.mounts import unmounted
-from backupcore_rsync.layout import LABELS, MANIFEST, Token, part, parts_of
+from backupcore_rsync.layout import LABELS, MANIFEST, Token, label_names, part, parts_of
 from backupcore_rsync.place import Upload
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from backupcore.model import BackupRun
 
 __all__ = ["Folder"]
+
+_STEP = 1 << 20  # bytes that are read and written at once
 
 
 class Folder:
@@ -88,24 +90,42 @@ class Folder:
         return any(Token.parse(f"{entry.name}.{'0' * 32}") for entry in _entries(self._path))
 
     def store(self, upload: Upload) -> None:
-        """Into a hidden folder; every file and folder of it to the disk; then one rename."""
-        vm = self._path / upload.token.vm
+        """By rsync."""
+        with self._publishing(upload.token, upload.run, upload.ctx) as folder:
+            # Not --sparse: the artifacts hold no runs of zeros, and looking for them costs a pass over every byte.
+            upload.copy([f"{upload.view}/", str(upload.labels)], f"{folder}/", ["--inplace"])
+            name = str(folder.relative_to(self._path))
+            upload.check(self.files([name], upload.ctx), name)
+
+    def write(self, artifacts: Sequence[Artifact], token: Token, run: BackupRun, ctx: Context) -> None:
+        """Without rsync, and so without a view in which it could read the artifacts."""
+        with self._publishing(token, run, ctx) as folder:
+            labels = folder / LABELS
+            labels.mkdir(mode=0o700)
+            for name in label_names(run):
+                (labels / name).touch(mode=0o600)
+            done = 0
+            for artifact in artifacts:
+                _write(artifact, folder / artifact.name, ctx, done)
+                done += artifact.size
+
+    @contextmanager
+    def _publishing(self, token: Token, run: BackupRun, ctx: Context) -> Iterator[Path]:
+        """A hidden folder to write to; then every file and folder of it goes to the disk; then one rename."""
+        vm = self._path / token.vm
         with suppress(FileExistsError):
             vm.mkdir(mode=0o700)
             _sync(self._path)
-        folder = vm / part(upload.token, upload.run)
+        folder = vm / part(token, run)
         folder.mkdir(mode=0o700)
-        # Not --sparse: the artifacts hold no runs of zeros, and looking for them costs a pass over every byte.
-        upload.copy([f"{upload.view}/", str(upload.labels)], f"{folder}/", ["--inplace"])
-        name = str(folder.relative_to(self._path))
-        upload.check(self.files([name], upload.ctx), name)
+        yield folder
         for place, _, names in os.walk(folder):
             for file in names:
-                upload.ctx.check()
+                ctx.check()
                 _sync(Path(place, file))
             _sync(Path(place))
-        upload.ctx.check()
-        folder.rename(vm / upload.token.id)
+        ctx.check()
+        folder.rename(vm / token.id)
         _sync(vm)
 
     def abandon(self, token: Token, run: BackupRun, ctx: Context) -> None:
@@ -169,14 +189,39 @@ class FileArtifact(Artifact):
 
     def read_at(self, offset: int, length: int) -> bytes:
         """A range of the file."""
+        buffer = bytearray(max(0, min(length, self.size - offset)))
+        return bytes(memoryview(buffer)[: self.read_into(offset, memoryview(buffer))])
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        """`read_at` straight into `buffer`."""
         handle = self._open()
         try:
-            data = bytearray()
-            while len(data) < length and (more := os.pread(handle, length - len(data), offset + len(data))):
-                data += more
-            return bytes(data)
+            done = 0
+            while done < len(buffer) and (count := os.preadv(handle, [buffer[done:]], offset + done)):
+                done += count
+            return done
         finally:
             os.close(handle)
+
+
+def _write(artifact: Artifact, path: Path, ctx: Context, before: int) -> None:
+    """A new file with all that `artifact` holds; `before` are the bytes of those before it, for the progress."""
+    buffer = memoryview(bytearray(min(_STEP, artifact.size)))
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(handle, "wb", 0) as file:
+        offset = 0
+        while offset < artifact.size:
+            ctx.check()
+            step = buffer[: artifact.size - offset]
+            if artifact.read_into(offset, step) != len(step):
+                raise ContractViolation(f"{artifact.name} ends before its {artifact.size} bytes")
+            left = step
+            while left:
+                left = left[file.write(left) :]
+            offset += len(step)
+            ctx.progress.done(before + offset)
+    if artifact.read_at(artifact.size, 1):
+        raise ContractViolation(f"{artifact.name} goes on after its {artifact.size} bytes")
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -57,7 +57,7 @@ class Body:
     """`length` bytes that `source(offset, count)` gives, as the file that botocore wants."""
 
     def __init__(
-        self, length: int, source: Callable[[int, int], bytes], *, pace: Pace, check: Callable[[], None]
+        self, length: int, source: Callable[[int, int], bytes | memoryview], *, pace: Pace, check: Callable[[], None]
     ) -> None:
         self._length = length
         self._source = source
@@ -68,7 +68,7 @@ class Body:
     def __len__(self) -> int:
         return self._length
 
-    def read(self, size: int | None = None) -> bytes:
+    def read(self, size: int | None = None) -> bytes | memoryview:
         """The next bytes. Anything that goes wrong here, also a cancel, leaves as `Stopped`."""
         left = self._length - self._offset
         count = left if size is None or size < 0 else min(size, left)

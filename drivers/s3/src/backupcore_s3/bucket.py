@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Bucket", "Object", "again_if_damaged", "crc32"]
 
-_PIECE = 1 << 20  # read from a response at once
+_PIECE = 256 << 10  # read from a response at once; urllib3 holds it twice, and malloc keeps that for each thread
 _AGAIN = 5  # times that a response which breaks off is gone on with; botocore repeats requests, not their answers
 _DAMAGED = {"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}
 _SENT = 3  # times that what arrived damaged is sent in all; botocore does not repeat such a request
@@ -160,12 +160,9 @@ class Bucket:
         """Bytes in memory, to be sent."""
         if not data:
             return b""
-        return Body(
-            len(data),
-            lambda offset, count: bytes(data[offset : offset + count]),
-            pace=self.upload_pace,
-            check=check,
-        )
+        # No copies: of this size each would be memory fresh from the kernel, which costs more than sending it.
+        view = memoryview(data)
+        return Body(len(view), lambda at, count: view[at : at + count], pace=self.upload_pace, check=check)
 
     # Reading
 
@@ -202,8 +199,14 @@ class Bucket:
             raise
 
     def read(self, key: str, offset: int, length: int, check: Callable[[], None]) -> bytearray:
-        """Exactly these bytes of an object. An answer that breaks off is gone on with where it did."""
+        """Exactly these bytes of an object."""
         buffer = bytearray(length)
+        self.read_into(key, offset, memoryview(buffer), check)
+        return buffer
+
+    def read_into(self, key: str, offset: int, buffer: memoryview, check: Callable[[], None]) -> None:
+        """Fill `buffer` with the bytes of an object. An answer that breaks off is gone on with where it did."""
+        length = len(buffer)
         done = failed = 0
         what = f"reading {key}"
         while done < length:
@@ -217,17 +220,15 @@ class Bucket:
                 )
             try:
                 with closing(answer["Body"]) as body:
-                    while piece := body.read(_PIECE):
+                    while done < length and (count := body.readinto(buffer[done : done + _PIECE])):
                         check()
-                        self.download_pace.take(len(piece), check)
-                        buffer[done : done + len(piece)] = piece
-                        done += len(piece)
+                        self.download_pace.take(count, check)
+                        done += count
             except _BROKEN as error:
                 failed += 1
                 if failed > _AGAIN:
                     raise translate(error, f"{self.name}: {what}") from error
                 check()
-        return buffer
 
     # Removing
 

@@ -17,6 +17,9 @@ __all__ = ["StoredArtifact"]
 RANGE = 8 << 20
 """Bytes of one request of a sequential reader, where its requests are few."""
 
+_FIRST = 1 << 20
+"""Bytes of its first request, without others beside it: most streams are of small files, or of the tables of a disk."""
+
 _MEMORY = 64 << 20  # bytes that are fetched ahead of it
 
 _LOOK = 0.1  # seconds between two looks at whether the run is cancelled
@@ -48,8 +51,14 @@ class StoredArtifact(Artifact):
         """One request for this range."""
         return bytes(self.fetch(offset, max(0, min(length, self.size - offset))))
 
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        """The same straight into `buffer`."""
+        count = max(0, min(len(buffer), self.size - offset))
+        self._bucket.read_into(self._key, offset, buffer[:count], self.check)
+        return count
+
     def fetch(self, offset: int, length: int) -> bytearray:
-        """The same without a copy; the range must lie within the object."""
+        """The same in memory of its own; the range must lie within the object."""
         return self._bucket.read(self._key, offset, length, self.check)
 
     def check(self) -> None:
@@ -59,20 +68,23 @@ class StoredArtifact(Artifact):
 
 
 class _Ahead(io.RawIOBase):
-    """A sequential stream for which threads fetch the next ranges. They start with the first read and end with it."""
+    """A sequential stream for which threads fetch the next ranges, from when it has gone past the first one.
+
+    The first thread starts with the first read, the others once it is of use; all end with the stream.
+    """
 
     def __init__(self, artifact: StoredArtifact, workers: int) -> None:
         super().__init__()
         self._artifact = artifact
         self._range = min(RANGE, _MEMORY // workers)
-        self._ranges = -(-artifact.size // self._range)
+        self._ranges = 1 + max(0, -(-(artifact.size - _FIRST) // self._range))
         self._workers = min(workers, self._ranges)
         self._offset = 0
         self._changed = threading.Condition()  # guards all below
         self._next = 0  # the next range that nobody fetches yet
         self._reading = 0  # the range that the reader is in
         self._fetched: dict[int, bytearray | BaseException] = {}
-        self._started = False
+        self._started = 0  # threads
         self._ended = False
 
     def readable(self) -> bool:
@@ -84,7 +96,8 @@ class _Ahead(io.RawIOBase):
         self._artifact.check()
         if self._offset >= self._artifact.size:
             return 0
-        number, at = divmod(self._offset, self._range)
+        number = 0 if self._offset < _FIRST else 1 + (self._offset - _FIRST) // self._range
+        at = self._offset - self._start(number)
         data = memoryview(self._get(number))
         count = min(len(buffer), len(data) - at)
         buffer[:count] = data[at : at + count]
@@ -96,12 +109,15 @@ class _Ahead(io.RawIOBase):
                 self._changed.notify_all()
         return count
 
+    def _start(self, number: int) -> int:
+        """Where a range begins, and the one before it ends."""
+        return min(_FIRST + (number - 1) * self._range, self._artifact.size) if number else 0
+
     def _get(self, number: int) -> bytearray:
         with self._changed:
-            if not self._started:
-                self._started = True
-                for worker in range(self._workers):
-                    threading.Thread(target=self._fetch, name=f"s3-ahead-{worker}", daemon=True).start()
+            while self._started < (self._workers if number else 1):
+                threading.Thread(target=self._fetch, name=f"s3-ahead-{self._started}", daemon=True).start()
+                self._started += 1
             while (found := self._fetched.get(number)) is None:
                 self._artifact.check()
                 if self.closed:
@@ -111,19 +127,24 @@ class _Ahead(io.RawIOBase):
             raise found
         return found
 
+    @property
+    def _ahead(self) -> int:
+        """The first range that is not to be fetched yet."""
+        return self._reading + self._workers if self._reading else 1
+
     def _fetch(self) -> None:
         while True:
             with self._changed:
-                while not self._ended and self._next < self._ranges and self._next >= self._reading + self._workers:
+                while not self._ended and self._next < self._ranges and self._next >= self._ahead:
                     self._changed.wait()
                 if self._ended or self._next >= self._ranges:
                     return
                 number = self._next
                 self._next += 1
             found: bytearray | BaseException
-            offset = number * self._range
+            start, end = self._start(number), self._start(number + 1)
             try:
-                found = self._artifact.fetch(offset, min(self._range, self._artifact.size - offset))
+                found = self._artifact.fetch(start, end - start)
             except BaseException as error:  # noqa: BLE001 - raised by the reader when it comes there
                 found = error
             with self._changed:
