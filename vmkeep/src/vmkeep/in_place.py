@@ -180,11 +180,14 @@ def _make(folders: Iterable[Path]) -> None:
 
 
 def _kept(path: Path, mark: str) -> Path:
-    """The second name of an old disk, still free."""
-    name = f"{path.name}.{mark}"
-    if len(name.encode()) > _NAME:
-        raise ConfigError(f"the name of {path} is too long for a second file beside it", "Restore to new files: --to.")
-    found = path.with_name(name)
-    if found.exists():
-        raise ConfigError(f"{found} exists already", "Nothing is overwritten: move it away, or run it again.")
-    return found
+    """The second name of an old disk, still free: there may have been another restore in the same second."""
+    for more in ("", *(f"-{number}" for number in range(2, 100))):
+        name = f"{path.name}.{mark}{more}"
+        if len(name.encode()) > _NAME:
+            raise ConfigError(
+                f"the name of {path} is too long for a second file beside it", "Restore to new files: --to."
+            )
+        found = path.with_name(name)
+        if not found.exists():
+            return found
+    raise ConfigError(f"{found} exists already", "Nothing is overwritten: move it away, or run it again.")
