@@ -12,7 +12,7 @@ import pytest
 
 from backupcore.context import Context
 from backupcore.disk.extents import Kind
-from backupcore.errors import IncrementImpossible
+from backupcore.errors import HypervisorError, IncrementImpossible
 from backupcore.model import Outcome, RunState
 
 MiB = 1 << 20
@@ -412,3 +412,29 @@ def test_a_disk_that_was_shrunk_on_the_overlay_of_a_dead_run_keeps_it_until_the_
     held = chain(vm)
     held.backup()
     assert beside(vm) == [Path(files(vm, "vda")[0]).name]
+
+
+def test_a_dead_run_that_is_settled_late_leaves_the_overlays_of_later_runs(lab, chain):
+    """One disk could not be merged for long; of the others nothing of the dead run is left to be seen."""
+    vm, other = lab.vm(["raw:16", "raw:16"]), lab.vm(["qcow2:16"], start=False)
+    held = chain(vm)
+    held.backup()
+    vm.io("vda", "write -P 1 1M 64k")
+    dead = killed(held, recorded=True)
+    plain, used = str(other.disk("vda")), files(vm, "vdb")[1]
+    other.change((plain, used))
+    for _ in range(2):
+        with pytest.raises(HypervisorError, match="it is used by VM"):
+            settle(held, dead, RunState.RECORDED)
+    vm.io("vda", "write -P 2 2M 64k")
+    later = held.runs.run(vm, held.parent, settings=SNAPSHOT, spent=(held.taken[0].run.point,))
+    with pytest.raises(HypervisorError, match="it is used by VM"), held.runs.take(later):
+        pass
+    with pytest.raises(HypervisorError, match="it is used by VM"):
+        settle(held, dead, RunState.RECORDED)
+    assert [len(files(vm, disk)) for disk in ("vda", "vdb")] == [2, 4], "what the next increment reads is still there"
+    other.change((used, plain))
+    settle(held, dead, RunState.RECORDED)
+    settle(held, later, RunState.RECORDED)
+    assert [files(vm, disk)[0] for disk in ("vda", "vdb")] == [name(vm, disk, later, "raw") for disk in ("vda", "vdb")]
+    assert len(beside(vm)) == 2

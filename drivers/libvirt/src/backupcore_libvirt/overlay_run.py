@@ -12,7 +12,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -236,6 +236,7 @@ def settle(
         return
     found = stacks(domain)
     recorded = outcome.state is RunState.RECORDED
+    newer = _newer(found.values(), run.point)
     check = _until_cancelled(domain, ctx) if recorded else _within(UNDO_LIMIT)
     errors: list[BackupError] = []
     with _work(folder, domain):
@@ -245,7 +246,7 @@ def settle(
                 if domain.is_active():
                     merger.finish(stack)
                 now = stacks(domain)[stack.disk]
-                low, high = _kept_below(now, run.point) if recorded else _undone(now, run.point)
+                low, high = _kept_below(now, run.point, newer) if recorded else _undone(now, run.point)
                 if low > high:
                     continue
                 # On a disk that the run did not take no later overlay will help: there it is an error.
@@ -260,13 +261,27 @@ def settle(
         raise errors[0]
 
 
-def _kept_below(stack: Stack, point: str) -> tuple[int, int]:
+def _newer(found: Collection[Stack], point: str) -> set[str]:
+    """The points of overlays that lie above that of `point` on some disk: of runs that came after it."""
+    above: set[str] = set()
+    for stack in found:
+        index = stack.index(point)
+        if index is not None:
+            above.update(overlay.point for overlay in stack.overlays[index + 1 :])
+    return above
+
+
+def _kept_below(stack: Stack, point: str, newer: Collection[str]) -> tuple[int, int]:
     """The overlays (first, last) of a disk that go after the recorded run of `point`; (0, -1) for none.
 
-    All of them on a disk that the run did not take: nothing builds on its overlays any more.
+    Without an overlay of that point: all up to the first of a later run, which the next increment reads. A disk that
+    the run did not take has none of those: nothing builds on its overlays any more.
     """
     index = stack.index(point)
-    return 0, (len(stack.overlays) if index is None else index) - 1
+    if index is None:
+        later = (place for place, overlay in enumerate(stack.overlays) if overlay.point in newer)
+        index = next(later, len(stack.overlays))
+    return 0, index - 1
 
 
 def _undone(stack: Stack, point: str) -> tuple[int, int]:
