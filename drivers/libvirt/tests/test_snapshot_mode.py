@@ -12,7 +12,7 @@ import pytest
 
 from backupcore.context import Context
 from backupcore.disk.extents import Kind
-from backupcore.errors import IncrementImpossible, UnsupportedOperation
+from backupcore.errors import HypervisorError, IncrementImpossible
 from backupcore.model import Outcome, RunState
 
 MiB = 1 << 20
@@ -242,8 +242,8 @@ def test_a_failed_run_leaves_the_disks_as_they_were(lab, runs, chain, on):
     assert len(beside(vm)) == 2
 
 
-def killed(held, *, recorded: bool) -> None:
-    """A run whose process died before `postbackup`: its readers are gone, all else is as it was."""
+def killed(held, *, recorded: bool):
+    """A run whose process died before `postbackup`: its readers are gone, all else is as it was. The run."""
     run = held.runs.run(held.vm, held.parent, settings=SNAPSHOT, spent=tuple(t.run.point for t in held.taken[:-1]))
     truth = held.truth()
     with held.runs.context(run) as ctx:
@@ -255,6 +255,7 @@ def killed(held, *, recorded: bool) -> None:
         held.truths.append(truth)
         held.layers.append(layer)
         held.taken.append(taken)
+    return run
 
 
 def settle(held, run, state: RunState) -> None:
@@ -357,7 +358,9 @@ def test_an_overlay_that_lies_about_and_holds_something_stays(lab, chain, hyperv
 
 
 @pytest.mark.parametrize("merged", [pytest.param("at once", marks=pytest.mark.soak), "live, by the next run", "off"])
-def test_a_disk_that_was_shrunk_off_line_and_is_grown_live_shows_nothing_of_what_was_cut_off(lab, runs, chain, merged):
+def test_a_disk_that_was_shrunk_off_line_and_is_grown_live_shows_nothing_of_what_was_cut_off(
+    lab, runs, chain, merged, caplog
+):
     vm = lab.vm(["raw:16"])
     vm.io("vda", "write -P 0x55 0 16M")
     held = chain(vm)
@@ -375,8 +378,9 @@ def test_a_disk_that_was_shrunk_off_line_and_is_grown_live_shows_nothing_of_what
         held.backup()
     else:
         run = runs.run(vm, settings=SNAPSHOT)
-        with pytest.raises(UnsupportedOperation, match="was made smaller and has grown since"), runs.take(run):
+        with runs.take(run):
             grow()
+        assert "was made smaller and has grown since" in caplog.text
         vm.io("vda", "read -P 0 8M 8M", "write -P 0x66 8M 64k", "write -P 0 8M 64k")
         if merged == "off":
             vm.destroy()
@@ -389,3 +393,48 @@ def test_a_disk_that_was_shrunk_off_line_and_is_grown_live_shows_nothing_of_what
     assert len(files(vm, "vda")) == 2
     runs.hypervisor.forget(vm.identity)
     vm.io("vda", "read -P 0x55 0 8M", "read -P 0 8M 8M")
+
+
+def test_a_disk_that_was_shrunk_on_the_overlay_of_a_dead_run_keeps_it_until_the_next_backup(lab, chain, caplog):
+    vm = lab.vm(["raw:16"])
+    vm.io("vda", "write -P 0x55 0 16M")
+    held = chain(vm)
+    held.backup()
+    run = killed(held, recorded=False)
+    vm.destroy()
+    qemu_img("resize", "-q", "-f", "qcow2", "--shrink", files(vm, "vda")[0], "8M")
+    vm.start()
+    settle(held, run, RunState.FAILED)
+    assert ("was made smaller" in caplog.text, len(beside(vm))) == (True, 2)
+    vm.io("vda", "write -P 0x66 1M 64k")
+    with pytest.raises(IncrementImpossible, match="it has shrunk"):
+        held.backup()
+    held = chain(vm)
+    held.backup()
+    assert beside(vm) == [Path(files(vm, "vda")[0]).name]
+
+
+def test_a_dead_run_that_is_settled_late_leaves_the_overlays_of_later_runs(lab, chain):
+    """One disk could not be merged for long; of the others nothing of the dead run is left to be seen."""
+    vm, other = lab.vm(["raw:16", "raw:16"]), lab.vm(["qcow2:16"], start=False)
+    held = chain(vm)
+    held.backup()
+    vm.io("vda", "write -P 1 1M 64k")
+    dead = killed(held, recorded=True)
+    plain, used = str(other.disk("vda")), files(vm, "vdb")[1]
+    other.change((plain, used))
+    for _ in range(2):
+        with pytest.raises(HypervisorError, match="it is used by VM"):
+            settle(held, dead, RunState.RECORDED)
+    vm.io("vda", "write -P 2 2M 64k")
+    later = held.runs.run(vm, held.parent, settings=SNAPSHOT, spent=(held.taken[0].run.point,))
+    with pytest.raises(HypervisorError, match="it is used by VM"), held.runs.take(later):
+        pass
+    with pytest.raises(HypervisorError, match="it is used by VM"):
+        settle(held, dead, RunState.RECORDED)
+    assert [len(files(vm, disk)) for disk in ("vda", "vdb")] == [2, 4], "what the next increment reads is still there"
+    other.change((used, plain))
+    settle(held, dead, RunState.RECORDED)
+    settle(held, later, RunState.RECORDED)
+    assert [files(vm, disk)[0] for disk in ("vda", "vdb")] == [name(vm, disk, later, "raw") for disk in ("vda", "vdb")]
+    assert len(beside(vm)) == 2

@@ -77,22 +77,32 @@ class Merger:
         if stack.overlays and kind in (COMMIT, ACTIVE_COMMIT):
             self._follow(stack.disk)
 
-    def _merge_live(self, stack: Stack, low: int, high: int) -> None:
-        below, shape = stack.file(low - 1)
-        last = high == len(stack.overlays) - 1
-        if last and _size(below, shape) > _size(stack.top):
-            raise UnsupportedOperation(
-                f"VM {self.domain.name}: disk {stack.disk} was made smaller, so {stack.top} can be merged into {below} "
-                "only while the VM is off",
-                "Power it off and run the backup again.",
-            )
-        if not last and _cut_off(stack, low, high):
+    def hindrance(self, stack: Stack, low: int, high: int) -> UnsupportedOperation | None:
+        """Why the disk's size forbids this merge while the VM runs; None where it does not, or the VM is off."""
+        if not self.domain.is_active():
+            return None
+        if high == len(stack.overlays) - 1:
+            below, shape = stack.file(low - 1)
+            if _size(below, shape) > _size(stack.top):
+                return UnsupportedOperation(
+                    f"VM {self.domain.name}: disk {stack.disk} was made smaller, so {stack.top} can be merged into "
+                    f"{below} only while the VM is off",
+                    "Power it off and run the backup again.",
+                )
+        elif _cut_off(stack, low, high):
             # A commit does not cut off the file below. (While it runs QEMU lets nobody resize the disk.)
-            raise UnsupportedOperation(
+            return UnsupportedOperation(
                 f"VM {self.domain.name}: disk {stack.disk} was made smaller and has grown since, so "
                 f"{stack.overlays[high].path} is not merged yet: the guest would see again what was cut off",
                 "The next backup does it.",
             )
+        return None
+
+    def _merge_live(self, stack: Stack, low: int, high: int) -> None:
+        if error := self.hindrance(stack, low, high):
+            raise error
+        below, _ = stack.file(low - 1)
+        last = high == len(stack.overlays) - 1
         self.domain.begin_commit(stack.disk, below, None if last else stack.overlays[high].path)
         self._follow(stack.disk)
         merged = {overlay.path for overlay in stack.overlays[low : high + 1]}

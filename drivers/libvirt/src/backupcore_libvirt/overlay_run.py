@@ -12,7 +12,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -229,12 +229,14 @@ def settle(
 
     Recorded: all below them goes into the base. Otherwise they go themselves, so the disks are as before. Idempotent,
     also in a fresh process. Nobody may read the files any more: QEMU's lock would refuse the merge. HypervisorError
-    where an overlay stays, Cancelled: the next run goes on with it.
+    where an overlay stays, Cancelled: the next run goes on with it. One that stays since its disk was resized is logged
+    and no error: only a further run's overlay above it makes the merge possible.
     """
     if f".backupcore-{run.point}-" not in domain.live_xml():
         return
     found = stacks(domain)
     recorded = outcome.state is RunState.RECORDED
+    newer = _newer(found.values(), run.point)
     check = _until_cancelled(domain, ctx) if recorded else _within(UNDO_LIMIT)
     errors: list[BackupError] = []
     with _work(folder, domain):
@@ -244,22 +246,48 @@ def settle(
                 if domain.is_active():
                     merger.finish(stack)
                 now = stacks(domain)[stack.disk]
-                if recorded:
-                    _keep(merger, now, run.point)
-                elif now.overlays and now.index(run.point) == len(now.overlays) - 1:
-                    merger.merge(now, len(now.overlays) - 1, len(now.overlays) - 1)
+                low, high = _kept_below(now, run.point, newer) if recorded else _undone(now, run.point)
+                if low > high:
+                    continue
+                # On a disk that the run did not take no later overlay will help: there it is an error.
+                hindrance = merger.hindrance(now, low, high) if now.index(run.point) is not None else None
+                if hindrance:
+                    ctx.log.warning("an overlay stays for now: %s", hindrance)
+                else:
+                    merger.merge(now, low, high)
             except BackupError as error:  # the other disks all the same
                 errors.append(error)
     if errors:
         raise errors[0]
 
 
-def _keep(merger: Merger, stack: Stack, point: str) -> None:
+def _newer(found: Collection[Stack], point: str) -> set[str]:
+    """The points of overlays that lie above that of `point` on some disk: of runs that came after it."""
+    above: set[str] = set()
+    for stack in found:
+        index = stack.index(point)
+        if index is not None:
+            above.update(overlay.point for overlay in stack.overlays[index + 1 :])
+    return above
+
+
+def _kept_below(stack: Stack, point: str, newer: Collection[str]) -> tuple[int, int]:
+    """The overlays (first, last) of a disk that go after the recorded run of `point`; (0, -1) for none.
+
+    Without an overlay of that point: all up to the first of a later run, which the next increment reads. A disk that
+    the run did not take has none of those: nothing builds on its overlays any more.
+    """
     index = stack.index(point)
     if index is None:
-        index = len(stack.overlays)  # a disk that this run did not take: nothing builds on its overlays any more
-    if index > 0:
-        merger.merge(stack, 0, index - 1)
+        later = (place for place, overlay in enumerate(stack.overlays) if overlay.point in newer)
+        index = next(later, len(stack.overlays))
+    return 0, index - 1
+
+
+def _undone(stack: Stack, point: str) -> tuple[int, int]:
+    """The overlays (first, last) of a disk that go after the failed run of `point`; (0, -1) for none."""
+    top = len(stack.overlays) - 1
+    return (top, top) if stack.overlays and stack.index(point) == top else (0, -1)
 
 
 def _leave(connection: Connection, domain: Domain, folder: Path, ctx: Context) -> None:
