@@ -387,6 +387,7 @@ def test_a_disk_that_only_the_running_vm_has_is_restored_with_a_definition(host:
     assert host.differing(taken["image"], taken["increment"], truth) == []
 
 
+@pytest.mark.soak  # the plugin's own tests have it in 3 s
 def test_a_dead_run_is_released_while_one_of_its_overlays_has_to_stay(host: Host):
     """Below the cut of a disk that has grown again nothing is merged before the next backup; no folder waits for it."""
     vm = host.vm

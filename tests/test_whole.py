@@ -338,7 +338,7 @@ def test_a_vm_switched_off_in_the_middle_fails_the_backup_and_keeps_the_chain(ho
         assert same(truth[disk], path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.soak), signal.SIGKILL])
 def test_a_vm_that_is_off_can_start_once_its_backup_has_ended_in_any_way(host: Host, number: signal.Signals):
     host.backup()
     slow(host)

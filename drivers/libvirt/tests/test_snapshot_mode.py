@@ -263,7 +263,7 @@ def settle(held, run, state: RunState) -> None:
         held.runs.hypervisor.postbackup(run, Outcome(state=state), ctx)
 
 
-@pytest.mark.parametrize("on", [True, False], ids=["live", "off"])
+@pytest.mark.parametrize("on", [pytest.param(True, id="live"), pytest.param(False, id="off", marks=pytest.mark.soak)])
 def test_killed_runs_are_settled_by_the_next_one(lab, chain, on):
     vm = lab.vm(["raw:16", "qcow2:16"], start=on)
     held = chain(vm)
