@@ -27,7 +27,8 @@ def test_cancel_at_named_steps_leaves_all_as_it_was(host: Host):
     done = host.backup()
     checkpoints, sources = host.checkpoints(), sorted((host.folder / "store").iterdir())
     for name in ("before the instant", "between connect and GO", "a disk is mapped", "reading"):
-        host.vm.io("vda", "write -P 0x77 1M 1M")
+        # Enough to read that the cancel comes before the record, also where its thread gets the processor late.
+        host.vm.io("vda", "write -P 0x77 1M 30M")
         process = host.start("backup", host.vm.name, at=STEPS[name], stop=True)
         wait_until(partial(stopped, process.pid), name)
         canceller = host.start("--json", "cancel", host.vm.name)

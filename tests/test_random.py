@@ -350,7 +350,7 @@ def host(make_vm, libvirt_uri: str, vm_folder: Path) -> Host:
 
 @pytest.mark.timeout(600)  # a loaded machine takes longer for the comparisons at the end
 def test_a_random_life(host: Host):
-    live(host, 30, usual=337210652)  # a red `make test` is to be about the change; `make soak` looks for what is new
+    live(host, 60, usual=337210652)  # a red `make test` is to be about the change; `make soak` looks for what is new
 
 
 @pytest.mark.soak

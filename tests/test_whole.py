@@ -175,6 +175,7 @@ def test_a_full_and_increments_restore_to_what_the_guest_held(host: Host):
     host.restic("check", "--read-data")
 
 
+@pytest.mark.soak  # half a minute; flattens and the chain after them have quick tests of their own
 def test_increments_go_on_from_a_chain_that_was_flattened(host: Host):
     """KEEP_LAST=1: the full is made new out of the old one and the increment, and the next increment builds on it."""
 
@@ -257,7 +258,7 @@ def reading(host: Host) -> Callable[[], bool]:
     return lambda: any(" backup " in line for line in processes(str(host.folder)))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.soak), signal.SIGTERM])
 def test_ctrl_c_and_sigterm_stop_a_backup_cleanly(host: Host, number: signal.Signals):
     host.backup()
     before = host.checkpoints()
