@@ -273,3 +273,10 @@ def test_a_pool_that_is_not_there_is_told_before_anything_is_fetched(site, chain
     told = site.run("restore", "1", "--pool", "images", "--to", str(site.folder / "to"), "--json")
     assert (told.code, told.error["message"]) == (4, "there is no storage pool images")
     assert not (site.folder / "to").exists()
+
+
+def test_where_nobody_can_tell_whether_a_vm_uses_the_device_it_is_said(site, chain):
+    site.guests.rename(site.folder / "away")
+    told = site.run("restore", "1", "--disk", "vda", "--device", str(site.folder / "none"))
+    assert told.code != 0
+    assert "whether a VM uses the device was not looked at: the hypervisor is away" in told.err

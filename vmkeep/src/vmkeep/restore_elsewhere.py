@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from vmkeep.catalog import images
 from vmkeep.workplace import Workplace
 
 __all__ = ["check", "onto", "pour"]
+
+log = logging.getLogger("vmkeep.restore")
 
 
 def check(
@@ -110,8 +113,12 @@ def _unused(place: Workplace, device: Path, *, overwrite: bool) -> Iterator[None
 def _vms(place: Workplace) -> Sequence[VMState]:
     try:
         return place.hypervisor.vms()
-    except BackupError:
-        return ()  # a host without a hypervisor has no VM that could use it
+    except ConfigError:
+        return ()  # its plugin is not installed: this host has no VM that could use the device
+    except BackupError as error:
+        # VMs outlive a libvirtd that is down; a host that is set up anew may have none yet.
+        log.warning("whether a VM uses the device was not looked at: %s", error)
+        return ()
 
 
 def _disks_at(one: VMState, device: Path) -> list[VMDisk]:
