@@ -6,7 +6,6 @@ stay until the user says otherwise. What tracked changes lay in them, so the VM'
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,6 +21,7 @@ from backupcore.hypervisor import DiskFile
 from backupcore.model import VM, Image
 from vmkeep import lock, recovery, swap
 from vmkeep.catalog import images
+from vmkeep.new_file import write_new
 from vmkeep.workplace import Workplace
 
 __all__ = ["Replaced", "restore_in_place"]
@@ -91,7 +91,7 @@ def restore_in_place(
             ctx.check()
             place.hypervisor.fit(disk.path, files[disk.id])
         if _NVRAM in made.files and _NVRAM in new:
-            _write(new[_NVRAM], made.files[_NVRAM])
+            write_new(new[_NVRAM], made.files[_NVRAM], files[_NVRAM].path)
             place.hypervisor.fit(new[_NVRAM], files[_NVRAM])
         elif _NVRAM in made.files and not disks:
             ctx.log.warning("VM %s has no NVRAM now, so that of the backup was left out", vm.name)
@@ -151,15 +151,6 @@ def _plan(vm: VM, image: Image, number: int, files: Mapping[str, DiskFile]) -> s
             for disk, file in files.items()
         ),
     )
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-    except OSError as error:
-        raise from_os_error(error, f"writing {path}") from error
 
 
 def _ready(swaps: swap.Swaps) -> swap.Swaps:

@@ -19,6 +19,7 @@ from backupcore.model import VM, Image
 from vmkeep import lock, volumes
 from vmkeep.catalog import images
 from vmkeep.naming import Names, file_name, short
+from vmkeep.new_file import write_new
 from vmkeep.workplace import Workplace
 
 __all__ = ["Define", "Files", "restore"]
@@ -280,12 +281,5 @@ def _definition(
 
 def _write(staged: Path, final: Path, data: bytes) -> tuple[Path, Path]:
     path = staged / final.name
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise from_os_error(error, f"writing {final}") from error
+    write_new(path, data, final)
     return path, final
