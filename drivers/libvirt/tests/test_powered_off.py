@@ -154,7 +154,7 @@ def test_a_vm_that_is_started_after_the_look(lab, runs, hypervisor, monkeypatch)
         ctx.stack.callback(os.close, folder.make(seen.owner, vm.uuid))
         vm.start()
         with pytest.raises(Busy, match="disk vda: .* is open in another process") as refused:
-            hold_off(run, folder, seen, ctx)
+            hold_off(connection, connection.domain(vm.uuid), run, seen, folder=folder, ctx=ctx)
         assert "Has the VM just been started" in refused.value.hint
         hypervisor.postbackup(run, Outcome(state=RunState.FAILED), ctx)
     vm.untouched()

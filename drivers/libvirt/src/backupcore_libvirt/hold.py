@@ -11,12 +11,13 @@ from backupcore.errors import BackupError, HypervisorError, IncrementImpossible
 from backupcore.model import BackupRun
 from backupcore_libvirt.backup_job import backup_xml, bitmap_name
 from backupcore_libvirt.checkpoint import checkpoint_name, checkpoint_xml
-from backupcore_libvirt.connection import CHECKPOINT_INCONSISTENT, NO_CHECKPOINT, Domain
+from backupcore_libvirt.connection import CHECKPOINT_INCONSISTENT, NO_CHECKPOINT, Connection, Domain
 from backupcore_libvirt.export import Export
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.libvirt_errors import code_of
 from backupcore_libvirt.look import Look
 from backupcore_libvirt.qemu_nbd import QemuNbd
+from backupcore_libvirt.start_watch import StartWatch
 from backupcore_libvirt.stopped import add_bitmaps
 
 __all__ = ["hold_live", "hold_off"]
@@ -56,13 +57,18 @@ def hold_live(domain: Domain, run: BackupRun, folder: RunFolder, seen: Look) -> 
     return date, exports
 
 
-def hold_off(run: BackupRun, folder: RunFolder, seen: Look, ctx: Context) -> tuple[datetime, Mapping[str, Export]]:
+def hold_off(
+    connection: Connection, domain: Domain, run: BackupRun, seen: Look, *, folder: RunFolder, ctx: Context
+) -> tuple[datetime, Mapping[str, Export]]:
     """Begin to track the changes of a VM that is off, then serve its disks; the instant, and the exports by disk ID.
 
-    From the first server on QEMU's lock keeps the VM off, so all disks show one instant. The bitmaps come before, since
-    a served image cannot be written to; what is written in between is in the export and again in the next increment.
-    Busy where the VM has been started meanwhile. The servers live until the end of `ctx`, or `end_stray`.
+    From the first server on QEMU's lock keeps the VM off, so all disks show one instant; where one is a block device
+    the run is given up if the VM starts. The bitmaps come before, since a served image cannot be written to; what is
+    written in between is in the export and again in the next increment. Busy where the VM has been started meanwhile.
+    The servers live until the end of `ctx`, or `end_stray`.
     """
+    if any(disk.kind == "block" for disk in seen.disks):
+        StartWatch(connection.uri, domain.uuid, domain.name, folder, ctx).begin()
     add_bitmaps([disk for disk in seen.disks if disk.id in seen.tracked], checkpoint_name(run.point))
     exports = {}
     for disk in seen.disks:

@@ -37,7 +37,6 @@ from backupcore_libvirt.recovery import clear, recover
 from backupcore_libvirt.scratch_watch import ScratchWatch
 from backupcore_libvirt.settings import read as read_settings
 from backupcore_libvirt.settings import write as write_settings
-from backupcore_libvirt.start_watch import StartWatch
 from backupcore_libvirt.taken import estimate_of, taken_of
 from backupcore_libvirt.unchanged import hold_unchanged
 from backupcore_libvirt.vm_files import read as read_file
@@ -95,9 +94,7 @@ class Libvirt:
             elif seen.live:
                 date, exports = hold_live(domain, run, folder, seen)
             else:
-                if any(disk.kind == "block" for disk in seen.disks):
-                    StartWatch(self.uri, domain.uuid, domain.name, folder, ctx).begin()
-                date, exports = hold_off(run, folder, seen, ctx)
+                date, exports = hold_off(connection, domain, run, seen, folder=folder, ctx=ctx)
         if overlays:
             exports = overlay_run.serve(domain, run, overlays, live=seen.live, folder=folder, ctx=ctx)
         elif seen.live:

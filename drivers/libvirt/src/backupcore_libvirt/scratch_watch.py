@@ -9,10 +9,8 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 
-from backupcore.context import Context
 from backupcore.errors import BackupError, HypervisorError, NotFound, TargetFull
 from backupcore_libvirt.connection import IO_ERROR, OFF, PAUSED, Connection, Domain
-from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.libvirt_errors import is_away
 from backupcore_libvirt.scratch import scratch_room
 from backupcore_libvirt.watch import Watch
@@ -25,12 +23,6 @@ STATE_EVERY = 0.5
 
 class ScratchWatch(Watch):
     """One thread per run."""
-
-    def __init__(self, uri: str, vm_uuid: str, vm_name: str, folder: RunFolder, ctx: Context) -> None:
-        super().__init__(folder, ctx)
-        self._uri = uri
-        self._uuid = vm_uuid
-        self._vm = vm_name
 
     def run(self) -> None:
         """Look until asked to stop, or until there is something to fail for."""
@@ -60,14 +52,14 @@ class ScratchWatch(Watch):
                 continue
             try:
                 if domain is None:
-                    domain = stack.enter_context(Connection(self._uri)).domain(self._uuid)
+                    domain = stack.enter_context(Connection(self.uri)).domain(self.vm_uuid)
                 state = domain.state()
             except HypervisorError as error:
                 if not is_away(error):
                     raise
                 # The export is QEMU's, and goes on while libvirtd is started anew; scratch is watched all the same.
                 if not away:
-                    self.ctx.log.warning("VM %s: %s; the backup goes on meanwhile", self._vm, error)
+                    self.ctx.log.warning("VM %s: %s; the backup goes on meanwhile", self.vm_name, error)
                 domain, away = None, True
                 stack.close()
             else:
@@ -82,14 +74,14 @@ class ScratchWatch(Watch):
 
     def _ended(self) -> HypervisorError:
         return HypervisorError(
-            f"VM {self._vm} ended while its backup ran; its disks cannot be read any further",
+            f"VM {self.vm_name} ended while its backup ran; its disks cannot be read any further",
             "Start the VM, then run it again.",
         )
 
     def _fail(self, why: str) -> None:
         self.ctx.fail(
             TargetFull(
-                f"scratch folder {self.folder.scratch} is full: {why}; the backup of VM {self._vm} was given up so "
+                f"scratch folder {self.folder.scratch} is full: {why}; the backup of VM {self.vm_name} was given up so "
                 "that the guest can go on",
                 "Make room there, or set 'scratch' to a larger file system: it must hold what the guest overwrites "
                 "during a backup.",

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from backupcore.context import Context
 from backupcore.errors import Busy, HypervisorError, NotFound
 from backupcore_libvirt.connection import Connection, Domain
-from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.libvirt_errors import is_away
 from backupcore_libvirt.watch import Watch
 
@@ -23,12 +21,6 @@ EVERY = 0.1  # seconds; a VM is active for libvirt from before its QEMU runs, an
 class StartWatch(Watch):
     """One thread per run."""
 
-    def __init__(self, uri: str, vm_uuid: str, vm_name: str, folder: RunFolder, ctx: Context) -> None:
-        super().__init__(folder, ctx)
-        self._uri = uri
-        self._uuid = vm_uuid
-        self._vm = vm_name
-
     def run(self) -> None:
         """Look until asked to stop, or until the VM has been started."""
         domain: Domain | None = None
@@ -36,7 +28,7 @@ class StartWatch(Watch):
             while not self.stop_asked.wait(EVERY):
                 try:
                     if domain is None:
-                        domain = stack.enter_context(Connection(self._uri)).domain(self._uuid)
+                        domain = stack.enter_context(Connection(self.uri)).domain(self.vm_uuid)
                     if domain.is_active():
                         self._fail()
                         return
@@ -52,7 +44,7 @@ class StartWatch(Watch):
     def _fail(self) -> None:
         self.ctx.fail(
             Busy(
-                f"VM {self._vm} was started while its disks were read; of block devices that is not prevented",
+                f"VM {self.vm_name} was started while its disks were read; of block devices that is not prevented",
                 "Run it again: the VM is then backed up while it runs.",
             )
         )

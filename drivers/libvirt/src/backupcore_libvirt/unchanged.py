@@ -20,7 +20,6 @@ from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.hold import hold_live, hold_off
 from backupcore_libvirt.look import Look, look
 from backupcore_libvirt.scratch_watch import ScratchWatch
-from backupcore_libvirt.start_watch import StartWatch
 
 __all__ = ["hold_unchanged"]
 
@@ -50,9 +49,7 @@ def hold_unchanged(
         _, exports = hold_live(domain, run, folder, seen)
         ScratchWatch(connection.uri, domain.uuid, domain.name, folder, ctx).begin()
     else:
-        if any(disk.kind == "block" for disk in seen.disks):
-            StartWatch(connection.uri, domain.uuid, domain.name, folder, ctx).begin()
-        _, exports = hold_off(run, folder, seen, ctx)
+        _, exports = hold_off(connection, domain, run, seen, folder=folder, ctx=ctx)
     found = {disk.id: _unchanged(disk.id, exports[disk.id], ctx) for disk in chosen}
     return tuple(found.get(disk) or Unchanged(id=disk, why_not=why_not[disk]) for disk in disks)
 

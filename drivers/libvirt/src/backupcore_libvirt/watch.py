@@ -13,10 +13,16 @@ STOP_LIMIT = 10.0  # a libvirt that hangs must not hold up the release
 
 
 class Watch(threading.Thread):
-    """One watch of the run in `folder`. `run` looks until `stop_asked` is set, or there is something to fail for."""
+    """One watch of the run in `folder` of a VM, over a connection of its own.
 
-    def __init__(self, folder: RunFolder, ctx: Context) -> None:
+    `run` looks until `stop_asked` is set, or there is something to fail for.
+    """
+
+    def __init__(self, uri: str, vm_uuid: str, vm_name: str, folder: RunFolder, ctx: Context) -> None:
         super().__init__(name=f"{type(self).__name__}-{folder.run}", daemon=True)
+        self.uri = uri
+        self.vm_uuid = vm_uuid
+        self.vm_name = vm_name
         self.folder = folder
         self.ctx = ctx
         self.stop_asked = threading.Event()
