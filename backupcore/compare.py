@@ -62,9 +62,9 @@ class ComparedDisk:
 
 
 class _Run(NamedTuple):
-    """Clusters in a row that are compared: the first, how many, and the number of the first among the chain's data
+    """Clusters in a row that are compared: the first, and how many.
 
-    clusters (-1: the chain has zeros there).
+    `at` is the number of the first among the chain's data clusters; -1: the chain has zeros there.
     """
 
     first: int

@@ -80,10 +80,7 @@ class Context:
         return self._failure
 
     def check(self) -> None:
-        """Raise Cancelled (or the error given to `fail`) if the work is to stop. Call it wherever work goes on for
-
-        long.
-        """
+        """Raise Cancelled (or the error given to `fail`) if the work is to stop. Call it in all that takes long."""
         if self._event.is_set():
             raise self._failure or Cancelled("cancelled")
 

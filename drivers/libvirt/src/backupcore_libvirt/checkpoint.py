@@ -71,9 +71,9 @@ def _checkpoint(name: str, vm_disks: Sequence[str], tracked: Collection[str]) ->
 
 @dataclass(frozen=True, slots=True)
 class Since:
-    """How an increment can be taken: the disks whose changes since the parent are told by bitmap `name`, and why each
+    """How an increment can be taken.
 
-    of the others is taken whole.
+    Of the disks `changed` bitmap `name` tells the changes since the parent; `whole` says why each other is taken whole.
     """
 
     name: str

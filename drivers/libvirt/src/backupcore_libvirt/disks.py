@@ -15,9 +15,10 @@ __all__ = ["BY_RULE", "Bitmap", "DiskChoice", "Node", "SourceDisk", "located", "
 
 @dataclass(frozen=True, slots=True)
 class DiskChoice:
-    """What a VM's settings say about its disks: those that no backup holds, those whose contents need not last
+    """What a VM's settings say about its disks.
 
-    (`volatile`), whether these are kept all the same, and whether encrypted ones may be kept in plain text.
+    Those that no backup holds, those whose contents need not last (`volatile`), whether these are kept all the same,
+    and whether encrypted ones may be kept in plain text.
     """
 
     excluded: frozenset[str] = frozenset()

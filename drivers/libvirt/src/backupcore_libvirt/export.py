@@ -19,9 +19,9 @@ _IMAGE_CLUSTER = 2 << 20
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """Where one disk of a run can be read, and what tells the changes there: a bitmap, or how many files of a chain
+    """Where one disk of a run can be read, and what tells the changes there.
 
-    hold them, from the top. Neither for the whole disk.
+    That is a bitmap, or how many files of a chain hold them, from the top (`depth`). Neither for the whole disk.
     """
 
     address: Address

@@ -180,9 +180,9 @@ def _folders(scratch: Path) -> list[tuple[RunFolder, str, bool]]:
 
 @contextmanager
 def _changing(scratch: Path) -> Iterator[None]:
-    """Be the only one that makes, removes or looks for run folders here, so that a folder without a lock is a dead
+    """Be the only one that makes, removes or looks for run folders here.
 
-    run's, and not one that is just being made.
+    So a folder without a lock is a dead run's, and not one that is just being made.
     """
     handle = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
     try:

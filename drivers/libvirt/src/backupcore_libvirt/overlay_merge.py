@@ -233,9 +233,9 @@ def _size(path: str, shape: str = "qcow2") -> int:
 
 
 def _cut_off(stack: Stack, low: int, high: int) -> bool:
-    """Whether the file below overlay `low` reaches beyond overlay `high` where the one above that does as well: there
+    """Whether the file below overlay `low` reaches beyond overlay `high` where the one above that does as well.
 
-    the disk reads as zeros, since the shorter file lies in between, and without that it would show old bytes.
+    There the disk reads as zeros, since the shorter file lies in between, and without that it would show old bytes.
     """
     return min(_size(*stack.file(low - 1)), _size(*stack.file(high + 1))) > _size(*stack.file(high))
 

@@ -69,10 +69,10 @@ def without_bitmaps(run: BackupRun) -> BackupRun:
 
 
 def plan(domain: Domain, run: BackupRun, disks: Sequence[SourceDisk]) -> Plan | None:
-    """How each of `disks` is taken, and that a new overlay can be put on each; None where no overlays are wanted, or
+    """How each of `disks` is taken, and that a new overlay can be put on each. Changes nothing.
 
-    where a full has to do without them. Changes nothing. IncrementImpossible where overlays cannot be used, or where
-    none reaches back to the parent's point.
+    None where no overlays are wanted, or where a full has to do without them. IncrementImpossible where overlays cannot
+    be used, or where none reaches back to the parent's point.
     """
     if not wanted(run):
         return None

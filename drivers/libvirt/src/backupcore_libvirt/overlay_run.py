@@ -150,9 +150,9 @@ def begin(domain: Domain, run: BackupRun, plan: Plan, every: Sequence[str]) -> d
 
 
 def clear(domain: Domain, *, live: bool) -> None:
-    """Remove what would hinder overlays, before the guest is brought to rest. Busy if the VM was `live` and is not any
+    """Remove what would hinder overlays, before the guest is brought to rest.
 
-    more, or the other way round.
+    Busy if the VM was `live` and is not any more, or the other way round.
     """
     # libvirt puts no overlay on the disks of a VM that is off while it knows checkpoints, and they are of no more use.
     if forgotten := checkpoint.forget(domain):
@@ -205,9 +205,10 @@ def _snapshot_xml(every: Sequence[str], new: Mapping[str, str]) -> str:
 
 
 def _like(new: str, below: str) -> None:
-    """Give an overlay the owner and the mode of the file below: libvirt makes it as root, open to all, for a VM that is
+    """Give an overlay the owner and the mode of the file below.
 
-    off, and changes its owner at the start only where it is configured so.
+    For a VM that is off libvirt makes it as root, open to all, and changes its owner at the start only where it is
+    configured so.
     """
     try:
         model = os.stat(below)  # noqa: PTH116 - as the next call, which pathlib has not

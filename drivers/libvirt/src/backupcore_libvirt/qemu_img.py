@@ -28,9 +28,10 @@ class Backing:
 
 @dataclass(frozen=True, slots=True)
 class Info:
-    """An image by its header: the size that the guest sees, bytes in use on the host, the file below, its snapshots,
+    """An image by its header.
 
-    and whether another file holds its data.
+    The size that the guest sees, bytes in use on the host, the file below, its snapshots, and whether another file
+    holds its data.
     """
 
     virtual_size: int

@@ -32,9 +32,10 @@ _forker = ThreadPoolExecutor(1, thread_name_prefix="fork-qemu-nbd")
 
 
 def image_options(path: str | os.PathLike[str], shape: str) -> str:
-    """The ``--image-opts`` of an image: its format and file are named, so that nothing is guessed from its contents,
+    """The ``--image-opts`` of an image.
 
-    and no path is taken for an option or a URL.
+    Its format and file are named, so that nothing is guessed from its contents, and no path is taken for an option or a
+    URL.
     """
     name = os.fspath(path)
     driver = "host_device" if stat.S_ISBLK(Path(name).stat().st_mode) else "file"

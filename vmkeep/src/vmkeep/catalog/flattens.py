@@ -65,10 +65,7 @@ def undo(catalog: Catalog, image: Image) -> None:
 
 
 def record(catalog: Catalog, image: Image, done: Flattened) -> None:
-    """Put the new full in the place of what it was made from; the old sources are leftovers from then on. All or
-
-    nothing.
-    """
+    """Put the new full in the place of what it was made from, all or nothing; the old sources are leftovers then."""
     rows = schema.increments.c
     old = {increment.id: increment for increment in done.replaces}
     with catalog.writing() as connection:
