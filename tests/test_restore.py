@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -38,6 +38,7 @@ from backupcore.restore import Form, Restored, check, onto, pour, restore
 from backupcore.session import Recorded
 from backupcore.testing.guest import MemoryGuest, MemoryHypervisor
 from backupcore.testing.memory import MemoryDriver
+from lab.host import wait_until
 
 WEB = VM(uuid="7d1c1a4e-0000-4000-8000-000000000001", name="web1")
 DB = VM(uuid="7d1c1a4e-0000-4000-8000-000000000002", name="db1")
@@ -491,6 +492,23 @@ def test_a_device_that_cannot_be_written_to(site: Site, device: Path):
         onto(site.datastore, site.images[WEB], 3, ctx, disk="vda", device=device, overwrite=True)
     with site.context() as ctx, pytest.raises(ConfigError, match="no block device"):
         onto(site.datastore, site.images[WEB], 0, ctx, disk="vdb", device=site.folder / "device")
+
+
+def test_a_device_that_a_qemu_writes_to_is_refused_whoever_started_it(site: Site, device: Path, tmp_path: Path):
+    socket = tmp_path / "nbd"
+    command = ["qemu-nbd", "--persistent", "--format=raw", f"--socket={socket}"]
+    for option, refused in ([], True), (["--read-only"], False):
+        with subprocess.Popen([*command, *option, str(device)]) as other:
+            try:
+                wait_until(socket.exists, "qemu-nbd's socket")
+                with site.context() as ctx, ExitStack() as stack:
+                    if refused:
+                        stack.enter_context(pytest.raises(Busy, match=rf"open for writing in qemu-nbd \({other.pid}\)"))
+                    onto(site.datastore, site.images[WEB], 1, ctx, disk="vda", device=device)
+                assert bool(device.read_bytes().strip(b"\0")) is not refused
+            finally:
+                other.terminate()
+        socket.unlink(missing_ok=True)
 
 
 def test_a_restore_onto_a_device_that_fails_leaves_no_disk_there(site: Site, device: Path):

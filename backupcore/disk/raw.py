@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from backupcore.disk.extents import CLUSTER
+from backupcore.disk.open_devices import writers
 from backupcore.errors import Busy, ConfigError, from_os_error
 
 __all__ = ["DeviceWriter", "RawWriter"]
@@ -74,7 +75,7 @@ class DeviceWriter(RawWriter):
 
     The first cluster, by which a disk is recognized, comes last: a restore that was cut off leaves none that could be
     taken for one. ConfigError if it is no block device or too small, or holds something and `overwrite` is not said;
-    Busy if it is mounted, or another part of the system holds it.
+    Busy if it is mounted, another part of the system holds it, or another process, a QEMU for one, writes to it.
     """
 
     def __init__(self, path: Path, virtual_size: int, *, overwrite: bool = False, rest: bool = False) -> None:
@@ -99,6 +100,12 @@ class DeviceWriter(RawWriter):
 
     def _prepare(self, virtual_size: int, *, overwrite: bool) -> None:
         with self._translated("reading"):
+            others = writers(os.fstat(self._fd).st_rdev)
+            if others:
+                raise Busy(
+                    f"{self._name} is open for writing in {', '.join(others)}",
+                    "If that is a VM: power it off. Or choose another device.",
+                )
             size = os.lseek(self._fd, 0, os.SEEK_END)
             first = os.pread(self._fd, len(_ZEROS), 0)
         if size < virtual_size:

@@ -275,8 +275,8 @@ def test_a_pool_that_is_not_there_is_told_before_anything_is_fetched(site, chain
     assert not (site.folder / "to").exists()
 
 
-def test_where_nobody_can_tell_whether_a_vm_uses_the_device_it_is_said(site, chain):
+def test_where_nobody_can_tell_which_vm_the_device_belongs_to_it_is_said(site, chain):
     site.guests.rename(site.folder / "away")
     told = site.run("restore", "1", "--disk", "vda", "--device", str(site.folder / "none"))
     assert told.code != 0
-    assert "whether a VM uses the device was not looked at: the hypervisor is away" in told.err
+    assert "which VM the device belongs to was not looked at: the hypervisor is away" in told.err

@@ -117,7 +117,8 @@ def _vms(place: Workplace) -> Sequence[VMState]:
         return ()  # its plugin is not installed: this host has no VM that could use the device
     except BackupError as error:
         # VMs outlive a libvirtd that is down; a host that is set up anew may have none yet.
-        log.warning("whether a VM uses the device was not looked at: %s", error)
+        # A VM that runs is noticed all the same: its QEMU has the device open.
+        log.warning("which VM the device belongs to was not looked at: %s", error)
         return ()
 
 
