@@ -200,6 +200,8 @@ class _Process:
             else:
                 self._first = (kind, content)
                 self._heard.set()
+                if kind != "ready":
+                    return  # its end follows, and is no failure of the files that are staged instead
 
     def _said(self) -> str:
         """The end of what the process wrote to its standard error."""

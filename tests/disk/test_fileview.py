@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from backupcore.disk.extents import Extent, Kind
-from backupcore.disk.fileview import show, unmount_below
+from backupcore.disk.fileview import View, _Process, show, unmount_below
 from backupcore.disk.qcow2 import DiskArtifact, Layout
 from backupcore.disk.sums import HashedDisk, SumsArtifact
 from backupcore.errors import BackupError, ContractViolation, TargetFull, TargetUnavailable
@@ -470,6 +470,19 @@ def test_a_mount_that_is_refused_is_staged(folder, monkeypatch, caplog):
         assert view.staged
         assert (view.path / "a").read_bytes() == b"b"
     assert "no file view (OSError: /no/such/library" in caplog.text
+
+
+def test_the_end_of_a_process_that_refused_is_no_failure_of_the_staged_files(folder, monkeypatch):
+    # It ends while `show` goes on to the staging, before or after: seen to fail a backup, once, on a loaded machine.
+    monkeypatch.setenv("FUSE_LIBRARY_PATH", "/no/such/library")
+    view = View(folder, logging.getLogger("backupcore"))
+    process = _Process(view, logging.getLogger("backupcore"))
+    try:
+        assert process.mount([BytesArtifact("a", b"b")])
+        until(lambda: not any(thread.name == "file-view" for thread in threading.enumerate()))
+        view.check()
+    finally:
+        process.end()
 
 
 def test_staging_needs_room(folder, no_fuse):
