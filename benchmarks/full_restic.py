@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 
 from benchmarks.figures import Figure
@@ -21,17 +20,10 @@ def rows(place: Place, rounds: int) -> Iterator[Figure]:
     store = Restic(place)
     vmkeep, theirs = Vmkeep(place, store), Virtnbdbackup(place, place.twin)
     place.ready(vm, ready)
+    ours = store.anew(store.repository, lambda: vmkeep.backup(vm, "--reset"))
+    restic = store.anew(store.beside, lambda: store.put(ready))
 
-    def ours() -> Sample:
-        shutil.rmtree(store.repository, ignore_errors=True)
-        return vmkeep.backup(vm, "--reset")
-
-    def restic() -> Sample:
-        shutil.rmtree(store.beside, ignore_errors=True)
-        return store.put(ready)
-
-    def staging() -> Sample:
-        shutil.rmtree(store.beside, ignore_errors=True)
+    def staged_first() -> Sample:
         try:
             return together(place.ready(vm, staged), store.put(staged))
         finally:
@@ -39,7 +31,12 @@ def rows(place: Place, rounds: int) -> Iterator[Figure]:
 
     yield from compared(
         "full to a new restic repository",
-        {"vmkeep": ours, "restic": restic, "virtnbdbackup": lambda: theirs.backup("full"), "staging": staging},
+        {
+            "vmkeep": ours,
+            "restic": restic,
+            "virtnbdbackup": lambda: theirs.backup("full"),
+            "staging": store.anew(store.beside, staged_first),
+        },
         rounds,
         {"restic": 1.15, "virtnbdbackup": 0.9, "staging": 0.6},
     )

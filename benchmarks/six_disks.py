@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 
 from benchmarks.figures import MIB, Figure
-from benchmarks.measure import Sample, compared
+from benchmarks.measure import compared
 from benchmarks.place import Place
 from benchmarks.stores import Restic
 from benchmarks.virtnbdbackup import Virtnbdbackup
@@ -30,14 +29,8 @@ def rows(place: Place, rounds: int) -> Iterator[Figure]:
         vmkeep, theirs = Vmkeep(place, store), Virtnbdbackup(place, twin)
         for target, path in zip(_DISKS, ready, strict=True):
             place.ready(vm, path, target)
-
-        def ours() -> Sample:
-            shutil.rmtree(store.repository, ignore_errors=True)
-            return vmkeep.backup(vm, "--reset")
-
-        def restic() -> Sample:
-            shutil.rmtree(store.beside, ignore_errors=True)
-            return store.put_all(ready)
+        ours = store.anew(store.repository, lambda: vmkeep.backup(vm, "--reset"))
+        restic = store.anew(store.beside, lambda: store.put_all(ready))
 
         yield from compared(
             "full of six disks",

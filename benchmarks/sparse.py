@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.figures import MIB, Figure
-from benchmarks.measure import Sample, compared
+from benchmarks.measure import compared
 from benchmarks.place import Place
 from benchmarks.stores import Restic
 from benchmarks.virtnbdbackup import Virtnbdbackup
@@ -32,14 +31,8 @@ def rows(place: Place, rounds: int) -> Iterator[Figure]:
         store, ready = Restic(place), place.folder / "ready.qcow2"
         vmkeep, theirs = Vmkeep(place, store), Virtnbdbackup(place, twin)
         place.ready(vm, ready)
-
-        def ours() -> Sample:
-            shutil.rmtree(store.repository, ignore_errors=True)
-            return vmkeep.backup(vm, "--reset")
-
-        def restic() -> Sample:
-            shutil.rmtree(store.beside, ignore_errors=True)
-            return store.put(ready)
+        ours = store.anew(store.repository, lambda: vmkeep.backup(vm, "--reset"))
+        restic = store.anew(store.beside, lambda: store.put(ready))
 
         yield from compared(
             f"full of a disk of {size >> 30} GiB with {islands} islands",

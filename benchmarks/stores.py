@@ -68,10 +68,14 @@ class Restic:
         """``restic dump``."""
         return self._dumped(self.repository, source, f"/{artifact}", to)
 
-    def begin_anew(self) -> None:
-        """Remove both repositories."""
-        for folder in (self.repository, self.beside):
-            shutil.rmtree(folder, ignore_errors=True)
+    def anew(self, repository: Path, work: Callable[[], Sample]) -> Callable[[], Sample]:
+        """That work, each time with a new repository: the one there is removed before."""
+
+        def begun() -> Sample:
+            shutil.rmtree(repository, ignore_errors=True)
+            return work()
+
+        return begun
 
     def share(self) -> None:
         """From now on restic alone uses vmkeep's repository.
@@ -88,7 +92,8 @@ class Restic:
 
     def close(self) -> None:
         """Remove all of it."""
-        self.begin_anew()
+        for folder in (self.repository, self.beside):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _dumped(self, repository: Path, snapshot: str, path: str, to: Path) -> Sample:
         try:
