@@ -89,9 +89,16 @@ class Life:
             return
         wanted = self.choice.choice([grow if grow <= 64 * MIB else size, max(4 * MIB, size - 2 * MIB)])
         self.log[-1] += f" {disk} to {wanted}"
-        self._tool(
-            "qemu-img", "resize", "-q", "-f", self._format(disk), "--shrink", str(self.vm.disk(disk)), str(wanted)
-        )
+        done = self._resize(disk, wanted)
+        if "is inconsistent" in done.stderr:  # after a crash of QEMU; this is what our README says to do then
+            self.log[-1] += ", once its bitmaps are forgotten"
+            self.host.ask("vm", "forget", self.vm.name)
+            done = self._resize(disk, wanted)
+        assert done.returncode == 0, done.stderr
+
+    def _resize(self, disk: str, size: int) -> subprocess.CompletedProcess[str]:
+        command = ["qemu-img", "resize", "-q", "-f", self._format(disk), "--shrink", str(self.vm.disk(disk)), str(size)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
 
     def attach_or_detach(self) -> None:
         if "vdc" not in self.vm.targets():
