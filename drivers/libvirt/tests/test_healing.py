@@ -126,6 +126,20 @@ def snapshot(what: str, vm) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
+def test_a_shrink_that_a_crash_hinders_works_once_the_bitmaps_are_forgotten(lab, chains, hypervisor):
+    vm = lab.vm(["qcow2:8"])
+    chains.backup(vm)
+    vm.destroy()
+    vm.start()
+    vm.kill()
+    with pytest.raises(AssertionError, match="is inconsistent"):
+        vm.resize("vda", "--shrink", "6M")
+    hypervisor.forget(vm.identity)
+    vm.resize("vda", "--shrink", "6M")
+    assert chains.backup(vm).run.type is Type.FULL
+    chains.check()
+
+
 def test_a_revert_that_bitmaps_hinder_works_once_they_are_forgotten(lab, chains, hypervisor):
     vm = lab.vm(["qcow2:8"], start=False)
     vm.write("vda", "write -P 0x11 0 1M")
