@@ -16,6 +16,11 @@ LIMIT = 20.0
 """Seconds within which a program that works has started or ended, on a busy machine too."""
 
 
+def descriptors() -> int:
+    """How many this process has open."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def run(*command: str | Path) -> str:
     """Run one of QEMU's programs to its end; its output. An error shows what it said."""
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=60, check=False)
