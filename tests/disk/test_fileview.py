@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 
 from backupcore.disk.extents import Extent, Kind
-from backupcore.disk.fileview import show, unmount_below
+from backupcore.disk.fileview import show
+from backupcore.disk.mountpoints import unmount_below
 from backupcore.disk.qcow2 import DiskArtifact, Layout
 from backupcore.disk.sums import HashedDisk, SumsArtifact
 from backupcore.errors import BackupError, ContractViolation, TargetFull, TargetUnavailable

@@ -23,6 +23,8 @@ from backupcore.errors import (
 from backupcore.model import Artifact, BackupRun, Listed, SourceRef, Stored, Usage
 from backupcore_restic.dump import DumpedArtifact
 from backupcore_restic.failures import NoRepository
+from backupcore_restic.mount import Mount
+from backupcore_restic.mounted import MountedArtifact
 from backupcore_restic.place import creatable
 from backupcore_restic.repository import Repository, is_id
 from backupcore_restic.stall import Stall
@@ -161,15 +163,22 @@ class Restic:
 
     @hookimpl
     def restore(self, source: SourceRef, ctx: Context) -> Sequence[Artifact]:
-        """The files of the snapshot; each is a ``restic dump`` once it is opened."""
+        """The files of the snapshot, in the mount that all calls with this context share; else as ``restic dump``."""
         repository = Repository(self)
         unknown = SourceNotFound(f"{repository.name} holds no complete backup {source.token:.64}")
         if not is_id(source.token):
             raise unknown
-        files = repository.files(source.token, ctx)
+        mount = self._mount(ctx)
+        mounted, files = mount.mounted(), mount.files(source.token)
+        if files is None or MANIFEST not in files:  # not mounted, or stored since: restic itself has the last word
+            mounted, files = None, repository.files(source.token, ctx)
         if files is None or MANIFEST not in files:
             raise unknown
-        return [DumpedArtifact(self, source.token, name, size, ctx) for name, size in sorted(files.items())]
+        found = [DumpedArtifact(self, source.token, name, size, ctx) for name, size in sorted(files.items())]
+        return [MountedArtifact(one, mount, mounted) for one in found] if mounted else found
+
+    def _mount(self, ctx: Context) -> Mount:
+        return ctx.once((Mount, self), lambda: Mount(self, ctx))
 
     @hookimpl
     def delete(self, sources: Sequence[SourceRef], ctx: Context) -> bool:
@@ -180,6 +189,7 @@ class Restic:
             repository.forget(wanted, ctx)
         except SourceNotFound:  # 0.14 does not mind one that is gone already; others may
             repository.forget(wanted & repository.ids(ctx, self.timeout), ctx)
+        self._mount(ctx).deleted(wanted)
         return True
 
     @hookimpl
