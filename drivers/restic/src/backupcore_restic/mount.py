@@ -124,7 +124,9 @@ class Mount:
                 return self._verdicts[file]
             self._child.stop()
             code = self._child.wait()
-            return self._stall.error or self._repository.failed(self._child, code, f"{dumped.what}: restic has ended")
+            failed = self._repository.failed(self._child, code, f"{dumped.what}: restic has ended")
+            # One that stood still tries again and again, and says so (its backends' retries), or says nothing.
+            return failed if "returned error" in self._child.errors else self._stall.error or failed
 
 
 def _missing() -> str:
