@@ -123,9 +123,7 @@ def test_a_killed_restic_fails_the_read(shared: Restic, kept: Kept, ctx: Context
         assert stream.read() == kept[1][0].data, "by restic dump, once the mount is gone"
 
 
-def test_a_restic_that_stands_still_is_cancelled(
-    shared: Restic, kept: Kept, ctx: Context, running: Running
-) -> None:
+def test_a_restic_that_stands_still_is_cancelled(shared: Restic, kept: Kept, ctx: Context, running: Running) -> None:
     disk = disk_of(shared.restore(kept[0], ctx))
     assert disk.read_at(0, 10)
     os.kill(running(shared.repository)[0], signal.SIGSTOP)
