@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from backupcore_restic.driver import Restic
     from backupcore_restic.dump import DumpedArtifact
 
-__all__ = ["Mount"]
+__all__ = ["GARBAGE", "Mount"]
 
-GARBAGE = "30"
-"""GOGC. restic keeps 64 MiB of blobs: with Go's own 100 it grows to 210 MiB, so to 150, in the same processor time."""
+GARBAGE = "20"
+"""GOGC. restic keeps 64 MiB of blobs: with Go's own 100 it grows to 210 MiB, so to 140, in the same processor time."""
 
 LOOK = 20  # milliseconds between two looks at whether it is mounted
 
@@ -61,6 +61,11 @@ class Mount:
                 if reason := _missing() or self._start():
                     self._ctx.log.info("%s is read by restic dump, not mounted: %s", self._repository.name, reason)
             return self._mounted
+
+    @property
+    def serves(self) -> bool:
+        """Whether it is there now; nothing is mounted for the question."""
+        return self._mounted is not None
 
     def deleted(self, snapshots: set[str]) -> None:
         """Hide these: restic shows what it has found for another minute."""
