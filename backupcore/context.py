@@ -8,14 +8,17 @@ from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 from backupcore.errors import BackupError, Cancelled
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Hashable, Iterator
 
 __all__ = ["Context", "Progress", "Silent"]
+
+
+T = TypeVar("T")
 
 
 class Progress(Protocol):
@@ -42,6 +45,7 @@ class Context:
     """The resources of one run, restore or other verb. Plugins keep no state of a run; they keep it here.
 
     - `stack`: register a resource the moment you hold it. Closed after `postbackup`, or at the end of a restore.
+    - `once`: what several calls of one run share, as a connection.
     - `folder`: private to this run (0700); what lies in it is removed afterwards.
     - `progress`, `log`: for the user; neither ever gets a secret.
     - `cancelled`, `check`, `on_cancel`: the user may stop the work at any time, from another thread.
@@ -59,6 +63,8 @@ class Context:
         self._callbacks: dict[object, Callable[[], None]] = {}
         self._failure: BackupError | None = None
         self._put_right: list[str] = []
+        self._making = threading.Lock()
+        self._made: dict[Hashable, object] = {}
 
     @property
     def put_right(self) -> tuple[str, ...]:
@@ -68,6 +74,16 @@ class Context:
     def did(self, what: str) -> None:
         """Say, in one line, what you have put right of what a dead run had left: host tooling tells it to the user."""
         self._put_right.append(what)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gave when it was first called for `key` in this run; from any thread.
+
+        Put a type of your own and the plugin itself into the key. What the result holds open belongs on `stack`.
+        """
+        with self._making:
+            if key not in self._made:
+                self._made[key] = make()
+            return cast("T", self._made[key])
 
     @property
     def cancelled(self) -> bool:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from backupcore.disk.extents import CLUSTER
+from backupcore.disk.parallel import in_parallel
+from backupcore.disk.spans import MOST
 from backupcore.disk.stored import StoredDisk, read_exactly
 from backupcore.disk.table import DIGEST, digests
 from backupcore.errors import ContractViolation, IntegrityError, NotFound, UnsupportedOperation
@@ -133,31 +135,49 @@ def verify_disk(
     layout = tables_of(artifact, part, f"{what}, disk {part.id}")
     advance(layout.data_offset)
 
-    def compare(first: int, data: bytes) -> None:
+    def due_from(first: int, most: int) -> bytes:
         sums.seek(first * DIGEST)
-        found, due = digests(memoryview(data)), sums.read(len(data) // CLUSTER * DIGEST)
+        return sums.read(min(most, layout.clusters - first) * DIGEST)
+
+    def compare(first: int, data: memoryview, due: bytes) -> None:
+        found = digests(data)
         if found != due:
             wrong = next(at for at in range(0, len(found), DIGEST) if found[at:][:DIGEST] != due[at:][:DIGEST])
             raise IntegrityError(
                 f"{what}, disk {part.id}: data cluster {first + wrong // DIGEST} is not what was stored",
                 "Restore an older increment, or from another datastore.",
             )
-        advance(len(data))
 
-    if sample and (sample >= 1 or not artifact.seekable):
+    def read(job: tuple[int, bytes], buffer: memoryview) -> int:
+        first, due = job
+        data = buffer[: min(MOST, layout.clusters - first) * CLUSTER]
+        if artifact.read_into(layout.data_offset + first * CLUSTER, data) != len(data):
+            raise IntegrityError(f"{what}, disk {part.id} ends early")
+        compare(first, data, due)
+        return len(data)
+
+    if sample >= 1 and artifact.seekable:
+        jobs = ((first, due_from(first, MOST)) for first in range(0, layout.clusters, MOST))
+        for count in in_parallel(jobs, read, ctx.check, size=MOST * CLUSTER):
+            advance(count)
+    elif sample and not artifact.seekable:
         with artifact.open() as file:
             for _ in range(0, layout.data_offset, CLUSTER):
                 read_exactly(file, CLUSTER, what)
             for first in range(0, layout.clusters, _STEP):
                 ctx.check()
-                compare(first, read_exactly(file, min(_STEP, layout.clusters - first) * CLUSTER, what))
+                data = read_exactly(file, min(_STEP, layout.clusters - first) * CLUSTER, what)
+                compare(first, memoryview(data), due_from(first, _STEP))
+                advance(len(data))
             file.read(1)  # one that goes on raises
     elif sample:
         wanted = max(least, int(layout.clusters * sample))
         count = min(layout.clusters, wanted if largest is None else min(largest, wanted))
         for first in sorted(random.sample(range(layout.clusters), count)):
             ctx.check()
-            compare(first, artifact.read_at(layout.data_offset + first * CLUSTER, CLUSTER))
+            data = artifact.read_at(layout.data_offset + first * CLUSTER, CLUSTER)
+            compare(first, memoryview(data), due_from(first, 1))
+            advance(len(data))
 
 
 def tables_of(artifact: Artifact, part: DiskPart, name: str) -> Layout | ScatteredLayout:

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from backupcore.disk.mount import unmount_command
+from backupcore.disk.mountpoints import mount_points, unmount, unmount_command
 from backupcore.disk.staging import stage
 from backupcore.errors import BackupError, ContractViolation
 from backupcore.model import check_name
@@ -31,10 +31,9 @@ if TYPE_CHECKING:
 
     from backupcore.model import Artifact
 
-__all__ = ["View", "show", "unmount_below"]
+__all__ = ["View", "show"]
 
 _START = 30.0  # seconds until the view must be mounted
-_COMMAND = 10.0  # seconds for one call of fusermount3
 _END = 3.0  # seconds for the process to end by itself
 
 # -I and the parent's own path: the child must not import what lies in the current folder.
@@ -124,14 +123,6 @@ def show(
             log.warning("%s could not be removed", path)
 
 
-def unmount_below(folder: Path) -> None:
-    """Unmount every view below `folder`: what is left when parent and process were killed at once. Never raises."""
-    root = f"{folder.resolve()}/"
-    for mounted in _mounts():
-        if mounted.startswith(root):
-            _unmount(mounted)
-
-
 class _Process:
     """The process that serves a view, from its start to its end."""
 
@@ -213,11 +204,11 @@ class _Process:
         self._ending = True
         path = str(self._view.path)
         try:
-            if path in _mounts() and not _unmount(path):
+            if path in mount_points() and not unmount(path):
                 self._log.debug("%s is busy until the process of the view has ended", path)
             if self._child:
                 self._reap(self._child)
-            if path in _mounts() and not _unmount(path):  # its process was killed, or hung until now
+            if path in mount_points() and not unmount(path):  # its process was killed, or hung until now
                 self._log.warning("%s could not be unmounted", path)
             if self._listener:
                 self._listener.join(_END)
@@ -252,21 +243,3 @@ def _missing() -> str:
     if not importlib.util.find_spec("mfusepy"):
         return "mfusepy is not installed: pip install 'backupcore[fileview]'"
     return ""
-
-
-def _mounts() -> list[str]:
-    """The mount points of this process, the innermost last."""
-    lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
-    # Blanks and backslashes in a path are written as octal escapes (proc(5)).
-    return [os.fsdecode(line.split()[4].decode("unicode_escape").encode("latin-1")) for line in lines]
-
-
-def _unmount(path: str) -> bool:
-    """Unmount, lazily if it is in use: then it goes away with its last reader. False if neither works."""
-    command = unmount_command()
-    for flags in (["-u"], ["-u", "-z"]) if command else ():
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            line = [str(command), *flags, path]
-            if subprocess.run(line, check=False, capture_output=True, timeout=_COMMAND).returncode == 0:
-                return True
-    return False

@@ -9,15 +9,15 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 from backupcore.disk.extents import CLUSTER
 from backupcore.disk.geometry import clusters_of
+from backupcore.disk.parallel import REQUESTS, in_parallel
 from backupcore.disk.qcow2 import BlockReader, Pending
 from backupcore.disk.spans import MOST, Span, spans
 from backupcore.disk.stored import read_exactly
@@ -29,9 +29,6 @@ from backupcore.model import Artifact, stream
 __all__ = ["MergedArtifact", "MergedBlocks", "MergedData", "MergedLayer"]
 
 _STEP = 16  # clusters that a layer which is read forward is asked for at once
-_REQUESTS = 4  # reads that are under way at once where a store can seek
-T = TypeVar("T")
-_LOOK = 0.1  # seconds between two looks at whether the work is to stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,22 +140,8 @@ class MergedData:
         The bytes are there until the next list is asked for. `check` is called at least ten times a second and may
         raise. Layers that can only be read forward are not for this.
         """
-        free: list[memoryview] = []  # used again and again: fresh memory costs a page fault per 4 KiB
-        waiting: deque[tuple[memoryview, Future[list[tuple[Run, memoryview, bytes]]]]] = deque()
-        pool = ThreadPoolExecutor(self.requests, "fetch")
-        try:
-            for span in spans(self._merged.runs):
-                if len(waiting) == self.requests + 2:
-                    buffer, future = waiting.popleft()
-                    yield _settled(future, check)
-                    free.append(buffer)
-                buffer = free.pop() if free else memoryview(bytearray(MOST * CLUSTER))
-                waiting.append((buffer, pool.submit(self._fetch, span, buffer)))
-            for _, future in waiting:
-                yield _settled(future, check)
-        finally:
-            # A read that hangs is ended by what it hangs on: nobody waits for it any more.
-            pool.shutdown(wait=False, cancel_futures=True)
+        jobs = spans(self._merged.runs)
+        return in_parallel(jobs, self._fetch, check, size=MOST * CLUSTER, requests=self.requests)
 
     def _fetch(self, span: Span, buffer: memoryview) -> list[tuple[Run, memoryview, bytes]]:
         self._readers[span.layer].read_into(span.at, buffer[: span.clusters * CLUSTER])
@@ -191,20 +174,12 @@ class MergedData:
     @property
     def requests(self) -> int:
         """How many reads can be under way at once: one where a layer can only be read forward."""
-        return _REQUESTS if all(layer.artifact.seekable for layer in self._layers) else 1
+        return REQUESTS if all(layer.artifact.seekable for layer in self._layers) else 1
 
     def close(self) -> None:
         """Let go of the layers."""
         for reader in self._readers:
             reader.close()
-
-
-def _settled(future: Future[T], check: Callable[[], None]) -> T:
-    """Its result, unless the work is to stop before."""
-    while True:
-        check()
-        if wait([future], _LOOK).done:
-            return future.result()
 
 
 @dataclass(frozen=True)

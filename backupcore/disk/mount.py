@@ -19,7 +19,6 @@ import ctypes
 import errno
 import os
 import pickle
-import shutil
 import stat
 import subprocess
 import sys
@@ -28,6 +27,7 @@ import time
 import traceback
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from backupcore.disk.mountpoints import unmount_command
 from backupcore.errors import BackupError, ContractViolation, from_os_error
 
 if TYPE_CHECKING:
@@ -154,11 +154,6 @@ def _library() -> None:
         os.environ["FUSE_LIBRARY_PATH"] = name
         return
     raise OSError("no libfuse3 found")
-
-
-def unmount_command() -> str | None:
-    """The program that mounts and unmounts for users, as the installed libfuse has it; None if there is none."""
-    return shutil.which("fusermount3") or shutil.which("fusermount")
 
 
 def _end_with_parent(stdin: BinaryIO, mountpoint: str, mounted: threading.Event) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from backupcore.context import Context
 from backupcore.datastore import Datastore
-from backupcore.disk.fileview import unmount_below
+from backupcore.disk.mountpoints import unmount_below
 from backupcore.errors import BackupError, SourceNotFound
 from backupcore.manifest import NAME
 from backupcore.model import (

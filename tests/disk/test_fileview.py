@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 
 from backupcore.disk.extents import Extent, Kind
-from backupcore.disk.fileview import View, _Process, show, unmount_below
+from backupcore.disk.fileview import View, _Process, show
+from backupcore.disk.mountpoints import unmount_below
 from backupcore.disk.qcow2 import DiskArtifact, Layout
 from backupcore.disk.sums import HashedDisk, SumsArtifact
 from backupcore.errors import BackupError, ContractViolation, TargetFull, TargetUnavailable
@@ -396,7 +397,7 @@ def test_unmounted_by_somebody_else(folder):
 PARENT = """
 import sys, time
 from pathlib import Path
-from backupcore.disk.fileview import show
+from backupcore.disk.fileview import View, _Process, show
 from backupcore.model import BytesArtifact
 with show([BytesArtifact("a", b"b")], Path(sys.argv[1])) as view:
     print(view.path, flush=True)

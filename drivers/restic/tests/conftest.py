@@ -92,6 +92,29 @@ def ctx(tmp_path: Path) -> Iterator[Context]:
         yield context
 
 
+def hide_fusermount(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """A $PATH without the program that mounts for users: nothing can be mounted, by us or by restic."""
+    folder.mkdir()
+    for name in ("restic", "ssh", "sh"):
+        if program := shutil.which(name):
+            (folder / name).symlink_to(program)
+    monkeypatch.setenv("PATH", str(folder))
+
+
+@pytest.fixture
+def unmountable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Backups are read by ``restic dump``, since nothing can be mounted."""
+    hide_fusermount(monkeypatch, tmp_path / "bin")
+
+
+@pytest.fixture(params=["mount", "dump"])
+def way(request: pytest.FixtureRequest) -> str:
+    """Both ways in which backups are read."""
+    if request.param == "dump":
+        request.getfixturevalue("unmountable")
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
 def pristine(options: Callable[..., Restic], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A new repository, made by the driver's first backup. Copies of it spare seconds of key derivation each."""

@@ -17,11 +17,11 @@ from restic_odd import BrokenArtifact, GatedArtifact, SlowArtifact
 from backupcore.context import Context
 from backupcore.errors import (
     AccessDenied,
-    BackupError,
     Busy,
     Cancelled,
     ConfigError,
     HypervisorError,
+    IntegrityError,
     TargetFull,
     TargetUnavailable,
 )
@@ -225,6 +225,7 @@ def test_a_full_and_then_a_read_only_repository(
     assert manifest.open().read() == b'{"format": 1}'
 
 
+@pytest.mark.usefixtures("way")
 def test_damage_raises_from_the_read_that_meets_it(
     fresh: Restic, ctx: Context, make_run: Runs, make_artifacts: Artifacts
 ) -> None:
@@ -235,7 +236,7 @@ def test_damage_raises_from_the_read_that_meets_it(
         pack.seek(biggest.stat().st_size // 2)
         pack.write(b"not what was there")
     disk = next(one for one in fresh.restore(source, ctx) if one.name == "disk.vda.qcow2")
-    with disk.open() as stream, pytest.raises(BackupError):
+    with disk.open() as stream, pytest.raises(IntegrityError, match="ciphertext verification failed"):
         stream.read()
 
 
@@ -299,6 +300,7 @@ def test_cancelled_midway_leaves_nothing(
         fresh.prebackup(make_run(), ctx)
 
 
+@pytest.mark.usefixtures("way")
 def test_a_restore_can_be_cancelled(shared: Restic, kept: Kept, ctx: Context) -> None:
     disk = next(one for one in shared.restore(kept[0], ctx) if one.name == "disk.vda.qcow2")
     with disk.open() as stream:

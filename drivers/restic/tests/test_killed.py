@@ -13,7 +13,7 @@ from pathlib import Path
 from restic_odd import GatedArtifact
 
 from backupcore.context import Context
-from backupcore.disk.fileview import unmount_below
+from backupcore.disk.mountpoints import unmount_below
 from backupcore.model import BackupRun, BytesArtifact
 from backupcore_restic import Restic
 

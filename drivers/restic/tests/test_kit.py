@@ -32,3 +32,8 @@ class TestRestic(DriverKit):
             secrets=[SECRET],
             away=options | {"repository": str(tmp_path / "nowhere" / "at all")},
         )
+
+
+@pytest.mark.usefixtures("unmountable")
+class TestResticNotMounted(TestRestic):
+    """The same where nothing can be mounted."""

@@ -47,7 +47,7 @@ def restic(driver: Restic, *arguments: str, cwd: Path | None = None) -> bytes:
 
 
 def test_backup_lists_and_restores_what_it_was_given(
-    shared: Restic, ctx: Context, make_run: Runs, make_artifacts: Artifacts
+    shared: Restic, ctx: Context, make_run: Runs, make_artifacts: Artifacts, way: str
 ) -> None:
     run, artifacts = make_run(name="-odd, name"), make_artifacts()
     ctx.progress = heard = Heard()
@@ -67,6 +67,7 @@ def test_backup_lists_and_restores_what_it_was_given(
     assert [one.name for one in restored] == sorted(one.name for one in artifacts)
     for got, given in zip(restored, sorted(artifacts, key=lambda one: one.name), strict=True):
         assert got.size == given.size
+        assert got.seekable == (way == "mount")
         with pickle.loads(pickle.dumps(got)).open() as stream:
             assert stream.read() == given.data
 
@@ -83,6 +84,7 @@ def test_the_snapshot_says_what_it_is_to_those_who_use_restic_itself(shared: Res
     assert restic(shared, "snapshots", "--host=web", "--tag=backupcore,type=FULL", source.token)
 
 
+@pytest.mark.usefixtures("unmountable")
 def test_a_stream_closed_early_leaves_no_restic(shared: Restic, kept: Kept, ctx: Context, running: Callable) -> None:
     source, artifacts = kept
     disk = next(one for one in shared.restore(source, ctx) if one.name == "disk.vda.qcow2")
@@ -100,6 +102,7 @@ def test_a_stream_closed_early_leaves_no_restic(shared: Restic, kept: Kept, ctx:
         second.read(1)
 
 
+@pytest.mark.usefixtures("way")
 def test_a_stream_outlives_the_thread_that_opened_it(shared: Restic, kept: Kept, ctx: Context) -> None:
     # The kernel's death signal goes by the thread that forked, not by the process.
     disk = next(one for one in shared.restore(kept[0], ctx) if one.name == "disk.vda.qcow2")
@@ -125,10 +128,12 @@ def test_a_prefix_of_a_source_is_not_that_source(shared: Restic, kept: Kept, ctx
     assert shared.restore(kept[0], ctx)
 
 
+@pytest.mark.usefixtures("way")
 def test_deleted_is_gone_and_deleting_again_is_fine(
     fresh: Restic, ctx: Context, make_run: Runs, make_artifacts: Artifacts
 ) -> None:
     first, second = (fresh.backup(make_artifacts(1000), make_run(), ctx).source for _ in range(2))
+    assert fresh.restore(first, ctx)
     assert fresh.delete([first, SourceRef("0" * 64)], ctx)
     with pytest.raises(SourceNotFound):
         fresh.restore(first, ctx)

@@ -23,6 +23,8 @@ from backupcore.errors import (
 from backupcore.model import Artifact, BackupRun, Listed, SourceRef, Stored, Usage
 from backupcore_restic.dump import DumpedArtifact
 from backupcore_restic.failures import NoRepository
+from backupcore_restic.mount import GARBAGE, Mount
+from backupcore_restic.mounted import MountedArtifact
 from backupcore_restic.place import creatable
 from backupcore_restic.repository import Repository, is_id
 from backupcore_restic.stall import Stall
@@ -136,7 +138,9 @@ class Restic:
         what = f"backing up to {repository.name}"
         with ExitStack() as shown:
             view = shown.enter_context(show(artifacts, ctx.folder, log=ctx.log, on_failure=give_up))
-            with repository.start(arguments, view.path) as child, ctx.on_cancel(child.stop):
+            # A flatten has a second restic, which gives what this one stores; together with us they stay below 300 MiB.
+            less = {"GOGC": GARBAGE} if self._mount(ctx).serves else {}
+            with repository.start(arguments, view.path, **less) as child, ctx.on_cancel(child.stop):
                 # A read that hangs, of a hypervisor that does, holds restic in the kernel until the view is gone.
                 child.release = shown.close
                 running.append(child)
@@ -161,15 +165,22 @@ class Restic:
 
     @hookimpl
     def restore(self, source: SourceRef, ctx: Context) -> Sequence[Artifact]:
-        """The files of the snapshot; each is a ``restic dump`` once it is opened."""
+        """The files of the snapshot, in the mount that all calls with this context share; else as ``restic dump``."""
         repository = Repository(self)
         unknown = SourceNotFound(f"{repository.name} holds no complete backup {source.token:.64}")
         if not is_id(source.token):
             raise unknown
-        files = repository.files(source.token, ctx)
+        mount = self._mount(ctx)
+        mounted, files = mount.mounted(), mount.files(source.token)
+        if files is None or MANIFEST not in files:  # not mounted, or stored since: restic itself has the last word
+            mounted, files = None, repository.files(source.token, ctx)
         if files is None or MANIFEST not in files:
             raise unknown
-        return [DumpedArtifact(self, source.token, name, size, ctx) for name, size in sorted(files.items())]
+        found = [DumpedArtifact(self, source.token, name, size, ctx) for name, size in sorted(files.items())]
+        return [MountedArtifact(one, mount, mounted) for one in found] if mounted else found
+
+    def _mount(self, ctx: Context) -> Mount:
+        return ctx.once((Mount, self), lambda: Mount(self, ctx))
 
     @hookimpl
     def delete(self, sources: Sequence[SourceRef], ctx: Context) -> bool:
@@ -180,6 +191,7 @@ class Restic:
             repository.forget(wanted, ctx)
         except SourceNotFound:  # 0.14 does not mind one that is gone already; others may
             repository.forget(wanted & repository.ids(ctx, self.timeout), ctx)
+        self._mount(ctx).deleted(wanted)
         return True
 
     @hookimpl

@@ -1,4 +1,4 @@
-"""What `restore` returns: artifacts that are streamed from ``restic dump`` when they are opened."""
+"""What `restore` returns where nothing can be mounted: artifacts streamed from ``restic dump`` as they are opened."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from backupcore.child import ChildStream
+from backupcore.errors import BackupError, TargetUnavailable
 from backupcore.model import Artifact
 from backupcore_restic.repository import Repository
 
@@ -28,8 +29,13 @@ class DumpedArtifact(Artifact):
         self.name = name
         self.size = size
         self._options = options
-        self._snapshot = snapshot
+        self.snapshot = snapshot
         self._ctx = ctx
+
+    @property
+    def what(self) -> str:
+        """What reading it is called in errors."""
+        return f"reading {self.name} of snapshot {self.snapshot[:8]} in {Repository(self._options).name}"
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_ctx": None}
@@ -37,11 +43,21 @@ class DumpedArtifact(Artifact):
     def open(self) -> BinaryIO:
         """The file from byte 0; a dump that fails, or is too short or too long, raises from the read that meets it."""
         repository = Repository(self._options)
-        what = f"reading {self.name} of snapshot {self._snapshot[:8]} in {repository.name}"
+        what = self.what
         # No lock: a repository that takes no writes, or that a dead prune has locked, must still be restorable.
         # A prune that runs meanwhile removes only what no snapshot uses; at worst the dump fails, loudly.
-        child = repository.start(["--no-lock", "dump", self._snapshot, f"/{self.name}"])
+        child = repository.start(["--no-lock", "dump", self.snapshot, f"/{self.name}"])
         stream = ChildStream(
             child, self.size, what, lambda ended, code: repository.failed(ended, code, what), self._ctx
         )
         return io.BufferedReader(stream, 1 << 20)
+
+    def reason(self, end: int) -> BackupError:
+        """Why the bytes before `end` cannot be read otherwise, as restic says when they are read by this."""
+        try:
+            with self.open() as file:
+                while end > 0:
+                    end -= len(file.read(min(end, 1 << 20)))
+        except BackupError as error:
+            return error
+        return TargetUnavailable(f"{self.what}: restic mount could not, restic dump could", "Try it again.")

@@ -115,7 +115,7 @@ RULES = (
 
 # The last line but one of these is a Go stack: 0.14 prints one where it cannot write its lock.
 _NOISE = _text(
-    r"^$|the `unlock` command|^lock was created|^storage id|^warning:"
+    r"^$|signal interrupt received|^unable to umount|the `unlock` command|^lock was created|^storage id|^warning:"
     r"|^usage|^exit status|\.go:\d+$|^github\.com/|^(main|runtime)\.|^unable to create lock in backend$"
 )
 _IN_URL = re.compile(r"(?<=//)[^/@\s]*:[^/\s]*@")  # up to the last @ of the authority: a password may hold one

@@ -127,10 +127,10 @@ class Repository:
         result["RESTIC_PROGRESS_FPS"] = "4"  # 60 lines a second are the default, each with the names of all files
         return result, [value for value in extra.values() if len(value) >= 6]
 
-    def start(self, arguments: Sequence[str], folder: Path | None = None) -> Child:
-        """restic with these arguments, running in `folder`."""
+    def start(self, arguments: Sequence[str], folder: Path | None = None, **more: str) -> Child:
+        """restic with these arguments, running in `folder`; `more` are variables that the user's own go before."""
         options = self._options
-        environment = self.environment()[0]
+        environment = more | self.environment()[0]
         command: list[str] = []
         if options.limit_upload:
             command.append(f"--limit-upload={options.limit_upload}")

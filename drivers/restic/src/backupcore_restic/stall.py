@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -29,19 +29,22 @@ MOVED = 64 << 10  # bytes; less may be a status line that was written and not ye
 
 
 class Stall:
-    """Stops `child` when it has neither read nor written for `limit` seconds; `error` then says why.
+    """Stops `child` when it has neither read nor written for `limit` seconds while it was `busy`; `error` says why.
 
     `folder` is the repository, where that is a folder of this host. `said` counts what was read of the child's stdout:
     status lines go on for ever, and are no movement.
     """
 
-    def __init__(self, child: Child, what: str, folder: Path | None, limit: float) -> None:
+    def __init__(
+        self, child: Child, what: str, folder: Path | None, limit: float, busy: Callable[[], bool] = lambda: True
+    ) -> None:
         self.said = 0
         self.error: BackupError | None = None
         self._child = child
         self._what = what
         self._folder = folder
         self._limit = limit
+        self._busy = busy
         self._ended = threading.Event()
 
     @contextmanager
@@ -59,7 +62,7 @@ class Stall:
         before, idle = -MOVED, 0.0
         while not self._ended.wait(EVERY):
             moved = _bytes_moved(self._child.pid) - self.said
-            if moved > before + MOVED:
+            if moved > before + MOVED or not self._busy():
                 before, idle = moved, 0.0
                 continue
             idle += EVERY

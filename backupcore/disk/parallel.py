@@ -1,0 +1,56 @@
+"""Several reads at once, their results in order, into memory that is used again."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+__all__ = ["REQUESTS", "in_parallel"]
+
+REQUESTS = 4
+"""Reads that are under way at once where a store can seek."""
+
+_LOOK = 0.1  # seconds between two looks at whether the work is to stop
+J = TypeVar("J")
+T = TypeVar("T")
+
+
+def in_parallel(
+    jobs: Iterable[J],
+    read: Callable[[J, memoryview], T],
+    check: Callable[[], None],
+    *,
+    size: int,
+    requests: int = REQUESTS,
+) -> Iterator[T]:
+    """What `read` makes of each job, in their order; it is called by several threads, with a buffer of `size` bytes.
+
+    The buffer is the job's until the next result is asked for. `check` is called at least ten times a second and may
+    raise. What `read` raises is raised here.
+    """
+    free: list[memoryview] = []  # used again and again: fresh memory costs a page fault per 4 KiB
+    waiting: deque[tuple[memoryview, Future[T]]] = deque()
+    pool = ThreadPoolExecutor(requests, "parallel-read")
+    try:
+        for job in jobs:
+            if len(waiting) == requests + 2:
+                buffer, future = waiting.popleft()
+                yield _settled(future, check)
+                free.append(buffer)
+            buffer = free.pop() if free else memoryview(bytearray(size))
+            waiting.append((buffer, pool.submit(read, job, buffer)))
+        for _, future in waiting:
+            yield _settled(future, check)
+    finally:
+        # A read that hangs is ended by what it hangs on: nobody waits for it any more.
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _settled(future: Future[T], check: Callable[[], None]) -> T:
+    """Its result, unless the work is to stop before."""
+    while True:
+        check()
+        if wait([future], _LOOK).done:
+            return future.result()
