@@ -84,7 +84,9 @@ class ReadAhead(Artifact):
         self._layout: _Layout = disk.layout
         self.name = disk.name
         self.size = self._layout.size
-        self._blocks = -(-self._layout.clusters // BLOCK)
+        # Blocks begin at whole MiB of the file, where readers' own steps begin: else each step would need two of them.
+        self._shift: int = self._layout.data_offset // CLUSTER % BLOCK
+        self._blocks = -(-(self._layout.clusters + self._shift) // BLOCK)
         self._eager = eager
         self._changed = threading.Condition()  # guards all below
         self._cache: OrderedDict[int, _Block] = OrderedDict()
@@ -134,6 +136,15 @@ class ReadAhead(Artifact):
     def arrived(self, number: int, data: memoryview) -> None:
         """Called once for each block that was read, in the thread that received it, before anybody sees `data`."""
 
+    def block_of(self, cluster: int) -> int:
+        """The number of the block in which this data cluster lies."""
+        return (cluster + self._shift) // BLOCK
+
+    def clusters_of(self, number: int) -> tuple[int, int]:
+        """(first, end) of the data clusters of a block; the first block and the last may be short."""
+        first = number * BLOCK - self._shift
+        return max(first, 0), min(first + BLOCK, self._layout.clusters)
+
     def fetch(self, numbers: list[int]) -> None:
         """Have these blocks read, if they are not there."""
         with self._changed:
@@ -144,8 +155,8 @@ class ReadAhead(Artifact):
 
     def _copy(self, at: int, end: int, buffer: memoryview, *, ahead: bool) -> None:
         """Copy the bytes [at, end) of the data; blocks of this read are asked for while the first is awaited."""
-        last = (end - 1) // _BYTES
-        for number in range(at // _BYTES, last + 1):
+        first, last = self.block_of(at // CLUSTER), self.block_of((end - 1) // CLUSTER)
+        for number in range(first, last + 1):
             through = number + AHEAD if ahead else min(number + AHEAD, last)
             with self._changed:
                 block = self._want(number)
@@ -155,7 +166,8 @@ class ReadAhead(Artifact):
                 self._shrink()
             try:
                 data = self._wait(block)
-                from_, to = max(at - number * _BYTES, 0), min(end - number * _BYTES, len(data))
+                start = self.clusters_of(number)[0] * CLUSTER
+                from_, to = max(at - start, 0), min(end - start, len(data))
                 buffer[: to - from_] = data[from_:to]
                 buffer = buffer[to - from_ :]
                 block.spent = block.spent or to == len(data)
@@ -171,8 +183,8 @@ class ReadAhead(Artifact):
         if block is not None:
             self._cache.move_to_end(number)
             return block
-        first = number * BLOCK
-        count = min(BLOCK, self._layout.clusters - first)
+        first, end = self.clusters_of(number)
+        count = end - first
         whole = count == BLOCK and self._memory
         memory = self._memory.pop() if whole else memoryview(bytearray(count * CLUSTER))
         block = _Block(number, memory, self._disk.submit_clusters(first, count, memory))

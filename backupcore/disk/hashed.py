@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from backupcore.disk.ahead import AHEAD, BLOCK, ReadAhead
+from backupcore.disk.ahead import AHEAD, ReadAhead
 from backupcore.disk.table import CLUSTER, Table, digests
 from backupcore.errors import IntegrityError
 
@@ -53,11 +53,10 @@ class HashedDisk(ReadAhead):
 
     def load(self, first: int, end: int) -> None:
         """Read up to four blocks of the clusters [first, end) that have no digest, so that they have one."""
-        last = -(-min(end, self._layout.clusters) // BLOCK)
+        end = min(end, self._layout.clusters)
         wanted = []
-        for number in range(first // BLOCK, last):
-            from_, to = number * BLOCK, min((number + 1) * BLOCK, self._layout.clusters)
-            if self.table.first_missing(from_, to) is not None:
+        for number in range(self.block_of(first), self.block_of(end - 1) + 1 if end > first else 0):
+            if self.table.first_missing(*self.clusters_of(number)) is not None:
                 wanted.append(number)
             if len(wanted) == AHEAD:
                 break
@@ -72,9 +71,9 @@ class HashedDisk(ReadAhead):
 
     def arrived(self, number: int, data: memoryview) -> None:
         """Hash a block and record its digests."""
-        first = number * BLOCK
+        first, end = self.clusters_of(number)
         asked = len(data)
-        if number == self._blocks - 1:  # the last cluster may end past the guest's disk
+        if end == self._layout.clusters:  # the last cluster may end past the guest's disk
             asked = sum(length for _, length in self._layout.runs(first, asked // CLUSTER))
         try:
             self.table.record(first, digests(data), asked)

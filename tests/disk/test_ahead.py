@@ -10,7 +10,7 @@ import pytest
 from backupcore.disk.ahead import AHEAD, ReadAhead
 from backupcore.disk.qcow2 import MemoryBlocks
 from backupcore.errors import TargetUnavailable
-from tests.disk.odd_blocks import MIB, Failing, content, disk
+from tests.disk.odd_blocks import MIB, Counting, Failing, content, disk
 
 SIZE = 40 * MIB
 
@@ -59,6 +59,14 @@ def test_who_reads_receives_in_his_own_thread():
         assert len(stream.read()) == plain.size
     assert blocks.receivers == {threading.current_thread()}
     plain.close()
+
+
+def test_a_step_of_1_mib_of_the_file_needs_one_block():
+    blocks = Counting(content(SIZE))
+    ahead = ReadAhead(disk("d", SIZE, blocks=blocks))
+    assert ahead.read_at(5 * MIB, MIB) == disk("d", SIZE).read_at(5 * MIB, MIB)
+    assert sum(length for _, length in blocks.asked) == MIB
+    ahead.close()
 
 
 def test_readers_that_go_elsewhere_leave_little_under_way():
