@@ -11,8 +11,8 @@ from blake3 import blake3
 
 from backupcore.disk.qcow2 import DiskArtifact
 from backupcore.disk.sums import HashedDisk, SumsArtifact
+from backupcore.draft import FORMAT, NAME, ManifestArtifact
 from backupcore.errors import ContractViolation
-from backupcore.manifest import FORMAT, NAME, ManifestArtifact
 from backupcore.model import Artifact, BytesArtifact, check_name
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
@@ -24,6 +24,7 @@ from backupcore.model import (
     Stored,
     Usage,
     check_name,
+    itself,
     stream,
 )
 from backupcore.options import build
@@ -193,10 +194,10 @@ class Datastore:
 class _Given(Artifact):
     """What a driver reads from: it notices a cancelled run, and that a giver breaks its promise.
 
-    In another process it is just the artifact: the context stays here.
+    In another process it is the artifact itself: the context stays here, and the file view counts bytes as well.
     """
 
-    def __init__(self, inner: Artifact, ctx: Context | None) -> None:
+    def __init__(self, inner: Artifact, ctx: Context) -> None:
         self._inner = inner
         self._ctx = ctx
         self.name = inner.name
@@ -218,8 +219,7 @@ class _Given(Artifact):
         return count
 
     def _check(self) -> None:
-        if self._ctx is not None:
-            self._ctx.check()
+        self._ctx.check()
 
     def _exactly(self, offset: int, length: int, count: int) -> None:
         self._check()  # once more: after the last read a driver publishes
@@ -233,8 +233,8 @@ class _Given(Artifact):
     def close(self) -> None:
         self._inner.close()
 
-    def __reduce__(self) -> tuple[type[_Given], tuple[Artifact, None]]:
-        return _Given, (self._inner, None)
+    def __reduce__(self) -> tuple[Callable[[Artifact], Artifact], tuple[Artifact]]:
+        return itself, (self._inner,)
 
 
 class _Exact(Artifact):

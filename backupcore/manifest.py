@@ -20,23 +20,20 @@ is the date of the image's first full. Where a store made it by copying on its o
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Mapping
 from datetime import datetime
-from typing import Annotated, Any, BinaryIO, Literal, Protocol
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from backupcore.draft import FORMAT, NAME, ManifestArtifact
 from backupcore.errors import IntegrityError, UnsupportedOperation
-from backupcore.model import Artifact, Disk, Type
+from backupcore.model import Disk, Type
 from backupcore.options import problems
 
 __all__ = ["FORMAT", "LIMIT", "NAME", "Manifest", "ManifestArtifact", "parse"]
 
-FORMAT = 1
 LIMIT = 16 << 20
-NAME = "manifest.json"
 
 Hex32 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 Hex64 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -46,7 +43,8 @@ Size = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", hide_input_in_errors=True)
+    # Built when the first manifest is read: a backup reads none, and would pay for it at each start.
+    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", hide_input_in_errors=True, defer_build=True)
 
 
 class VMPart(_Part):
@@ -169,53 +167,3 @@ def parse(data: bytes, what: str) -> Manifest:
         raise IntegrityError(f"{what}: not a manifest: {problems(found[:5], '')}") from None
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{what}: not a manifest: {type(error).__name__}") from None
-
-
-class Sums(Protocol):
-    """What is needed of a sums artifact; `backupcore.disk.sums.SumsArtifact` is one."""
-
-    name: str
-    size: int
-
-    def digest(self) -> bytes:
-        """BLAKE3 over all of it; may wait until it is known."""
-
-
-class ManifestArtifact(Artifact):
-    """``manifest.json`` of a backup that is being taken.
-
-    Its size is known at once, since a digest has as many digits before it is known as after. A read needs the
-    digest of each sums artifact, and so waits until its disk was read (`backupcore.disk.sums`).
-    """
-
-    name = NAME
-
-    def __init__(self, draft: dict[str, Any], sums: Mapping[str, Sums]) -> None:
-        """`draft` is the manifest without digests of sums; `sums` maps a disk's ID to its sums artifact."""
-        self._draft = draft
-        self._sums = sums
-        self.size = len(self._render(dict.fromkeys(sums, "0" * 64)))
-        self._data: bytes | None = None
-
-    def _render(self, digests: dict[str, str]) -> bytes:
-        disks = [{**part, "sums_digest": digests[part["id"]]} for part in self._draft["disks"]]
-        listed = [
-            {"name": artifact.name, "size": artifact.size, "digest": digests[disk]}
-            for disk, artifact in self._sums.items()
-        ]
-        whole = {**self._draft, "disks": disks, "artifacts": [*self._draft["artifacts"], *listed]}
-        return json.dumps(whole, indent=1).encode() + b"\n"
-
-    def data(self) -> bytes:
-        """The finished manifest."""
-        if self._data is None:
-            self._data = self._render({disk: sums.digest().hex() for disk, sums in self._sums.items()})
-        return self._data
-
-    def open(self) -> BinaryIO:
-        """The finished manifest from byte 0."""
-        return io.BytesIO(self.data())
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        """A slice of the finished manifest."""
-        return self.data()[offset : offset + length]

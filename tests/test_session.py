@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -170,6 +173,29 @@ def test_a_source_lost_in_the_datastore_leads_to_a_full(site: Site):
     site.driver.kept.clear()
     assert "no longer in the datastore" in site.backup().run.reason
     assert full
+
+
+def test_what_a_file_view_is_given_loads_little(site):
+    """What its process loads is paid for at each backup: pydantic alone takes 0.07 s and 15 MiB."""
+    loaded: list[str] = []
+
+    class Elsewhere(MemoryDriver):
+        @hookimpl
+        def backup(self, artifacts, run, ctx):
+            code = (
+                "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); import backupcore.disk.mount;"
+                "print([a.size for a in pickle.load(sys.stdin.buffer)]); print(*sys.modules)"
+            )
+            given = pickle.dumps(sys.path) + pickle.dumps(artifacts)
+            child = subprocess.run([sys.executable, "-I", "-c", code], input=given, capture_output=True, check=True)
+            sizes, modules = child.stdout.decode().splitlines()
+            assert sizes == str([artifact.size for artifact in artifacts])
+            loaded.extend(modules.split())
+            return MemoryDriver.backup(self, artifacts, run, ctx)
+
+    site.backup(Elsewhere())
+    assert "backupcore.draft" in loaded
+    assert not {"pydantic", "pluggy", "importlib.metadata", "asyncio", "mfusepy"} & set(loaded)
 
 
 @backupcore.driver

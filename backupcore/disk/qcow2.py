@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, Protocol
 
 from blake3 import blake3
 
+from backupcore.disk.ahead import ReadAhead
 from backupcore.disk.extents import CLUSTER, Extent, ExtentTable, Kind
 from backupcore.disk.geometry import COPIED, ENTRIES, L2_SPAN, ZERO, Geometry, clusters_of, row
 from backupcore.errors import HypervisorError
@@ -272,8 +273,8 @@ class DiskArtifact(Artifact):
         self.__dict__.update(state, _lock=threading.Lock())
 
     def open(self) -> BinaryIO:
-        """A buffered stream of the whole file."""
-        return stream(self)
+        """A stream of the whole file, which reads ahead."""
+        return stream(ReadAhead(self))
 
     def read_at(self, offset: int, length: int) -> bytes:
         """The bytes from `offset` on, at most `length`; fewer at the end of the file only."""
