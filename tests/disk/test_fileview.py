@@ -397,7 +397,7 @@ def test_unmounted_by_somebody_else(folder):
 PARENT = """
 import sys, time
 from pathlib import Path
-from backupcore.disk.fileview import View, _Process, show
+from backupcore.disk.fileview import show
 from backupcore.model import BytesArtifact
 with show([BytesArtifact("a", b"b")], Path(sys.argv[1])) as view:
     print(view.path, flush=True)

@@ -12,8 +12,9 @@ import pytest
 
 from backupcore.context import Context
 from backupcore.disk.extents import Kind
-from backupcore.errors import HypervisorError, IncrementImpossible
+from backupcore.errors import HypervisorError, IncrementImpossible, UnsupportedOperation
 from backupcore.model import Outcome, RunState
+from backupcore_libvirt import image_tail
 
 MiB = 1 << 20
 SNAPSHOT = {"MODE": "INCREMENT", "INCREMENT_MODE": "SNAPSHOT"}
@@ -393,6 +394,39 @@ def test_a_disk_that_was_shrunk_off_line_and_is_grown_live_shows_nothing_of_what
     assert len(files(vm, "vda")) == 2
     runs.hypervisor.forget(vm.identity)
     vm.io("vda", "read -P 0x55 0 8M", "read -P 0 8M 8M")
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_a_disk_that_was_cut_within_a_cluster_shows_nothing_of_its_old_end_when_it_has_grown(lab, runs, chain, on):
+    # QEMU's commit lets the file below grow, and its last cluster still holds what was cut off.
+    vm = lab.vm(["qcow2:16"], start=False)
+    vm.write("vda", "write -P 0x55 0 16M")
+    vm.resize("vda", "--shrink", 8 * MiB + 512)
+    vm.start()
+    held = chain(vm)
+    held.backup()
+    vm.domain.blockResize("vda", 16 * MiB, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+    grown = ["read -P 0x55 0 8389120", "read -P 0 8389120 8388096"]
+    vm.io("vda", *grown)
+    if not on:
+        vm.destroy()
+    held.backup()
+    vm.write("vda", *grown)
+    runs.hypervisor.forget(vm.identity)
+    vm.write("vda", *grown)
+
+
+def test_the_end_of_a_cluster_that_cannot_be_cleared_is_told(tmp_path):
+    plain, small = str(tmp_path / "plain.qcow2"), str(tmp_path / "small.qcow2")
+    qemu_img("create", "-q", "-f", "qcow2", plain, "200k")
+    image_tail.clear(plain, "qcow2")  # it holds nothing
+    qemu_io(plain, "write -P 9 0 200k")
+    qemu_img("convert", "-c", "-O", "qcow2", plain, small)
+    with pytest.raises(UnsupportedOperation, match="its last cluster is compressed"):
+        image_tail.clear(small, "qcow2")
+    qemu_img("snapshot", "-c", "somebody's", plain)
+    with pytest.raises(UnsupportedOperation, match="is a snapshot's"):
+        image_tail.clear(plain, "qcow2")
 
 
 def test_a_disk_that_was_shrunk_on_the_overlay_of_a_dead_run_keeps_it_until_the_next_backup(lab, chain, caplog):

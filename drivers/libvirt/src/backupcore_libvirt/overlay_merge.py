@@ -16,7 +16,7 @@ from xml.etree.ElementTree import tostring
 
 from backupcore.disk.nbd import DEPTH, Client, held
 from backupcore.errors import BackupError, Busy, HypervisorError, NotFound, UnsupportedOperation
-from backupcore_libvirt import qemu_img
+from backupcore_libvirt import image_tail, qemu_img
 from backupcore_libvirt.connection import ACTIVE_COMMIT, COMMIT, NOT_READY, Connection, Domain
 from backupcore_libvirt.libvirt_errors import code_of
 from backupcore_libvirt.overlay import Stack, is_overlay, overlays_beside, stacks
@@ -101,8 +101,10 @@ class Merger:
     def _merge_live(self, stack: Stack, low: int, high: int) -> None:
         if error := self.hindrance(stack, low, high):
             raise error
-        below, _ = stack.file(low - 1)
+        below, shape = stack.file(low - 1)
         last = high == len(stack.overlays) - 1
+        if _size(stack.overlays[high].path) > _size(below, shape):
+            image_tail.clear(below, shape)
         self.domain.begin_commit(stack.disk, below, None if last else stack.overlays[high].path)
         self._follow(stack.disk)
         merged = {overlay.path for overlay in stack.overlays[low : high + 1]}
@@ -156,6 +158,8 @@ class Merger:
         for index in range(high, low - 1, -1):
             overlay = stack.overlays[index].path
             below, shape = stack.file(index - 1)
+            if _size(overlay) > _size(below, shape):
+                image_tail.clear(below, shape)
             if index == len(stack.overlays) - 1:
                 self._merge_top_off(stack, overlay, below, shape)
             else:

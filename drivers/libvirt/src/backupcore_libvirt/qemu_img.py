@@ -13,7 +13,7 @@ from typing import Any
 from backupcore.errors import HypervisorError, from_os_error
 from backupcore_libvirt.qemu_nbd import is_locked
 
-__all__ = ["Backing", "Info", "commit", "info", "is_open_elsewhere", "rebase", "shrink"]
+__all__ = ["Backing", "Extent", "Info", "commit", "info", "is_open_elsewhere", "last_extent", "rebase", "shrink"]
 
 LOCK_LIMIT = 5.0  # a QEMU that ends holds its lock for a moment
 
@@ -30,15 +30,36 @@ class Backing:
 class Info:
     """An image by its header.
 
-    The size that the guest sees, bytes in use on the host, the file below, its snapshots, and whether another file
-    holds its data.
+    The size that the guest sees, that of a cluster, bytes in use on the host, the file below, its snapshots, and
+    whether another file holds its data.
     """
 
     virtual_size: int
+    cluster_size: int
     allocated: int
     backing: Backing | None
     snapshots: tuple[str, ...]
     data_elsewhere: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Data of an image itself. `offset`: where it lies in its file, in bytes; None where it is compressed."""
+
+    offset: int | None
+
+
+def last_extent(path: str, start: int, length: int) -> Extent | None:
+    """What holds the last `length` bytes of a qcow2 image from `start` on, which is one cluster; None if nothing does.
+
+    What lies in the files below does not count. HypervisorError.
+    """
+    part = [f"--start-offset={start}", f"--max-length={length}"]
+    done = _run(["qemu-img", "map", "--force-share", "-f", "qcow2", "--output=json", *part, path])
+    if done.returncode != 0:
+        raise _failed(f"find the last cluster of {path}", done)
+    found = [one for one in json.loads(done.stdout) if one["depth"] == 0 and one["data"]]
+    return Extent(found[0].get("offset")) if found else None
 
 
 def info(path: str, shape: str) -> Info:
@@ -50,6 +71,7 @@ def info(path: str, shape: str) -> Info:
     below = found.get("full-backing-filename") or found.get("backing-filename")
     return Info(
         virtual_size=int(found["virtual-size"]),
+        cluster_size=int(found.get("cluster-size", 1)),
         allocated=int(found.get("actual-size", 0)),
         backing=Backing(str(below), found.get("backing-filename-format")) if below else None,
         snapshots=tuple(str(snapshot["name"]) for snapshot in found.get("snapshots", ())),
