@@ -401,7 +401,8 @@ from backupcore.disk.fileview import show
 from backupcore.model import BytesArtifact
 with show([BytesArtifact("a", b"b")], Path(sys.argv[1])) as view:
     print(view.path, flush=True)
-    time.sleep(60)
+    for _ in range(600):  # a signal right before a sleep is heard after it only
+        time.sleep(0.1)
 """
 
 
