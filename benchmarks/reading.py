@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 
 from benchmarks.figures import Figure, Spread
 from benchmarks.measure import Sample, costs, interleaved, ratio, run
 from benchmarks.place import Place
+from benchmarks.served import served
 
 __all__ = ["rows"]
 
@@ -17,19 +16,7 @@ __all__ = ["rows"]
 def rows(place: Place, rounds: int) -> Iterator[Figure]:
     """The figures."""
     socket = place.vms / "read.sock"
-    server = subprocess.Popen(
-        [
-            *("qemu-nbd", "-r", "-t", "-e", "8", "-k", str(socket), "-x", "vda"),
-            # The VM runs, so its QEMU holds the lock; it writes nothing meanwhile.
-            *("--image-opts", f"driver=qcow2,force-share=on,file.filename={place.filled.disk('vda')}"),
-        ]
-    )
-    try:
-        deadline = time.monotonic() + 10
-        while not socket.exists():
-            if time.monotonic() > deadline:
-                raise TimeoutError("qemu-nbd does not listen")
-            time.sleep(0.02)
+    with served(place.filled.disk("vda"), "qcow2", socket) as uri:
         stream = (sys.executable, "-m", "benchmarks.stream", socket, "vda")
         sums = place.folder / "sums"
 
@@ -39,16 +26,12 @@ def rows(place: Place, rounds: int) -> Iterator[Figure]:
 
         taken = interleaved(
             {
-                "nbdcopy": lambda: run("nbdcopy", f"nbd+unix:///vda?socket={socket}", "null:"),
+                "nbdcopy": lambda: run("nbdcopy", uri, "null:"),
                 "artifact": lambda: run(*stream),
                 "artifact with digests": hashed,
             },
             rounds,
         )
-    finally:
-        server.terminate()
-        server.wait()
-        socket.unlink(missing_ok=True)
     what = "read a disk to nowhere"
     for name, samples in taken.items():
         yield from costs(what, name, samples)

@@ -90,6 +90,10 @@ class Restic:
         """Make the repository that vmkeep uses."""
         self._restic(self.repository, "init", "-q")
 
+    def environment(self, repository: Path) -> dict[str, str]:
+        """What restic needs to know to work on it."""
+        return {"RESTIC_PASSWORD_FILE": str(self._password), "RESTIC_REPOSITORY": str(repository)}
+
     def close(self) -> None:
         """Remove all of it."""
         for folder in (self.repository, self.beside):
@@ -102,8 +106,7 @@ class Restic:
             to.unlink(missing_ok=True)
 
     def _restic(self, repository: Path, *arguments: str | Path, output: Path | None = None) -> Sample:
-        environment = {"RESTIC_PASSWORD_FILE": str(self._password), "RESTIC_REPOSITORY": str(repository)}
-        return run("restic", *arguments, environment=environment, output=output)
+        return run("restic", *arguments, environment=self.environment(repository), output=output)
 
 
 class S3:
@@ -114,7 +117,7 @@ class S3:
     def __init__(self, place: Place) -> None:
         self.server = SeaweedFS(place.folder)
         credentials = self.server.credentials(place.folder / "s3.credentials")
-        self._environment = {"AWS_SHARED_CREDENTIALS_FILE": str(credentials)}
+        self.environment = {"AWS_SHARED_CREDENTIALS_FILE": str(credentials)}
         self._transfer("bucket", "", Path())
         self.table = self.at(self.server.url)
 
@@ -122,7 +125,7 @@ class S3:
         """The table for that endpoint."""
         return (
             f'driver = "s3"\nbucket = "{BUCKET}"\nendpoint_url = "{url}"\npath_style = true\n'
-            f'credentials_file = "{self._environment["AWS_SHARED_CREDENTIALS_FILE"]}"'
+            f'credentials_file = "{self.environment["AWS_SHARED_CREDENTIALS_FILE"]}"'
         )
 
     def put(self, file: Path) -> Sample:
@@ -149,7 +152,7 @@ class S3:
 
     def _transfer(self, verb: str, key: str, path: Path) -> Sample:
         command = (sys.executable, "-m", "benchmarks.transfer", self.server.url, BUCKET, verb, key, path)
-        return run(*command, environment=self._environment)
+        return run(*command, environment=self.environment)
 
 
 class Folder:
