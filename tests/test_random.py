@@ -134,7 +134,8 @@ class Life:
         self.suspended = False
 
     def save(self) -> None:
-        if not self.vm.active or self.suspended:
+        # libvirt lets nobody save a VM while a backup job is there, also a dead run's.
+        if not self.vm.active or self.suspended or self.vm.domain.jobInfo()[0]:
             raise NotNow
         self.vm.domain.managedSave()
 

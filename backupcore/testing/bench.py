@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,7 @@ class Bench:
         self.folder = folder
         self.made: list[SourceRef] = []
         self.vms: set[str] = set()
+        self._contexts: list[Context] = []
         self.logged: list[str] = [] if logged is None else logged
         """Every line that was logged: none may show a secret."""
         self.told: list[str] = [] if told is None else told
@@ -116,10 +118,25 @@ class Bench:
         folder = Path(tempfile.mkdtemp(prefix="run-", dir=self.folder))
         try:
             with Context(folder, log=self.log) as ctx:
-                yield ctx
+                self._contexts.append(ctx)
+                try:
+                    yield ctx
+                finally:
+                    self._contexts.remove(ctx)
         finally:
             unmount_below(folder)
             shutil.rmtree(folder, ignore_errors=True)
+
+    @contextmanager
+    def threads(self, count: int) -> Iterator[ThreadPoolExecutor]:
+        """So many threads that use this bench. Ctrl-C cancels what they do, or its end would wait for them."""
+        with ThreadPoolExecutor(count) as pool:
+            try:
+                yield pool
+            except KeyboardInterrupt:
+                for ctx in list(self._contexts):
+                    ctx.cancel()
+                raise
 
     def place(self) -> Path:
         """A new private folder, which stays until the end."""

@@ -60,6 +60,15 @@ def test_ctrl_c_ends_it_and_what_was_stored_goes(site):
     assert {path.name for path in site.store.iterdir()} == {"wait", "waits", "deleted"}
 
 
+def test_ctrl_c_ends_backups_that_are_made_at_once(site):
+    (site.store / "wait").touch()
+    child = site.start("driver", "test", "files", "-o", f"path={site.store}", "--check", "concurrent")
+    site.until((site.store / "waits").exists, "a backup that waits")
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert (child.returncode, err.strip()) == (130, "vmkeep: cancelled")
+
+
 def test_what_is_wrong_with_the_place_or_an_option_is_told_as_such(site):
     assert site.run("driver", "test", "nonsense").code == 2
     told = site.run("driver", "test", "files", "-o", f"path={site.folder / 'away'}", "--json")

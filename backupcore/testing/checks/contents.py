@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from random import Random
 
@@ -75,7 +74,7 @@ def several_readers(bench: Bench) -> None:
     """Several readers at once, in several threads, each get all of it."""
     kept = _small(bench)
     wanted = digest(kept.artifacts[0])
-    with bench.context() as ctx, ThreadPoolExecutor(3) as pool:
+    with bench.context() as ctx, bench.threads(3) as pool:
         disk = bench.open().artifacts(kept.source, ctx)["disk.vda.qcow2"]
         jobs = [pool.submit(digest, disk) for _ in range(3)]
         if disk.seekable:

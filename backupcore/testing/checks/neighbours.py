@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 
 from backupcore.errors import BackupError, Busy, HypervisorError
@@ -29,7 +29,7 @@ def _meet(readers: list[Held], jobs: list[Future[Kept]], what: str) -> None:
 def concurrent(bench: Bench) -> None:
     """Three backups at once, through one datastore object as through several, do not disturb each other."""
     started = [_under_way(bench, host="kit-a", seed=seed) for seed in range(3)]
-    with ThreadPoolExecutor(3) as pool:
+    with bench.threads(3) as pool:
         jobs = [pool.submit(work) for _, work in started]
         try:
             _meet([held for held, _ in started], jobs, "three backups at once")
@@ -41,7 +41,7 @@ def concurrent(bench: Bench) -> None:
         raise Failed("backups that were made at once share a token")
     bench.same(*kept)
     store = bench.open()
-    with ThreadPoolExecutor(3) as pool:
+    with bench.threads(3) as pool:
         again = [pool.submit(bench.keep, bench.artifacts(seed=seed), store=store) for seed in range(3)]
         bench.same(*[job.result() for job in again])
 
@@ -50,7 +50,7 @@ def two_hosts(bench: Bench) -> None:
     """What one host keeps, fails at, clears up and deletes leaves another's backups alone, also unfinished ones."""
     theirs = bench.keep(run=bench.run(bench.vm("web"), host="kit-b"))
     held, work = _under_way(bench, host="kit-b", vm_name="web", seed=7)
-    with ThreadPoolExecutor(1) as pool:
+    with bench.threads(1) as pool:
         job = pool.submit(work)
         try:
             _meet([held], [job], "a backup of another host")
