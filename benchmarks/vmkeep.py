@@ -53,6 +53,12 @@ class Vmkeep:
         self.taken.append(Taken(told["image"], told["source"]))
         return replace(taken, frozen=float(told["frozen_seconds"]))
 
+    def delete(self) -> None:
+        """Delete what was backed up so far, unmeasured: its room on the disk and in the page cache is free again."""
+        for taken in self.taken:
+            self.ask("image", "delete", str(taken.image), "--yes")
+        self.taken.clear()
+
     def restore(self, *options: str, image: int | None = None) -> Sample:
         """Restore (by default the last backup) to a folder that is gone afterwards."""
         with fresh(self._place.folder / "restored") as folder:
