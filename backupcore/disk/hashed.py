@@ -10,7 +10,6 @@ from backupcore.disk.table import CLUSTER, Table, digests
 from backupcore.errors import IntegrityError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from backupcore.disk.ahead import Disk
@@ -23,22 +22,21 @@ _TOUCH = 0.05  # seconds between two moves of the table's counter of reads
 class HashedDisk(ReadAhead):
     """The same bytes as the disk artifact, each cluster hashed into the table of sums as it passes.
 
-    It reads as `ReadAhead` does. When pickled it takes the disk's address and layout and the table's path along; both
-    sides then fill the same table. The copy is eager: who reads in another process reads through a file view, where
-    each read costs a journey through the kernel.
+    It is an eager `ReadAhead`: its readers write what they get, or wait for the kernel between their reads. When
+    pickled it takes the disk's address and layout and the table's path along; both sides then fill the same table.
 
     The table is made at `table_path` if it does not exist. A read raises what the disk raises, IntegrityError where a
     cluster is no longer what it was when it was read before, and ContractViolation after `close`.
     """
 
-    def __init__(self, disk: Disk, table_path: Path, *, eager: bool = False) -> None:
-        super().__init__(disk, eager=eager)
+    def __init__(self, disk: Disk, table_path: Path) -> None:
+        super().__init__(disk, eager=True)
         clusters = self._layout.clusters
         self.table = Table.open(table_path) if table_path.exists() else Table.create(table_path, clusters)
         self._touched = 0.0
 
-    def __reduce__(self) -> tuple[Callable[[Disk, Path], HashedDisk], tuple[Disk, Path]]:
-        return _elsewhere, (self._disk, self.table.path)
+    def __reduce__(self) -> tuple[type[HashedDisk], tuple[Disk, Path]]:
+        return HashedDisk, (self._disk, self.table.path)
 
     @property
     def bytes_read(self) -> int:
@@ -86,7 +84,3 @@ class HashedDisk(ReadAhead):
         if now - self._touched > _TOUCH:
             self._touched = now
             self.table.touch()
-
-
-def _elsewhere(disk: Disk, table_path: Path) -> HashedDisk:
-    return HashedDisk(disk, table_path, eager=True)
