@@ -427,6 +427,13 @@ def test_the_end_of_a_cluster_that_cannot_be_cleared_is_told(tmp_path):
     qemu_img("snapshot", "-c", "somebody's", plain)
     with pytest.raises(UnsupportedOperation, match="is a snapshot's"):
         image_tail.clear(plain, "qcow2")
+    parts = tmp_path / "parts.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "extended_l2=on", str(parts), "200k")
+    qemu_io(str(parts), "write -P 9 198k 2k")  # in the middle of the last cluster: its first part is not there
+    before = parts.read_bytes()
+    with pytest.raises(UnsupportedOperation, match="has subclusters"):
+        image_tail.clear(str(parts), "qcow2")
+    assert parts.read_bytes() == before
 
 
 def test_a_disk_that_was_shrunk_on_the_overlay_of_a_dead_run_keeps_it_until_the_next_backup(lab, chain, caplog):

@@ -19,7 +19,7 @@ def clear(path: str, shape: str) -> None:
     """Zero it, in the file itself: nobody reads it there, whatever has the image open, while it is not written to.
 
     A raw image ends where it was cut. UnsupportedOperation for a cluster that is compressed, which cannot be changed in
-    place, or that may also be a snapshot's.
+    place, that may also be a snapshot's, or of which only parts may be there, so that none tells where it begins.
     """
     if shape != "qcow2":
         return
@@ -28,10 +28,11 @@ def clear(path: str, shape: str) -> None:
     if not inside:
         return
     extent = qemu_img.last_extent(path, found.virtual_size - inside, found.cluster_size)
-    if extent is None:
+    if extent is None and not found.subclusters:
         return
-    if extent.offset is None or found.data_elsewhere or found.snapshots:
-        what = "is compressed" if extent.offset is None else "is a snapshot's, or lies in another file"
+    if extent is None or extent.offset is None or found.subclusters or found.data_elsewhere or found.snapshots:
+        compressed = extent is not None and extent.offset is None
+        what = "is compressed" if compressed else "has subclusters, is a snapshot's, or lies in another file"
         raise UnsupportedOperation(
             f"{path}: its last cluster {what}, and what that holds behind the disk's end would be seen once it grows",
             "With the VM off: qemu-img convert it to a new image, and let the VM use that.",

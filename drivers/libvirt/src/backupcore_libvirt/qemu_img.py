@@ -30,8 +30,8 @@ class Backing:
 class Info:
     """An image by its header.
 
-    The size that the guest sees, that of a cluster, bytes in use on the host, the file below, its snapshots, and
-    whether another file holds its data.
+    The size that the guest sees, that of a cluster, bytes in use on the host, the file below, its snapshots, whether
+    another file holds its data, and whether parts of a cluster can be missing (qcow2's extended L2 entries).
     """
 
     virtual_size: int
@@ -40,6 +40,7 @@ class Info:
     backing: Backing | None
     snapshots: tuple[str, ...]
     data_elsewhere: bool
+    subclusters: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ def info(path: str, shape: str) -> Info:
     if done.returncode != 0:
         raise _failed(f"read the header of {path}", done)
     found: Mapping[str, Any] = json.loads(done.stdout)
+    special: Mapping[str, Any] = found.get("format-specific", {}).get("data", {})
     below = found.get("full-backing-filename") or found.get("backing-filename")
     return Info(
         virtual_size=int(found["virtual-size"]),
@@ -75,7 +77,8 @@ def info(path: str, shape: str) -> Info:
         allocated=int(found.get("actual-size", 0)),
         backing=Backing(str(below), found.get("backing-filename-format")) if below else None,
         snapshots=tuple(str(snapshot["name"]) for snapshot in found.get("snapshots", ())),
-        data_elsewhere="data-file" in found.get("format-specific", {}).get("data", {}),
+        data_elsewhere="data-file" in special,
+        subclusters=bool(special.get("extended-l2")),
     )
 
 
