@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -36,6 +37,9 @@ class MakeVM(Protocol):
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell has its background jobs ignore Ctrl-C, and their children inherit that: tests that send one wait in vain.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not hasattr(config, "workerinput"):
         config.stash[_LIBVIRTD_WAS_OURS] = _libvirtd_started_here()
 
