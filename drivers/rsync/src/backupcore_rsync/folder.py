@@ -122,7 +122,11 @@ class Folder:
         for place, _, names in os.walk(folder):
             for file in names:
                 ctx.check()
-                _sync(Path(place, file))
+                path = Path(place, file)
+                # An empty one, as every label is, has nothing but its name, which the folder's sync takes along; each
+                # sync of its own waits for the disk once more.
+                if path.stat().st_size:
+                    _sync(path)
             _sync(Path(place))
         ctx.check()
         folder.rename(vm / token.id)
