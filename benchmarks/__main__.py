@@ -78,7 +78,7 @@ ROWS = {
     "full-rsync": Subject(full_rsync, 5),
     "sparse": Subject(sparse, 5),
     "six-disks": Subject(six_disks, 5),
-    "increments": Subject(increments, 4),
+    "increments": Subject(increments, 5),
     "restore-chain": Subject(restore_chain, 9),
     "long-chain": Subject(long_chain, 5),
     "flatten": Subject(flatten, 15),

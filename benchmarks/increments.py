@@ -1,15 +1,16 @@
-"""Increments of a live VM to restic: beside virtnbdbackup's, and what they take beyond restic's own time."""
+"""Increments of a live VM to restic and to a folder: beside virtnbdbackup's, and what they take beyond restic's own."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from benchmarks import dirt
 from benchmarks.figures import Figure, Spread
 from benchmarks.measure import Sample, costs, interleaved, ratio
 from benchmarks.place import Place
-from benchmarks.stores import Restic
+from benchmarks.stores import Folder, Restic
 from benchmarks.virtnbdbackup import Virtnbdbackup
 from benchmarks.vmkeep import Vmkeep
 from lab.vm import VM
@@ -26,48 +27,47 @@ def rows(place: Place, rounds: int) -> Iterator[Figure]:
         "1 % dirty in 64 KiB islands": (lambda vm: dirt.islands(vm, place.size, some), some),
         "all zeroed": (lambda vm: dirt.zeroes(vm, place.size), 0),
     }
-    with place.live() as vm, place.live() as twin:
+    # A VM for each: what one backup finds dirty must not be another's change as well.
+    with place.live() as vm, place.live() as second, place.live() as twin:
         store = Restic(place)
-        vmkeep, theirs = Vmkeep(place, store), Virtnbdbackup(place, twin)
+        vmkeep, to_folder = Vmkeep(place, store), Vmkeep(place, Folder(place), "folder")
+        theirs = Virtnbdbackup(place, twin)
         vmkeep.backup(vm)
         store.share()
+        to_folder.backup(second)
         theirs.backup("full")
+
+        def restic(amount: int) -> Sample:
+            # As many bytes as have changed, and some that stand for what a backup holds besides.
+            fresh = place.folder / "dirty"
+            fresh.write_bytes(os.urandom(amount + 64 * 1024))
+            return store.put(fresh)
+
         for kind, (change, amount) in kinds.items():
-            yield from _increments(place, rounds, kind, vm, twin, vmkeep, theirs, store, change, amount)
+            rivals: dict[str, Callable[[], Sample]] = {
+                "vmkeep": _after(change, vm, partial(vmkeep.backup, vm)),
+                "vmkeep to a folder": _after(change, second, partial(to_folder.backup, second)),
+                "virtnbdbackup": _after(change, twin, partial(theirs.backup, "inc")),
+                "restic": partial(restic, amount),
+            }
+            yield from _compared(f"increment, {kind}", interleaved(rivals, rounds))
 
 
-def _increments(
-    place: Place,
-    rounds: int,
-    kind: str,
-    vm: VM,
-    twin: VM,
-    vmkeep: Vmkeep,
-    theirs: Virtnbdbackup,
-    store: Restic,
-    change: Callable[[VM], None],
-    amount: int,
-) -> Iterator[Figure]:
-    fresh = place.folder / "dirty"
+def _after(change: Callable[[VM], None], vm: VM, work: Callable[[], Sample]) -> Callable[[], Sample]:
+    """That work, each time after a change of the VM, which is not measured."""
 
-    def ours() -> Sample:
+    def changed() -> Sample:
         change(vm)
-        return vmkeep.backup(vm)
+        return work()
 
-    def virtnbdbackup() -> Sample:
-        change(twin)
-        return theirs.backup("inc")
+    return changed
 
-    def restic() -> Sample:
-        # As many bytes as have changed, and some that stand for what a backup holds besides.
-        fresh.write_bytes(os.urandom(amount + 64 * 1024))
-        return store.put(fresh)
 
-    what = f"increment, {kind}"
-    taken = interleaved({"vmkeep": ours, "virtnbdbackup": virtnbdbackup, "restic": restic}, rounds)
+def _compared(what: str, taken: dict[str, list[Sample]]) -> Iterator[Figure]:
     for name, samples in taken.items():
         yield from costs(what, name, samples)
     yield from ratio(what, "vmkeep", "virtnbdbackup", taken, 0.5)
+    yield from ratio(what, "vmkeep to a folder", "virtnbdbackup", taken, 0.5)
     beyond = [mine.wall - other.wall for mine, other in zip(taken["vmkeep"], taken["restic"], strict=True)]
     yield Figure(
         what=what, by="vmkeep - restic", measure="wall beyond", unit="s", spread=Spread.of(beyond), at_most=1.0
