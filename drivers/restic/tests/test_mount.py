@@ -22,6 +22,8 @@ from backupcore.disk.mountpoints import mount_points, unmount_below
 from backupcore.errors import Cancelled, IntegrityError, TargetUnavailable
 from backupcore.model import Artifact, BackupRun, BytesArtifact, SourceRef
 from backupcore_restic import Restic
+from backupcore_restic.mounted import Mounted
+from backupcore_restic.repository import Repository
 
 Options = Callable[..., Restic]
 Kept = tuple[SourceRef, list[BytesArtifact]]
@@ -102,6 +104,76 @@ def test_a_restic_that_cannot_mount_reads_all_the_same(
             assert stream.read() == kept[1][0].data
     assert caplog.text.count("not mounted: restic mount: unknown flag: --path-template") == 1
     assert left_of(ctx) == []
+
+
+def test_a_small_read_of_a_merge_takes_along_what_follows(
+    shared: Restic, kept: Kept, ctx: Context, running: Running
+) -> None:
+    disk, data = disk_of(shared.restore(kept[0], ctx)), kept[1][0].data
+    merging = pickle.loads(pickle.dumps(disk))
+    assert merging.read_at(1000, 10) == data[1000:1010]
+    [process] = running(shared.repository)
+    os.kill(process, signal.SIGKILL)
+    assert merging.read_at(1010, 60_000) == data[1010:61_010]
+    for offset in (999, 1000 + (256 << 10)):
+        with pytest.raises(TargetUnavailable):
+            merging.read_at(offset, 1)
+    with pytest.raises(TargetUnavailable):
+        disk.read_at(1010, 1)
+
+
+def test_damage_beside_what_a_merge_reads_is_no_failure(fresh: Restic, big: Kept, ctx: Context) -> None:
+    packs = [pack for pack in Path(fresh.repository, "data").rglob("*") if pack.is_file()]
+    damaged = max(packs, key=lambda pack: pack.stat().st_size)
+    damaged.chmod(0o600)
+    damaged.write_bytes(bytes(byte ^ 1 for byte in damaged.read_bytes()))
+    disk = disk_of(fresh.restore(big[0], ctx))
+    whole: Mounted = disk.__getstate__()["_mounted"]  # type: ignore[index,call-overload]  # a plain dict
+    merging: Mounted = pickle.loads(pickle.dumps(whole))
+
+    def readable(mounted: Mounted) -> list[bool]:
+        said, buffer = [], memoryview(bytearray(64 << 10))
+        for offset in reversed(range(0, disk.size - len(buffer), 128 << 10)):  # backwards: what follows is never here
+            try:
+                said.append(mounted.read_into(f"{big[0].token}/{disk.name}", offset, buffer) > 0)
+                assert buffer == big[1][0].data[offset : offset + len(buffer)]
+            except OSError:
+                said.append(False)
+        return said
+
+    found = readable(whole)
+    assert False in found
+    assert readable(merging) == found
+
+
+@pytest.mark.parametrize("own", ["", "GOGC=50", "GOMEMLIMIT=1GiB"])
+def test_how_much_memory_restic_is_to_take(
+    options: Options, fresh: Restic, ctx: Context, make_run: Runs, make_artifacts: Artifacts, tmp_path: Path, own: str
+) -> None:
+    given = make_artifacts(300_000)
+    source = fresh.backup(given, make_run(), ctx).source
+    seen, user = tmp_path / "seen", tmp_path / "environment"
+    noting = tmp_path / "restic"
+    noting.write_text(f'#!/bin/sh\necho "$GOGC,$GOMEMLIMIT, $*" >>{seen}\nexec {shutil.which("restic")} "$@"\n')
+    noting.chmod(0o755)
+    user.write_text(f"{own}\n")
+    driver = options(fresh.repository, binary=str(noting), environment_file=str(user))
+    driver.backup(given, make_run(), ctx)
+    disk = disk_of(driver.restore(source, ctx))
+    index = sum(file.stat().st_size for file in Path(fresh.repository, "index").iterdir())
+    driver.backup([disk, *given[1:]], make_run(), ctx)  # as a flatten does
+    cores = len(os.sched_getaffinity(0))
+    due = {
+        "": [",", f"20,{(96 << 20) + 16 * index}", f"20,{((40 + 8 * cores) << 20) + 16 * index}"],
+        "GOGC=50": ["50,"] * 3,
+        "GOMEMLIMIT=1GiB": [",1GiB"] * 3,
+    }
+    said = [line.rsplit(",", 1)[0] for line in seen.read_text().splitlines() if "mount" in line or " backup " in line]
+    assert said == due[own]
+
+
+def test_a_repository_far_away_gets_no_limit(options: Options) -> None:
+    assert Repository(options("s3:https://nas/bucket")).sparing(1 << 20) == {"GOGC": "20"}
 
 
 def test_a_killed_restic_fails_the_read(shared: Restic, kept: Kept, ctx: Context, running: Running) -> None:

@@ -23,7 +23,7 @@ from backupcore.errors import (
 from backupcore.model import Artifact, BackupRun, Listed, SourceRef, Stored, Usage
 from backupcore_restic.dump import DumpedArtifact
 from backupcore_restic.failures import NoRepository
-from backupcore_restic.mount import GARBAGE, Mount
+from backupcore_restic.mount import Mount
 from backupcore_restic.mounted import MountedArtifact
 from backupcore_restic.place import creatable
 from backupcore_restic.repository import Repository, is_id
@@ -139,7 +139,7 @@ class Restic:
         with ExitStack() as shown:
             view = shown.enter_context(show(artifacts, ctx.folder, log=ctx.log, on_failure=give_up))
             # A flatten has a second restic, which gives what this one stores; together with us they stay below 300 MiB.
-            less = {"GOGC": GARBAGE} if self._mount(ctx).serves else {}
+            less = repository.sparing(_kept()) if self._mount(ctx).serves else {}
             with repository.start(arguments, view.path, **less) as child, ctx.on_cancel(child.stop):
                 # A read that hangs, of a hypervisor that does, holds restic in the kernel until the view is gone.
                 child.release = shown.close
@@ -265,6 +265,11 @@ class Restic:
                 continue  # restic says what is wrong with it
             if shared:
                 ctx.log.warning("%s can be read by everybody; chmod 600 %s", path, path)
+
+
+def _kept() -> int:
+    """Bytes for a ``restic backup``: each processor may be at work on a blob of 8 MiB."""
+    return (40 + 8 * len(os.sched_getaffinity(0))) << 20
 
 
 def _follow(child: Child, stall: Stall, ctx: Context) -> dict[str, Any]:

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from backupcore_restic.driver import Restic
     from backupcore_restic.dump import DumpedArtifact
 
-__all__ = ["GARBAGE", "Mount"]
+__all__ = ["Mount"]
 
-GARBAGE = "20"
-"""GOGC. restic keeps 64 MiB of blobs: with Go's own 100 it grows to 210 MiB, so to 140, in the same processor time."""
+KEPT = 96 << 20
+"""Bytes for a mount: restic keeps 64 MiB of blobs, and makes some more of up to 8 MiB each."""
 
 LOOK = 20  # milliseconds between two looks at whether it is mounted
 
@@ -86,13 +86,13 @@ class Mount:
         with ExitStack() as stack:
             stack.callback(_clear, folder)
             # It works in its folder, by which a restic that outlives its run is found (`vmkeep recover`).
-            child = stack.enter_context(self._repository.start(arguments, folder, GOGC=GARBAGE))
+            child = stack.enter_context(self._repository.start(arguments, folder, **self._repository.sparing(KEPT)))
             child.release = partial(unmount_below, folder)  # a read that hangs ends with the mount
             stack.enter_context(ctx.on_cancel(child.stop))
             if reason := self._until_mounted(child, view):
                 ctx.check()
                 return reason
-            mounted = Mounted(view / "ids")
+            mounted = Mounted(view / "ids", near=self._repository.folder is not None)
             stall = Stall(child, f"reading {self._repository.name}", None, self._limit, lambda: mounted.reading > 0)
             stack.enter_context(stall.watched())
             stack.callback(self._end, mounted)

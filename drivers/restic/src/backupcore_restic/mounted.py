@@ -8,8 +8,9 @@ import stat
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -23,20 +24,32 @@ if TYPE_CHECKING:
 __all__ = ["Mounted", "MountedArtifact"]
 
 OPEN = 32  # files that stay open: restic looks up every blob of a file when it is opened
+AHEAD = 256 << 10  # bytes that a small read of a merge takes along
 
 
 class Mounted:
-    """A mounted repository, as any process of this host sees it. It pickles as its path."""
+    """A mounted repository, as any process of this host sees it. Unpickled, it is read by a merge, in its own process.
 
-    def __init__(self, place: Path) -> None:
+    A merge goes through all layers of a chain at once, in small pieces, while a ``restic backup`` takes in what comes
+    of it. For each read restic makes a whole blob, of up to 8 MiB, and where more of them are in use than it keeps, the
+    same ones again and again: so a small read takes along what follows. It makes one blob twice where two threads want
+    it, and holds all that are under way beside those it keeps: so one read waits for the other, unless the repository
+    is far away, where waiting would cost more than the memory.
+    """
+
+    def __init__(self, place: Path, *, near: bool, ahead: int = 0) -> None:
+        """`near`: the repository lies in a folder of this host. `ahead`: see `_File`."""
         self._place = place
+        self._near = near
+        self._ahead = ahead
+        self._turn: AbstractContextManager[object] = threading.Lock() if near and ahead else nullcontext()
         self._files: OrderedDict[str, _File] = OrderedDict()
         self._lock = threading.Lock()
         self.reading = 0
         """Reads that are under way in this process."""
 
-    def __reduce__(self) -> tuple[type[Mounted], tuple[Path]]:
-        return Mounted, (self._place,)
+    def __reduce__(self) -> tuple[Callable[[], Mounted], tuple[()]]:
+        return partial(Mounted, self._place, near=self._near, ahead=AHEAD), ()
 
     def files(self, snapshot: str) -> dict[str, int] | None:
         """Name -> size of the plain files at a snapshot's root; None if it is not to be seen here."""
@@ -49,15 +62,8 @@ class Mounted:
 
     def read_into(self, file: str, offset: int, buffer: memoryview) -> int:
         """Fill `buffer` from ``snapshot/name`` and return how many bytes it got. OSError as the kernel gives it."""
-        done = 0
-        with self._under_way():
-            number = self._opened(file)
-            while done < len(buffer):
-                count = os.preadv(number.descriptor, [buffer[done:]], offset + done)
-                if not count:
-                    break
-                done += count
-        return done
+        with self._under_way(), self._turn:
+            return self._opened(file).read_into(offset, buffer)
 
     def opens(self, file: str) -> bool:
         """Whether ``snapshot/name`` can be opened here."""
@@ -70,7 +76,7 @@ class Mounted:
 
     def _opened(self, file: str) -> _File:
         with self._lock:
-            found = self._files.pop(file, None) or _File(self._place / file)
+            found = self._files.pop(file, None) or _File(self._place / file, self._ahead)
             self._files[file] = found
             if len(self._files) > OPEN:
                 self._files.popitem(last=False)  # closed by the last of its readers
@@ -93,9 +99,16 @@ class Mounted:
 
 
 class _File:
-    """An open file. It is closed when nobody has it any more."""
+    """An open file. It is closed when nobody has it any more.
 
-    def __init__(self, path: Path) -> None:
+    Reads of less than `ahead` bytes are answered from as many, which stay in memory until another place is asked for.
+    """
+
+    def __init__(self, path: Path, ahead: int) -> None:
+        self._ahead = ahead
+        self._lock = threading.Lock()  # guards the two below
+        self._memory = memoryview(b"")
+        self._kept = range(0)  # the bytes of the file that are in it
         # Past the kernel's cache: what is read once need not lie there, and comes in requests of 128 KiB at once. What
         # a repository shows is not to be trusted: no link leads out of the mount, nothing but a plain file is read.
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -103,6 +116,33 @@ class _File:
         weakref.finalize(self, _close, self.descriptor)
         if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
             raise IntegrityError(f"{path.name} is no file")
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        """Fill `buffer` from `offset` on and return how many bytes it got: less than its length only at the end."""
+        length = len(buffer)
+        if length >= self._ahead:
+            return self._fill(offset, buffer)
+        with self._lock:
+            if not self._kept.start <= offset <= offset + length <= self._kept.stop:
+                self._kept = range(0)
+                self._memory = self._memory or memoryview(bytearray(self._ahead))
+                try:
+                    self._kept = range(offset, offset + self._fill(offset, self._memory))
+                except OSError:  # perhaps of what nobody has asked for: damage there is no failure of this read
+                    return self._fill(offset, buffer)
+            start = offset - self._kept.start
+            count = min(length, len(self._kept) - start)
+            buffer[:count] = self._memory[start : start + count]
+        return count
+
+    def _fill(self, offset: int, buffer: memoryview) -> int:
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self.descriptor, [buffer[done:]], offset + done)
+            if not count:
+                break
+            done += count
+        return done
 
 
 def _close(descriptor: int) -> None:
