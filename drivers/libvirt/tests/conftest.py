@@ -288,7 +288,8 @@ class AgentGuest(SmallVM):
         return int(re.findall(r"wrote (\d+)", self.console())[-1])
 
 
-@pytest.fixture(scope="session")
+# Not for the session: a guest that writes without a pause takes all of a core from whatever tests come after.
+@pytest.fixture(scope="module")
 def _agent_guest(
     libvirt_uri: str, qemu_tools: None, vm_prefix: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[AgentGuest]:
