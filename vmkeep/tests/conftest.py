@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import pytest
 
@@ -27,6 +29,14 @@ if getattr(sys.modules.get("vmkeep"), "__file__", None) is None:
 from kept_in_files import DB, WEB, load, save  # noqa: E402 - found by way of the path above
 
 from vmkeep.cli import main  # noqa: E402 - as above
+
+T = TypeVar("T")
+
+
+class Once(Protocol):
+    """The type of the fixture `once`."""
+
+    def __call__(self, site: Site, make: Callable[[Site], T]) -> T: ...
 
 
 @dataclass
@@ -184,3 +194,25 @@ def site(tmp_path: Path, installed: str, capsys: pytest.CaptureFixture[str]) -> 
         if child.poll() is None:
             child.kill()
         child.communicate()
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Brings a new site to where `make` leaves one, and returns what `make` does.
+
+    It is called once in a module: copying the files takes a tenth of the time that the backups take. Every site keeps
+    its own configuration, which names its folders.
+    """
+    made: dict[Callable[[Site], Any], tuple[Path, Any]] = {}
+
+    def begin(site: Site, make: Callable[[Site], T]) -> T:
+        if make in made:
+            shutil.copytree(made[make][0], site.folder, dirs_exist_ok=True)
+        else:
+            result = make(site)
+            kept = tmp_path_factory.mktemp("once") / "site"
+            shutil.copytree(site.folder, kept, ignore=lambda _, names: {site.config.name} & {*names})
+            made[make] = kept, result
+        return copy.deepcopy(made[make][1])
+
+    return begin

@@ -11,15 +11,19 @@ from kept_in_files import DB, WEB
 from backupcore.disk.extents import CLUSTER
 
 
-@pytest.fixture
-def chain(site):
-    """A full and two increments: data, zeros over data, and a disk that grew."""
+def three_increments(site):
     site.run("backup", "web1")
     site.write(WEB, "vda", 2 << 20, b"second" * 50_000)
     site.run("backup", "web1")
     site.write(WEB, "vda", 70_000, bytes(200_000))
     site.write(WEB, "vdb", (1 << 20) + 1000, b"grown")
     assert site.run("backup", "web1", "--json").json["increment"] == 2
+
+
+@pytest.fixture
+def chain(site, once):
+    """A full and two increments: data, zeros over data, and a disk that grew."""
+    once(site, three_increments)
     return site
 
 

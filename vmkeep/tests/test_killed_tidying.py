@@ -63,18 +63,23 @@ QUICK = {"delete": "the newest source is gone", "prune": "its result is stored",
 """For `make test`: where most is left half done."""
 
 
+def seven_nights(site) -> dict[str, bytes]:
+    truth = {}
+    counter = itertools.count()
+    for reset in ((), (), ("--reset",), (), ("--reset",), (), ()):
+        number = next(counter)
+        site.write(WEB, "vda", 70_000 * number, b"night %03d " % number * 3000)
+        taken = site.run("backup", "web1", "--json", *reset).json
+        truth[taken["point"]] = bytes(site.guest(WEB).disks["vda"])
+    return truth
+
+
 class Tidy:
     """A site with three images of one VM, and what its disk held at each point."""
 
-    def __init__(self, site) -> None:
+    def __init__(self, site, truth: dict[str, bytes]) -> None:
         self.site = site
-        self.truth: dict[str, bytes] = {}
-        counter = itertools.count()
-        for reset in ((), (), ("--reset",), (), ("--reset",), (), ()):
-            number = next(counter)
-            site.write(WEB, "vda", 70_000 * number, b"night %03d " % number * 3000)
-            taken = site.run("backup", "web1", "--json", *reset).json
-            self.truth[taken["point"]] = bytes(site.guest(WEB).disks["vda"])
+        self.truth = truth
 
     def kill(self, step: str, *arguments: str) -> None:
         step, _, passed = step.partition(" return ")
@@ -123,8 +128,8 @@ class Tidy:
 
 
 @pytest.fixture
-def tidy(site) -> Tidy:
-    return Tidy(site)
+def tidy(site, once) -> Tidy:
+    return Tidy(site, once(site, seven_nights))
 
 
 def deleted(tidy: Tidy, step: str) -> None:

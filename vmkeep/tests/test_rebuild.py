@@ -24,9 +24,7 @@ def raw(path):
     return out.read_bytes()
 
 
-@pytest.fixture
-def nights(site):
-    """Four increments of web1 in image 1, db1 in image 2, a later full of web1; what web1's disk held at each."""
+def four_nights(site):
     truths = {}
     for night in range(4):
         site.write(WEB, "vda", night * 100_000, f"night {night}".encode() * 10_000)
@@ -37,6 +35,12 @@ def nights(site):
     site.run("backup", "web1", "--reset")
     truths[3, 0] = bytes(site.guest(WEB).disks["vda"])
     return truths
+
+
+@pytest.fixture
+def nights(site, once):
+    """Four increments of web1 in image 1, db1 in image 2, a later full of web1; what web1's disk held at each."""
+    return once(site, four_nights)
 
 
 def shown(site):

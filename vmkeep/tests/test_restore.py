@@ -24,15 +24,19 @@ def names(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir())
 
 
-@pytest.fixture
-def chain(site):
-    """Two increments and what the disks held at each."""
+def two_increments(site):
     truths, sources = [], []
     for number in range(2):
         site.write(WEB, "vda", number << 20, f"increment {number}".encode())
         sources.append(site.run("backup", "web1", "--json").json["source"])
         truths.append({disk: bytes(data) for disk, data in site.guest(WEB).disks.items()})
     return truths, sources
+
+
+@pytest.fixture
+def chain(site, once):
+    """Two increments: what the disks held at each, and their sources."""
+    return once(site, two_increments)
 
 
 def test_every_increment_comes_back_as_it_was(site, chain):

@@ -9,14 +9,18 @@ import pytest
 from kept_in_files import WEB
 
 
-@pytest.fixture
-def chain(site):
-    """Three increments, and their sources."""
+def three_increments(site):
     sources = []
     for night in range(3):
         site.write(WEB, "vda", night * 100_000, f"night {night}".encode() * 10_000)
         sources.append(site.run("backup", "web1", "--json").json["source"])
     return sources
+
+
+@pytest.fixture
+def chain(site, once):
+    """Three increments, and their sources."""
+    return once(site, three_increments)
 
 
 def test_a_whole_image_is_read(site, chain):
