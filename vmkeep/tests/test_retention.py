@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sqlite3
 import subprocess
-import sys
-from pathlib import Path
+import traceback
+from collections.abc import Callable
 
 import pytest
 from kept_in_files import DB, WEB
@@ -285,28 +285,35 @@ class Killer:
         pass
 
 
-def killed() -> None:
-    """`flatten` of image 1 up to increment 2, in this process, killed when a phase begins."""
-    path, when = sys.argv[1:]
-    flatten.flatten(Workplace(config.load(Path(path))), "1", to=2, progress=Killer(when))
+def killed(place: Workplace, when: str) -> None:
+    """`flatten` of image 1 up to increment 2, killed when a phase begins."""
+    flatten.flatten(place, "1", to=2, progress=Killer(when))
 
 
-def killed_in_prune() -> None:
-    """`prune`, in this process, killed when a phase begins."""
-    path, when = sys.argv[1:]
-    retention.prune(Workplace(config.load(Path(path))), progress=Killer(when))
+def killed_in_prune(place: Workplace, when: str) -> None:
+    """`prune`, killed when a phase begins."""
+    retention.prune(place, progress=Killer(when))
 
 
-def end_in(site, what: str, when: str) -> None:
-    """One of the two above in a process of its own."""
-    child = subprocess.run(
-        [sys.executable, "-c", f"import test_retention; test_retention.{what}()", str(site.config), when],
-        env={**os.environ, "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{site.paths}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert child.returncode == 9, child.stderr
+def end_in(site, what: Callable[[Workplace, str], None], when: str) -> None:
+    """One of the two above in a process of its own: a fork, since a new Python takes longer to import than to work."""
+    child = os.fork()
+    if not child:
+        try:
+            what(Workplace(config.load(site.config)), when)
+        except BaseException:  # noqa: BLE001 - pytest in this process would go on to the next test
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def four_nights(site) -> dict[int, bytes]:
+    truth = {}
+    for number in range(4):
+        night(site, number)
+        truth[number] = bytes(site.guest(WEB).disks["vda"])
+    return truth
 
 
 @pytest.mark.parametrize(
@@ -314,14 +321,11 @@ def end_in(site, what: str, when: str) -> None:
     [("look", False), ("flatten", False), ("verify", True), ("record", True), ("delete", True), ("published", True)],
 )
 @pytest.mark.parametrize("next_run", ["backup", "prune", "flatten"])
-def test_killed_between_any_two_steps(site, when: str, finished: bool, next_run: str):
-    truth = {}
-    for number in range(4):
-        night(site, number)
-        truth[number] = bytes(site.guest(WEB).disks["vda"])
+def test_killed_between_any_two_steps(site, once, when: str, finished: bool, next_run: str):
+    truth = once(site, four_nights)
     if when == "published":
         (site.store / "die").touch()  # the driver has published its source, and has not said so
-    end_in(site, "killed", when)
+    end_in(site, killed, when)
     (site.store / "die").unlink(missing_ok=True)
     assert site.run("restore", "1", "--increment", "2", "--to", str(site.folder / "meanwhile")).code == 0
     if next_run == "backup":
@@ -345,7 +349,7 @@ def test_a_prune_that_was_killed_goes_on_with_the_next(site):
     for number in range(3):
         night(site, number)
     configured(site, keep_last="1")
-    end_in(site, "killed_in_prune", "delete")
+    end_in(site, killed_in_prune, "delete")
     assert [one["state"] for one in site.run("image", "list", "--json").json] == ["closed", "closed", "open"]
     (site.store / "deleted").unlink(missing_ok=True)
     assert site.run("image", "prune").code == 0
@@ -356,7 +360,7 @@ def test_a_prune_that_was_killed_goes_on_with_the_next(site):
 def test_a_delete_also_finds_what_an_interrupted_flatten_has_stored(site):
     for number in range(3):
         night(site, number)
-    end_in(site, "killed", "record")
+    end_in(site, killed, "record")
     assert site.run("image", "delete", "1", "--yes").code == 0
     assert site.run("image", "prune").code == 0
     assert stored(site) == set()
