@@ -15,6 +15,7 @@ from typing import Self
 
 from backupcore.disk.extents import CLUSTER
 from backupcore.disk.open_devices import writers
+from backupcore.disk.writeback import Writeback
 from backupcore.errors import Busy, ConfigError, from_os_error
 
 __all__ = ["DeviceWriter", "RawWriter"]
@@ -35,6 +36,7 @@ class RawWriter:
             except OSError:
                 os.close(self._fd)
                 raise
+        self._writeback = Writeback(self._fd)
 
     def __enter__(self) -> Self:
         return self
@@ -49,6 +51,7 @@ class RawWriter:
         with self._translated("writing"):
             while data:
                 done = os.pwrite(self._fd, data, offset)
+                self._writeback.wrote(offset, done)
                 offset, data = offset + done, data[done:]
 
     def zero(self, offset: int, length: int) -> None:
@@ -91,6 +94,7 @@ class DeviceWriter(RawWriter):
                 if error.errno == errno.EBUSY:
                     raise Busy(f"{path} is in use", "Is it mounted, or part of a volume group?") from error
                 raise
+        self._writeback = Writeback(self._fd)
         try:
             self._prepare(virtual_size, overwrite=overwrite)
         except BaseException:

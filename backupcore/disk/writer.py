@@ -16,6 +16,7 @@ from typing import Self
 
 from backupcore.disk.extents import CLUSTER
 from backupcore.disk.geometry import COPIED, ENTRIES, L2_SPAN, Geometry, clusters_of, header, row, table
+from backupcore.disk.writeback import Writeback
 from backupcore.errors import from_os_error
 
 __all__ = ["DiskWriter"]
@@ -44,6 +45,7 @@ class DiskWriter:
             raise from_os_error(error, f"creating {self._name}") from error
         if length:
             raise ValueError(f"{self._name} holds {length} bytes already")
+        self._writeback = Writeback(self._fd)
 
     def __enter__(self) -> Self:
         return self
@@ -114,6 +116,7 @@ class DiskWriter:
             self._put(place, row(COPIED | target, count))
             target += count * CLUSTER
         self._put(self._end * CLUSTER, data)
+        self._writeback.wrote(self._end * CLUSTER, len(data))
         self._end = target // CLUSTER
 
     def _finish(self) -> None:

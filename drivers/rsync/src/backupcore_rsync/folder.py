@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from backupcore.disk.writeback import Writeback
 from backupcore.errors import AccessDenied, ContractViolation, IntegrityError, TargetUnavailable, from_os_error
 from backupcore.model import Artifact, Usage
 from backupcore.mounts import unmounted
@@ -213,6 +214,7 @@ def _write(artifact: Artifact, path: Path, ctx: Context, before: int) -> None:
     buffer = memoryview(bytearray(min(_STEP, artifact.size)))
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with os.fdopen(handle, "wb", 0) as file:
+        writeback = Writeback(handle)
         offset = 0
         while offset < artifact.size:
             ctx.check()
@@ -222,6 +224,7 @@ def _write(artifact: Artifact, path: Path, ctx: Context, before: int) -> None:
             left = step
             while left:
                 left = left[file.write(left) :]
+            writeback.wrote(offset, len(step))
             offset += len(step)
             ctx.progress.done(before + offset)
     if artifact.read_at(artifact.size, 1):
