@@ -120,8 +120,8 @@ def test_a_file_that_is_no_catalog_is_damage(tmp_path):
 
 def test_commits_are_synced_and_files_are_private(catalog, tmp_path):
     with catalog.reading() as connection:
-        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"
-        assert connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == 2
+        assert connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+        assert connection.execute("PRAGMA synchronous").fetchone()[0] == 2
     assert (tmp_path / "state" / "catalog.sqlite").stat().st_mode & 0o077 == 0
 
 

@@ -107,7 +107,7 @@ def printed(site):
     place = Workplace(load_config(site.config))
     with place.catalog.writing() as connection:
         for table in ("increments", "images"):
-            connection.exec_driver_sql(f"DELETE FROM {table}")
+            connection.execute(f"DELETE FROM {table}")
     next(site.store.glob("*/vm.xml")).unlink()
     found["catalog rebuild"] = site.run("catalog", "rebuild", "nas", "--json").json
     number = found["catalog rebuild"]["added"][0]["id"]

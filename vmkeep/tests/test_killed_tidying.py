@@ -55,7 +55,7 @@ REBUILD = {
     "a manifest is read": "backupcore.survey:look_at return",
     "all manifests are read": "backupcore.survey:survey return",
     "before an image is recorded": "vmkeep.catalog.images:add call",
-    "in its record": "vmkeep.catalog.images:columns return",
+    "in its record": "vmkeep.catalog.images:insert return",
     "it is recorded": "vmkeep.catalog.images:add return",
     "the last is recorded": "vmkeep.catalog.images:add return 2",
 }

@@ -126,7 +126,7 @@ def test_what_the_catalog_knows_stays_as_it_is(site, nights):
 def test_an_image_of_which_only_a_part_is_known_is_not_touched(site, nights):
     made = site.run("backup", "db1", "--json").json
     with Workplace(load(site.config)).catalog.writing() as connection:
-        connection.exec_driver_sql("DELETE FROM increments WHERE source = ?", (made["source"],))
+        connection.execute("DELETE FROM increments WHERE source = ?", (made["source"],))
     told = site.run("catalog", "rebuild", "nas", "--json").json
     assert (told["added"], [one["kind"] for one in told["remarks"]]) == ([], ["unused"])
     assert sources(site, 2) != [made["source"]]

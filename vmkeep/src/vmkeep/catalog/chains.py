@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import select
-
 from backupcore.chain import Chain
 from backupcore.model import VM
-from vmkeep.catalog import schema
 from vmkeep.catalog.database import Catalog
 
 __all__ = ["Chains", "chains"]
@@ -28,28 +25,30 @@ def chains(catalog: Catalog, host: str, *, vm: str | None = None, datastore: str
 
     `host` is this host's name; images that another one wrote are not ours.
     """
-    table, rows = schema.images.c, schema.increments.c
-    images = select(schema.images).order_by(table.number)
-    ids = select(rows.image, rows.id).order_by(rows.image, rows.id)
-    if vm is not None:
-        images = images.where(table.vm_uuid == vm)
-        ids = ids.where(rows.image.in_(select(table.number).where(table.vm_uuid == vm)))
+    chosen = {"vm": vm, "datastore": datastore}
+    ids = """
+        SELECT image, id FROM increments
+        WHERE :vm IS NULL OR image IN (SELECT number FROM images WHERE vm_uuid = :vm) ORDER BY image, id
+    """
+    images = """
+        SELECT * FROM images
+        WHERE (:vm IS NULL OR vm_uuid = :vm) AND (:datastore IS NULL OR datastore = :datastore) ORDER BY number
+    """
     with catalog.reading() as connection:
         of_image: dict[int, list[int]] = {}
-        for number, increment in connection.execute(ids):
+        for number, increment in connection.execute(ids, chosen):
             of_image.setdefault(number, []).append(increment)
         found: dict[tuple[str, str], tuple[VM, list[Chain]]] = {}
-        for row in connection.execute(images):
-            if datastore is not None and row.datastore != datastore:
-                continue
+        for row in connection.execute(images, chosen):
             chain = Chain(
-                number=row.number,
-                state=row.state,
-                pinned=row.pinned,
-                ours=row.host == host,
-                ids=tuple(of_image.get(row.number, ())),
-                began=row.began or "",
+                number=row["number"],
+                state=row["state"],
+                pinned=bool(row["pinned"]),
+                ours=row["host"] == host,
+                ids=tuple(of_image.get(row["number"], ())),
+                began=row["began"] or "",
             )
-            known = found.setdefault((row.vm_uuid, row.datastore), (VM(uuid=row.vm_uuid, name=row.vm_name), []))
+            vm_ = VM(uuid=row["vm_uuid"], name=row["vm_name"])
+            known = found.setdefault((row["vm_uuid"], row["datastore"]), (vm_, []))
             known[1].append(chain)
     return [Chains(vm=one, datastore=key[1], chains=tuple(these)) for key, (one, these) in found.items()]

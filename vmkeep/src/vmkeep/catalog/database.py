@@ -6,12 +6,9 @@ import fcntl
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
-
-from sqlalchemy import Connection, Engine, NullPool, StaticPool, create_engine, event
-from sqlalchemy.exc import DBAPIError
+from sqlite3 import Connection
 
 from backupcore.errors import (
     AccessDenied,
@@ -31,11 +28,12 @@ BUSY_SECONDS = 30
 
 
 class Catalog:
-    """An open catalog. `reading` and `writing` give a connection within one transaction each."""
+    """An open catalog. `reading` and `writing` give a connection within one transaction each; its rows go by name."""
 
-    def __init__(self, engine: Engine, path: Path) -> None:
-        self._engine = engine
+    def __init__(self, path: Path, memory: Connection | None = None) -> None:
+        """`memory` is an empty catalog that stands for the file, which does not exist."""
         self._path = path
+        self._memory = memory
 
     @classmethod
     def open(cls, path: Path, *, create: bool = True) -> Catalog:
@@ -44,13 +42,10 @@ class Catalog:
         UnsupportedOperation if a newer version wrote it; IntegrityError if it is no catalog.
         """
         if not create and not path.exists():
-            engine = create_engine("sqlite://", poolclass=StaticPool)
-            schema.metadata.create_all(engine)
-            return cls(engine, path)
-        engine = create_engine(f"sqlite:///{path}", poolclass=NullPool)
-        event.listen(engine, "connect", _on_connect)
-        event.listen(engine, "begin", _on_begin)
-        catalog = cls(engine, path)
+            memory = _connect(":memory:")
+            schema.create(memory)
+            return cls(path, memory)
+        catalog = cls(path)
         with _translated(path):
             _create(path)
             catalog._check_version()
@@ -58,7 +53,7 @@ class Catalog:
 
     def _check_version(self) -> None:
         with self.reading() as connection:
-            found = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
+            found = _version(connection)
         if found > schema.VERSION:
             raise UnsupportedOperation(
                 f"the catalog {self._path} has schema {found}, this version of vmkeep knows {schema.VERSION}",
@@ -68,30 +63,50 @@ class Catalog:
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """A connection that sees one state of the catalog and changes nothing."""
-        with _translated(self._path), self._engine.connect() as connection:
-            yield connection.execution_options(vmkeep_begin="BEGIN")
+        with _translated(self._path), self._connection() as connection:
+            connection.execute("BEGIN")
+            try:
+                yield connection
+            finally:
+                connection.rollback()
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
         """A connection in a transaction that no other writer runs beside; committed, and on the disk, at the end."""
-        with (
-            _translated(self._path),
-            self._engine.connect().execution_options(vmkeep_begin="BEGIN IMMEDIATE") as connection,
-            connection.begin(),
-        ):
+        with _translated(self._path), self._connection() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                connection.rollback()
+                raise
+
+    @contextmanager
+    def _connection(self) -> Iterator[Connection]:
+        if self._memory is not None:
+            yield self._memory
+            return
+        with closing(_connect(self._path)) as connection:
             yield connection
 
 
-def _on_connect(connection: Any, _record: object) -> None:
-    # The module's own BEGIN comes too late (before the first write): a read before it would be of another state.
-    connection.isolation_level = None
-    connection.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA foreign_keys = ON")
+def _connect(path: Path | str) -> Connection:
+    # No isolation level: the module's own BEGIN comes too late (before the first write), so that a read before it would
+    # be of another state.
+    connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+    try:
+        connection.row_factory = sqlite3.Row
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
-def _on_begin(connection: Connection) -> None:
-    connection.exec_driver_sql(connection.get_execution_options().get("vmkeep_begin", "BEGIN"))
+def _version(connection: Connection) -> int:
+    return int(connection.execute("PRAGMA user_version").fetchone()[0])
 
 
 def _create(path: Path) -> None:
@@ -101,31 +116,22 @@ def _create(path: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        engine = create_engine(f"sqlite:///{path}", poolclass=NullPool)
-        event.listen(engine, "connect", _on_connect)
-        with engine.connect() as connection:
-            found = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
+        with closing(_connect(path)) as connection:
+            found = _version(connection)
             if found >= schema.VERSION:
                 return
+            if not found:
+                # A switch to WAL is refused at once beside any other connection, whatever the timeout says.
+                connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("BEGIN IMMEDIATE")
             if found:
-                _migrate(connection, found)
-                return
-            # A switch to WAL is refused at once beside any other connection, whatever busy_timeout says.
-            connection.exec_driver_sql("PRAGMA journal_mode = WAL")
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-            schema.metadata.create_all(connection)
-            connection.exec_driver_sql(f"PRAGMA user_version = {schema.VERSION}")
-            connection.exec_driver_sql("COMMIT")
+                schema.migrate(connection, found)
+            else:
+                schema.create(connection)
+            connection.execute("COMMIT")
         _sync_folder(path.parent)
     finally:
         os.close(lock)
-
-
-def _migrate(connection: Connection, version: int) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
-    schema.migrate(connection, version)
-    connection.exec_driver_sql(f"PRAGMA user_version = {schema.VERSION}")
-    connection.exec_driver_sql("COMMIT")
 
 
 def _sync_folder(folder: Path) -> None:
@@ -140,13 +146,13 @@ def _sync_folder(folder: Path) -> None:
 def _translated(path: Path) -> Iterator[None]:
     try:
         yield
-    except DBAPIError as error:
-        raise _from_sqlite(error.orig, path) from error
+    except sqlite3.Error as error:
+        raise _from_sqlite(error, path) from error
     except OSError as error:
         raise from_os_error(error, f"the catalog {path}") from error
 
 
-def _from_sqlite(error: BaseException | None, path: Path) -> BackupError:
+def _from_sqlite(error: sqlite3.Error, path: Path) -> BackupError:
     # The low byte of an extended result code is the primary one: https://sqlite.org/rescode.html
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     message = f"the catalog {path}: {error}"

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from sqlite3 import Connection
 from typing import TYPE_CHECKING
-
-from sqlalchemy import delete, func, insert, select, update
 
 from backupcore.errors import IntegrityError, UnsupportedOperation
 from backupcore.model import Image, SourceRef
-from vmkeep.catalog import images, points, schema
+from vmkeep.catalog import images, points
 from vmkeep.catalog.database import Catalog
 
 if TYPE_CHECKING:
@@ -29,122 +28,109 @@ class Leftover:
 
 def begin(catalog: Catalog, image: Image, to: int) -> None:
     """Write down that a flatten begins; the image is not built on meanwhile. UnsupportedOperation if it cannot be."""
-    table = schema.images.c
     with catalog.writing() as connection:
-        row = connection.execute(select(schema.images).where(table.number == image.number)).one()
-        if row.pinned:
+        row = connection.execute("SELECT pinned, state FROM images WHERE number = ?", (image.number,)).fetchone()
+        if row["pinned"]:
             raise UnsupportedOperation(
                 f"image {image.number} is pinned", f"Unpin it first: vmkeep image unpin {image.number}"
             )
-        if row.state not in ("open", "closed"):
-            raise UnsupportedOperation(f"image {image.number} is {row.state}", "Verify it, or restore what is left.")
+        state = row["state"]
+        if state not in ("open", "closed"):
+            raise UnsupportedOperation(f"image {image.number} is {state}", "Verify it, or restore what is left.")
         connection.execute(
-            insert(schema.flattens).values(
-                image=image.number, to=to, state=row.state, started=datetime.now(UTC).isoformat()
-            )
+            'INSERT INTO flattens (image, "to", state, started) VALUES (?, ?, ?, ?)',
+            (image.number, to, state, datetime.now(UTC).isoformat()),
         )
-        connection.execute(update(schema.images).where(table.number == image.number).values(state="flattening"))
+        connection.execute("UPDATE images SET state = 'flattening' WHERE number = ?", (image.number,))
 
 
 def begun(catalog: Catalog, image: Image) -> str | None:
     """What the state of this image was before its flatten, if one has begun and was neither recorded nor undone."""
     with catalog.reading() as connection:
-        query = select(schema.flattens.c.state).where(schema.flattens.c.image == image.number)
-        return connection.execute(query).scalar()
+        return _state_before(connection, image)
 
 
 def undo(catalog: Catalog, image: Image) -> None:
     """Let the image be what it was before its flatten began."""
-    table = schema.flattens.c
     with catalog.writing() as connection:
-        row = connection.execute(select(schema.flattens).where(table.image == image.number)).one_or_none()
-        if row is not None:
-            images_ = schema.images.c
-            connection.execute(update(schema.images).where(images_.number == image.number).values(state=row.state))
-            connection.execute(delete(schema.flattens).where(table.image == image.number))
+        state = _state_before(connection, image)
+        if state is not None:
+            connection.execute("UPDATE images SET state = ? WHERE number = ?", (state, image.number))
+            connection.execute("DELETE FROM flattens WHERE image = ?", (image.number,))
 
 
 def record(catalog: Catalog, image: Image, done: Flattened) -> None:
     """Put the new full in the place of what it was made from, all or nothing; the old sources are leftovers then."""
-    rows = schema.increments.c
-    old = {increment.id: increment for increment in done.replaces}
     with catalog.writing() as connection:
-        begun_ = connection.execute(
-            select(schema.flattens).where(schema.flattens.c.image == image.number)
-        ).one_or_none()
+        state = _state_before(connection, image)
         there = connection.execute(
-            select(rows.id, rows.source, rows.frozen_seconds)
-            .where(rows.image == image.number, rows.id <= done.increment.id)
-            .order_by(rows.id)
-        ).all()
-        if begun_ is None or [(row.id, row.source) for row in there] != [
+            "SELECT id, source, frozen_seconds FROM increments WHERE image = ? AND id <= ? ORDER BY id",
+            (image.number, done.increment.id),
+        ).fetchall()
+        if state is None or [(row["id"], row["source"]) for row in there] != [
             (increment.id, increment.source.token) for increment in done.replaces
         ]:
             raise IntegrityError(f"image {image.number} changed while it was flattened")
-        connection.execute(delete(schema.increments).where(rows.image == image.number, rows.id.in_(list(old))))
-        connection.execute(
-            insert(schema.increments).values(
-                images.columns(image.number, done.increment)
-                | {
-                    "stored": done.stored,
-                    "read": 0,
-                    "frozen_seconds": there[-1].frozen_seconds,
-                    "seconds": done.seconds,
-                }
-            )
+        connection.executemany(
+            "DELETE FROM increments WHERE image = ? AND id = ?", [(image.number, row["id"]) for row in there]
+        )
+        images.insert(
+            connection,
+            image.number,
+            done.increment,
+            stored=done.stored,
+            frozen_seconds=there[-1]["frozen_seconds"],
+            seconds=done.seconds,
         )
         points.retire(connection, image.vm, [one.point for one in done.replaces if one.point != done.increment.point])
         connection.execute(
-            update(schema.images)
-            .where(schema.images.c.number == image.number)
-            .values(state=begun_.state, began=done.began.astimezone(UTC).isoformat())
+            "UPDATE images SET state = ?, began = ? WHERE number = ?",
+            (state, done.began.astimezone(UTC).isoformat(), image.number),
         )
-        connection.execute(delete(schema.flattens).where(schema.flattens.c.image == image.number))
-        connection.execute(
-            insert(schema.leftovers),
-            [
-                {"vm_uuid": image.vm.uuid, "datastore": image.datastore, "source": one.source.token}
-                for one in reversed(done.replaces)
-            ],
+        connection.execute("DELETE FROM flattens WHERE image = ?", (image.number,))
+        connection.executemany(
+            "INSERT INTO leftovers (vm_uuid, datastore, source) VALUES (?, ?, ?)",
+            [(image.vm.uuid, image.datastore, one.source.token) for one in reversed(done.replaces)],
         )
 
 
 def unfinished(catalog: Catalog) -> list[int]:
     """The numbers of the images whose flatten has begun, and was neither recorded nor undone."""
     with catalog.reading() as connection:
-        return list(connection.execute(select(schema.flattens.c.image)).scalars())
+        return [row["image"] for row in connection.execute("SELECT image FROM flattens ORDER BY image")]
 
 
 def owners(catalog: Catalog) -> list[str]:
     """The UUIDs of the VMs that flattens have left something of."""
     with catalog.reading() as connection:
-        return list(connection.execute(select(schema.leftovers.c.vm_uuid).distinct()).scalars())
+        return [row["vm_uuid"] for row in connection.execute("SELECT DISTINCT vm_uuid FROM leftovers")]
 
 
 def leftovers(catalog: Catalog, vm: str) -> list[Leftover]:
     """What flattens of this VM (UUID) have left to be deleted, in the order in which it is to go."""
-    table = schema.leftovers.c
-    query = select(schema.leftovers).where(table.vm_uuid == vm).order_by(table.number)
+    query = "SELECT datastore, source FROM leftovers WHERE vm_uuid = ? ORDER BY number"
     with catalog.reading() as connection:
-        return [Leftover(datastore=row.datastore, source=SourceRef(row.source)) for row in connection.execute(query)]
+        rows = connection.execute(query, (vm,)).fetchall()
+    return [Leftover(datastore=row["datastore"], source=SourceRef(row["source"])) for row in rows]
 
 
 def drop(catalog: Catalog, gone: list[Leftover]) -> None:
     """These are deleted."""
-    table = schema.leftovers.c
     with catalog.writing() as connection:
-        for one in gone:
-            connection.execute(
-                delete(schema.leftovers).where(table.datastore == one.datastore, table.source == one.source.token)
-            )
+        connection.executemany(
+            "DELETE FROM leftovers WHERE datastore = ? AND source = ?",
+            [(one.datastore, one.source.token) for one in gone],
+        )
 
 
 def room(catalog: Catalog, image: Image, to: int) -> int | None:
     """How many bytes the increments up to `to` have taken in their datastore; None where that is not known of all."""
-    rows = schema.increments.c
-    query = select(func.count(), func.count(rows.stored), func.sum(rows.stored)).where(
-        rows.image == image.number, rows.id <= to
-    )
+    query = "SELECT count(*), count(stored), sum(stored) FROM increments WHERE image = ? AND id <= ?"
     with catalog.reading() as connection:
-        count, known, total = connection.execute(query).one()
+        count, known, total = connection.execute(query, (image.number, to)).fetchone()
     return int(total) if count == known and total is not None else None
+
+
+def _state_before(connection: Connection, image: Image) -> str | None:
+    row = connection.execute("SELECT state FROM flattens WHERE image = ?", (image.number,)).fetchone()
+    return row["state"] if row else None

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
-
-from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, update
+from sqlite3 import Connection, Row
+from typing import TYPE_CHECKING
 
 from backupcore.errors import ConfigError, IntegrityError, NotFound
 from backupcore.model import VM, Disk, Image, Increment, SourceRef, Type
-from vmkeep.catalog import points, schema
+from vmkeep.catalog import points
 from vmkeep.catalog.database import Catalog
 
 if TYPE_CHECKING:
@@ -22,8 +21,8 @@ __all__ = [
     "Listed",
     "add",
     "close",
-    "columns",
     "find",
+    "insert",
     "last_dates",
     "listed",
     "mark",
@@ -38,59 +37,54 @@ __all__ = [
 _PREFIX = 4  # hex digits: fewer would too easily be meant as a number
 
 
-def _increment(row: Any) -> Increment:
+def _increment(row: Row) -> Increment:
     return Increment(
-        id=row.id,
-        pid=row.pid,
-        type=Type(row.type),
-        point=row.point,
-        source=SourceRef(row.source),
-        size=row.size,
-        date=datetime.fromisoformat(row.date),
-        consistency=row.consistency,
-        reason=row.reason,
-        digest=row.digest,
-        disks=tuple(Disk(**disk) for disk in json.loads(row.disks)),
+        id=row["id"],
+        pid=row["pid"],
+        type=Type(row["type"]),
+        point=row["point"],
+        source=SourceRef(row["source"]),
+        size=row["size"],
+        date=datetime.fromisoformat(row["date"]),
+        consistency=row["consistency"],
+        reason=row["reason"],
+        digest=row["digest"],
+        disks=tuple(Disk(**disk) for disk in json.loads(row["disks"])),
     )
 
 
-def _load(connection: Connection, *conditions: ColumnElement[bool]) -> list[Image]:
-    chains: dict[int, list[Increment]] = {}
-    rows = connection.execute(select(schema.images).where(*conditions).order_by(schema.images.c.number)).all()
-    numbers = [row.number for row in rows]
-    of_these = select(schema.increments).order_by(schema.increments.c.image, schema.increments.c.id)
-    if conditions:
-        of_these = of_these.where(schema.increments.c.image.in_(numbers))
-    for row in connection.execute(of_these):
-        chains.setdefault(row.image, []).append(_increment(row))
-    return [_image(row, tuple(chains.get(row.number, ()))) for row in rows]
+def _load(connection: Connection, query: str, values: Mapping[str, object]) -> list[Image]:
+    """The images that a query finds, with their increments."""
+    of_one = "SELECT * FROM increments WHERE image = ? ORDER BY id"
+    return [
+        _image(row, tuple(map(_increment, connection.execute(of_one, (row["number"],)))))
+        for row in connection.execute(query, values).fetchall()
+    ]
 
 
-def _image(row: Any, increments: tuple[Increment, ...]) -> Image:
+def _image(row: Row, increments: tuple[Increment, ...]) -> Image:
     return Image(
-        uuid=row.uuid,
-        number=row.number,
-        vm=VM(uuid=row.vm_uuid, name=row.vm_name),
-        datastore=row.datastore,
-        state=row.state,
+        uuid=row["uuid"],
+        number=row["number"],
+        vm=VM(uuid=row["vm_uuid"], name=row["vm_name"]),
+        datastore=row["datastore"],
+        state=row["state"],
         increments=increments,
-        pinned=row.pinned,
-        why_closed=row.why_closed or "",
-        host=row.host or "",
-        began=datetime.fromisoformat(row.began) if row.began else None,
+        pinned=bool(row["pinned"]),
+        why_closed=row["why_closed"] or "",
+        host=row["host"] or "",
+        began=datetime.fromisoformat(row["began"]) if row["began"] else None,
     )
 
 
 def where(catalog: Catalog, *, vm: str | None = None, number: int | None = None) -> list[Image]:
     """Every image, by number; with `vm` (a UUID or a name) only those of that VM, with `number` only that one."""
-    table = schema.images.c
-    conditions: list[ColumnElement[bool]] = []
-    if vm is not None:
-        conditions.append((table.vm_uuid == vm) | (table.vm_name == vm))
-    if number is not None:
-        conditions.append(table.number == number)
+    query = """
+        SELECT * FROM images
+        WHERE (:vm IS NULL OR vm_uuid = :vm OR vm_name = :vm) AND (:number IS NULL OR number = :number) ORDER BY number
+    """
     with catalog.reading() as connection:
-        return _load(connection, *conditions)
+        return _load(connection, query, {"vm": vm, "number": number})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,18 +100,15 @@ class Listed:
 
 def listed(catalog: Catalog, *, vm: str | None = None) -> list[Listed]:
     """Every image, by number; with `vm` (a UUID or a name) only those of that VM. Quick, however many increments."""
-    table, rows = schema.images.c, schema.increments.c
-    query = select(schema.images).order_by(table.number)
-    if vm is not None:
-        query = query.where((table.vm_uuid == vm) | (table.vm_name == vm))
+    query = "SELECT * FROM images WHERE :vm IS NULL OR vm_uuid = :vm OR vm_name = :vm ORDER BY number"
     # Dates are text in UTC, all of one form, so they sort as dates do.
-    sums = select(rows.image, func.count(), func.sum(rows.size), func.min(rows.date), func.max(rows.date))
+    sums = "SELECT image, count(*), sum(size), min(date), max(date) FROM increments GROUP BY image"
     with catalog.reading() as connection:
-        known = {number: rest for number, *rest in connection.execute(sums.group_by(rows.image))}
-        found = connection.execute(query).all()
+        known = {number: rest for number, *rest in connection.execute(sums)}
+        found = connection.execute(query, {"vm": vm}).fetchall()
     made = []
     for row in found:
-        count, size, first, last = known.get(row.number, (0, 0, None, None))
+        count, size, first, last = known.get(row["number"], (0, 0, None, None))
         made.append(
             Listed(
                 image=_image(row, ()),
@@ -132,179 +123,180 @@ def listed(catalog: Catalog, *, vm: str | None = None) -> list[Listed]:
 
 def newest(catalog: Catalog, vm: VM, datastore: str) -> Image | None:
     """The newest image of a VM in a datastore: the open one, else the one that began last."""
-    table = schema.images.c
     # Not by number alone: a rebuild gives old images new numbers.
-    order = (table.state == "open").desc(), table.began.desc(), table.number.desc()
+    query = """
+        SELECT * FROM images WHERE vm_uuid = :vm AND datastore = :datastore
+        ORDER BY state = 'open' DESC, began DESC, number DESC LIMIT 1
+    """
     with catalog.reading() as connection:
-        number = connection.execute(
-            select(table.number).where(table.vm_uuid == vm.uuid, table.datastore == datastore).order_by(*order).limit(1)
-        ).scalar()
-        return next(iter(_load(connection, table.number == number)), None) if number is not None else None
+        return next(iter(_load(connection, query, {"vm": vm.uuid, "datastore": datastore})), None)
 
 
 def find(catalog: Catalog, reference: str) -> Image:
     """The image of that number, UUID (with or without dashes), or unique prefix of one. NotFound otherwise."""
-    table = schema.images.c
     digits = reference.replace("-", "").lower()
     with catalog.reading() as connection:
         if reference.isascii() and reference.isdigit() and len(reference) < 19:
-            found = _load(connection, table.number == int(reference))
+            found = _load(connection, "SELECT * FROM images WHERE number = :number", {"number": int(reference)})
             if found:
                 return found[0]
         if len(digits) >= _PREFIX and set(digits) <= set("0123456789abcdef"):
-            found = _load(connection, table.uuid.startswith(digits, autoescape=True))
+            query = "SELECT * FROM images WHERE substr(uuid, 1, length(:digits)) = :digits ORDER BY number"
+            found = _load(connection, query, {"digits": digits})
             if len(found) == 1:
                 return found[0]
             if found:
                 numbers = ", ".join(str(image.number) for image in found)
                 raise ConfigError(f"{reference!r} could be any of the images {numbers}", "Give more digits.")
-        known = connection.execute(select(table.number).order_by(table.number.desc()).limit(5)).scalars().all()
-    newest_known = ", ".join(str(number) for number in known) or "none"
+        known = connection.execute("SELECT number FROM images ORDER BY number DESC LIMIT 5").fetchall()
+    newest_known = ", ".join(str(row["number"]) for row in known) or "none"
     raise NotFound(f"no image {reference!r:.60}", f"The newest are: {newest_known}. See: vmkeep image list")
 
 
 def record(connection: Connection, recorded: Recorded) -> int:
     """Write one increment down and return its image's number. A new image closes the one that was open before it."""
     run, increment = recorded.run, recorded.increment
-    table = schema.images.c
-    row = connection.execute(select(schema.images).where(table.uuid == run.image)).one_or_none()
+    row = connection.execute("SELECT number, state FROM images WHERE uuid = ?", (run.image,)).fetchone()
     if row is None:
         if increment.type is not Type.FULL:
             raise IntegrityError(f"image {run.image} is not in the catalog any more; the increment has no parent")
         connection.execute(
-            update(schema.images)
-            .where(table.vm_uuid == run.vm.uuid, table.datastore == run.datastore, table.state == "open")
-            .values(state="closed")
+            "UPDATE images SET state = 'closed' WHERE vm_uuid = ? AND datastore = ? AND state = 'open'",
+            (run.vm.uuid, run.datastore),
         )
-        key = connection.execute(
-            insert(schema.images).values(
-                uuid=run.image,
-                vm_uuid=run.vm.uuid,
-                vm_name=run.vm.name,
-                datastore=run.datastore,
-                state="open",
-                pinned=False,
-                host=run.host,
-                began=increment.date.astimezone(UTC).isoformat(),
-            )
-        ).inserted_primary_key
-        number = int(key[0]) if key else 0
+        number = _insert_image(
+            connection,
+            uuid=run.image,
+            vm_uuid=run.vm.uuid,
+            vm_name=run.vm.name,
+            datastore=run.datastore,
+            state="open",
+            pinned=False,
+            why_closed=None,
+            host=run.host,
+            began=increment.date.astimezone(UTC).isoformat(),
+        )
     else:
-        number = int(row.number)
+        number = int(row["number"])
         parent = connection.execute(
-            select(schema.increments.c.point).where(
-                schema.increments.c.image == number, schema.increments.c.id == increment.pid
-            )
-        ).scalar()
-        if row.state != "open" or run.parent is None or parent != run.parent.point:
+            "SELECT point FROM increments WHERE image = ? AND id = ?", (number, increment.pid)
+        ).fetchone()
+        if row["state"] != "open" or not run.parent or not parent or parent["point"] != run.parent.point:
             raise IntegrityError(f"image {number} changed while an increment for it was taken")
         # A VM that was renamed is shown by its name of today.
-        connection.execute(update(schema.images).where(table.number == number).values(vm_name=run.vm.name))
-    connection.execute(insert(schema.increments).values(columns(number, increment) | _of_the_run(recorded)))
-    connection.execute(delete(schema.retired).where(schema.retired.c.point.in_(run.spent)))
+        connection.execute("UPDATE images SET vm_name = ? WHERE number = ?", (run.vm.name, number))
+    insert(
+        connection,
+        number,
+        increment,
+        stored=recorded.stored,
+        read=recorded.read,
+        frozen_seconds=recorded.frozen_seconds,
+        seconds=recorded.seconds,
+    )
+    connection.executemany("DELETE FROM retired WHERE point = ?", [(point,) for point in run.spent])
     return number
 
 
 def add(catalog: Catalog, image: Image) -> int | None:
     """Write a whole image down that was found in its datastore; its number, or None if the catalog has it already."""
     with catalog.writing() as connection:
-        if connection.execute(select(schema.images.c.number).where(schema.images.c.uuid == image.uuid)).first():
+        if connection.execute("SELECT 1 FROM images WHERE uuid = ?", (image.uuid,)).fetchone():
             return None
-        key = connection.execute(
-            insert(schema.images).values(
-                uuid=image.uuid,
-                vm_uuid=image.vm.uuid,
-                vm_name=image.vm.name,
-                datastore=image.datastore,
-                state=image.state,
-                why_closed=image.why_closed or None,
-                pinned=image.pinned,
-                host=image.host or None,
-                began=image.began.astimezone(UTC).isoformat() if image.began else None,
-            )
-        ).inserted_primary_key
-        number = int(key[0]) if key else 0
-        # How their runs went is not in the datastore.
-        of_the_run = {"stored": None, "read": 0, "frozen_seconds": 0.0, "seconds": 0.0}
-        rows = [columns(number, increment) | of_the_run for increment in image.increments]
-        connection.execute(insert(schema.increments), rows)
+        number = _insert_image(
+            connection,
+            uuid=image.uuid,
+            vm_uuid=image.vm.uuid,
+            vm_name=image.vm.name,
+            datastore=image.datastore,
+            state=image.state,
+            pinned=image.pinned,
+            why_closed=image.why_closed or None,
+            host=image.host or None,
+            began=image.began.astimezone(UTC).isoformat() if image.began else None,
+        )
+        for increment in image.increments:
+            insert(connection, number, increment)  # how its run went is not in the datastore
     return number
 
 
-def columns(number: int, increment: Increment) -> dict[str, object]:
-    """The columns of one row of the image of that number; how its run went is not among them."""
+def _insert_image(connection: Connection, **values: str | bool | None) -> int:
+    """Write a new image down, without its increments; its number."""
+    done = connection.execute(
+        "INSERT INTO images (uuid, vm_uuid, vm_name, datastore, state, pinned, why_closed, host, began)"
+        " VALUES (:uuid, :vm_uuid, :vm_name, :datastore, :state, :pinned, :why_closed, :host, :began)",
+        values,
+    )
+    return int(done.lastrowid or 0)
+
+
+def insert(
+    connection: Connection,
+    number: int,
+    increment: Increment,
+    *,
+    stored: int | None = None,
+    read: int = 0,
+    frozen_seconds: float = 0.0,
+    seconds: float = 0.0,
+) -> None:
+    """Write one increment of the image of that number down; the rest is how its run went."""
     disks = [{key.name: getattr(disk, key.name) for key in fields(Disk)} for disk in increment.disks]
-    return {
-        "image": number,
-        "id": increment.id,
-        "pid": increment.pid,
-        "type": increment.type.value,
-        "point": increment.point,
-        "source": increment.source.token,
-        "size": increment.size,
-        "date": increment.date.astimezone(UTC).isoformat(),
-        "consistency": increment.consistency,
-        "reason": increment.reason,
-        "digest": increment.digest,
-        "disks": json.dumps(disks),
-    }
-
-
-def _of_the_run(recorded: Recorded) -> dict[str, object]:
-    return {
-        "stored": recorded.stored,
-        "read": recorded.read,
-        "frozen_seconds": recorded.frozen_seconds,
-        "seconds": recorded.seconds,
-    }
+    row = (
+        *(number, increment.id, increment.pid, increment.type.value, increment.point, increment.source.token),
+        *(increment.size, increment.date.astimezone(UTC).isoformat(), increment.consistency, increment.reason),
+        *(increment.digest, json.dumps(disks), stored, read, frozen_seconds, seconds),
+    )
+    connection.execute(
+        "INSERT INTO increments (image, id, pid, type, point, source, size, date, consistency, reason, digest, disks,"
+        " stored, read, frozen_seconds, seconds) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        row,
+    )
 
 
 def remove(catalog: Catalog, image: Image) -> None:
     """Forget an image and its increments. Its points are kept as retired until the VM's next recorded run."""
     with catalog.writing() as connection:
         points.retire(connection, image.vm, [increment.point for increment in image.increments])
-        connection.execute(delete(schema.flattens).where(schema.flattens.c.image == image.number))
-        connection.execute(delete(schema.increments).where(schema.increments.c.image == image.number))
-        connection.execute(delete(schema.images).where(schema.images.c.number == image.number))
+        connection.execute("DELETE FROM flattens WHERE image = ?", (image.number,))
+        connection.execute("DELETE FROM increments WHERE image = ?", (image.number,))
+        connection.execute("DELETE FROM images WHERE number = ?", (image.number,))
 
 
 def pin(catalog: Catalog, image: Image, *, pinned: bool) -> None:
     """Mark an image as one that neither retention nor a user deletes, or take the mark away."""
     with catalog.writing() as connection:
-        connection.execute(update(schema.images).where(schema.images.c.number == image.number).values(pinned=pinned))
+        connection.execute("UPDATE images SET pinned = ? WHERE number = ?", (pinned, image.number))
 
 
 def close(catalog: Catalog, image: Image, why: str = "") -> None:
     """Let no further increment be added to an image; `why` becomes the reason of the full that follows."""
     with catalog.writing() as connection:
         connection.execute(
-            update(schema.images)
-            .where(schema.images.c.number == image.number, schema.images.c.state == "open")
-            .values(state="closed", why_closed=why or None)
+            "UPDATE images SET state = 'closed', why_closed = ? WHERE number = ? AND state = 'open'",
+            (why or None, image.number),
         )
 
 
 def mark(catalog: Catalog, image: Image, *, damaged: bool) -> None:
     """Mark an image as damaged, or take the mark away; it is closed then, since its VM has begun another meanwhile."""
-    before, after = (("open", "closed"), "damaged") if damaged else (("damaged",), "closed")
+    if damaged:
+        statement = "UPDATE images SET state = 'damaged' WHERE number = ? AND state IN ('open', 'closed')"
+    else:
+        statement = "UPDATE images SET state = 'closed' WHERE number = ? AND state = 'damaged'"
     with catalog.writing() as connection:
-        connection.execute(
-            update(schema.images)
-            .where(schema.images.c.number == image.number, schema.images.c.state.in_(before))
-            .values(state=after)
-        )
+        connection.execute(statement, (image.number,))
 
 
 def tokens(catalog: Catalog) -> Sequence[str]:
     """The token of every source in the catalog."""
     with catalog.reading() as connection:
-        return connection.execute(select(schema.increments.c.source)).scalars().all()
+        return [row["source"] for row in connection.execute("SELECT source FROM increments")]
 
 
 def last_dates(catalog: Catalog) -> dict[str, datetime]:
     """VM UUID -> the date of its newest backup."""
-    join = schema.images.join(schema.increments, schema.images.c.number == schema.increments.c.image)
-    query = select(schema.images.c.vm_uuid, func.max(schema.increments.c.date)).select_from(join)
+    query = "SELECT vm_uuid, max(date) FROM images JOIN increments ON image = number GROUP BY vm_uuid"
     with catalog.reading() as connection:
-        rows = connection.execute(query.group_by(schema.images.c.vm_uuid)).all()
+        rows = connection.execute(query).fetchall()
     return {uuid: datetime.fromisoformat(date) for uuid, date in rows}

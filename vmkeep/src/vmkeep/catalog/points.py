@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from sqlalchemy import Connection, insert, select
+from sqlite3 import Connection
 
 from backupcore.model import VM
-from vmkeep.catalog import schema
 from vmkeep.catalog.database import Catalog
 
 __all__ = ["kept", "retire", "retired", "spent"]
@@ -15,17 +13,14 @@ __all__ = ["kept", "retire", "retired", "spent"]
 
 def retire(connection: Connection, vm: VM, points: Sequence[str]) -> None:
     """Note points that leave the catalog: their checkpoints go with the VM's next recorded run."""
-    known = set(connection.execute(select(schema.retired.c.point)).scalars())
-    rows = [{"point": point, "vm_uuid": vm.uuid} for point in points if point not in known]
-    if rows:
-        connection.execute(insert(schema.retired), rows)
+    rows = [(point, vm.uuid) for point in points]
+    connection.executemany("INSERT OR IGNORE INTO retired (point, vm_uuid) VALUES (?, ?)", rows)
 
 
 def retired(catalog: Catalog, vm: VM) -> Sequence[str]:
     """Points of this VM whose images were deleted, and whose checkpoints it may still have."""
     with catalog.reading() as connection:
-        query = select(schema.retired.c.point).where(schema.retired.c.vm_uuid == vm.uuid)
-        return connection.execute(query).scalars().all()
+        return [row["point"] for row in connection.execute("SELECT point FROM retired WHERE vm_uuid = ?", (vm.uuid,))]
 
 
 def kept(catalog: Catalog, vm: VM) -> tuple[str, ...]:
@@ -48,12 +43,9 @@ def spent(catalog: Catalog, vm: VM) -> tuple[str, ...]:
 
 def _points(catalog: Catalog, vm: VM) -> list[tuple[int, str, str]]:
     """(image, its state, point) of every increment of this VM, in the order of images and increments."""
-    images, rows = schema.images.c, schema.increments.c
-    query = (
-        select(images.number, images.state, rows.point)
-        .join_from(schema.images, schema.increments, images.number == rows.image)
-        .where(images.vm_uuid == vm.uuid)
-        .order_by(images.number, rows.id)
-    )
+    query = """
+        SELECT number, state, point FROM images JOIN increments ON image = number
+        WHERE vm_uuid = ? ORDER BY number, id
+    """
     with catalog.reading() as connection:
-        return [(row.number, row.state, row.point) for row in connection.execute(query)]
+        return [tuple(row) for row in connection.execute(query, (vm.uuid,))]

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from sqlalchemy import insert, select, update
-
 from backupcore.model import BackupRun, Image, Increment, RunState
 from backupcore.session import Recorded
-from vmkeep.catalog import images, schema
+from vmkeep.catalog import images
 from vmkeep.catalog.database import Catalog
 
 __all__ = ["PastRun", "begin", "died", "fail", "increment_of", "last", "record"]
@@ -39,15 +37,9 @@ def begin(catalog: Catalog, run: BackupRun) -> None:
     """Write down that a run begins."""
     with catalog.writing() as connection:
         connection.execute(
-            insert(schema.runs).values(
-                id=run.id,
-                vm_uuid=run.vm.uuid,
-                vm_name=run.vm.name,
-                datastore=run.datastore,
-                type=run.type.value,
-                started=_now(),
-                state="running",
-            )
+            "INSERT INTO runs (id, vm_uuid, vm_name, datastore, type, started, state)"
+            " VALUES (?, ?, ?, ?, ?, ?, 'running')",
+            (run.id, run.vm.uuid, run.vm.name, run.datastore, run.type.value, _now()),
         )
 
 
@@ -55,16 +47,10 @@ def record(catalog: Catalog, recorded: Recorded) -> int:
     """Write the increment and the end of its run down, both or neither; returns the image's number."""
     with catalog.writing() as connection:
         number = images.record(connection, recorded)
+        increment = recorded.increment
         connection.execute(
-            update(schema.runs)
-            .where(schema.runs.c.id == recorded.run.id)
-            .values(
-                ended=_now(),
-                state=RunState.RECORDED.value,
-                type=recorded.increment.type.value,
-                image=number,
-                increment=recorded.increment.id,
-            )
+            "UPDATE runs SET ended = ?, state = ?, type = ?, image = ?, increment = ? WHERE id = ?",
+            (_now(), RunState.RECORDED.value, increment.type.value, number, increment.id, recorded.run.id),
         )
     return number
 
@@ -73,9 +59,9 @@ def fail(catalog: Catalog, run: str, state: RunState, *, kind: str, error: str, 
     """Write down how a run ended that was not recorded. A recorded one stays recorded."""
     with catalog.writing() as connection:
         connection.execute(
-            update(schema.runs)
-            .where(schema.runs.c.id == run, schema.runs.c.state == "running")
-            .values(ended=_now(), state=state.value, error_class=kind, error=error, traceback=traceback or None)
+            "UPDATE runs SET ended = ?, state = ?, error_class = ?, error = ?, traceback = ?"
+            " WHERE id = ? AND state = 'running'",
+            (_now(), state.value, kind, error, traceback or None, run),
         )
 
 
@@ -84,49 +70,46 @@ def died(catalog: Catalog, vm: str) -> list[str]:
 
     Returns their IDs.
     """
-    table = schema.runs.c
-    of_these = (table.vm_uuid == vm) & (table.state == "running")
     with catalog.writing() as connection:
-        found = list(connection.execute(select(table.id).where(of_these).order_by(table.started)).scalars())
+        query = "SELECT id FROM runs WHERE vm_uuid = ? AND state = 'running' ORDER BY started"
+        found = [row["id"] for row in connection.execute(query, (vm,))]
         connection.execute(
-            update(schema.runs)
-            .where(of_these)
-            .values(state=RunState.FAILED.value, error_class="Killed", error="the process was killed")
+            "UPDATE runs SET state = ?, error_class = 'Killed', error = 'the process was killed'"
+            " WHERE vm_uuid = ? AND state = 'running'",
+            (RunState.FAILED.value, vm),
         )
     return found
 
 
 def increment_of(catalog: Catalog, run: str) -> tuple[Image, Increment] | None:
     """What a run recorded, if it did and that is still there."""
-    table = schema.runs.c
     with catalog.reading() as connection:
-        row = connection.execute(select(table.image, table.increment).where(table.id == run)).one_or_none()
-    if row is None or row.image is None:
+        row = connection.execute("SELECT image, increment FROM runs WHERE id = ?", (run,)).fetchone()
+    if row is None or row["image"] is None:
         return None
-    for image in images.where(catalog, number=row.image):
+    for image in images.where(catalog, number=row["image"]):
         for increment in image.increments:
-            if increment.id == row.increment:
+            if increment.id == row["increment"]:
                 return image, increment
     return None
 
 
 def last(catalog: Catalog, vm: str, limit: int) -> list[PastRun]:
     """The last runs of a VM (by UUID), newest first."""
-    table = schema.runs.c
-    query = select(schema.runs).where(table.vm_uuid == vm).order_by(table.started.desc()).limit(limit)
+    query = "SELECT * FROM runs WHERE vm_uuid = ? ORDER BY started DESC LIMIT ?"
     with catalog.reading() as connection:
         return [
             PastRun(
-                id=row.id,
-                datastore=row.datastore,
-                type=row.type,
-                started=datetime.fromisoformat(row.started),
-                ended=datetime.fromisoformat(row.ended) if row.ended else None,
-                state=row.state,
-                image=row.image,
-                increment=row.increment,
-                error_class=row.error_class,
-                error=row.error,
+                id=row["id"],
+                datastore=row["datastore"],
+                type=row["type"],
+                started=datetime.fromisoformat(row["started"]),
+                ended=datetime.fromisoformat(row["ended"]) if row["ended"] else None,
+                state=row["state"],
+                image=row["image"],
+                increment=row["increment"],
+                error_class=row["error_class"],
+                error=row["error"],
             )
-            for row in connection.execute(query)
+            for row in connection.execute(query, (vm, limit))
         ]
