@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Mapping
 from importlib import import_module
+from types import ModuleType
 
 import click
 
@@ -29,12 +31,7 @@ class LazyGroup(click.Group):
         if cmd_name not in self.lazy:
             return None
         module, _, attribute = self.lazy[cmd_name][0].partition(":")
-        gc.disable()  # modules stay: to look through them again and again while they come is a tenth of the start
-        try:
-            command: click.Command = getattr(import_module(module), attribute)
-        finally:
-            gc.freeze()
-            gc.enable()
+        command: click.Command = getattr(_imported(module), attribute)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -42,3 +39,14 @@ class LazyGroup(click.Group):
         del ctx
         with formatter.section("Commands"):
             formatter.write_dl([(name, help_line) for name, (_, help_line) in self.lazy.items()])
+
+
+def _imported(module: str) -> ModuleType:
+    if module in sys.modules:
+        return sys.modules[module]
+    gc.disable()  # modules stay: to look through them again and again while they come is a fifth of the start
+    try:
+        return import_module(module)
+    finally:
+        gc.freeze()
+        gc.enable()
