@@ -146,19 +146,22 @@ def _hold_against(vm: str, stack: Stack, listed: Sequence[str], opened: Collecti
 def _stack(disk: SourceDisk) -> Stack:
     path, shape = disk.path, disk.format
     overlays: list[Overlay] = []
+    elsewhere = False
     while shape == "qcow2" and (name := _NAME.fullmatch(path)):
-        below = qemu_img.info(path, shape).backing
+        image = qemu_img.info(path, shape)
+        below = image.backing
         if below is None or below.shape not in ("qcow2", "raw"):
             break
         above = _NAME.fullmatch(below.path)
         if below.path != name["base"] and (above is None or above["base"] != name["base"]):
             break
         overlays.append(Overlay(path, name["point"], name["disk"]))
+        elsewhere = elsewhere or image.data_elsewhere
         path, shape = below.path, below.shape
         if len(overlays) > _MOST:
             raise HypervisorError(f"disk {disk.id}: more than {_MOST} files lie below {disk.path}")
     deeper, unsafe = _below(path, shape)
-    if any(qemu_img.info(overlay.path, "qcow2").data_elsewhere for overlay in overlays):
+    if elsewhere:
         unsafe = "an overlay keeps its data in another file"
     foreign = path if any(is_overlay(file) for file in deeper) else ""
     return Stack(disk.id, path, shape, tuple(reversed(overlays)), foreign, unsafe)
