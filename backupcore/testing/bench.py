@@ -68,6 +68,7 @@ class Bench:
         self.made: list[SourceRef] = []
         self.vms: set[str] = set()
         self._contexts: list[Context] = []
+        self._interrupted = False
         self.logged: list[str] = [] if logged is None else logged
         """Every line that was logged: none may show a secret."""
         self.told: list[str] = [] if told is None else told
@@ -119,6 +120,8 @@ class Bench:
         try:
             with Context(folder, log=self.log) as ctx:
                 self._contexts.append(ctx)
+                if self._interrupted:
+                    ctx.cancel()
                 try:
                     yield ctx
                 finally:
@@ -130,13 +133,17 @@ class Bench:
     @contextmanager
     def threads(self, count: int) -> Iterator[ThreadPoolExecutor]:
         """So many threads that use this bench. Ctrl-C cancels what they do, or its end would wait for them."""
-        with ThreadPoolExecutor(count) as pool:
-            try:
-                yield pool
-            except KeyboardInterrupt:
-                for ctx in list(self._contexts):
-                    ctx.cancel()
-                raise
+        try:
+            with ThreadPoolExecutor(count) as pool:
+                try:
+                    yield pool
+                except KeyboardInterrupt:
+                    self._interrupted = True  # for those that a thread is about to open
+                    for ctx in list(self._contexts):
+                        ctx.cancel()
+                    raise
+        finally:
+            self._interrupted = False
 
     def place(self) -> Path:
         """A new private folder, which stays until the end."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Event
 
 import pytest
 
 from backupcore.errors import ConfigError
 from backupcore.testing import DriverKit, MemoryDriver, Target, Verdict, chosen, examine
+from backupcore.testing.bench import Bench
 from backupcore.testing.memory import CopyingMemoryDriver
 from tests.testing.folder import Folder, tamper
 
@@ -62,3 +64,27 @@ def test_without_pytest_what_was_made_is_deleted_again(tmp_path: Path):
     with pytest.raises(ConfigError, match="no check nonsense") as caught:
         chosen(["usage", "nonsense"])
     assert "round-trip" in caught.value.hint
+
+
+def test_after_ctrl_c_a_backup_that_a_thread_is_about_to_begin_is_cancelled_as_well(tmp_path: Path):
+    bench = Bench(Target(driver=MemoryDriver()), tmp_path)
+    begun, cancelled = Event(), Event()
+
+    def first() -> None:
+        with bench.context() as ctx, ctx.on_cancel(cancelled.set):
+            begun.set()
+            assert cancelled.wait(30)
+
+    def second() -> bool:
+        assert cancelled.wait(30)
+        with bench.context() as ctx:
+            return ctx.cancelled
+
+    with pytest.raises(KeyboardInterrupt), bench.threads(2) as pool:
+        pool.submit(first)
+        later = pool.submit(second)
+        assert begun.wait(30)
+        raise KeyboardInterrupt
+    assert later.result()
+    with bench.context() as ctx:
+        assert not ctx.cancelled, "what clears up afterwards is not"
