@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import EntryPoint, entry_points, version
 from typing import Any
 
@@ -11,6 +12,9 @@ __all__ = ["load", "names"]
 
 DRIVERS = "backupcore.drivers"
 HYPERVISORS = "backupcore.hypervisors"
+
+_ANY_VERSION = re.compile(r"[\w.-]+(\[[\w.,-]*\])?")
+"""A requirement that names a package and its extras, and no version."""
 
 
 def names(group: str) -> dict[str, str]:
@@ -28,9 +32,9 @@ def _check_core(point: EntryPoint) -> None:
     before the plugin is imported, which would fail with a name that this core does not have.
     """
     wanted = [line for line in (point.dist.requires if point.dist else None) or () if line.startswith("backupcore")]
-    if not wanted:
+    if all(_ANY_VERSION.fullmatch(line) for line in wanted):
         return
-    from packaging.requirements import Requirement  # noqa: PLC0415 - 20 ms, where a plugin is opened
+    from packaging.requirements import Requirement  # noqa: PLC0415 - 20 ms, where a version is asked for only
 
     for need in map(Requirement, wanted):
         if need.name != "backupcore" or (need.marker and not need.marker.evaluate({"extra": ""})):

@@ -9,7 +9,7 @@ import pytest
 
 from backupcore.disk.ahead import AHEAD, ReadAhead
 from backupcore.disk.qcow2 import MemoryBlocks
-from backupcore.errors import TargetUnavailable
+from backupcore.errors import ContractViolation, TargetUnavailable
 from tests.disk.odd_blocks import MIB, Counting, Failing, content, disk
 
 SIZE = 40 * MIB
@@ -23,6 +23,7 @@ class Watched(MemoryBlocks):
         self.under_way = self.most = 0
         self.interrupts = 0
         self.receivers: set[threading.Thread] = set()
+        self.given: list[object] = []  # whose memory was to be filled
 
     def connect(self) -> Watched:
         return self
@@ -30,6 +31,7 @@ class Watched(MemoryBlocks):
     def submit(self, offset, buffer):
         self.under_way += 1
         self.most = max(self.most, self.under_way)
+        self.given.append(buffer.obj)
         return super().submit(offset, buffer)
 
     def read_into(self, offset, buffer):
@@ -111,3 +113,66 @@ def test_an_error_ahead_is_that_of_who_comes_there(eager):
     with pytest.raises(TargetUnavailable, match="past"):
         stream.read()
     ahead.close()
+
+
+@pytest.mark.parametrize("size", [SIZE, SIZE - 5 * MIB - 70_001])
+def test_large_reads_are_received_where_the_reader_wants_them(size):
+    blocks = Watched(content(size))
+    ahead = ReadAhead(disk("d", size, blocks=blocks), eager=True)
+    read = bytearray(ahead.size)
+    for at, end in ((0, 8 * MIB), (8 * MIB, 12 * MIB), (12 * MIB, ahead.size)):
+        assert ahead.read_into(at, memoryview(read)[at:end]) == end - at
+    assert read == disk("d", size).read_at(0, ahead.size)
+    assert all(one is read for one in blocks.given)
+    assert blocks.receivers == {threading.current_thread()}
+    assert 1 < blocks.most <= AHEAD + 2  # the first block is of two runs
+    ahead.close()
+
+
+def test_large_reads_that_cut_a_block_or_find_one_here_read_nothing_twice():
+    blocks = Counting(content(SIZE))
+    ahead = ReadAhead(disk("d", SIZE, blocks=blocks))
+    whole = disk("d", SIZE).read_at(0, ahead.size)
+    assert ahead.read_at(9 * MIB, 100) == whole[9 * MIB :][:100]
+    for at, length in ((4 * MIB, 8 * MIB), (12 * MIB + 70_000, 6 * MIB), (18 * MIB + 70_000, 6 * MIB - 70_000)):
+        assert ahead.read_at(at, length) == whole[at : at + length]
+    assert sum(length for _, length in blocks.asked) == 20 * MIB
+    ahead.close()
+
+
+class Late(Counting):
+    """Fails for the read at `bad`, and notes what was received of the others."""
+
+    def __init__(self, data: bytes, bad: int) -> None:
+        super().__init__(data)
+        self.bad = bad
+        self.submitted: list[int] = []
+
+    def connect(self) -> Late:
+        return self
+
+    def submit(self, offset, buffer):
+        self.submitted.append(offset)
+        return super().submit(offset, buffer)
+
+    def read_into(self, offset, buffer):
+        super().read_into(offset, buffer)
+        if offset <= self.bad < offset + len(buffer):
+            raise TargetUnavailable("that part is broken")
+
+
+def test_nothing_is_written_to_a_readers_memory_after_an_error():
+    blocks = Late(content(SIZE), 10 * MIB)
+    ahead = ReadAhead(disk("d", SIZE, blocks=blocks))
+    with pytest.raises(TargetUnavailable, match="broken"):
+        ahead.read_at(8 * MIB, 16 * MIB)
+    assert len(blocks.submitted) < 16  # it went no further
+    assert {offset for offset, _ in blocks.asked} == set(blocks.submitted)
+    ahead.close()
+
+
+def test_a_large_read_after_close_is_refused():
+    ahead = ReadAhead(disk("d", SIZE))
+    ahead.close()
+    with pytest.raises(ContractViolation, match="closed"):
+        ahead.read_at(8 * MIB, 16 * MIB)

@@ -12,7 +12,6 @@ from backupcore.datastore import Datastore
 from backupcore.errors import BackupError, IntegrityError
 from backupcore.model import BackupRun, Disk, Increment, Prepared, Type
 from backupcore.session import Recorded
-from backupcore.survey import look_at
 from vmkeep import folders
 from vmkeep.catalog import images, runs
 from vmkeep.workplace import Workplace
@@ -59,6 +58,8 @@ def adopt(place: Workplace, folder: Path, store: Datastore, ctx: Context) -> boo
 
 
 def _adopt(place: Workplace, run: BackupRun, disks: tuple[Disk, ...], store: Datastore, ctx: Context) -> bool:
+    from backupcore.survey import look_at  # noqa: PLC0415 - it reads manifests, which a backup does only here
+
     known = set(images.tokens(place.catalog))
     for listed in store.sources(ctx):
         if listed.labels.get("point") != run.point or listed.source.token in known:

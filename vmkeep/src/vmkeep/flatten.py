@@ -11,8 +11,8 @@ import logging
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from backupcore import flatten as core
 from backupcore.chain import lineage
 from backupcore.context import Context, Progress
 from backupcore.datastore import Datastore
@@ -22,6 +22,9 @@ from backupcore.model import VM, Image, Increment
 from vmkeep import lock, settings
 from vmkeep.catalog import flattens, images
 from vmkeep.workplace import Workplace
+
+if TYPE_CHECKING:
+    from backupcore.flatten import Flattened
 
 __all__ = ["Done", "delete_leftovers", "finish", "finish_locked", "flatten"]
 
@@ -67,7 +70,7 @@ def flatten(
         if everything is None:
             everything = _verify_all(place, image.vm)
         store = place.datastore(image.datastore)
-        steps: list[core.Flattened] = []
+        steps: list[Flattened] = []
         while not steps or image.increments[0].id < target:
             with place.context(progress) as ctx:
                 steps.append(_step(place, image, target, store, ctx, everything=everything))
@@ -87,10 +90,10 @@ def flatten(
     )
 
 
-def _step(
-    place: Workplace, image: Image, to: int, store: Datastore, ctx: Context, *, everything: bool
-) -> core.Flattened:
+def _step(place: Workplace, image: Image, to: int, store: Datastore, ctx: Context, *, everything: bool) -> Flattened:
     """One new full, recorded."""
+    from backupcore import flatten as core  # noqa: PLC0415 - manifests and merging, which a backup only looks for
+
     flattens.begin(place.catalog, image, to)
     stored: list[object] = []
     try:
@@ -130,6 +133,8 @@ def finish_locked(place: Workplace, image: Image) -> Image:
     """`finish`, for a caller that has the image's lock."""
     if flattens.begun(place.catalog, image) is None:
         return image
+    from backupcore import flatten as core  # noqa: PLC0415 - as above
+
     store = place.datastore(image.datastore)
     known = [increment.source for increment in image.increments]
     with place.context() as ctx:

@@ -7,7 +7,9 @@ import os
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Folder"]
 
-_STEP = 1 << 20  # bytes that are read and written at once
+_STEP = 4 << 20  # bytes that are read and written at once
 
 
 class Folder:
@@ -211,22 +213,31 @@ class FileArtifact(Artifact):
 
 def _write(artifact: Artifact, path: Path, ctx: Context, before: int) -> None:
     """A new file with all that `artifact` holds; `before` are the bytes of those before it, for the progress."""
-    buffer = memoryview(bytearray(min(_STEP, artifact.size)))
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(handle, "wb", 0) as file:
+    step = min(_STEP, artifact.size)
+    buffers = cycle([memoryview(bytearray(step)) for _ in range(2)])
+    with os.fdopen(handle, "wb", 0) as file, ThreadPoolExecutor(1, "write") as other:
         writeback = Writeback(handle)
-        offset = 0
-        while offset < artifact.size:
-            ctx.check()
-            step = buffer[: artifact.size - offset]
-            if artifact.read_into(offset, step) != len(step):
-                raise ContractViolation(f"{artifact.name} ends before its {artifact.size} bytes")
-            left = step
+
+        def put(offset: int, data: memoryview) -> None:
+            left = data
             while left:
                 left = left[file.write(left) :]
-            writeback.wrote(offset, len(step))
-            offset += len(step)
-            ctx.progress.done(before + offset)
+            writeback.wrote(offset, len(data))
+
+        writing: Future[None] | None = None  # while the next piece is read
+        for offset in range(0, artifact.size, _STEP):
+            ctx.check()
+            data = next(buffers)[: artifact.size - offset]
+            if artifact.read_into(offset, data) != len(data):
+                raise ContractViolation(f"{artifact.name} ends before its {artifact.size} bytes")
+            if writing:
+                writing.result()
+                ctx.progress.done(before + offset)
+            writing = other.submit(put, offset, data)
+        if writing:
+            writing.result()
+            ctx.progress.done(before + artifact.size)
     if artifact.read_at(artifact.size, 1):
         raise ContractViolation(f"{artifact.name} goes on after its {artifact.size} bytes")
 

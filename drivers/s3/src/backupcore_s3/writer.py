@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Writer", "clear"]
 
-_STEP = 1 << 20  # read from an artifact at once
+_STEP = 4 << 20  # read from an artifact at once
 
 
 class Writer:
