@@ -511,6 +511,34 @@ def test_a_device_that_a_qemu_writes_to_is_refused_whoever_started_it(site: Site
         socket.unlink(missing_ok=True)
 
 
+def test_a_partition_is_in_use_where_its_disk_is_and_a_disk_where_its_partition_is(site: Site, tmp_path: Path):
+    if os.geteuid():
+        pytest.skip("only root can set up a loop device")
+    file = tmp_path / "device"
+    file.write_bytes(bytes(16 << 20))
+    command = ["losetup", "--partscan", "--find", "--show", file]
+    disk = Path(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
+    try:
+        subprocess.run(["addpart", disk, "1", "2048", str((8 << 20) // 512)], check=True)
+        partition = disk.with_name(f"{disk.name}p1")
+        for target, open_elsewhere in ((partition, disk), (disk, partition)):
+            with open_elsewhere.open("r+b") as held, site.context() as ctx:
+                other = subprocess.Popen(["sleep", "60"], stdout=held)
+                try:
+                    with pytest.raises(Busy, match=rf"open for writing in sleep \({other.pid}\)"):
+                        onto(site.datastore, site.images[WEB], 1, ctx, disk="vda", device=target)
+                finally:
+                    other.kill()
+                    other.wait()
+            assert not file.read_bytes().strip(b"\0")
+        with site.context() as ctx:
+            onto(site.datastore, site.images[WEB], 1, ctx, disk="vda", device=partition)
+        truth = site.truth[WEB, 1]["vda"]
+        assert partition.read_bytes()[: len(truth)] == truth
+    finally:
+        subprocess.run(["losetup", "--detach", disk], check=True)
+
+
 def test_a_restore_onto_a_device_that_fails_leaves_no_disk_there(site: Site, device: Path):
     DAMAGE["a byte of the data"][0](site)
     with site.context() as ctx, pytest.raises(IntegrityError):
