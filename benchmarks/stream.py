@@ -23,7 +23,7 @@ def main(socket: str, export: str, sums: str = "") -> None:
         held = (extent for extent in allocation(client, 0, client.size) if extent.kind is Kind.DATA)
         disk = DiskArtifact("disk.vda.qcow2", Layout(client.size, to_clusters(held, client.size)), address)
     artifact = HashedDisk(disk, Path(sums)) if sums else disk
-    buffer = memoryview(bytearray(1 << 20))
+    buffer = memoryview(bytearray(4 << 20))  # as S3 and a folder ask for it
     with artifact.open() as stream:
         while stream.readinto(buffer):  # type: ignore[attr-defined]  # BinaryIO has no readinto, every such stream does
             pass

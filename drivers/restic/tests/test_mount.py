@@ -146,7 +146,7 @@ def test_damage_beside_what_a_merge_reads_is_no_failure(fresh: Restic, big: Kept
     assert readable(merging) == found
 
 
-@pytest.mark.parametrize("own", ["", "GOGC=50", "GOMEMLIMIT=1GiB"])
+@pytest.mark.parametrize("own", ["", "GOGC=70", "GOMEMLIMIT=1GiB"])
 def test_how_much_memory_restic_is_to_take(
     options: Options, fresh: Restic, ctx: Context, make_run: Runs, make_artifacts: Artifacts, tmp_path: Path, own: str
 ) -> None:
@@ -164,8 +164,8 @@ def test_how_much_memory_restic_is_to_take(
     driver.backup([disk, *given[1:]], make_run(), ctx)  # as a flatten does
     cores = len(os.sched_getaffinity(0))
     due = {
-        "": [",", f"20,{(96 << 20) + 16 * index}", f"20,{((40 + 8 * cores) << 20) + 16 * index}"],
-        "GOGC=50": ["50,"] * 3,
+        "": [",", f"50,{(120 << 20) + 16 * index}", f"50,{((40 + 8 * cores) << 20) + 16 * index}"],
+        "GOGC=70": ["70,"] * 3,
         "GOMEMLIMIT=1GiB": [",1GiB"] * 3,
     }
     said = [line.rsplit(",", 1)[0] for line in seen.read_text().splitlines() if "mount" in line or " backup " in line]
@@ -173,7 +173,7 @@ def test_how_much_memory_restic_is_to_take(
 
 
 def test_a_repository_far_away_gets_no_limit(options: Options) -> None:
-    assert Repository(options("s3:https://nas/bucket")).sparing(1 << 20) == {"GOGC": "20"}
+    assert Repository(options("s3:https://nas/bucket")).sparing(1 << 20) == {"GOGC": "50"}
 
 
 def test_a_killed_restic_fails_the_read(shared: Restic, kept: Kept, ctx: Context, running: Running) -> None:
