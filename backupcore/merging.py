@@ -15,11 +15,12 @@ from backupcore import manifest as manifests
 from backupcore.bundle import Bundle, draft
 from backupcore.disk.extents import CLUSTER
 from backupcore.disk.merged import MergedArtifact, MergedBlocks, MergedLayer
+from backupcore.disk.parallel import REQUESTS, each
 from backupcore.disk.qcow2 import DiskArtifact, Layout
 from backupcore.disk.scattered import ScatteredLayout
 from backupcore.disk.stored import read_exactly
 from backupcore.disk.table import DIGEST
-from backupcore.disk.winners import Winners, winners, winners_as_they_lie
+from backupcore.disk.winners import Run, Winners, winners, winners_as_they_lie
 from backupcore.errors import UnsupportedOperation, from_os_error
 from backupcore.model import Artifact, BackupRun, BytesArtifact, Copy, Disk, LeftOut, Literal, Prepared, stream
 from backupcore.opened import Opened, checked, parts_of
@@ -48,18 +49,24 @@ class MergedDisk:
         self.parts = parts_of(backups, part.id)[::-1]
         self.layers: list[MergedLayer] = []
         self.layouts: list[Layout | ScatteredLayout] = []
-        for backup, layer in self.parts:
-            ctx.check()
-            name = f"increment {backup.increment.id} (source {backup.increment.source}), disk {part.id}"
-            artifact = backup.artifact(layer.artifact, layer.size)
-            layout = tables_of(artifact, layer, name)
-            if isinstance(layout, ScatteredLayout) and not artifact.seekable:
-                raise UnsupportedOperation(
-                    f"{name} lies in the order in which a store copied it, and can only be read forward here",
-                    "Flatten it in the datastore in which it was made.",
-                )
+        seekable = all(backup.artifact(layer.artifact, layer.size).seekable for backup, layer in self.parts)
+        # Several at once where the store can seek: it may be far away, and a chain has many.
+        self._requests = REQUESTS if seekable else 1
+        for layer, layout in each(lambda one: self._opened(*one, ctx), self.parts, self._requests):
+            self.layers.append(layer)
             self.layouts.append(layout)
-            self.layers.append(MergedLayer(name, artifact, layout.data_offset))
+
+    def _opened(self, backup: Opened, layer: DiskPart, ctx: Context) -> tuple[MergedLayer, Layout | ScatteredLayout]:
+        ctx.check()
+        name = f"increment {backup.increment.id} (source {backup.increment.source}), disk {layer.id}"
+        artifact = backup.artifact(layer.artifact, layer.size)
+        layout = tables_of(artifact, layer, name)
+        if isinstance(layout, ScatteredLayout) and not artifact.seekable:
+            raise UnsupportedOperation(
+                f"{name} lies in the order in which a store copied it, and can only be read forward here",
+                "Flatten it in the datastore in which it was made.",
+            )
+        return MergedLayer(name, artifact, layout.data_offset), layout
 
     @property
     def disk(self) -> Disk:
@@ -75,18 +82,23 @@ class MergedDisk:
             try:
                 os.posix_fallocate(file, 0, max(1, merged.layout.clusters * DIGEST))
                 os.ftruncate(file, merged.layout.clusters * DIGEST)
-                for number, runs in merged.runs.by_layer():
-                    ctx.check()
-                    with self._sums(number, folder) as sums:
-                        for run in runs:
-                            sums.seek(run.at * DIGEST)
-                            due = read_exactly(sums, run.clusters * DIGEST, f"{self.layers[number].name}: its sums")
-                            _put(file, due, run.first * DIGEST)
+                of_layer = merged.runs.by_layer()
+                for _ in each(lambda one: self._gather(*one, file, folder, ctx), of_layer, self._requests):
+                    pass
             finally:
                 os.close(file)
         except OSError as error:
             raise from_os_error(error, f"the sums of a flatten, {merged.layout.clusters * DIGEST} bytes") from error
         return MergedBlocks(merged, self.layers, path)
+
+    def _gather(self, number: int, runs: Sequence[Run], file: int, folder: Path, ctx: Context) -> None:
+        """Put the digests of one layer's runs where they belong in `file`."""
+        ctx.check()
+        with self._sums(number, folder) as sums:
+            for run in runs:
+                sums.seek(run.at * DIGEST)
+                due = read_exactly(sums, run.clusters * DIGEST, f"{self.layers[number].name}: its sums")
+                _put(file, due, run.first * DIGEST)
 
     def _sums(self, number: int, folder: Path) -> BinaryIO:
         backup, layer = self.parts[number]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from blake3 import blake3
 
 from backupcore import manifest as manifests
 from backupcore.disk.merge import Layer
+from backupcore.disk.parallel import REQUESTS, each
 from backupcore.errors import IntegrityError
 from backupcore.model import Artifact, Image, Increment
 
@@ -54,10 +55,16 @@ class Opened:
 
 
 def open_chain(datastore: Datastore, image: Image, chain: Sequence[Increment], ctx: Context) -> list[Opened]:
-    """Every increment of the chain, oldest first, its manifest held against the catalog, the VM and its parent."""
-    backups: list[Opened] = []
-    for increment in chain:
-        backups.append(open_increment(datastore, image, increment, backups[-1] if backups else None, ctx))
+    """Every increment of the chain, oldest first, its manifest held against the catalog, the VM and its parent.
+
+    Where the store can seek, several manifests are fetched at once: it may be far away.
+    """
+    backups = [open_increment(datastore, image, chain[0], None, ctx)]
+    seekable = all(artifact.seekable for artifact in backups[0].artifacts.values())
+    several = each(lambda one: _fetched(datastore, one, ctx), chain[1:], REQUESTS if seekable else 1)
+    with closing(several) as fetched:
+        for increment, (artifacts, data) in zip(chain[1:], fetched, strict=True):
+            backups.append(_checked(image, increment, backups[-1], artifacts, data))
     return backups
 
 
@@ -65,7 +72,12 @@ def open_increment(
     datastore: Datastore, image: Image, increment: Increment, parent: Opened | None, ctx: Context
 ) -> Opened:
     """One increment, its manifest held against the catalog, the VM and its parent (None: it must be a full)."""
-    what = f"increment {increment.id} (source {increment.source})"
+    return _checked(image, increment, parent, *_fetched(datastore, increment, ctx))
+
+
+def _fetched(datastore: Datastore, increment: Increment, ctx: Context) -> tuple[Mapping[str, Artifact], bytes]:
+    """The artifacts of an increment, and its manifest as it lies there."""
+    what = _what(increment)
     ctx.check()
     artifacts = datastore.artifacts(increment.source, ctx)
     if manifests.NAME not in artifacts:
@@ -73,7 +85,13 @@ def open_increment(
     if artifacts[manifests.NAME].size > manifests.LIMIT:
         raise IntegrityError(f"{what}: the manifest is larger than {manifests.LIMIT >> 20} MiB")
     with artifacts[manifests.NAME].open() as file:
-        data = file.read()
+        return artifacts, file.read()
+
+
+def _checked(
+    image: Image, increment: Increment, parent: Opened | None, artifacts: Mapping[str, Artifact], data: bytes
+) -> Opened:
+    what = _what(increment)
     manifest = manifests.parse(data, what)
     if manifest.vm.uuid != image.vm.uuid:
         raise IntegrityError(f"{what}: it is a backup of another VM ({manifest.vm.name}, {manifest.vm.uuid})")
@@ -82,6 +100,10 @@ def open_increment(
     if not _builds_on(manifest, parent):
         raise IntegrityError(f"{what}: it does not build on increment {parent.increment.id if parent else 'none'}")
     return Opened(increment, manifest, artifacts)
+
+
+def _what(increment: Increment) -> str:
+    return f"increment {increment.id} (source {increment.source})"
 
 
 def _builds_on(manifest: Manifest, parent: Opened | None) -> bool:

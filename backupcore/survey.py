@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from blake3 import blake3
 
 from backupcore import manifest as manifests
+from backupcore.disk.parallel import each
 from backupcore.errors import ContractViolation, IntegrityError, SourceNotFound, UnsupportedOperation
 from backupcore.model import VM, Image, Increment, SourceRef
 
@@ -76,8 +76,7 @@ def survey(datastore: Datastore, ctx: Context, *, known: Collection[SourceRef] =
     ctx.progress.phase("look")
     listed = [one for one in datastore.sources(ctx) if one.source not in known]
     ctx.progress.phase("read manifests")
-    with ThreadPoolExecutor(_AT_ONCE, "survey") as pool:
-        answers = list(pool.map(lambda one: _look(datastore, one, ctx), listed))
+    answers = list(each(lambda one: _look(datastore, one, ctx), listed, _AT_ONCE))
     images, remarks = put_together(datastore.name, [one for one in answers if isinstance(one, Found)])
     return Survey(images=images, remarks=(*(one for one in answers if isinstance(one, Remark)), *remarks))
 

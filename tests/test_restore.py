@@ -6,6 +6,7 @@ import io
 import json
 import os
 import subprocess
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -22,6 +23,7 @@ from backupcore import hookimpl, run_backup
 from backupcore.chain import plan
 from backupcore.context import Context
 from backupcore.datastore import Datastore
+from backupcore.disk.parallel import REQUESTS
 from backupcore.errors import (
     BackupError,
     Busy,
@@ -34,6 +36,7 @@ from backupcore.errors import (
 )
 from backupcore.manifest import NAME
 from backupcore.model import VM, Artifact, BytesArtifact, Image, SourceRef, Type
+from backupcore.opened import open_chain
 from backupcore.restore import Form, Restored, check, onto, pour, restore
 from backupcore.session import Recorded
 from backupcore.testing.guest import MemoryGuest, MemoryHypervisor
@@ -333,6 +336,33 @@ def over(site: Site, driver: type[MemoryDriver]) -> Site:
     return site
 
 
+class Meeting(BytesArtifact):
+    """Its manifests are opened by as many threads as have a place at the table, and not by fewer."""
+
+    table: ClassVar[threading.Barrier]
+
+    def open(self) -> BinaryIO:
+        if self.name == NAME and json.loads(self.data)["number"]:
+            self.table.wait()
+        return super().open()
+
+
+class ForwardMeeting(Meeting):
+    seekable = False
+
+
+class MeetingDriver(MemoryDriver):
+    @hookimpl
+    def restore(self, source: SourceRef) -> Sequence[Artifact]:
+        return [Meeting(name, data) for name, data in self.kept[source.token][1].items()]
+
+
+class ForwardMeetingDriver(MemoryDriver):
+    @hookimpl
+    def restore(self, source: SourceRef) -> Sequence[Artifact]:
+        return [ForwardMeeting(name, data) for name, data in self.kept[source.token][1].items()]
+
+
 DRIVERS = [MemoryDriver, ForwardDriver]
 
 
@@ -345,6 +375,33 @@ def test_raw_files_are_what_the_guest_held_and_sparse(site: Site, number: int, d
         assert disk.path.stat().st_blocks * 512 <= sum(
             65536 for at in range(0, len(truth), 65536) if truth[at : at + 65536].strip(b"\0")
         )
+
+
+@pytest.mark.parametrize(("driver", "at_once"), [(MeetingDriver, REQUESTS), (ForwardMeetingDriver, 1)])
+def test_a_chain_is_opened_several_increments_at_once_where_the_store_can_seek(
+    site: Site, driver: type[MemoryDriver], at_once: int
+):
+    for number in range(6):
+        site.guests[WEB].write("vda", number << 16, b"again")
+        site.backup()
+    increments = site.images[WEB].increments
+    assert len(increments) == 1 + 2 * REQUESTS
+    Meeting.table = threading.Barrier(at_once, timeout=30)
+    with over(site, driver).context() as ctx:
+        opened = open_chain(site.datastore, site.images[WEB], increments, ctx)
+    assert [one.increment for one in opened] == list(increments)
+
+
+def test_the_first_increment_that_is_wrong_is_named(site: Site):
+    for number in range(9):
+        site.guests[WEB].write("vda", number << 16, b"again")
+        site.backup()
+    increments = site.images[WEB].increments
+    for bad in (5, 3, 8):
+        files = site.driver.kept[increments[bad].source.token][1]
+        files[NAME] = files[NAME].replace(b'"number": ', b'"number":  ')
+    with site.context() as ctx, pytest.raises(IntegrityError, match="increment 3 .* not the backup that was recorded"):
+        open_chain(site.datastore, site.images[WEB], increments, ctx)
 
 
 @pytest.mark.parametrize("driver", DRIVERS)

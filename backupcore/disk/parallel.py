@@ -1,13 +1,13 @@
-"""Several reads at once, their results in order, into memory that is used again."""
+"""Several reads at once, their results in order."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
-__all__ = ["REQUESTS", "in_parallel"]
+__all__ = ["REQUESTS", "each", "in_parallel"]
 
 REQUESTS = 4
 """Reads that are under way at once where a store can seek."""
@@ -15,6 +15,19 @@ REQUESTS = 4
 _LOOK = 0.1  # seconds between two looks at whether the work is to stop
 J = TypeVar("J")
 T = TypeVar("T")
+
+
+def each(work: Callable[[J], T], jobs: Iterable[J], requests: int = REQUESTS) -> Generator[T, None, None]:
+    """What `work` makes of each job, in their order; so many at once, in threads of their own if it is more than one.
+
+    The first error is raised where its result would come. For small work that waits for a store; when this has ended or
+    is closed, so has all that was begun.
+    """
+    if requests == 1:
+        yield from map(work, jobs)
+        return
+    with ThreadPoolExecutor(requests, "each") as pool:
+        yield from pool.map(work, jobs)
 
 
 def in_parallel(

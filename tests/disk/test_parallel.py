@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from backupcore.disk.parallel import REQUESTS, in_parallel
+from backupcore.disk.parallel import REQUESTS, each, in_parallel
 from backupcore.errors import Cancelled, IntegrityError
 
 
@@ -61,3 +61,33 @@ def test_a_read_that_hangs_does_not_keep_the_work_from_being_stopped():
             list(in_parallel([0], lambda job, _: gate.wait(60), check, size=1))
     finally:
         gate.set()
+
+
+@pytest.mark.parametrize("requests", [1, REQUESTS])
+def test_each_gives_results_in_order_and_the_first_error_in_its_place(requests: int):
+    def work(job: int) -> int:
+        if job in (4, 6):
+            raise IntegrityError(f"job {job}")
+        return job
+
+    given = each(work, range(9), requests)
+    assert [next(given) for _ in range(4)] == [0, 1, 2, 3]
+    with pytest.raises(IntegrityError, match="job 4"):
+        next(given)
+
+
+def test_each_has_several_under_way_and_none_once_it_is_closed():
+    meeting = threading.Barrier(REQUESTS, timeout=30)
+    begun, ended = [], []
+
+    def work(job: int) -> int:
+        begun.append(job)
+        if job < REQUESTS:
+            meeting.wait()
+        ended.append(job)
+        return job
+
+    given = each(work, range(4 * REQUESTS))
+    assert next(given) == 0
+    given.close()
+    assert sorted(begun) == sorted(ended)
