@@ -25,6 +25,14 @@ mkdir -p {view}; nbdfuse {view}/disk {uri} & until [ -e {view}/disk ]; do sleep 
 """
 
 
+_MOUNTED = """
+mkdir -p {view}; restic mount --no-lock {view} > {view}.log & until [ -e {view}/snapshots/latest ]; do sleep 0.01; done
+{work}; code=$?; fusermount3 -u {view}; wait; exit $code
+"""
+
+_PIPED = "set -o pipefail; restic dump -q latest {ready} | {work}"
+
+
 def rows(place: Place, rounds: int) -> Iterator[Figure]:
     """The figures."""
     ready, socket = place.folder / "ready.qcow2", place.vms / "limits.sock"
@@ -71,9 +79,28 @@ def rows(place: Place, rounds: int) -> Iterator[Figure]:
             },
             rounds,
         )
+        copy, variables = place.folder / "copied.qcow2", store.environment(store.beside)
+        write = ["dd", f"of={copy}", "bs=8M", "iflag=fullblock", "conv=fsync", "status=none"]
+
+        def fetched(script: str, *more: str) -> Sample:
+            try:
+                return _shell(script, str(ready), [*write, *more], variables, view)
+            finally:
+                copy.unlink()
+
+        yield from compared(
+            "a full out of restic by other means than its dump to a file",
+            {
+                "dd from restic mount": lambda: fetched(_MOUNTED, f"if={view}/snapshots/latest{ready}"),
+                "dd from restic dump": lambda: fetched(_PIPED),
+                "restic dump": lambda: store.got(copy),
+            },
+            rounds,
+        )
         store.close()
 
 
-def _shell(script: str, uri: str, work: list[str], environment: dict[str, str], view: Path | None = None) -> Sample:
-    line = script.format(uri=shlex.quote(uri), work=shlex.join(work), view=shlex.quote(str(view)))
-    return run("sh", "-c", line, environment=environment)
+def _shell(script: str, source: str, work: list[str], environment: dict[str, str], view: Path | None = None) -> Sample:
+    quoted = shlex.quote(source)
+    line = script.format(uri=quoted, ready=quoted, work=shlex.join(work), view=shlex.quote(str(view)))
+    return run("bash", "-c", line, environment=environment)
