@@ -513,7 +513,8 @@ def device(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("only root can set up a loop device")
     file = tmp_path / "device"
     file.write_bytes(bytes(8 << 20))
-    made = subprocess.run(["losetup", "--find", "--show", file], check=True, capture_output=True, text=True).stdout
+    command = ["losetup", "--partscan", "--find", "--show", file]
+    made = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     yield Path(made.strip())
     subprocess.run(["losetup", "--detach", made.strip()], check=True)
 
@@ -568,32 +569,23 @@ def test_a_device_that_a_qemu_writes_to_is_refused_whoever_started_it(site: Site
         socket.unlink(missing_ok=True)
 
 
-def test_a_partition_is_in_use_where_its_disk_is_and_a_disk_where_its_partition_is(site: Site, tmp_path: Path):
-    if os.geteuid():
-        pytest.skip("only root can set up a loop device")
-    file = tmp_path / "device"
-    file.write_bytes(bytes(16 << 20))
-    command = ["losetup", "--partscan", "--find", "--show", file]
-    disk = Path(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
-    try:
-        subprocess.run(["addpart", disk, "1", "2048", str((8 << 20) // 512)], check=True)
-        partition = disk.with_name(f"{disk.name}p1")
-        for target, open_elsewhere in ((partition, disk), (disk, partition)):
-            with open_elsewhere.open("r+b") as held, site.context() as ctx:
-                other = subprocess.Popen(["sleep", "60"], stdout=held)
-                try:
-                    with pytest.raises(Busy, match=rf"open for writing in sleep \({other.pid}\)"):
-                        onto(site.datastore, site.images[WEB], 1, ctx, disk="vda", device=target)
-                finally:
-                    other.kill()
-                    other.wait()
-            assert not file.read_bytes().strip(b"\0")
-        with site.context() as ctx:
-            onto(site.datastore, site.images[WEB], 1, ctx, disk="vda", device=partition)
-        truth = site.truth[WEB, 1]["vda"]
-        assert partition.read_bytes()[: len(truth)] == truth
-    finally:
-        subprocess.run(["losetup", "--detach", disk], check=True)
+def test_a_partition_is_in_use_where_its_disk_is_and_a_disk_where_its_partition_is(site: Site, device: Path):
+    subprocess.run(["addpart", device, "1", "2048", str((6 << 20) // 512)], check=True)
+    partition = device.with_name(f"{device.name}p1")
+    for target, open_elsewhere in ((partition, device), (device, partition)):
+        with open_elsewhere.open("r+b") as held, site.context() as ctx:
+            other = subprocess.Popen(["sleep", "60"], stdout=held)
+            try:
+                with pytest.raises(Busy, match=rf"open for writing in sleep \({other.pid}\)"):
+                    onto(site.datastore, site.images[WEB], 1, ctx, disk="vda", device=target)
+            finally:
+                other.kill()
+                other.wait()
+        assert not device.read_bytes().strip(b"\0")
+    with site.context() as ctx:
+        onto(site.datastore, site.images[WEB], 1, ctx, disk="vda", device=partition)
+    truth = site.truth[WEB, 1]["vda"]
+    assert partition.read_bytes()[: len(truth)] == truth
 
 
 def test_a_restore_onto_a_device_that_fails_leaves_no_disk_there(site: Site, device: Path):

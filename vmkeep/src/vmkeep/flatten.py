@@ -92,7 +92,7 @@ def flatten(
 
 def _step(place: Workplace, image: Image, to: int, store: Datastore, ctx: Context, *, everything: bool) -> Flattened:
     """One new full, recorded."""
-    from backupcore import flatten as core  # noqa: PLC0415 - manifests and merging, which a backup only looks for
+    from backupcore import flatten as core  # noqa: PLC0415 - the data plane, which most backups do not need
 
     flattens.begin(place.catalog, image, to)
     stored: list[object] = []

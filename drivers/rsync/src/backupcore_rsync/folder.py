@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Folder"]
 
-_STEP = 4 << 20  # bytes that are read and written at once
+_STEP = 4 << 20  # bytes that are read and written at once: as much as a disk is received without a copy for
 
 
 class Folder:

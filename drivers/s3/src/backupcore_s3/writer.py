@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Writer", "clear"]
 
-_STEP = 4 << 20  # read from an artifact at once
+_STEP = 4 << 20  # read from an artifact at once: as much as a disk is received without a copy for
 
 
 class Writer:
@@ -197,7 +197,7 @@ def read_exactly(artifact: Artifact, offset: int, buffer: memoryview) -> None:
     """Fill `buffer` from the artifact's bytes; ContractViolation if it has fewer than it said."""
     done = 0
     while done < len(buffer):
-        # In small steps: where an artifact makes bytes of what it reads, malloc keeps as much again for each thread.
+        # In steps: where an artifact makes bytes of what it reads, malloc keeps as much again for each thread.
         count = artifact.read_into(offset + done, buffer[done : done + _STEP])
         if count <= 0:
             raise ContractViolation(f"artifact {artifact.name} ends at {offset + done} of its {artifact.size} bytes")
