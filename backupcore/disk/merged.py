@@ -140,7 +140,7 @@ class MergedData:
         The bytes are there until the next list is asked for. `check` is called at least ten times a second and may
         raise. Layers that can only be read forward are not for this.
         """
-        jobs = spans(self._merged.runs)
+        jobs = spans(self._merged.runs, [layer.data_offset // CLUSTER for layer in self._layers])
         return in_parallel(jobs, self._fetch, check, size=MOST * CLUSTER, requests=self.requests)
 
     def _fetch(self, span: Span, buffer: memoryview) -> list[tuple[Run, memoryview, bytes]]:

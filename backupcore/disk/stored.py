@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from struct import Struct
 from typing import Literal, Protocol
 
 from blake3 import blake3
@@ -29,6 +30,7 @@ Order = Literal["guest", "file"]
 
 _COMPRESSED = 1 << 62  # in an L2 entry
 _WORD = 8
+_TABLE = Struct(f">{ENTRIES}Q")
 _RUN = 128  # entries of an L2 table that are compared at once where any may follow
 _HOLES = bytes(CLUSTER)  # an L2 table without entries
 _ZEROS = ZERO.to_bytes(_WORD, "big") * ENTRIES  # one of explicit zero clusters only
@@ -132,8 +134,7 @@ class StoredDisk:
             raw = self._next()
             if raw == _HOLES:
                 continue
-            for index in range(ENTRIES):
-                entry = int.from_bytes(raw[index * _WORD : (index + 1) * _WORD], "big")
+            for index, entry in enumerate(_TABLE.unpack(raw)):
                 if not entry:
                     continue
                 expected = COPIED | (place.l2 + len(found)) * CLUSTER
@@ -241,19 +242,19 @@ class _StoredScattered(StoredDisk):
 
 def _common(one: bytes, first: int, other: bytes, second: int, end: int) -> int:
     """How many table entries from ``one[first]`` (before `end`) equal those from ``other[second]``."""
-    low, high = 0, 1
     limit = min(end - first, len(other) // _WORD - second)
-    one_at, other_at = first * _WORD, second * _WORD
-    # Doubling, then halving: runs are short or very long, and a step compares without a loop of our own.
-    while low < limit:
-        high = min(high, limit)
-        if one[one_at + low * _WORD : one_at + high * _WORD] == other[other_at + low * _WORD : other_at + high * _WORD]:
-            low, high = high, high * 2
-        elif high == low + 1:
-            break
-        else:
-            high = low + (high - low) // 2
-    return low
+    # In steps that grow, as runs are short or very long; what differs first in a step is seen in its two numbers.
+    done, step = 0, 8
+    while done < limit:
+        step = min(step, limit - done)
+        mine = one[(first + done) * _WORD : (first + done + step) * _WORD]
+        theirs = other[(second + done) * _WORD : (second + done + step) * _WORD]
+        if mine != theirs:
+            differing = int.from_bytes(mine, "big") ^ int.from_bytes(theirs, "big")
+            return done + step - -(-differing.bit_length() // 64)
+        done += step
+        step *= 8
+    return done
 
 
 def _difference(found: bytes, expected: bytes) -> str:

@@ -1,12 +1,13 @@
 """A restored disk: a qcow2 file that is written as its clusters come, in any order.
 
-Clusters and L2 tables are appended as they are needed; the L2 entries are kept in the file, so memory goes by the L1
-table (16 KiB for each TiB). L1 table and refcounts follow at the end, the header last: before that the file starts with
-zeros, and nothing takes it for a disk.
+Clusters and L2 tables are appended as they are needed. The L2 tables that were used last are in memory, 8 MiB at most,
+the others in the file, so beyond that memory goes by the L1 table (16 KiB for each TiB). L1 table and refcounts follow
+at the end, the header last: before that the file starts with zeros, and nothing takes it for a disk.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from array import array
@@ -21,6 +22,9 @@ from backupcore.errors import from_os_error
 
 __all__ = ["DiskWriter"]
 
+_KEPT = 128
+"""L2 tables in memory. A chain's data come in many small places, whose entries would be a read and a write for each."""
+
 
 class DiskWriter:
     """Writes one new qcow2 v3 file without a backing file; sparse, since what is never written takes no room.
@@ -34,6 +38,7 @@ class DiskWriter:
         self.virtual_size = virtual_size
         self._geometry = Geometry.around(virtual_size, 0)  # refuses sizes that cannot be
         self._tables = array("Q", bytes(8 * self._geometry.l1_entries))  # file cluster of each L2 table; 0: none yet
+        self._kept: dict[int, bytearray] = {}  # those in memory, the one used last at the end
         self._end = 1  # the next free cluster of the file; the header is the first
         self._name = f"file descriptor {target}" if isinstance(target, int) else str(target)
         self._owned = not isinstance(target, int)
@@ -103,23 +108,40 @@ class DiskWriter:
         end = offset + clusters_of(len(data)) * CLUSTER
         parts = []  # (L2 table, its first entry, entries)
         for index in range(offset // L2_SPAN, (end - 1) // L2_SPAN + 1):
-            if not self._tables[index]:
-                self._tables[index] = self._end
-                self._end += 1
             low, high = max(offset, index * L2_SPAN), min(end, (index + 1) * L2_SPAN)
-            parts.append((index, low // CLUSTER % ENTRIES, (high - low) // CLUSTER))
-        target = self._end * CLUSTER
-        for index, first, count in parts:
-            place = self._tables[index] * CLUSTER + first * 8
-            if any(os.pread(self._fd, count * 8, place)):
+            first, count = low // CLUSTER % ENTRIES, (high - low) // CLUSTER
+            if any(self._l2(index)[first * 8 : (first + count) * 8]):
                 raise ValueError(f"clusters of {end - offset} bytes at {offset} are there already")
-            self._put(place, row(COPIED | target, count))
+            parts.append((index, first, count))
+        target = place = self._end * CLUSTER
+        for index, first, count in parts:
+            self._l2(index)[first * 8 : (first + count) * 8] = row(COPIED | target, count)
             target += count * CLUSTER
-        self._put(self._end * CLUSTER, data)
-        self._writeback.wrote(self._end * CLUSTER, len(data))
+        self._put(place, data)
+        self._writeback.wrote(place, len(data))
         self._end = target // CLUSTER
 
+    def _l2(self, index: int) -> bytearray:
+        """An L2 table, to be changed before the next one is asked for."""
+        found = self._kept.pop(index, None)
+        if found is None:
+            if len(self._kept) == _KEPT:
+                oldest = next(iter(self._kept))
+                self._put(self._tables[oldest] * CLUSTER, self._kept.pop(oldest))
+            if self._tables[index]:
+                found = bytearray(os.pread(self._fd, CLUSTER, self._tables[index] * CLUSTER))
+                if len(found) != CLUSTER:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+            else:
+                found = bytearray(CLUSTER)
+                self._tables[index] = self._end
+                self._end += 1
+        self._kept[index] = found
+        return found
+
     def _finish(self) -> None:
+        for index, kept in self._kept.items():
+            self._put(self._tables[index] * CLUSTER, kept)
         l1 = self._end
         blocks = l1 + clusters_of(self._geometry.l1_entries * 8)  # ... of refcounts, with their table behind them
         place = Geometry.around(self.virtual_size, self._end - 1)  # how many; the places differ from a layout's
@@ -143,7 +165,7 @@ class DiskWriter:
         self._put(0, first)
         os.fsync(self._fd)
 
-    def _put(self, offset: int, data: bytes | memoryview) -> None:
+    def _put(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         left = memoryview(data)
         while left:
             done = os.pwrite(self._fd, left, offset)

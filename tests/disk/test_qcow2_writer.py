@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from backupcore.disk.extents import CLUSTER, Kind
-from backupcore.disk.writer import DiskWriter
+from backupcore.disk.writer import _KEPT, DiskWriter
 from backupcore.errors import AccessDenied, TargetFull, TargetUnavailable, UnsupportedOperation
 from tests.disk.layers import SPAN, Made, Model, extents, make, sizes
 from tests.disk.qemu_nbd import run
@@ -137,6 +137,26 @@ def test_a_cluster_is_written_once(tmp_path: Path):
         writer.write(CLUSTER, memoryview(bytes(CLUSTER)))
         with pytest.raises(ValueError, match="already"):
             writer.write(0, memoryview(bytes(3 * CLUSTER)))
+
+
+def test_more_tables_than_are_kept_in_memory(tmp_path: Path):
+    """Each of the tables is left and come back to, and what it held is still in it."""
+    path, tables = tmp_path / "disk.qcow2", _KEPT + 40
+    with DiskWriter(path, tables * SPAN) as writer:
+        for turn in range(3):
+            for index in range(tables):
+                writer.write(index * SPAN + turn * CLUSTER, memoryview(bytes([1 + turn + index]) * CLUSTER))
+        with pytest.raises(ValueError, match="already"):
+            writer.write(CLUSTER, memoryview(bytes(CLUSTER)))
+        writer.finish()
+    run("qemu-img", "check", path)
+    held = [one for one in json.loads(run("qemu-img", "map", "--output", "json", path)) if one["data"]]
+    assert sum(one["length"] for one in held) == 3 * tables * CLUSTER, "and nothing else"
+    places = [(index * SPAN + turn * CLUSTER, 1 + turn + index) for index in range(tables) for turn in range(3)]
+    reads = [f"read -P {pattern} {offset} {CLUSTER}" for offset, pattern in places]
+    told = run("qemu-io", "-r", *(word for read in reads for word in ("-c", read)), path)
+    assert "failed" not in told
+    assert told.count("read ") == len(reads)
 
 
 def test_a_disk_too_large_for_qcow2_makes_no_file(tmp_path: Path):

@@ -30,15 +30,19 @@ def clusters(runs: list[Run]) -> list[tuple[int, int, int]]:
 pieces = st.tuples(st.integers(0, 3), st.integers(0, 20), st.integers(1, 300))
 
 
-@given(st.lists(pieces, max_size=40), st.booleans())
-def test_each_cluster_is_in_one_span_that_covers_it(found: list[tuple[int, int, int]], backwards: bool) -> None:
+@given(st.lists(pieces, max_size=40), st.booleans(), st.lists(st.integers(5, 3 * MOST), min_size=4, max_size=4))
+def test_each_cluster_is_in_one_span_that_covers_it(
+    found: list[tuple[int, int, int]], backwards: bool, starts: list[int]
+) -> None:
     runs = laid(found)
     if backwards:  # as a store's own copies may lie
         runs.reverse()
-    made = list(spans(runs))
+    made = list(spans(runs, starts))
     assert sorted(clusters([run for span in made for run in span.runs])) == sorted(clusters(runs))
     for span in made:
+        first = starts[span.layer] + span.at
         assert 0 < span.clusters <= MOST
+        assert first // MOST == (first + span.clusters - 1) // MOST, "within one part of the file"
         assert all(run.layer == span.layer for run in span.runs)
         assert span.at == span.runs[0].at
         assert span.at + span.clusters == span.runs[-1].at + span.runs[-1].clusters
@@ -47,19 +51,19 @@ def test_each_cluster_is_in_one_span_that_covers_it(found: list[tuple[int, int, 
 
 
 def test_what_lies_together_is_fetched_together() -> None:
-    whole = list(spans([Run(0, 0, 0, 3 * MOST + 1)]))
+    whole = list(spans([Run(0, 0, 0, 3 * MOST)], [13]))
     assert [(span.at, span.clusters) for span in whole] == [
-        (0, MOST),
-        (MOST, MOST),
-        (2 * MOST, MOST),
-        (3 * MOST, 1),
+        (0, MOST - 13),
+        (MOST - 13, MOST),
+        (2 * MOST - 13, MOST),
+        (3 * MOST - 13, 13),
     ]
     # Every eighth cluster of a full is of one of two increments: the full's own are read over those.
     mixed = laid([(layer, int(layer == 0), 7 if layer == 0 else 1) for n in range(64) for layer in (0, 1 + n % 2)])
-    made = list(spans(mixed))
+    made = list(spans(mixed, [0, 0, 0]))
     assert sorted(span.layer for span in made) == [0, 0, 0, 0, 1, 2]
 
 
 def test_what_lies_far_apart_is_not() -> None:
     far = [Run(0, 0, 0, 1), Run(1, 0, 10, 1), Run(2, 0, 18, 1)]
-    assert [(span.at, span.clusters) for span in spans(far)] == [(0, 1), (10, 9)]
+    assert [(span.at, span.clusters) for span in spans(far, [0])] == [(0, 1), (10, 9)]

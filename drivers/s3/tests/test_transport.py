@@ -6,8 +6,10 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from backupcore_s3.body import Pace
 from backupcore_s3.bucket import Bucket
 from backupcore_s3.client import connect
 from backupcore_s3.parts import LARGEST, Cut
+from backupcore_s3.stored import _Ahead
 from backupcore_s3.writer import Writer
 from lab.s3_server import SeaweedFS
 
@@ -126,7 +129,13 @@ def test_a_limited_pace(options: Options, bucket: str, ctx: Context, make_run: R
 
 
 def test_a_stream_fetches_ahead_only_once_it_is_read_that_far(
-    options: Options, bucket: str, proxy: Proxy, ctx: Context, make_run: Runs, make_artifacts: Artifacts
+    options: Options,
+    bucket: str,
+    proxy: Proxy,
+    ctx: Context,
+    make_run: Runs,
+    make_artifacts: Artifacts,
+    wait_for: Callable[..., None],
 ) -> None:
     artifacts = make_artifacts(40 * MiB)
     source = options(bucket).backup(artifacts, make_run(), ctx).source
@@ -138,11 +147,38 @@ def test_a_stream_fetches_ahead_only_once_it_is_read_that_far(
         return {value for one in heard for name, value in one.headers.items() if name.lower() == "range"}
 
     with disk.open() as file:
-        assert file.read(1000) == artifacts[0].data[:1000]
-    assert ranges() == {f"bytes=0-{MiB - 1}"}, "the tables of a disk"
+        assert file.read(MiB) == artifacts[0].data[:MiB]
+        with pytest.raises(AssertionError):
+            wait_for(lambda: len(ranges()) > 1, 0.5)
+    assert ranges() == {f"bytes=0-{MiB - 1}"}, "the tables of a disk, and nothing of its data"
     with disk.open() as file:
         assert file.read() == artifacts[0].data
-    assert len(ranges()) == 1 + 5, "and 8 MiB at a time"
+    whole = {f"bytes={first * MiB}-{last * MiB - 1}" for first, last in pairwise([0, 1, 2, 4, 8, 16, 24, 32, 40])}
+    assert ranges() == whole, "as much as before each time, up to 8 MiB"
+
+
+def test_a_stream_that_is_closed_ends_its_requests_and_keeps_nothing(
+    options: Options,
+    bucket: str,
+    ctx: Context,
+    make_run: Runs,
+    make_artifacts: Artifacts,
+    wait_for: Callable[..., None],
+) -> None:
+    artifacts = make_artifacts(20 * MiB)
+    source = options(bucket).backup(artifacts, make_run(), ctx).source
+    disk = options(bucket, limit_download=4096).restore(source, ctx)[0]
+    with disk.open() as file:
+        assert file.read(4 * MiB + 1) == artifacts[0].data[: 4 * MiB + 1]
+        ahead = file.raw
+        assert isinstance(ahead, _Ahead)
+        assert len(fetching()) == 2
+    wait_for(lambda: not fetching(), 1.0)  # the 8 MiB that are under way would take two seconds
+    assert not ahead._fetched
+
+
+def fetching() -> list[threading.Thread]:
+    return [one for one in threading.enumerate() if one.name.startswith("s3-ahead")]
 
 
 def test_cuts() -> None:

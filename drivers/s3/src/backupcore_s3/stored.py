@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from backupcore.model import Artifact
@@ -15,10 +16,11 @@ if TYPE_CHECKING:
 __all__ = ["StoredArtifact"]
 
 RANGE = 8 << 20
-"""Bytes of one request of a sequential reader, where its requests are few."""
+"""Bytes of one request of a sequential reader that has come far."""
 
 _FIRST = 1 << 20
-"""Bytes of its first request, without others beside it: most streams are of small files, or of the tables of a disk."""
+"""Bytes of its first request. Each later one is for as many as came before it, up to `RANGE`: none goes over the end of
+a part, which a store would read both of."""
 
 _MEMORY = 64 << 20  # bytes that are fetched ahead of it
 
@@ -49,7 +51,7 @@ class StoredArtifact(Artifact):
 
     def read_at(self, offset: int, length: int) -> bytes:
         """One request for this range."""
-        return bytes(self.fetch(offset, max(0, min(length, self.size - offset))))
+        return bytes(self.fetch(offset, max(0, min(length, self.size - offset)), self.check))
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
         """The same straight into `buffer`."""
@@ -57,9 +59,9 @@ class StoredArtifact(Artifact):
         self._bucket.read_into(self._key, offset, buffer[:count], self.check)
         return count
 
-    def fetch(self, offset: int, length: int) -> bytearray:
-        """The same in memory of its own; the range must lie within the object."""
-        return self._bucket.read(self._key, offset, length, self.check)
+    def fetch(self, offset: int, length: int, check: Callable[[], None]) -> bytearray:
+        """The same in memory of its own; the range must lie within the object. What `check` raises ends the request."""
+        return self._bucket.read(self._key, offset, length, check)
 
     def check(self) -> None:
         """Raise if the work is to stop."""
@@ -68,17 +70,17 @@ class StoredArtifact(Artifact):
 
 
 class _Ahead(io.RawIOBase):
-    """A sequential stream for which threads fetch the next ranges, from when it has gone past the first one.
+    """A sequential stream for which threads fetch the next ranges: the further it is read, the larger and the more.
 
-    The first thread starts with the first read, the others once it is of use; all end with the stream.
+    Most streams are of small files, or of the tables of a disk, whose data are not wanted: a chain has many of those,
+    and what was fetched beyond them cost more than all the tables. Threads end with the stream.
     """
 
     def __init__(self, artifact: StoredArtifact, workers: int) -> None:
         super().__init__()
         self._artifact = artifact
         self._range = min(RANGE, _MEMORY // workers)
-        self._ranges = 1 + max(0, -(-(artifact.size - _FIRST) // self._range))
-        self._workers = min(workers, self._ranges)
+        self._workers = workers
         self._offset = 0
         self._changed = threading.Condition()  # guards all below
         self._next = 0  # the next range that nobody fetches yet
@@ -96,64 +98,72 @@ class _Ahead(io.RawIOBase):
         self._artifact.check()
         if self._offset >= self._artifact.size:
             return 0
-        number = 0 if self._offset < _FIRST else 1 + (self._offset - _FIRST) // self._range
-        at = self._offset - self._start(number)
-        data = memoryview(self._get(number))
+        data = memoryview(self._get())
+        at = self._offset - self._start(self._reading)
         count = min(len(buffer), len(data) - at)
         buffer[:count] = data[at : at + count]
         self._offset += count
-        if at + count == len(data):
-            with self._changed:
-                del self._fetched[number]
-                self._reading = number + 1
-                self._changed.notify_all()
         return count
 
     def _start(self, number: int) -> int:
         """Where a range begins, and the one before it ends."""
-        return min(_FIRST + (number - 1) * self._range, self._artifact.size) if number else 0
+        if not number:
+            return 0
+        doubled = min(number - 1, (self._range // _FIRST).bit_length() - 1)
+        return min((_FIRST << doubled) + (number - 1 - doubled) * self._range, self._artifact.size)
 
-    def _get(self, number: int) -> bytearray:
+    @property
+    def _at_once(self) -> int:
+        """Ranges that are under way at once where the reader is."""
+        return min(self._workers, 1 + self._reading // 2)
+
+    def _get(self) -> bytearray:
+        """The range in which the reader is."""
         with self._changed:
-            while self._started < (self._workers if number else 1):
+            if self._offset == self._start(self._reading + 1):
+                self._fetched.pop(self._reading, None)
+                self._reading += 1
+                self._changed.notify_all()
+            while self._started < self._at_once and self._start(self._next) < self._artifact.size:
                 threading.Thread(target=self._fetch, name=f"s3-ahead-{self._started}", daemon=True).start()
                 self._started += 1
-            while (found := self._fetched.get(number)) is None:
-                self._artifact.check()
-                if self.closed:
-                    raise ValueError("the stream is closed")
+            while (found := self._fetched.get(self._reading)) is None:
+                self._check()
                 self._changed.wait(_LOOK)
         if isinstance(found, BaseException):
             raise found
         return found
 
-    @property
-    def _ahead(self) -> int:
-        """The first range that is not to be fetched yet."""
-        return self._reading + self._workers if self._reading else 1
+    def _check(self) -> None:
+        """Raise if nobody reads any more."""
+        self._artifact.check()
+        if self.closed:
+            raise ValueError("the stream is closed")
 
     def _fetch(self) -> None:
         while True:
             with self._changed:
-                while not self._ended and self._next < self._ranges and self._next >= self._ahead:
+                while not self._ended and self._next >= self._reading + self._at_once:
                     self._changed.wait()
-                if self._ended or self._next >= self._ranges:
-                    return
                 number = self._next
+                start, end = self._start(number), self._start(number + 1)
+                if self._ended or start == end:
+                    return
                 self._next += 1
             found: bytearray | BaseException
-            start, end = self._start(number), self._start(number + 1)
             try:
-                found = self._artifact.fetch(start, end - start)
+                found = self._artifact.fetch(start, end - start, self._check)
             except BaseException as error:  # noqa: BLE001 - raised by the reader when it comes there
                 found = error
             with self._changed:
+                if self.closed:
+                    return  # a run remembers its streams to its end: nothing may be left in them
                 self._fetched[number] = found
                 self._ended = self._ended or isinstance(found, BaseException)
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Let go of what was fetched; the threads end with the request that they have under way."""
+        """Let go of what was fetched; the threads end within the request that they have under way."""
         if not self.closed:
             super().close()
             with self._changed:
