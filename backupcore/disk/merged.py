@@ -141,7 +141,7 @@ class MergedData:
         raise. Layers that can only be read forward are not for this.
         """
         jobs = spans(self._merged.runs, [layer.data_offset // CLUSTER for layer in self._layers])
-        return in_parallel(jobs, self._fetch, check, size=MOST * CLUSTER, requests=self.requests)
+        return in_parallel(jobs, self._fetch, check, size=MOST * CLUSTER)
 
     def _fetch(self, span: Span, buffer: memoryview) -> list[tuple[Run, memoryview, bytes]]:
         self._readers[span.layer].read_into(span.at, buffer[: span.clusters * CLUSTER])

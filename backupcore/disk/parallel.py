@@ -7,10 +7,13 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
-__all__ = ["REQUESTS", "each", "in_parallel"]
+__all__ = ["LARGE", "REQUESTS", "each", "in_parallel"]
 
 REQUESTS = 4
-"""Reads that are under way at once where a store can seek."""
+"""Small reads that are under way at once where a store can seek."""
+
+LARGE = 3
+"""Reads of whole spans (`backupcore.disk.spans`) at once. Each has its memory, and so have two that wait."""
 
 _LOOK = 0.1  # seconds between two looks at whether the work is to stop
 J = TypeVar("J")
@@ -31,24 +34,19 @@ def each(work: Callable[[J], T], jobs: Iterable[J], requests: int = REQUESTS) ->
 
 
 def in_parallel(
-    jobs: Iterable[J],
-    read: Callable[[J, memoryview], T],
-    check: Callable[[], None],
-    *,
-    size: int,
-    requests: int = REQUESTS,
+    jobs: Iterable[J], read: Callable[[J, memoryview], T], check: Callable[[], None], *, size: int
 ) -> Iterator[T]:
-    """What `read` makes of each job, in their order; it is called by several threads, with a buffer of `size` bytes.
+    """What `read` makes of each job, in their order; it is called by `LARGE` threads, with a buffer of `size` bytes.
 
     The buffer is the job's until the next result is asked for. `check` is called at least ten times a second and may
     raise. What `read` raises is raised here.
     """
     free: list[memoryview] = []  # used again and again: fresh memory costs a page fault per 4 KiB
     waiting: deque[tuple[memoryview, Future[T]]] = deque()
-    pool = ThreadPoolExecutor(requests, "parallel-read")
+    pool = ThreadPoolExecutor(LARGE, "parallel-read")
     try:
         for job in jobs:
-            if len(waiting) == requests + 2:
+            if len(waiting) == LARGE + 2:
                 buffer, future = waiting.popleft()
                 yield _settled(future, check)
                 free.append(buffer)

@@ -3,24 +3,23 @@
 A long chain is in as many runs as the guest wrote in places. In a layer's own file what wins of it lies together again,
 so runs of one layer are joined, also over a few clusters that are not needed: reading those costs less than a request.
 Spans end where a multiple of `MOST` clusters of the file does: a store keeps a large file in parts, of 8 MiB for most,
-and reads both for a request that goes over the end of one.
+and reads both for a request that goes over the end of one. Layers come one after the other, each from its first cluster
+to its last: restic unpacks up to 8 MiB for any byte of them, which the next span finds in its cache.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from backupcore.disk.winners import Run
+from backupcore.disk.winners import Run, Runs
 
 __all__ = ["MOST", "Span", "spans"]
 
-MOST = 128
-"""Clusters of one span at most: 8 MiB."""
+MOST = 256
+"""Clusters of one span at most: 16 MiB."""
 
 _GAP = 8  # clusters between two runs that are fetched and thrown away
-_OPEN = 64  # spans that may still grow while others are met: a few for each layer
 
 
 @dataclass(slots=True)
@@ -33,31 +32,24 @@ class Span:
     runs: list[Run]
 
 
-def spans(runs: Iterable[Run], starts: Sequence[int]) -> Iterator[Span]:
-    """The spans that hold `runs`, roughly in their order. Each run is in exactly one, cut where a span ends.
+def spans(runs: Runs, starts: Sequence[int]) -> Iterator[Span]:
+    """The spans that hold `runs`, layer by layer. Each run is in exactly one, cut where a span ends.
 
     `starts` tells for each layer which cluster of its file is the first with data.
     """
-    begun: OrderedDict[tuple[int, int], Span] = OrderedDict()  # by layer and end
-    for run in runs:
-        start = starts[run.layer]
-        done = 0
-        while done < run.clusters:
-            first, at = run.first + done, run.at + done
-            end = ((start + at) // MOST + 1) * MOST - start
-            span = next((begun.pop(key) for gap in range(_GAP + 1) if (key := (run.layer, at - gap)) in begun), None)
-            if span is None or span.at < end - MOST:
-                if span is not None:
-                    yield span
-                span = Span(run.layer, at, 0, [])
-            count = min(run.clusters - done, end - at)
-            span.runs.append(Run(first, run.layer, at, count))
-            span.clusters = at + count - span.at
-            done += count
-            if at + count == end:
-                yield span
-                continue
-            if len(begun) == _OPEN:
-                yield begun.popitem(last=False)[1]
-            begun[run.layer, at + count] = span
-    yield from begun.values()
+    for layer, found in runs.by_layer():
+        start, span = starts[layer], Span(layer, found[0].at, 0, [])
+        for run in found:
+            done = 0
+            while done < run.clusters:
+                first, at = run.first + done, run.at + done
+                end = ((start + at) // MOST + 1) * MOST - start
+                if span.at < end - MOST or at > span.at + span.clusters + _GAP:
+                    if span.runs:
+                        yield span
+                    span = Span(layer, at, 0, [])
+                count = min(run.clusters - done, end - at)
+                span.runs.append(Run(first, layer, at, count))
+                span.clusters = at + count - span.at
+                done += count
+        yield span

@@ -61,11 +61,17 @@ class Runs:
         return self.within(0, self.clusters)
 
     def by_layer(self) -> Iterator[tuple[int, list[Run]]]:
-        """The runs of each layer that has any, in the result's order."""
-        found: dict[int, list[Run]] = {}
-        for run in self:
-            found.setdefault(run.layer, []).append(run)
-        return iter(sorted(found.items()))
+        """The runs of each layer that has any, as they lie in its file; oldest layer first."""
+        numbers: dict[int, array[int]] = {}
+        for number, layer in enumerate(self._layers):
+            numbers.setdefault(layer, array("Q")).append(number)
+        for layer in sorted(numbers):
+            yield layer, [self._run(number) for number in sorted(numbers[layer], key=self._indexes.__getitem__)]
+
+    def _run(self, number: int) -> Run:
+        first = self._firsts[number]
+        after = self._firsts[number + 1] if number + 1 < len(self._firsts) else self.clusters
+        return Run(first, self._layers[number], self._indexes[number], after - first)
 
     def within(self, first: int, count: int) -> Iterator[Run]:
         """The runs of the clusters ``[first, first + count)``, cut to them."""

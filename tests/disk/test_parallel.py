@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from backupcore.disk.parallel import REQUESTS, each, in_parallel
+from backupcore.disk.parallel import LARGE, REQUESTS, each, in_parallel
 from backupcore.errors import Cancelled, IntegrityError
 
 
@@ -26,14 +26,12 @@ def test_results_come_in_order_from_few_buffers():
         assert job == expected
         assert int.from_bytes(buffer, "big") == job, "the next read has not overwritten it yet"
     assert job == 499
-    assert len(buffers) <= REQUESTS + 3
+    assert len(buffers) <= LARGE + 3
 
 
 def test_several_reads_are_under_way_at_once():
-    meeting = threading.Barrier(REQUESTS, timeout=30)
-    assert list(in_parallel(range(REQUESTS), lambda job, _: (meeting.wait(), job)[1], nothing, size=1)) == [
-        *range(REQUESTS)
-    ]
+    meeting = threading.Barrier(LARGE, timeout=30)
+    assert list(in_parallel(range(LARGE), lambda job, _: (meeting.wait(), job)[1], nothing, size=1)) == [*range(LARGE)]
 
 
 def test_what_a_read_raises_is_raised():
