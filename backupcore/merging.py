@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -91,7 +91,7 @@ class MergedDisk:
             raise from_os_error(error, f"the sums of a flatten, {merged.layout.clusters * DIGEST} bytes") from error
         return MergedBlocks(merged, self.layers, path)
 
-    def _gather(self, number: int, runs: Sequence[Run], file: int, folder: Path, ctx: Context) -> None:
+    def _gather(self, number: int, runs: Iterable[Run], file: int, folder: Path, ctx: Context) -> None:
         """Put the digests of one layer's runs where they belong in `file`."""
         ctx.check()
         with self._sums(number, folder) as sums:

@@ -38,18 +38,20 @@ def spans(runs: Runs, starts: Sequence[int]) -> Iterator[Span]:
     `starts` tells for each layer which cluster of its file is the first with data.
     """
     for layer, found in runs.by_layer():
-        start, span = starts[layer], Span(layer, found[0].at, 0, [])
+        start = starts[layer]
+        span: Span | None = None
         for run in found:
             done = 0
             while done < run.clusters:
                 first, at = run.first + done, run.at + done
                 end = ((start + at) // MOST + 1) * MOST - start
-                if span.at < end - MOST or at > span.at + span.clusters + _GAP:
-                    if span.runs:
+                if span is None or span.at < end - MOST or at > span.at + span.clusters + _GAP:
+                    if span is not None:
                         yield span
                     span = Span(layer, at, 0, [])
                 count = min(run.clusters - done, end - at)
                 span.runs.append(Run(first, layer, at, count))
                 span.clusters = at + count - span.at
                 done += count
-        yield span
+        if span is not None:
+            yield span

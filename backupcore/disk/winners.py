@@ -60,13 +60,13 @@ class Runs:
     def __iter__(self) -> Iterator[Run]:
         return self.within(0, self.clusters)
 
-    def by_layer(self) -> Iterator[tuple[int, list[Run]]]:
+    def by_layer(self) -> Iterator[tuple[int, Iterator[Run]]]:
         """The runs of each layer that has any, as they lie in its file; oldest layer first."""
         numbers: dict[int, array[int]] = {}
         for number, layer in enumerate(self._layers):
             numbers.setdefault(layer, array("Q")).append(number)
         for layer in sorted(numbers):
-            yield layer, [self._run(number) for number in sorted(numbers[layer], key=self._indexes.__getitem__)]
+            yield layer, map(self._run, sorted(numbers[layer], key=self._indexes.__getitem__))
 
     def _run(self, number: int) -> Run:
         first = self._firsts[number]
