@@ -127,7 +127,8 @@ class DiskWriter:
         if found is None:
             if len(self._kept) == _KEPT:
                 oldest = next(iter(self._kept))
-                self._put(self._tables[oldest] * CLUSTER, self._kept.pop(oldest))
+                self._put(self._tables[oldest] * CLUSTER, self._kept[oldest])
+                del self._kept[oldest]  # not before it is in the file: a full one must not lose entries
             if self._tables[index]:
                 found = bytearray(os.pread(self._fd, CLUSTER, self._tables[index] * CLUSTER))
                 if len(found) != CLUSTER:

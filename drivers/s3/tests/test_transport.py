@@ -165,6 +165,7 @@ def test_a_stream_that_is_closed_ends_its_requests_and_keeps_nothing(
     make_artifacts: Artifacts,
     wait_for: Callable[..., None],
 ) -> None:
+    wait_for(lambda: not fetching())  # those of earlier tests
     artifacts = make_artifacts(20 * MiB)
     source = options(bucket).backup(artifacts, make_run(), ctx).source
     disk = options(bucket, limit_download=4096).restore(source, ctx)[0]
