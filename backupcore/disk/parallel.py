@@ -7,6 +7,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
+from backupcore.disk.direct import memory
+
 __all__ = ["LARGE", "REQUESTS", "each", "in_parallel"]
 
 REQUESTS = 4
@@ -50,7 +52,7 @@ def in_parallel(
                 buffer, future = waiting.popleft()
                 yield _settled(future, check)
                 free.append(buffer)
-            buffer = free.pop() if free else memoryview(bytearray(size))
+            buffer = free.pop() if free else memory(size)
             waiting.append((buffer, pool.submit(read, job, buffer)))
         for _, future in waiting:
             yield _settled(future, check)

@@ -15,7 +15,7 @@ from typing import Self
 
 from backupcore.disk.extents import CLUSTER
 from backupcore.disk.open_devices import writers
-from backupcore.disk.writeback import Writeback
+from backupcore.disk.output import Output
 from backupcore.errors import Busy, ConfigError, from_os_error
 
 __all__ = ["DeviceWriter", "RawWriter"]
@@ -36,7 +36,7 @@ class RawWriter:
             except OSError:
                 os.close(self._fd)
                 raise
-        self._writeback = Writeback(self._fd)
+        self._output = Output(self._fd)
 
     def __enter__(self) -> Self:
         return self
@@ -44,15 +44,13 @@ class RawWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._output.close()
         os.close(self._fd)
 
     def write(self, offset: int, data: memoryview) -> None:
         """Put `data` at the guest offset."""
         with self._translated("writing"):
-            while data:
-                done = os.pwrite(self._fd, data, offset)
-                self._writeback.wrote(offset, done)
-                offset, data = offset + done, data[done:]
+            self._output.write(offset, data)
 
     def zero(self, offset: int, length: int) -> None:
         """Let the range read as zeros: in a new file it does."""
@@ -94,10 +92,11 @@ class DeviceWriter(RawWriter):
                 if error.errno == errno.EBUSY:
                     raise Busy(f"{path} is in use", "Is it mounted, or part of a volume group?") from error
                 raise
-        self._writeback = Writeback(self._fd)
+        self._output = Output(self._fd)
         try:
             self._prepare(virtual_size, overwrite=overwrite)
         except BaseException:
+            self._output.close()
             os.close(self._fd)
             raise
         self._first = b""

@@ -17,7 +17,7 @@ from typing import Self
 
 from backupcore.disk.extents import CLUSTER
 from backupcore.disk.geometry import COPIED, ENTRIES, L2_SPAN, Geometry, clusters_of, header, row, table
-from backupcore.disk.writeback import Writeback
+from backupcore.disk.output import Output
 from backupcore.errors import from_os_error
 
 __all__ = ["DiskWriter"]
@@ -50,7 +50,7 @@ class DiskWriter:
             raise from_os_error(error, f"creating {self._name}") from error
         if length:
             raise ValueError(f"{self._name} holds {length} bytes already")
-        self._writeback = Writeback(self._fd)
+        self._output = Output(self._fd)
 
     def __enter__(self) -> Self:
         return self
@@ -91,6 +91,7 @@ class DiskWriter:
 
     def close(self) -> None:
         """Close the file if it was opened here. Without `finish` it is no disk."""
+        self._output.close()
         if self._owned:
             self._owned = False
             os.close(self._fd)
@@ -117,8 +118,7 @@ class DiskWriter:
         for index, first, count in parts:
             self._l2(index)[first * 8 : (first + count) * 8] = row(COPIED | target, count)
             target += count * CLUSTER
-        self._put(place, data)
-        self._writeback.wrote(place, len(data))
+        self._output.write(place, data)
         self._end = target // CLUSTER
 
     def _l2(self, index: int) -> bytearray:

@@ -8,12 +8,13 @@ import shutil
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from backupcore.disk.writeback import Writeback
+from backupcore.disk.direct import memory
+from backupcore.disk.output import Output
 from backupcore.errors import AccessDenied, ContractViolation, IntegrityError, TargetUnavailable, from_os_error
 from backupcore.model import Artifact, Usage
 from backupcore.mounts import unmounted
@@ -215,16 +216,8 @@ def _write(artifact: Artifact, path: Path, ctx: Context, before: int) -> None:
     """A new file with all that `artifact` holds; `before` are the bytes of those before it, for the progress."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     step = min(_STEP, artifact.size)
-    buffers = cycle([memoryview(bytearray(step)) for _ in range(2)])
-    with os.fdopen(handle, "wb", 0) as file, ThreadPoolExecutor(1, "write") as other:
-        writeback = Writeback(handle)
-
-        def put(offset: int, data: memoryview) -> None:
-            left = data
-            while left:
-                left = left[file.write(left) :]
-            writeback.wrote(offset, len(data))
-
+    with os.fdopen(handle, "wb", 0), closing(Output(handle)) as output, ThreadPoolExecutor(1, "write") as other:
+        buffers = cycle([memory(step) for _ in range(2)])
         writing: Future[None] | None = None  # while the next piece is read
         for offset in range(0, artifact.size, _STEP):
             ctx.check()
@@ -234,7 +227,7 @@ def _write(artifact: Artifact, path: Path, ctx: Context, before: int) -> None:
             if writing:
                 writing.result()
                 ctx.progress.done(before + offset)
-            writing = other.submit(put, offset, data)
+            writing = other.submit(output.write, offset, data)
         if writing:
             writing.result()
             ctx.progress.done(before + artifact.size)

@@ -1,0 +1,70 @@
+"""Past the kernel's page cache (O_DIRECT, open(2)): what is moved once need not lie there.
+
+A copy into the cache and a page for every 4 KiB cost more processor time than all else that is done with the bytes. It
+is done where the file system is one of those that take such requests as they are: others copy after all, or, over a
+network, wait for the server's disk at each request.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import stat
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+
+__all__ = ["ALIGNED", "LEAST", "memory", "reopened", "suits"]
+
+ALIGNED = 4096
+"""Offset, length and memory of a request are multiples of so many bytes: no common disk has larger sectors."""
+
+LEAST = 1 << 20
+"""Bytes below which the cache is quicker: a request waits for the disk, and many small ones wait many times."""
+
+_KINDS = frozenset({"ext4", "xfs"})
+
+
+def memory(size: int) -> memoryview:
+    """`size` bytes that begin with a page. It costs page faults once: use it again."""
+    pages = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # open(2): what arrives for memory that a fork shares at that moment may go to the child alone.
+    pages.madvise(mmap.MADV_DONTFORK)
+    with suppress(OSError):  # a kernel without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(pages)[:size]
+
+
+def reopened(fd: int) -> int | None:
+    """Another descriptor of an open file or block device, past the cache; None where that would be no gain.
+
+    It allows what `fd` does, and is the caller's to close.
+    """
+    try:
+        there = os.fstat(fd)
+        if stat.S_ISBLK(there.st_mode) or _kind(there.st_dev) in _KINDS:
+            mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+            return os.open(f"/proc/self/fd/{fd}", mode | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError:
+        pass  # no /proc, or a descriptor that we were given of a file that we may not open
+    return None
+
+
+def suits(offset: int, data: memoryview) -> bool:
+    """Whether `data` can go to, or come from, that offset past the cache, and is large enough to."""
+    if len(data) < LEAST or len(data) % ALIGNED or offset % ALIGNED or data.readonly:
+        return False
+    return ctypes.addressof(ctypes.c_char.from_buffer(data)) % ALIGNED == 0
+
+
+@lru_cache
+def _kind(device: int) -> str | None:
+    """The name of the file system on that device; None for one that has no device of its own."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
+        fields = line.split()
+        if fields[2] == number:
+            return fields[fields.index("-") + 1]  # proc(5): behind a number of optional fields
+    return None
