@@ -11,10 +11,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import interrupted_mount
 import pytest
 
 from backupcore.context import Context
@@ -144,6 +146,33 @@ def test_damage_beside_what_a_merge_reads_is_no_failure(fresh: Restic, big: Kept
     found = readable(whole)
     assert False in found
     assert readable(merging) == found
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path) -> Iterator[Path]:
+    view = tmp_path / "view"
+    view.mkdir()
+    with subprocess.Popen([sys.executable, interrupted_mount.__file__, view]) as process:
+        end = time.monotonic() + 30
+        while str(view) not in mount_points() and process.poll() is None:
+            assert time.monotonic() < end, "it is not mounted"
+            time.sleep(0.01)
+        try:
+            yield view
+        finally:
+            process.kill()  # a descriptor that a failed test holds would keep it alive
+            unmount_below(tmp_path)
+
+
+def test_a_read_that_was_broken_off_is_asked_for_again(interrupted: Path) -> None:
+    mounted, buffer = Mounted(interrupted, near=True), memoryview(bytearray(interrupted_mount.DAMAGED))
+    try:
+        assert mounted.read_into("snapshot/disk", 0, buffer) == len(buffer)
+        assert buffer == interrupted_mount.DATA[: len(buffer)]
+        with pytest.raises(OSError, match="Input/output error"):
+            mounted.read_into("snapshot/disk", interrupted_mount.DAMAGED, buffer)
+    finally:
+        mounted.close()
 
 
 @pytest.mark.parametrize("own", ["", "GOGC=70", "GOMEMLIMIT=1GiB"])

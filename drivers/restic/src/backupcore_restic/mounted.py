@@ -136,9 +136,15 @@ class _File:
         return count
 
     def _fill(self, offset: int, buffer: memoryview) -> int:
-        done = 0
+        done, failed = 0, -1
         while done < len(buffer):
-            count = os.preadv(self.descriptor, [buffer[done:]], offset + done)
+            try:
+                count = os.preadv(self.descriptor, [buffer[done:]], offset + done)
+            except OSError as error:
+                if error.errno != errno.EIO or failed == done:
+                    raise
+                failed = done  # Ctrl-Z or a debugger breaks a request off, and restic answers that as it does damage
+                continue
             if not count:
                 break
             done += count
