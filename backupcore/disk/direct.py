@@ -1,8 +1,10 @@
 """Past the kernel's page cache (O_DIRECT, open(2)): what is moved once need not lie there.
 
-A copy into the cache and a page for every 4 KiB cost more processor time than all else that is done with the bytes. It
-is done where the file system is one of those that take such requests as they are: others copy after all, or, over a
-network, wait for the server's disk at each request.
+A copy into the cache and a page for every 4 KiB cost more processor time than all else that is done with the bytes.
+But each request waits for the disk, so it is done only where that is no loss. File systems must take the requests as
+they are: others copy after all, or, over a network, wait for the server's disk. The disk must take one after the other
+at its full speed: a spinning one without a cache of its own misses a turn after each, and an array with parity reads
+what the request leaves of a stripe.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["ALIGNED", "LEAST", "memory", "reopened", "suits"]
+__all__ = ["ALIGNED", "LEAST", "memory", "reopened", "streams", "suits"]
 
 ALIGNED = 4096
 """Offset, length and memory of a request are multiples of so many bytes: no common disk has larger sectors."""
@@ -44,11 +46,12 @@ def reopened(fd: int) -> int | None:
     """
     try:
         there = os.fstat(fd)
-        if stat.S_ISBLK(there.st_mode) or _kind(there.st_dev) in _KINDS:
+        is_disk = stat.S_ISBLK(there.st_mode)
+        if (is_disk or _kind(there.st_dev) in _KINDS) and _streams(there.st_rdev if is_disk else there.st_dev):
             mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
             return os.open(f"/proc/self/fd/{fd}", mode | os.O_DIRECT | os.O_CLOEXEC)
     except OSError:
-        pass  # no /proc, or a descriptor that we were given of a file that we may not open
+        pass  # no /proc or /sys, or a descriptor that we were given of a file that we may not open
     return None
 
 
@@ -57,6 +60,24 @@ def suits(offset: int, data: memoryview) -> bool:
     if len(data) < LEAST or len(data) % ALIGNED or offset % ALIGNED or data.readonly:
         return False
     return ctypes.addressof(ctypes.c_char.from_buffer(data)) % ALIGNED == 0
+
+
+def streams(queue: Path) -> bool:
+    """Whether a disk takes large requests one after the other at its full speed, by its folder ``queue`` in /sys.
+
+    What its files say: the kernel's Documentation/ABI/stable/sysfs-block.
+    """
+    stripe = int((queue / "optimal_io_size").read_text())  # bytes; 0 for a disk that is no array
+    spins = (queue / "rotational").read_text().strip() == "1"
+    caches = (queue / "write_cache").read_text().strip() == "write back"
+    return (not stripe or LEAST % stripe == 0) and (caches or not spins)
+
+
+@lru_cache
+def _streams(device: int) -> bool:
+    place = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
+    own = place / "queue"
+    return streams(own if own.is_dir() else place.parent / "queue")  # a partition has that of its disk
 
 
 @lru_cache

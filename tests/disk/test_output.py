@@ -5,13 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from backupcore.disk.direct import ALIGNED, LEAST, memory, reopened, suits
+from backupcore.disk.direct import ALIGNED, LEAST, memory, reopened, streams, suits
 from backupcore.disk.output import Output
 
 MIB = 1 << 20
@@ -35,9 +36,18 @@ def device(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["losetup", "--detach", made.stdout.strip()], check=True)
 
 
-def kind(folder: Path) -> str:
-    asked = ["stat", "--file-system", "--format=%T", folder]
-    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """An ext4 file system of 16 MiB."""
+    if os.geteuid():
+        pytest.skip("only root can mount a file system")
+    image, there = tmp_path / "image", tmp_path / "there"
+    image.write_bytes(bytes(16 * MIB))
+    there.mkdir()
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    subprocess.run(["mount", "-o", "loop", image, there], check=True)
+    yield there
+    subprocess.run(["umount", there], check=True)
 
 
 @pytest.mark.parametrize("size", [0, 1, ALIGNED, LEAST, 3 * LEAST + 5])
@@ -59,23 +69,40 @@ def test_what_can_go_past_the_cache() -> None:
     assert not suits(0, memoryview(bytes(4 * MIB)))
 
 
-def test_a_file_is_opened_past_the_cache_where_that_is_a_gain(tmp_path: Path) -> None:
-    for folder in (tmp_path, Path("/dev/shm")):
-        file = folder / f"backupcore-{os.getpid()}"
-        try:
-            with file.open("xb") as opened:
-                direct = reopened(opened.fileno())
-                assert (direct is not None) == (kind(folder) in ("ext2/ext3", "xfs"))  # so stat calls ext4
-                if direct is not None:
-                    flags = fcntl.fcntl(direct, fcntl.F_GETFL)
-                    assert flags & os.O_DIRECT
-                    assert flags & os.O_ACCMODE == os.O_WRONLY
-                    os.close(direct)
-        finally:
-            file.unlink()
+@pytest.mark.parametrize(
+    ("stripe", "rotational", "write_cache", "expected"),
+    [
+        (0, 0, "write through", True),  # an SSD whose cache needs no flush
+        (0, 1, "write back", True),  # a plain disk; what most disks of virtual machines say
+        (0, 1, "write through", False),  # a SAS disk as it is sold
+        (512 << 10, 1, "write back", True),  # a stripe that a request fills
+        (3 << 20, 1, "write back", False),  # RAID 6 of eight disks
+        (768 << 10, 0, "write back", False),
+    ],
+)
+def test_which_disks_take_one_request_after_the_other(
+    tmp_path: Path, stripe: int, rotational: int, write_cache: str, expected: bool
+) -> None:
+    (tmp_path / "optimal_io_size").write_text(f"{stripe}\n")
+    (tmp_path / "rotational").write_text(f"{rotational}\n")
+    (tmp_path / "write_cache").write_text(f"{write_cache}\n")
+    assert streams(tmp_path) == expected
 
 
-def test_what_is_no_file_is_not() -> None:
+def test_a_file_is_opened_past_the_cache_with_the_same_rights(small: Path) -> None:
+    for mode, flag in ("xb", os.O_WRONLY), ("rb", os.O_RDONLY), ("r+b", os.O_RDWR):
+        with (small / "file").open(mode) as opened:
+            direct = reopened(opened.fileno())
+            assert direct is not None
+            flags = fcntl.fcntl(direct, fcntl.F_GETFL)
+            os.close(direct)
+        assert flags & os.O_DIRECT
+        assert flags & os.O_ACCMODE == flag
+
+
+def test_what_is_not_on_a_disk_is_not(tmp_path: Path) -> None:
+    with tempfile.TemporaryFile(dir="/dev/shm") as opened:
+        assert reopened(opened.fileno()) is None
     reading, writing = os.pipe()
     try:
         assert reopened(writing) is None
@@ -136,20 +163,10 @@ def test_a_disk_that_wants_more_than_we_know_is_written_to_through_the_cache(dev
     assert asked == [0], "it was refused once, and not tried again"
 
 
-def test_a_full_disk_says_so(tmp_path: Path) -> None:
-    if os.geteuid():
-        pytest.skip("only root can mount a small file system")
-    image, there = tmp_path / "image", tmp_path / "there"
-    image.write_bytes(bytes(16 * MIB))
-    there.mkdir()
-    subprocess.run(["mkfs.ext4", "-q", image], check=True)
-    subprocess.run(["mount", "-o", "loop", image, there], check=True)
-    try:
-        with (
-            (there / "file").open("xb", 0) as file,
-            closing(Output(file.fileno())) as output,
-            pytest.raises(OSError, match="No space left on device"),
-        ):
-            output.write(0, filled(32 * MIB))
-    finally:
-        subprocess.run(["umount", there], check=True)
+def test_a_full_disk_says_so(small: Path) -> None:
+    with (
+        (small / "file").open("xb", 0) as file,
+        closing(Output(file.fileno())) as output,
+        pytest.raises(OSError, match="No space left on device"),
+    ):
+        output.write(0, filled(32 * MIB))

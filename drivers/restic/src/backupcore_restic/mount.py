@@ -37,7 +37,7 @@ KEPT = 120 << 20
 Reading 2 GiB takes 7.4 s without a limit and 180 MiB of memory, 8.5 and 140 with this one, 11.8 and 125 with 96 MiB.
 """
 
-LOOK = 20  # milliseconds between two looks at whether it is mounted
+LOOK = 5  # milliseconds between two looks at whether it is mounted
 
 
 class Mount:

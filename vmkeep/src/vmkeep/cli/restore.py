@@ -19,7 +19,6 @@ from vmkeep.cli.documents import restores as documents
 from vmkeep.cli.figures import size
 from vmkeep.cli.opening import workplace
 from vmkeep.cli.progress import shown
-from vmkeep.in_place import restore_in_place
 from vmkeep.workplace import Workplace
 
 __all__ = ["restore"]
@@ -213,6 +212,8 @@ def _check_together(*, define: bool, keep_uuid: bool, keep_mac: bool, in_place: 
 def _in_place(
     asked: Asked, place: Workplace, image: str, *, increment: int | None, disks: tuple[str, ...], drop_old: bool
 ) -> None:
+    from vmkeep.in_place import restore_in_place  # noqa: PLC0415 - recovery and all, which no other restore needs
+
     with shown(asked, f"image {image}") as progress:
         done = restore_in_place(place, image, number=increment, disks=disks, drop_old=drop_old, progress=progress)
     if asked.json:
