@@ -23,10 +23,11 @@ what. [benchmarks.json](benchmarks.json) has the same for machines.
 
 **How.** The rivals take turns, in every round in the other order; figures are medians, with the smallest and the
 largest of the rounds. Ratios are taken round by round; a target is one for the median. The disks are filled with data
-of which half is random, a quarter text, and a quarter one block again and again; files are in the page cache. A tool
-alone (restic, boto3, rsync) starts from a qcow2 file that lies ready. rsync is told to sync, as ours does; qemu-img,
-restic dump, virtnbdbackup and virtnbdrestore do not, which favours them. virtnbdbackup refuses a VM that has
-checkpoints of others, so where it makes its own it has a second VM of equal content.
+of which half is random, a quarter text, and a quarter one block again and again; files are in the page cache, but for
+those that ours writes past it. A tool alone (restic, boto3, rsync) starts from a qcow2 file that lies ready. rsync is
+told to sync, as ours does; qemu-img, restic dump, virtnbdbackup and virtnbdrestore do not, which favours them.
+virtnbdbackup refuses a VM that has checkpoints of others, so where it makes its own it has a second VM, of equal
+content.
 
 - **processor**: seconds of the command and all its children. QEMU, libvirtd and an S3 server are not among them.
 - **memory**: the most that all processes of the command had resident at once, looked at twenty times a
