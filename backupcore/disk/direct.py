@@ -50,8 +50,8 @@ def reopened(fd: int) -> int | None:
         if (is_disk or _kind(there.st_dev) in _KINDS) and _streams(there.st_rdev if is_disk else there.st_dev):
             mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
             return os.open(f"/proc/self/fd/{fd}", mode | os.O_DIRECT | os.O_CLOEXEC)
-    except OSError:
-        pass  # no /proc or /sys, or a descriptor that we were given of a file that we may not open
+    except (OSError, ValueError):
+        pass  # no /proc or /sys that tells, or a descriptor that we were given of a file that we may not open
     return None
 
 
