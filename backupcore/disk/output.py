@@ -15,9 +15,8 @@ __all__ = ["Output"]
 class Output:
     """Writes to a descriptor: large pieces past the page cache where that is a gain, others through it.
 
-    What goes through the cache is sent to the disk early. The
-    descriptor stays the caller's, who syncs it: after that all of it is on stable storage. Not for several threads at
-    once.
+    What goes through the cache is sent to the disk early. The descriptor stays the caller's, who syncs it: after that
+    all of it is on stable storage. Not for several threads at once.
     """
 
     def __init__(self, fd: int, large: Callable[[int, memoryview], bool] = suits) -> None:

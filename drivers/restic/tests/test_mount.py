@@ -153,11 +153,12 @@ def interrupted(tmp_path: Path) -> Iterator[Path]:
     view = tmp_path / "view"
     view.mkdir()
     with subprocess.Popen([sys.executable, interrupted_mount.__file__, view]) as process:
-        end = time.monotonic() + 30
-        while str(view) not in mount_points() and process.poll() is None:
-            assert time.monotonic() < end, "it is not mounted"
-            time.sleep(0.01)
         try:
+            end = time.monotonic() + 30
+            while str(view) not in mount_points():
+                assert process.poll() is None, "it has ended"
+                assert time.monotonic() < end, "it is not mounted"
+                time.sleep(0.01)
             yield view
         finally:
             process.kill()  # a descriptor that a failed test holds would keep it alive
