@@ -15,6 +15,7 @@ import secrets
 import shutil
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -172,7 +173,9 @@ def vm_folder(libvirt_uri: str) -> Iterator[Path]:
     if os.geteuid() == 0:
         os.chown(folder, base.stat().st_uid, base.stat().st_gid)
     yield folder
-    shutil.rmtree(folder)
+    while folder.exists():
+        with suppress(FileNotFoundError):  # what a killed run left at work may just have removed a file of its own
+            shutil.rmtree(folder)
 
 
 @pytest.fixture
