@@ -1,7 +1,6 @@
 """The manifest of a backup that is being taken; `backupcore.manifest` says what stands in one, and reads it.
 
-A module of its own, without pydantic, since the process of a file view needs it: its 0.07 s would be spent at each
-backup.
+A module of its own, since the process of a file view needs it, and nothing that reads a manifest.
 """
 
 from __future__ import annotations

@@ -20,48 +20,46 @@ is the date of the image's first full. Where a store made it by copying on its o
 
 from __future__ import annotations
 
-import json
 from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from msgspec import Meta, MsgspecError, Struct, json
 
 from backupcore.draft import FORMAT, NAME, ManifestArtifact
 from backupcore.errors import IntegrityError, UnsupportedOperation
 from backupcore.model import Disk, Type
-from backupcore.options import problems
 
 __all__ = ["FORMAT", "LIMIT", "NAME", "Manifest", "ManifestArtifact", "parse"]
 
 LIMIT = 16 << 20
 
-Hex32 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
-Hex64 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,126}$")]
-DiskId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]
-Size = Annotated[int, Field(ge=0, lt=1 << 63)]
+# \Z, since $ lets a newline pass at the end.
+Hex32 = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
+Hex64 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,126}\Z")]
+DiskId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}\Z")]
+Size = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 
 
-class _Part(BaseModel):
-    # Built when the first manifest is read: a backup reads none, and would pay for it at each start.
-    model_config = ConfigDict(frozen=True, strict=True, extra="ignore", hide_input_in_errors=True, defer_build=True)
+class _AnyFormat(Struct, frozen=True, kw_only=True):
+    format: object = None
 
 
-class VMPart(_Part):
+class VMPart(Struct, frozen=True, kw_only=True):
     """Whose backup this is."""
 
     uuid: str
     name: str
 
 
-class ParentPart(_Part):
+class ParentPart(Struct, frozen=True, kw_only=True):
     """The link to the parent."""
 
     point: Hex32
     digest: Hex64
 
 
-class DiskPart(_Part):
+class DiskPart(Struct, frozen=True, kw_only=True):
     """One disk; `size` is that of its artifact, `order` how its data clusters lie in it (`backupcore.disk.stored`)."""
 
     id: DiskId
@@ -91,7 +89,7 @@ class DiskPart(_Part):
         )
 
 
-class ArtifactPart(_Part):
+class ArtifactPart(Struct, frozen=True, kw_only=True):
     """An artifact that is no disk."""
 
     name: Name
@@ -99,14 +97,14 @@ class ArtifactPart(_Part):
     digest: Hex64
 
 
-class LeftOutPart(_Part):
+class LeftOutPart(Struct, frozen=True, kw_only=True):
     """A disk, or another part of the VM (``tpm``, ``kernel``), that the backup does not hold, and why."""
 
     id: str
     reason: str
 
 
-class Manifest(_Part):
+class Manifest(Struct, frozen=True, kw_only=True):
     """A manifest that has been checked. `parse` makes one."""
 
     format: Literal[1]
@@ -115,7 +113,7 @@ class Manifest(_Part):
     host: str
     point: Hex32
     parent: ParentPart | None
-    number: Annotated[int, Field(ge=0)]
+    number: Annotated[int, Meta(ge=0)]
     type: Type
     date: datetime
     reason: str
@@ -129,8 +127,7 @@ class Manifest(_Part):
     stands_for: Hex64 | None = None
     began: datetime | None = None
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Manifest:
+    def __post_init__(self) -> None:
         names = [part.artifact for part in self.disks] + [part.name for part in self.artifacts]
         if len(set(names)) != len(names) or NAME in names:
             raise ValueError("an artifact is named twice")
@@ -144,7 +141,6 @@ class Manifest(_Part):
                 raise ValueError(f"disk {disk.id} of a full is not whole")
             if disk.order == "file" and not disk.whole:
                 raise ValueError(f"disk {disk.id} lies in the order of a full, and is not whole")
-        return self
 
 
 def parse(data: bytes, what: str) -> Manifest:
@@ -155,15 +151,11 @@ def parse(data: bytes, what: str) -> Manifest:
     if len(data) > LIMIT:
         raise IntegrityError(f"{what}: the manifest is larger than {LIMIT >> 20} MiB")
     try:
-        found = json.loads(data)
-        number = found.get("format") if isinstance(found, dict) else None
+        number = json.decode(data, type=_AnyFormat).format
         if isinstance(number, int) and number > FORMAT:
             raise UnsupportedOperation(
                 f"{what}: the manifest has format {number}, this version knows {FORMAT}", "Use a newer version."
             )
-        return Manifest.model_validate_json(data)
-    except ValidationError as error:
-        found = error.errors(include_input=False, include_url=False, include_context=False)
-        raise IntegrityError(f"{what}: not a manifest: {problems(found[:5], '')}") from None
-    except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{what}: not a manifest: {type(error).__name__}") from None
+        return json.decode(data, type=Manifest)
+    except (MsgspecError, ValueError, RecursionError) as error:
+        raise IntegrityError(f"{what}: not a manifest: {error!s:.200}") from None

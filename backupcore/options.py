@@ -11,19 +11,22 @@ The class becomes a frozen dataclass with keyword-only fields. Unknown keys, mis
 named at once, by a ConfigError that never shows a value. Building a driver does no I/O. A secret is a path to a file
 or a command that prints it, never the secret itself; a value that may hold one (a URL) is marked `secret`, and its
 `repr` hides it.
+
+An option's type is one that TOML has (str, int, float, bool, date and time, a list or table of them), a ``Path``, a
+``Literal``, or one of these and None; ``Annotated[int, msgspec.Meta(ge=1)]`` says what is allowed of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING
-from typing import Any, TypeVar, dataclass_transform
+from pathlib import Path
+from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
 from backupcore.errors import ConfigError, ContractViolation
 
-__all__ = ["build", "driver", "option", "problems"]
+__all__ = ["build", "checked", "driver", "option"]
 
 T = TypeVar("T")
 
@@ -60,26 +63,63 @@ def build(cls: type[T], options: Mapping[str, object], *, where: str = "") -> T:
     """
     if not dataclasses.is_dataclass(cls):
         raise ContractViolation(f"{cls.__name__} is not decorated with @backupcore.driver")
-    from pydantic import ConfigDict, TypeAdapter, ValidationError  # noqa: PLC0415 - 0.1 s, needed only here
-
-    config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
-    cls.__pydantic_config__ = config  # type: ignore[attr-defined]  # pydantic's place for a dataclass's settings
+    values, wrong = checked(cls, options, where=where)
+    known = f"The options of this driver are: {', '.join(field.name for field in dataclasses.fields(cls))}."
+    if wrong:
+        raise ConfigError("; ".join(wrong), known)
     try:
-        # By way of JSON: as strict about types, but a string may stand for a path, as in TOML.
-        return TypeAdapter(cls).validate_json(json.dumps(options, default=str))
-    except ValidationError as error:
-        known = ", ".join(field.name for field in dataclasses.fields(cls))
-        message = problems(error.errors(include_input=False, include_url=False, include_context=False), where)
-        raise ConfigError(message, f"The options of this driver are: {known}.") from None
+        return cls(**values)
+    except ValueError as error:  # a driver's own check of its options
+        raise ConfigError(f"{where}: {error}" if where else str(error), known) from None
 
 
-def problems(errors: Sequence[Mapping[str, Any]], where: str) -> str:
-    """pydantic's list of errors as one message: every wrong key with its path, never a value."""
-    lines = []
-    for error in errors:
-        path = ".".join([*([where] if where else []), *(str(part) for part in error["loc"])])
-        what = {"unexpected_keyword_argument": "unknown key", "missing": "required, but missing"}.get(
-            error["type"], error["msg"]
-        )
-        lines.append(f"{path}: {what[0].lower()}{what[1:]}")
-    return "; ".join(lines)
+def checked(cls: type, table: Mapping[str, object], *, where: str = "") -> tuple[dict[str, Any], list[str]]:
+    """The values of a table for the fields of the dataclass `cls`, and all that is wrong: ``KEY: what``, no value.
+
+    Strictly typed: no number becomes a string, and no string a number; a string may stand for a path.
+    """
+    from msgspec import ValidationError, convert  # noqa: PLC0415 - the process of a view imports drivers, not this
+
+    kinds = get_type_hints(cls, include_extras=True)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    values: dict[str, Any] = {}
+    wrong = []
+    before = f"{where}." if where else ""
+    for name, value in table.items():
+        if name not in fields:
+            wrong.append(f"{before}{name}: unknown key")
+            continue
+        try:
+            values[name] = convert(value, kinds[name], dec_hook=_path)
+        except ValidationError as error:
+            what, _, inside = str(error).partition(" - at `$")
+            wrong.append(f"{before}{name}{inside.rstrip('`')}: {_said(what, kinds[name])}")
+        except TypeError as error:
+            raise ContractViolation(f"{cls.__name__}.{name}: no table can hold a value of its type: {error}") from error
+    for name, field in fields.items():
+        if name not in table and field.default is MISSING and field.default_factory is MISSING:
+            wrong.append(f"{before}{name}: required, but missing")
+    return values, wrong
+
+
+def _path(kind: type, value: object) -> object:
+    if kind is not Path:
+        raise NotImplementedError(f"{kind.__name__} is no type of an option")
+    if not isinstance(value, str):
+        raise TypeError("Expected `str`, the path")
+    return Path(value)
+
+
+def _said(what: str, kind: object) -> str:
+    """msgspec's message as a part of ours, without the value that it names where only some are allowed."""
+    if what.startswith("Invalid enum value"):
+        return f"expected one of {', '.join(repr(choice) for choice in _choices(kind))}"
+    return (what[0].lower() + what[1:]).replace("`", "")
+
+
+def _choices(kind: object) -> Iterator[object]:
+    for part in get_args(kind):
+        if get_origin(kind) is Literal:
+            yield part
+        else:
+            yield from _choices(part)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
+from msgspec import Meta
 
 import backupcore
 from backupcore.errors import ConfigError, ContractViolation
@@ -52,3 +54,43 @@ def test_a_field_without_option_is_the_authors_mistake():
         @backupcore.driver
         class Wrong:
             plain: str = ""
+
+
+@backupcore.driver
+class Typed:
+    how: Literal["fast", "safe"] | None = backupcore.option("how", default=None)
+    hosts: tuple[str, ...] = backupcore.option("where", default=())
+    folders: tuple[Path, ...] = backupcore.option("what", default=())
+    tries: Annotated[int, Meta(ge=1)] = backupcore.option("how often", default=3)
+    rate: float = backupcore.option("MiB/s", default=1.0)
+
+    def __post_init__(self) -> None:
+        if self.tries > 9:
+            raise ValueError("tries: 9 at most")
+
+
+def test_lists_choices_and_limits():
+    made = build(Typed, {"how": "fast", "hosts": ["a", "b"], "folders": ["/a"], "tries": 1, "rate": 2})
+    assert (made.how, made.hosts, made.folders, made.tries) == ("fast", ("a", "b"), (Path("/a"),), 1)
+    assert isinstance(made.rate, float)
+    wrong = {"how": "hunter2", "hosts": ["a", 3], "folders": "/a", "tries": 0, "rate": "hunter2"}
+    with pytest.raises(ConfigError) as caught:
+        build(Typed, wrong, where="d")
+    assert caught.value.message == (
+        "d.how: expected one of 'fast', 'safe'; d.hosts[1]: expected str, got int; d.folders: expected array, got str; "
+        "d.tries: expected int >= 1; d.rate: expected float, got str"
+    )
+
+
+def test_what_a_driver_itself_refuses_is_a_mistake_of_the_configuration():
+    with pytest.raises(ConfigError, match="d: tries: 9 at most"):
+        build(Typed, {"tries": 10}, where="d")
+
+
+def test_an_option_that_no_table_can_hold_is_the_authors_mistake():
+    @backupcore.driver
+    class Wrong:
+        place: Path | int = backupcore.option("a path or a number", default=0)
+
+    with pytest.raises(ContractViolation, match=r"Wrong\.place"):
+        build(Wrong, {"place": 1})

@@ -19,7 +19,7 @@ def test_help_imports_nothing_heavy(installed):
     code = (
         "import sys\nfrom vmkeep.cli.main import run\n"
         "assert run(['--help']) == 0\n"
-        "heavy = {'pydantic', 'sqlite3', 'rich', 'pluggy', 'blake3', 'libvirt', 'tomllib', 'logging'}\n"
+        "heavy = {'msgspec', 'sqlite3', 'rich', 'pluggy', 'blake3', 'libvirt', 'tomllib', 'logging'}\n"
         "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run(

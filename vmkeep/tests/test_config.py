@@ -46,9 +46,9 @@ def test_every_wrong_key_is_named_with_its_file_and_path_and_no_value(site):
     for expected in (
         "hots: unknown key",
         "host.urii: unknown key",
-        "host.state: input should be a valid string",
-        "defaults.mode: input should be 'FULL' or 'INCREMENT'",
-        "defaults.keep_last: input should be greater than or equal to 0",
+        "host.state: expected str, the path",
+        "defaults.mode: expected one of 'FULL', 'INCREMENT'",
+        "defaults.keep_last: expected int >= 0",
         "datastores.nas.pasword_file: unknown key",
         "datastores.other.path: required, but missing",
         "datastores.third.driver: no plugin 'no-such' is installed",

@@ -6,23 +6,24 @@ for root. Values are never echoed in errors: one of them may be a secret in the 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-import json
 import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from msgspec import Meta
 
 from backupcore import options, plugins
 from backupcore.errors import AccessDenied, BackupError, ConfigError, ContractViolation, NotFound, from_os_error
 
 __all__ = ["Config", "Defaults", "Host", "default_path", "load"]
 
-DatastoreName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+_DATASTORE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PLUGIN = re.compile(r"[\w.]+:[\w.]+")
 
 
@@ -36,50 +37,37 @@ def default_path() -> Path:
     return Path(named) if named else _home("/etc/vmkeep/config.toml", ".config/vmkeep/config.toml")
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", hide_input_in_errors=True)
-
-
-class Host(_Table):
+@dataclass(frozen=True, kw_only=True)
+class Host:
     """``[host]``: where the VMs are, and where this host keeps its own things.
 
     `hypervisor` is the entry-point name of the hypervisor plugin; `plugins` are site plugins, each ``module:attribute``
     (an object with hookimpls, or a class of one). `scratch` defaults to a folder in `state`.
     """
 
-    uri: str = Field(default_factory=lambda: "qemu:///system" if os.geteuid() == 0 else "qemu:///session")
-    state: Path = Field(default_factory=lambda: _home("/var/lib/vmkeep", ".local/state/vmkeep"))
-    scratch: Path = Field(default_factory=lambda data: data.get("state", Path("/nonexistent")) / "scratch")
+    uri: str = dataclasses.field(default_factory=lambda: "qemu:///system" if os.geteuid() == 0 else "qemu:///session")
+    state: Path = dataclasses.field(default_factory=lambda: _home("/var/lib/vmkeep", ".local/state/vmkeep"))
+    scratch: Path = Path()
     hypervisor: str = "libvirt"
     plugins: tuple[str, ...] = ()
 
-    @field_validator("state", "scratch")
-    @classmethod
-    def _absolute(cls, path: Path) -> Path:
-        path = path.expanduser()
-        if not path.is_absolute():
-            raise ValueError("must be an absolute path")
-        return path
-
-    @field_validator("plugins")
-    @classmethod
-    def _named(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        if not all(_PLUGIN.fullmatch(name) for name in names):
-            raise ValueError("each must be written module:attribute")
-        return names
+    def __post_init__(self) -> None:
+        if self.scratch == Path():
+            object.__setattr__(self, "scratch", self.state / "scratch")
 
 
-class Defaults(_Table):
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
     """``[defaults]``: settings of VMs that say nothing themselves. Lists of disks are a VM's own affair."""
 
     mode: Literal["FULL", "INCREMENT"] | None = None
     increment_mode: Literal["CBT", "SNAPSHOT"] | None = None
     fs_freeze: Literal["NONE", "AGENT", "SUSPEND"] | None = None
     fs_freeze_fallback: bool | None = None
-    freeze_timeout: Annotated[int, Field(ge=1, le=600)] | None = None
-    keep_last: Annotated[int, Field(ge=0, le=999_999)] | None = None
-    keep_chains: Annotated[int, Field(ge=0, le=999_999)] | None = None
-    full_every: Annotated[int, Field(ge=0, le=999_999)] | Annotated[str, Field(pattern=r"^[0-9]{1,6}d?$")] | None = None
+    freeze_timeout: Annotated[int, Meta(ge=1, le=600)] | None = None
+    keep_last: Annotated[int, Meta(ge=0, le=999_999)] | None = None
+    keep_chains: Annotated[int, Meta(ge=0, le=999_999)] | None = None
+    full_every: Annotated[int, Meta(ge=0, le=999_999)] | Annotated[str, Meta(pattern=r"^[0-9]{1,6}d?\Z")] | None = None
     verify_flatten: Literal["SAMPLE", "ALL"] | None = None
     backup_volatile: bool | None = None
     encrypted_disks: Literal["REFUSE", "PLAIN"] | None = None
@@ -88,15 +76,19 @@ class Defaults(_Table):
     def settings(self) -> dict[str, str]:
         """The same as settings: upper-case keys, values as a VM's metadata hold them."""
         found: dict[str, str] = {}
-        for key, value in self.model_dump(exclude_none=True).items():
-            found[key.upper()] = {True: "YES", False: "NO"}[value] if isinstance(value, bool) else str(value)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                said = {True: "YES", False: "NO"}[value] if isinstance(value, bool) else str(value)
+                found[field.name.upper()] = said
         return found
 
 
-class _File(_Table):
-    host: Host = Field(default_factory=Host)
-    defaults: Defaults = Field(default_factory=Defaults)
-    datastores: dict[DatastoreName, dict[str, Any]] = Field(default_factory=dict)
+@dataclass(frozen=True, kw_only=True)
+class _File:
+    host: dict[str, Any] = dataclasses.field(default_factory=dict)
+    defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    datastores: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 class Config:
@@ -146,44 +138,45 @@ def load(path: Path | None = None) -> Config:
         raise ConfigError(f"{where}: not UTF-8 text", "Save the file as UTF-8.") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{where}: not valid TOML: {error}", "Mend the file at the place named.") from None
-    wrong: list[str] = []
-    hints: list[str] = []
-    parsed = None
-    try:
-        # By way of JSON: as strict about types, but a string may stand for a path, as in TOML.
-        parsed = _File.model_validate_json(json.dumps(data, default=str))
-    except ValidationError as error:
-        found = error.errors(include_input=False, include_url=False, include_context=False)
-        wrong.append(options.problems([_renamed(one) for one in found], ""))
-        hints.extend(_meant(found))
-    for name, table in _tables(data):
-        _check_options(name, table, wrong, hints)
-    if wrong or parsed is None:
+    tables, wrong = options.checked(_File, data)
+    host = _host(tables.get("host", {}), wrong)
+    defaults, mistakes = options.checked(Defaults, tables.get("defaults", {}), where="defaults")
+    wrong += mistakes
+    hints = list(_meant(data, tables))
+    datastores = tables.get("datastores", {})
+    for name, table in datastores.items():
+        if _DATASTORE.fullmatch(name):
+            _check_options(name, table, wrong, hints)
+        else:
+            wrong.append(f"datastores.{name}: a name has letters, digits, '.', '_' and '-' only, 64 at most")
+    if wrong:
         hint = " ".join(dict.fromkeys(hints)) or "Mend the keys named. A commented example: vmkeep init --config FILE"
         raise ConfigError(f"{where}: {'; '.join(wrong)}", hint)
-    return Config(where, parsed.host, parsed.defaults.settings, parsed.datastores)
+    return Config(where, Host(**host), Defaults(**defaults).settings, datastores)
 
 
-def _renamed(error: Any) -> dict[str, Any]:
-    message = str(error["msg"]).removeprefix("Value error, ")
-    kind = "unexpected_keyword_argument" if error["type"] == "extra_forbidden" else error["type"]
-    return {**error, "type": kind, "msg": message, "loc": tuple(part for part in error["loc"] if part != "[key]")}
+def _host(table: Mapping[str, Any], wrong: list[str]) -> dict[str, Any]:
+    values, mistakes = options.checked(Host, table, where="host")
+    wrong += mistakes
+    for name in values.keys() & {"state", "scratch"}:
+        values[name] = values[name].expanduser()
+        if not values[name].is_absolute():
+            wrong.append(f"host.{name}: must be an absolute path")
+    if not all(_PLUGIN.fullmatch(name) for name in values.get("plugins", ())):
+        wrong.append("host.plugins: each must be written module:attribute")
+    return values
 
 
-def _meant(errors: Any) -> Iterator[str]:
-    known = {(): _File.model_fields, ("host",): Host.model_fields, ("defaults",): Defaults.model_fields}
-    for error in errors:
-        if error["type"] == "extra_forbidden":
-            names = [str(part) for part in error["loc"]]
-            near_keys = difflib.get_close_matches(names[-1], list(known.get(tuple(names[:-1]), ())), n=1, cutoff=0.6)
-            yield from (f"Did you mean {'.'.join([*names[:-1], key])}?" for key in near_keys)
-
-
-def _tables(data: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    tables = data.get("datastores")
-    for name, table in tables.items() if isinstance(tables, dict) else ():
-        if isinstance(table, dict):
-            yield name, table
+def _meant(data: Mapping[str, Any], tables: Mapping[str, Any]) -> Iterator[str]:
+    places = (
+        ("", data, _File),
+        ("host.", tables.get("host", {}), Host),
+        ("defaults.", tables.get("defaults", {}), Defaults),
+    )
+    for before, table, kind in places:
+        known = [field.name for field in dataclasses.fields(kind)]
+        for key in table.keys() - set(known):
+            yield from (f"Did you mean {before}{close}?" for close in difflib.get_close_matches(key, known, 1, 0.6))
 
 
 def _check_options(name: str, table: Mapping[str, Any], wrong: list[str], hints: list[str]) -> None:
