@@ -17,6 +17,7 @@ import pytest
 from lab import kernel
 from lab.domain_xml import DiskSpec
 from lab.host import Host, size_of, stopped, wait_until
+from lab.loop import loop_device
 from lab.vm import VM, same
 
 MIB = 1 << 20
@@ -361,13 +362,8 @@ def test_the_variables_of_the_firmware_come_back_with_all_disks(uefi: Host):
 @pytest.fixture
 def loop(vm_folder: Path) -> Iterator[Path]:
     """A block device of 16 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root")
-    file = vm_folder / "loop"
-    file.write_bytes(bytes(16 * MIB))
-    found = subprocess.run(["losetup", "--find", "--show", file], capture_output=True, text=True, check=True)
-    yield Path(found.stdout.strip())
-    subprocess.run(["losetup", "--detach", found.stdout.strip()], check=True)
+    with loop_device(vm_folder / "loop", bytes(16 * MIB)) as made:
+        yield made
 
 
 def test_a_block_device_of_a_vm_is_written_to_only_when_told_so(make_vm, libvirt_uri: str, vm_folder: Path, loop: Path):

@@ -6,10 +6,9 @@ volume manager behind it; the device itself is a real one, at the path that libv
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -18,6 +17,7 @@ import pytest
 
 from lab.domain_xml import DiskSpec
 from lab.host import Host, size_of
+from lab.loop import loop_device
 from lab.vm import same
 from vmkeep import config
 from vmkeep import restore as work
@@ -90,8 +90,6 @@ def test_disks_become_volumes_of_a_folder_pool_and_a_vm_is_defined_on_them(host:
 @pytest.fixture
 def devices(vm_prefix: str, vm_folder: Path) -> Iterator[tuple[libvirt.virStoragePool, Path]]:
     """A pool of kind logical, and where the devices of its volumes lie."""
-    if os.geteuid():
-        pytest.skip("only root can set up a loop device")
     connection = libvirt.open("test:///default")  # lives as long as a connection to it does
     pool = connection.storagePoolDefineXML(
         f"<pool type='logical'><name>{vm_prefix}vg</name><source><name>{vm_prefix}vg</name></source></pool>"
@@ -99,18 +97,15 @@ def devices(vm_prefix: str, vm_folder: Path) -> Iterator[tuple[libvirt.virStorag
     pool.create()
     folder = Path("/dev") / f"{vm_prefix}vg"
     folder.mkdir()
-    loops = []
-    for disk in ("vda", "vdb"):
-        file = vm_folder / f"device-{disk}"
-        file.write_bytes(b"\xaa" * 10 * MIB)  # what another volume has left there
-        found = subprocess.run(["losetup", "--find", "--show", file], check=True, capture_output=True, text=True)
-        loops.append(found.stdout.strip())
-        (folder / f"copy-disk-{disk}").symlink_to(loops[-1])
-    yield pool, folder
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
-    subprocess.run(["losetup", "--detach", *loops], check=True)
+    with ExitStack() as loops:
+        for disk in ("vda", "vdb"):
+            left = b"\xaa" * 10 * MIB  # by another volume
+            made = loops.enter_context(loop_device(vm_folder / f"device-{disk}", left))
+            (folder / f"copy-disk-{disk}").symlink_to(made)
+        yield pool, folder
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
     pool.destroy()
     pool.undefine()
     connection.close()

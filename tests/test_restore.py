@@ -42,6 +42,7 @@ from backupcore.session import Recorded
 from backupcore.testing.guest import MemoryGuest, MemoryHypervisor
 from backupcore.testing.memory import MemoryDriver
 from lab.host import wait_until
+from lab.loop import loop_device
 
 WEB = VM(uuid="7d1c1a4e-0000-4000-8000-000000000001", name="web1")
 DB = VM(uuid="7d1c1a4e-0000-4000-8000-000000000002", name="db1")
@@ -509,14 +510,8 @@ def test_a_target_that_fills_up_meanwhile_is_told_and_nothing_is_left(site: Site
 @pytest.fixture
 def device(tmp_path: Path) -> Iterator[Path]:
     """A block device of 8 MiB that holds zeros."""
-    if os.geteuid():
-        pytest.skip("only root can set up a loop device")
-    file = tmp_path / "device"
-    file.write_bytes(bytes(8 << 20))
-    command = ["losetup", "--partscan", "--find", "--show", file]
-    made = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    yield Path(made.strip())
-    subprocess.run(["losetup", "--detach", made.strip()], check=True)
+    with loop_device(tmp_path / "device", bytes(8 << 20), "--partscan") as made:
+        yield made
 
 
 @pytest.mark.parametrize("driver", DRIVERS)

@@ -4,7 +4,7 @@ A copy into the cache and a page for every 4 KiB cost more processor time than a
 But each request waits for the disk, so it is done only where that is no loss. File systems must take the requests as
 they are: others copy after all, or, over a network, wait for the server's disk. The disk must take one after the other
 at its full speed: a spinning one without a cache of its own misses a turn after each, and an array with parity reads
-what the request leaves of a stripe.
+what the request leaves of a stripe, which the cache would have filled.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ ALIGNED = 4096
 
 LEAST = 1 << 20
 """Bytes below which the cache is quicker: a request waits for the disk, and many small ones wait many times."""
+
+_STRIPE = 128 << 10
+"""Bytes of a stripe at most. A piece begins anywhere in one; of the smallest piece seven are whole."""
 
 _KINDS = frozenset({"ext4", "xfs"})
 
@@ -70,7 +73,7 @@ def streams(queue: Path) -> bool:
     stripe = int((queue / "optimal_io_size").read_text())  # bytes; 0 for a disk that is no array
     spins = (queue / "rotational").read_text().strip() == "1"
     caches = (queue / "write_cache").read_text().strip() == "write back"
-    return (not stripe or LEAST % stripe == 0) and (caches or not spins)
+    return (not stripe or _STRIPE % stripe == 0) and (caches or not spins)
 
 
 @lru_cache

@@ -32,6 +32,7 @@ from backupcore.testing.memory import MemoryDriver
 from backupcore_libvirt.plugin import Libvirt
 from lab import graft, kernel
 from lab.domain_xml import DiskSpec, Firmware, domain_xml
+from lab.loop import loop_device
 from lab.private_libvirtd import PrivateLibvirtd
 from lab.vm import VM
 from lab.vm import same as same_bytes
@@ -354,11 +355,8 @@ def tmpfs(needs_root: None, lab: Lab) -> Iterator[Callable[[int], Path]]:
 @pytest.fixture
 def loop(needs_root: None, lab: Lab) -> Iterator[Path]:
     """A block device of 8 MiB."""
-    file = lab.folder / "loop"
-    file.write_bytes(bytes(8 * MiB))
-    found = subprocess.run(["losetup", "--find", "--show", file], capture_output=True, text=True, check=True)
-    yield Path(found.stdout.strip())
-    subprocess.run(["losetup", "--detach", found.stdout.strip()], check=True)
+    with loop_device(lab.folder / "loop", bytes(8 * MiB)) as made:
+        yield made
 
 
 @pytest.fixture
