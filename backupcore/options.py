@@ -13,7 +13,7 @@ or a command that prints it, never the secret itself; a value that may hold one 
 `repr` hides it.
 
 An option's type is one that TOML has (str, int, float, bool, date and time, a list or table of them), a ``Path``, a
-``Literal``, or one of these and None; ``Annotated[int, msgspec.Meta(ge=1)]`` says what is allowed of it.
+``Literal``, an ``Enum``, or one of these and None; ``Annotated[int, msgspec.Meta(ge=1)]`` says what is allowed of it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
@@ -114,10 +115,12 @@ def _said(what: str, kind: object) -> str:
     """msgspec's message as a part of ours, without the value that it names where only some are allowed."""
     if what.startswith("Invalid enum value"):
         return f"expected one of {', '.join(repr(choice) for choice in _choices(kind))}"
-    return (what[0].lower() + what[1:]).replace("`", "")
+    return (what[0].lower() + what[1:]).replace("`object`", "table").replace("`", "")
 
 
 def _choices(kind: object) -> Iterator[object]:
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        yield from (member.value for member in kind)
     for part in get_args(kind):
         if get_origin(kind) is Literal:
             yield part

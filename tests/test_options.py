@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -56,6 +57,11 @@ def test_a_field_without_option_is_the_authors_mistake():
             plain: str = ""
 
 
+class Place(Enum):
+    HERE = "here"
+    THERE = "there"
+
+
 @backupcore.driver
 class Typed:
     how: Literal["fast", "safe"] | None = backupcore.option("how", default=None)
@@ -63,6 +69,8 @@ class Typed:
     folders: tuple[Path, ...] = backupcore.option("what", default=())
     tries: Annotated[int, Meta(ge=1)] = backupcore.option("how often", default=3)
     rate: float = backupcore.option("MiB/s", default=1.0)
+    place: Place = backupcore.option("on which side", default_factory=lambda: Place.HERE)
+    more: dict[str, str] = backupcore.option("what else", default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.tries > 9:
@@ -70,15 +78,19 @@ class Typed:
 
 
 def test_lists_choices_and_limits():
-    made = build(Typed, {"how": "fast", "hosts": ["a", "b"], "folders": ["/a"], "tries": 1, "rate": 2})
+    table = {"how": "fast", "hosts": ["a", "b"], "folders": ["/a"], "tries": 1, "rate": 2, "place": "there"}
+    made = build(Typed, table)
     assert (made.how, made.hosts, made.folders, made.tries) == ("fast", ("a", "b"), (Path("/a"),), 1)
     assert isinstance(made.rate, float)
-    wrong = {"how": "hunter2", "hosts": ["a", 3], "folders": "/a", "tries": 0, "rate": "hunter2"}
+    assert made.place is Place.THERE
+    wrong = dict.fromkeys(("how", "rate", "place", "more"), "hunter2")
+    wrong |= {"hosts": ["a", 3], "folders": "/a", "tries": 0}
     with pytest.raises(ConfigError) as caught:
         build(Typed, wrong, where="d")
     assert caught.value.message == (
-        "d.how: expected one of 'fast', 'safe'; d.hosts[1]: expected str, got int; d.folders: expected array, got str; "
-        "d.tries: expected int >= 1; d.rate: expected float, got str"
+        "d.how: expected one of 'fast', 'safe'; d.rate: expected float, got str; d.place: expected one of 'here', "
+        "'there'; d.more: expected table, got str; d.hosts[1]: expected str, got int; d.folders: expected array, got "
+        "str; d.tries: expected int >= 1"
     )
 
 

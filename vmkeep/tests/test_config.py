@@ -40,6 +40,8 @@ def test_every_wrong_key_is_named_with_its_file_and_path_and_no_value(site):
         driver = "no-such"
         [datastores.fourth]
         path = "S3cret"
+        [datastores]
+        fifth = "S3cret"
         """,
     )
     assert message.startswith(f"{site.config}: ")
@@ -53,6 +55,7 @@ def test_every_wrong_key_is_named_with_its_file_and_path_and_no_value(site):
         "datastores.other.path: required, but missing",
         "datastores.third.driver: no plugin 'no-such' is installed",
         "datastores.fourth.driver: required",
+        "datastores.fifth: expected table",
     ):
         assert expected in message
 

@@ -88,7 +88,7 @@ class Defaults:
 class _File:
     host: dict[str, Any] = dataclasses.field(default_factory=dict)
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
-    datastores: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    datastores: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Config:
@@ -145,10 +145,12 @@ def load(path: Path | None = None) -> Config:
     hints = list(_meant(data, tables))
     datastores = tables.get("datastores", {})
     for name, table in datastores.items():
-        if _DATASTORE.fullmatch(name):
-            _check_options(name, table, wrong, hints)
-        else:
+        if not _DATASTORE.fullmatch(name):
             wrong.append(f"datastores.{name}: a name has letters, digits, '.', '_' and '-' only, 64 at most")
+        elif not isinstance(table, dict):
+            wrong.append(f"datastores.{name}: expected table")
+        else:
+            _check_options(name, table, wrong, hints)
     if wrong:
         hint = " ".join(dict.fromkeys(hints)) or "Mend the keys named. A commented example: vmkeep init --config FILE"
         raise ConfigError(f"{where}: {'; '.join(wrong)}", hint)
