@@ -95,7 +95,7 @@ def checked(cls: type, table: Mapping[str, object], *, where: str = "") -> tuple
         except ValidationError as error:
             what, _, inside = str(error).partition(" - at `$")
             wrong.append(f"{before}{name}{inside.rstrip('`')}: {_said(what, kinds[name])}")
-        except TypeError as error:
+        except (TypeError, NotImplementedError) as error:  # msgspec's of the type, and ours of `_path`
             raise ContractViolation(f"{cls.__name__}.{name}: no table can hold a value of its type: {error}") from error
     for name, field in fields.items():
         if name not in table and field.default is MISSING and field.default_factory is MISSING:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -99,10 +100,12 @@ def test_what_a_driver_itself_refuses_is_a_mistake_of_the_configuration():
         build(Typed, {"tries": 10}, where="d")
 
 
-def test_an_option_that_no_table_can_hold_is_the_authors_mistake():
+@pytest.mark.parametrize("kind", [Path | int, IPv4Address])
+def test_an_option_that_no_table_can_hold_is_the_authors_mistake(kind):
     @backupcore.driver
     class Wrong:
-        place: Path | int = backupcore.option("a path or a number", default=0)
+        place: kind = backupcore.option("where", default=None)
 
+    Wrong.__annotations__["place"] = kind
     with pytest.raises(ContractViolation, match=r"Wrong\.place"):
-        build(Wrong, {"place": 1})
+        build(Wrong, {"place": "10.0.0.1"})

@@ -69,6 +69,14 @@ def test_the_nearest_key_is_the_hint(site):
     assert told.error["hint"] == "Did you mean host.uri? Did you mean password_file?"
 
 
+def test_hints_come_in_the_order_of_the_file(site):
+    site.config.write_text('[defaults]\nkep_last = 1\nmod = "FULL"\nful_every = 1\nfs_freze = "NONE"')
+    with pytest.raises(ConfigError) as caught:
+        config.load(site.config)
+    names = ("keep_last", "mode", "full_every", "fs_freeze")
+    assert caught.value.hint == " ".join(f"Did you mean defaults.{name}?" for name in names)
+
+
 def test_a_syntax_error_has_line_and_column(site):
     assert "(at line 2, column 7)" in wrong(site, "[host]\nuri = nothing\n")
 
@@ -80,6 +88,7 @@ def test_a_datastore_name_stays_a_word(site, name):
 
 def test_relative_folders_are_refused_and_home_is_expanded(site):
     assert "host.state: must be an absolute path" in wrong(site, '[host]\nstate = "here"')
+    assert "host.state: must be an absolute path" in wrong(site, '[host]\nstate = "~nobody-of-this-name/x"')
     site.config.write_text('[host]\nstate = "~/vmkeep"')
     found = config.load(site.config).host
     assert found.state == Path.home() / "vmkeep"

@@ -12,6 +12,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -160,8 +161,9 @@ def load(path: Path | None = None) -> Config:
 def _host(table: Mapping[str, Any], wrong: list[str]) -> dict[str, Any]:
     values, mistakes = options.checked(Host, table, where="host")
     wrong += mistakes
-    for name in values.keys() & {"state", "scratch"}:
-        values[name] = values[name].expanduser()
+    for name in [key for key in values if key in ("state", "scratch")]:
+        with suppress(RuntimeError):  # ~USER of nobody: then it is no absolute path
+            values[name] = values[name].expanduser()
         if not values[name].is_absolute():
             wrong.append(f"host.{name}: must be an absolute path")
     if not all(_PLUGIN.fullmatch(name) for name in values.get("plugins", ())):
@@ -177,7 +179,7 @@ def _meant(data: Mapping[str, Any], tables: Mapping[str, Any]) -> Iterator[str]:
     )
     for before, table, kind in places:
         known = [field.name for field in dataclasses.fields(kind)]
-        for key in table.keys() - set(known):
+        for key in [key for key in table if key not in known]:
             yield from (f"Did you mean {before}{close}?" for close in difflib.get_close_matches(key, known, 1, 0.6))
 
 
