@@ -49,6 +49,7 @@ class Context:
     - `folder`: private to this run (0700); what lies in it is removed afterwards.
     - `progress`, `log`: for the user; neither ever gets a secret.
     - `cancelled`, `check`, `on_cancel`: the user may stop the work at any time, from another thread.
+    - `release`: say that nothing more is read of the guest's disks, before a clean-up that may take long.
     - `did`: say what you put right of a dead run.
     - `fail`: a watcher of yours (scratch is filling up, the guest is gone) stops the work with its error.
     """
@@ -63,6 +64,7 @@ class Context:
         self._callbacks: dict[object, Callable[[], None]] = {}
         self._failure: BackupError | None = None
         self._put_right: list[str] = []
+        self._releases: list[Callable[[], None]] = []
         self._making = threading.Lock()
         self._made: dict[Hashable, object] = {}
 
@@ -120,6 +122,29 @@ class Context:
         finally:
             with self._lock:
                 self._callbacks.pop(key, None)
+
+    def on_release(self, callback: Callable[[], None]) -> None:
+        """Have `release` call this, once, from whichever thread: the hypervisor lets the guest go there.
+
+        It must return within seconds and must not wait for the datastore.
+        """
+        with self._lock:
+            self._releases.append(callback)
+
+    def release(self) -> None:
+        """Say that nothing more is read of the guest's disks, so that the guest is let go of at once.
+
+        A driver calls it before it tidies up after a failure or a cancel: a target that does not answer must not hold
+        the guest meanwhile. Idempotent, from any thread; never raises. The core calls it too, as soon as `backup` has
+        raised. Reads of the disks fail from then on.
+        """
+        with self._lock:
+            callbacks, self._releases = self._releases, []
+        for callback in callbacks:
+            try:
+                callback()
+            except Exception:  # `postbackup` does what could not be done here
+                self.log.warning("the guest could not be released early", exc_info=True)
 
     def fail(self, error: BackupError) -> None:
         """Stop the work because of `error`, which the run then ends with. The first error wins."""

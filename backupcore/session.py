@@ -116,6 +116,7 @@ def _attempt(
         record(recorded)
         outcome = replace(outcome, state=RunState.RECORDED)
     except BaseException as error:
+        ctx.release()
         ended_by = _ended_by(error, ctx)
         state = RunState.CANCELLED if isinstance(ended_by, Cancelled | KeyboardInterrupt) else RunState.FAILED
         outcome = replace(outcome, state=state, error=ended_by)

@@ -37,7 +37,7 @@ STEPS = {
     "between connect and GO": "backupcore.disk.nbd.handshake:Handshake._go call",
     "GO": "backupcore.disk.nbd.handshake:Handshake._go return",
     "block status": "backupcore.disk.nbd.client:Client.walk_status return",
-    "a disk is mapped": "backupcore_libvirt.export:artifact return",
+    "a disk is mapped": "backupcore_libvirt.reading.export:artifact return",
     "all is prepared": "backupcore_libvirt.plugin:Libvirt.prebackup return",
     "before the datastore stores": "lab.store:Folder.backup call",
     "reading": "backupcore.disk.nbd.client:Client.submit return",
@@ -83,12 +83,12 @@ OFF = {
 """Those of a VM that is off."""
 
 _SNAPSHOT = {
-    "before the new overlays": "backupcore_libvirt.overlay_run:begin call",
-    "the instant of the overlays": "backupcore_libvirt.overlay_run:begin return",
+    "before the new overlays": "backupcore_libvirt.overlay.run:begin call",
+    "the instant of the overlays": "backupcore_libvirt.overlay.run:begin return",
     "a frozen layer is served": "backupcore_libvirt.qemu_nbd:QemuNbd.__enter__ return",
-    "before the merge": "backupcore_libvirt.overlay_run:settle call",
-    "one disk is merged": "backupcore_libvirt.overlay_merge:Merger.merge return",
-    "all is merged": "backupcore_libvirt.overlay_run:settle return",
+    "before the merge": "backupcore_libvirt.overlay.run:settle call",
+    "one disk is merged": "backupcore_libvirt.overlay.merge:Merger.merge return",
+    "all is merged": "backupcore_libvirt.overlay.run:settle return",
     **{
         name: step
         for name, step in STEPS.items()
@@ -97,7 +97,7 @@ _SNAPSHOT = {
 }
 SNAPSHOT = {"a merge has begun": "backupcore_libvirt.connection:Domain.begin_commit return", **_SNAPSHOT}
 """Those of INCREMENT_MODE=SNAPSHOT, of a VM that runs."""
-SNAPSHOT_OFF = {"an overlay is dropped": "backupcore_libvirt.overlay_merge:Merger._discard return", **_SNAPSHOT}
+SNAPSHOT_OFF = {"an overlay is dropped": "backupcore_libvirt.overlay.merge:Merger._discard return", **_SNAPSHOT}
 """The same of one that is off."""
 
 QUICK = ("between connect and GO", "reading", "in the record")

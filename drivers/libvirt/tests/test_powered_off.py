@@ -17,8 +17,7 @@ from backupcore_libvirt import stopped
 from backupcore_libvirt.connection import Connection
 from backupcore_libvirt.disks import source_disks
 from backupcore_libvirt.folder import RunFolder
-from backupcore_libvirt.hold import hold_off
-from backupcore_libvirt.look import look
+from backupcore_libvirt.mechanisms.choice import choose
 
 MiB = 1 << 20
 
@@ -151,11 +150,11 @@ def test_a_vm_that_is_started_after_the_look(lab, runs, hypervisor, monkeypatch)
     run = runs.run(vm)
     with runs.context(run) as ctx, Connection(hypervisor.uri) as connection:
         folder = RunFolder(hypervisor.scratch, run.id)
-        seen = look(connection, connection.domain(vm.uuid), run, hypervisor.scratch)
-        ctx.stack.callback(os.close, folder.make(seen.owner, vm.uuid))
+        mechanism = choose(connection, connection.domain(vm.uuid), run, hypervisor.scratch, ctx)
+        ctx.stack.callback(os.close, folder.make(mechanism.look.owner, vm.uuid))
         vm.start()
         with pytest.raises(Busy, match="disk vda: .* is open in another process") as refused:
-            hold_off(connection, connection.domain(vm.uuid), run, seen, folder=folder, ctx=ctx)
+            mechanism.begin()
         assert "Has the VM just been started" in refused.value.hint
         hypervisor.postbackup(run, Outcome(state=RunState.FAILED), ctx)
     vm.untouched()

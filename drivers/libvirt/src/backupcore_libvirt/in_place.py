@@ -16,7 +16,7 @@ from backupcore.errors import Busy, HypervisorError, IntegrityError, NotFound, U
 from backupcore.hypervisor import DiskFile
 from backupcore_libvirt.connection import OFF, Connection, Domain
 from backupcore_libvirt.disks import SourceDisk, source_disks
-from backupcore_libvirt.overlay import any_overlay
+from backupcore_libvirt.overlay.stack import any_overlay
 from backupcore_libvirt.vm_files import VMFile, nvram_file
 from backupcore_libvirt.xml import parse
 

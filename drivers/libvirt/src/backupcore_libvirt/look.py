@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from backupcore.errors import Busy, HypervisorError, IncrementImpossible, TargetFull, UnsupportedOperation
@@ -48,6 +48,11 @@ class Look:
     def bitmaps(self) -> Mapping[str, str]:
         """The bitmap that tells what changed, for each disk that is not taken whole."""
         return dict.fromkeys(self.since.changed, self.since.name) if self.since else {}
+
+    def narrowed(self, disks: Collection[str]) -> Look:
+        """The same for these disks alone, by ID."""
+        since = self.since and replace(self.since, changed=tuple(disk for disk in self.since.changed if disk in disks))
+        return replace(self, disks=tuple(disk for disk in self.disks if disk.id in disks), since=since)
 
 
 def look(connection: Connection, domain: Domain, run: BackupRun, scratch: Path) -> Look:

@@ -16,28 +16,24 @@ from backupcore.context import Context
 from backupcore.errors import BackupError, HypervisorError, NotFound
 from backupcore.hypervisor import Definition, DiskFile, Finding, Pool, Unchanged, VMState
 from backupcore.model import VM, Artifact, BackupRun, BytesArtifact, Estimate, Outcome, Prepared, RunState, new_id
-from backupcore_libvirt import __version__, checkpoint, freeze_record, overlay_run
+from backupcore_libvirt import __version__, checkpoint, freeze_record
 from backupcore_libvirt.backup_job import end, left_behind
-from backupcore_libvirt.checkpoint import make_known
 from backupcore_libvirt.connection import Connection
 from backupcore_libvirt.define import define, require_definable
 from backupcore_libvirt.definition import restored_definition
 from backupcore_libvirt.findings import findings
 from backupcore_libvirt.folder import RunFolder, living_vms
 from backupcore_libvirt.freeze import DEAD_LIMIT, frozen, release
-from backupcore_libvirt.hold import hold_live, hold_off
 from backupcore_libvirt.image_lock import keep_closed
 from backupcore_libvirt.in_place import fit, require_replaceable
 from backupcore_libvirt.libvirt_errors import is_away
-from backupcore_libvirt.look import look
-from backupcore_libvirt.overlay_plan import plan, without_bitmaps
+from backupcore_libvirt.mechanisms.choice import choose, forget, prepare, settle
 from backupcore_libvirt.pools import add_volume, find_pool
 from backupcore_libvirt.qemu_nbd import end_stray
+from backupcore_libvirt.reading.taken import taken_of
 from backupcore_libvirt.recovery import clear, recover
-from backupcore_libvirt.scratch_watch import ScratchWatch
 from backupcore_libvirt.settings import read as read_settings
 from backupcore_libvirt.settings import write as write_settings
-from backupcore_libvirt.taken import estimate_of, taken_of
 from backupcore_libvirt.unchanged import hold_unchanged
 from backupcore_libvirt.vm_files import read as read_file
 from backupcore_libvirt.vm_state import choice_of, state_of
@@ -75,30 +71,18 @@ class Libvirt:
         domain = connection.domain(run.vm.uuid)
         clear(domain, self.scratch, ctx)
         folder = RunFolder(self.scratch, run.id)
-        overlay_run.prepare(connection, domain, run, folder, ctx)
-        seen = look(connection, domain, without_bitmaps(run), self.scratch)
+        prepare(connection, domain, run, folder, ctx)
+        mechanism = choose(connection, domain, run, self.scratch, ctx)
+        seen = mechanism.look
         for remark in seen.remarks:
             ctx.log.warning(remark)
-        overlays = plan(domain, run, seen.disks)
         lock = folder.make(seen.owner, domain.uuid)
         ctx.stack.callback(os.close, lock)
         ctx.check()
-        if overlays:
-            seen = replace(seen, since=overlays.since)
-            overlay_run.clear(domain, live=seen.live)
-        elif seen.live and seen.since:
-            make_known(domain, seen.since, seen.all_disks)
+        mechanism.ready()
         with frozen(self.uri, domain, folder, seen.freeze, ctx) as held:
-            if overlays:
-                date = overlay_run.begin(domain, run, overlays, seen.all_disks)
-            elif seen.live:
-                date, exports = hold_live(domain, run, folder, seen)
-            else:
-                date, exports = hold_off(connection, domain, run, seen, folder=folder, ctx=ctx)
-        if overlays:
-            exports = overlay_run.serve(domain, run, overlays, live=seen.live, folder=folder, ctx=ctx)
-        elif seen.live:
-            ScratchWatch(self.uri, domain.uuid, domain.name, folder, ctx).begin()
+            date = mechanism.begin()
+        exports = mechanism.serve()
         files = [read_file(domain.name, file) for file in seen.files]
         taken = [taken_of(disk, exports[disk.id], seen, run) for disk in seen.disks]
         for disk_artifact, _ in taken:
@@ -179,10 +163,8 @@ class Libvirt:
         with Connection(self.uri) as connection:
             domain = connection.domain(run.vm.uuid)
             left_behind(domain, self.scratch)
-            seen = look(connection, domain, without_bitmaps(run), self.scratch)
-            overlays = plan(domain, run, seen.disks)
-            disks = overlays.estimate() if overlays else tuple(estimate_of(domain, disk, seen) for disk in seen.disks)
-        return Estimate(disks=disks, left_out=seen.left_out)
+            mechanism = choose(connection, domain, run, self.scratch, Context(self.scratch))
+            return Estimate(disks=mechanism.estimate(), left_out=mechanism.look.left_out)
 
     @contextlib.contextmanager
     def unchanged(self, run: BackupRun, disks: Collection[str], ctx: Context) -> Iterator[Sequence[Unchanged]]:
@@ -206,8 +188,7 @@ class Libvirt:
         """Delete every checkpoint, bitmap and overlay that backupcore made on this VM, and return their names."""
         with Connection(self.uri) as connection:
             domain = connection.domain(vm.uuid)
-            overlays = overlay_run.forget(connection, domain, RunFolder(self.scratch, new_id()))
-            return [*checkpoint.forget(domain), *overlays]
+            return forget(connection, domain, RunFolder(self.scratch, new_id()))
 
     def settings(self, vm: VM) -> Mapping[str, str]:
         """The VM's backup configuration out of its own metadata: upper-case keys (``MODE``) and their values."""
@@ -309,10 +290,7 @@ def _release(connection: Connection, run: BackupRun, outcome: Outcome, folder: R
             problems.append(error)
             resting = True
         end(domain, folder)
-        try:
-            overlay_run.settle(connection, domain, run, outcome, folder=folder, ctx=ctx)
-        except BackupError as error:  # the next run merges what stays
-            problems.append(error)
+        problems += settle(connection, domain, run, outcome, folder=folder, ctx=ctx)
     strange = [name for name in folder.remove() if not resting or name != "freeze"]
     if strange:
         ctx.log.warning("%s holds what no run puts there, and stays: %s", folder.path, ", ".join(strange))

@@ -13,13 +13,12 @@ from backupcore.disk.nbd import ALLOCATION, Client, allocation, dirty
 from backupcore.errors import IncrementImpossible
 from backupcore.hypervisor import Unchanged
 from backupcore.model import BackupRun
-from backupcore_libvirt.checkpoint import Since, make_known
+from backupcore_libvirt.checkpoint import Since
 from backupcore_libvirt.connection import Connection, Domain
-from backupcore_libvirt.export import Export
 from backupcore_libvirt.folder import RunFolder
-from backupcore_libvirt.hold import hold_live, hold_off
-from backupcore_libvirt.look import Look, look
-from backupcore_libvirt.scratch_watch import ScratchWatch
+from backupcore_libvirt.look import Look
+from backupcore_libvirt.mechanisms.choice import choose
+from backupcore_libvirt.reading.export import Export
 
 __all__ = ["hold_unchanged"]
 
@@ -33,23 +32,20 @@ def hold_unchanged(
     """
     run = replace(run, tracked=False, settings={**run.settings, "FS_FREEZE": "NONE"})
     folder = RunFolder(scratch, run.id)
-    seen = look(connection, domain, run, scratch)
+    mechanism = choose(connection, domain, run, scratch, ctx)
+    seen = mechanism.look
     assert seen.since is not None  # the run has a parent
     why_not = {disk: _why_not(disk, seen, seen.since) for disk in disks if disk not in seen.since.changed}
     chosen = tuple(disk for disk in seen.disks if disk.id in disks and disk.id not in why_not)
     if not chosen:
         raise IncrementImpossible("; ".join(f"disk {disk}: {why}" for disk, why in why_not.items()))
-    only = replace(seen.since, changed=tuple(disk.id for disk in chosen))
-    seen = replace(seen, disks=chosen, since=only)
+    mechanism = mechanism.narrowed(tuple(disk.id for disk in chosen))
     lock = folder.make(seen.owner, domain.uuid)
     ctx.stack.callback(os.close, lock)
     ctx.check()
-    if seen.live:
-        make_known(domain, only, seen.all_disks)
-        _, exports = hold_live(domain, run, folder, seen)
-        ScratchWatch(connection.uri, domain.uuid, domain.name, folder, ctx).begin()
-    else:
-        _, exports = hold_off(connection, domain, run, seen, folder=folder, ctx=ctx)
+    mechanism.ready()
+    mechanism.begin()
+    exports = mechanism.serve()
     found = {disk.id: _unchanged(disk.id, exports[disk.id], ctx) for disk in chosen}
     return tuple(found.get(disk) or Unchanged(id=disk, why_not=why_not[disk]) for disk in disks)
 

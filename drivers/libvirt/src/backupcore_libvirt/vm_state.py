@@ -10,7 +10,7 @@ from backupcore.hypervisor import VMDisk, VMState
 from backupcore.model import VM
 from backupcore_libvirt.connection import OFF, PAUSED, RUNNING, Domain
 from backupcore_libvirt.disks import BY_RULE, DiskChoice, source_disks
-from backupcore_libvirt.overlay import is_overlay
+from backupcore_libvirt.overlay.stack import is_overlay
 from backupcore_libvirt.qemu_nbd import is_served
 from backupcore_libvirt.settings import read as read_settings
 

@@ -24,12 +24,12 @@ from backupcore.model import BackupRun, Outcome, RunState
 from backupcore_libvirt import checkpoint
 from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.disks import source_disks
-from backupcore_libvirt.export import Export
 from backupcore_libvirt.folder import RunFolder
-from backupcore_libvirt.overlay import Stack, any_overlay, overlay_path, overlays_beside, stacks
-from backupcore_libvirt.overlay_merge import Merger, set_source
-from backupcore_libvirt.overlay_plan import Plan, wanted
+from backupcore_libvirt.overlay.merge import Merger, set_source
+from backupcore_libvirt.overlay.plan import Plan, wanted
+from backupcore_libvirt.overlay.stack import Stack, any_overlay, overlay_path, overlays_beside, stacks
 from backupcore_libvirt.qemu_nbd import QemuNbd
+from backupcore_libvirt.reading.export import Export
 from backupcore_libvirt.scratch import Owner
 
 __all__ = ["begin", "clear", "forget", "prepare", "serve", "settle"]

@@ -19,7 +19,7 @@ from backupcore.errors import BackupError, Busy, HypervisorError, NotFound, Unsu
 from backupcore_libvirt import image_tail, qemu_img
 from backupcore_libvirt.connection import ACTIVE_COMMIT, COMMIT, NOT_READY, Connection, Domain
 from backupcore_libvirt.libvirt_errors import code_of
-from backupcore_libvirt.overlay import Stack, is_overlay, overlays_beside, stacks
+from backupcore_libvirt.overlay.stack import Stack, is_overlay, overlays_beside, stacks
 from backupcore_libvirt.qemu_nbd import QemuNbd
 from backupcore_libvirt.xml import Element, parse
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 from backupcore.disk.qcow2 import DiskArtifact
 from backupcore.model import BackupRun, Disk, DiskEstimate
 from backupcore_libvirt.connection import Domain
-from backupcore_libvirt.cut import REASON as CUT
-from backupcore_libvirt.cut import tail, was_cut
 from backupcore_libvirt.disks import SourceDisk
-from backupcore_libvirt.export import Export, artifact
 from backupcore_libvirt.look import Look
+from backupcore_libvirt.reading.cut import REASON as CUT
+from backupcore_libvirt.reading.cut import tail, was_cut
+from backupcore_libvirt.reading.export import Export, artifact
 
 __all__ = ["estimate_of", "taken_of"]
 

@@ -15,7 +15,7 @@ from backupcore_libvirt import qemu_img
 from backupcore_libvirt.checkpoint import Since, is_ours
 from backupcore_libvirt.connection import Domain
 from backupcore_libvirt.disks import SourceDisk
-from backupcore_libvirt.overlay import Stack, is_regular, overlay_path, stacks
+from backupcore_libvirt.overlay.stack import Stack, is_regular, overlay_path, stacks
 from backupcore_libvirt.scratch import reserve
 
 __all__ = ["Part", "Plan", "plan", "wanted", "without_bitmaps"]

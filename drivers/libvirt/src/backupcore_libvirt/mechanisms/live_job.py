@@ -1,0 +1,90 @@
+"""libvirt's backup job, in pull mode: how a VM that runs is held unless something speaks against it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Self
+
+from backupcore.context import Context
+from backupcore.disk.nbd import Address
+from backupcore.errors import BackupError, HypervisorError, IncrementImpossible
+from backupcore.model import BackupRun, DiskEstimate
+from backupcore_libvirt.backup_job import backup_xml, bitmap_name
+from backupcore_libvirt.checkpoint import checkpoint_xml, make_known
+from backupcore_libvirt.connection import CHECKPOINT_INCONSISTENT, NO_CHECKPOINT, Connection, Domain
+from backupcore_libvirt.folder import RunFolder
+from backupcore_libvirt.libvirt_errors import code_of
+from backupcore_libvirt.look import Look
+from backupcore_libvirt.reading.export import Export
+from backupcore_libvirt.reading.taken import estimate_of
+from backupcore_libvirt.scratch_watch import ScratchWatch
+
+__all__ = ["LiveJob"]
+
+
+@dataclass(frozen=True, slots=True)
+class LiveJob:
+    """The backup job of one run. QEMU copies what the guest overwrites to scratch meanwhile."""
+
+    connection: Connection
+    domain: Domain
+    run: BackupRun
+    folder: RunFolder
+    ctx: Context
+    look: Look
+
+    def narrowed(self, disks: Collection[str]) -> Self:
+        """The same for these disks alone."""
+        return replace(self, look=self.look.narrowed(disks))
+
+    def estimate(self) -> tuple[DiskEstimate, ...]:
+        """By the bitmaps, or by what the disks need on the host."""
+        return tuple(estimate_of(self.domain, disk, self.look) for disk in self.look.disks)
+
+    def ready(self) -> None:
+        """Have libvirt know the checkpoint that an increment builds on."""
+        if self.look.since:
+            make_known(self.domain, self.look.since, self.look.all_disks)
+
+    def begin(self) -> datetime:
+        """Begin the job and the checkpoint, in one call."""
+        job = backup_xml([disk.id for disk in self.look.disks], self.folder, self.look.bitmaps)
+        points = checkpoint_xml(self.run.point, self.look.all_disks, self.look.tracked)
+        date = datetime.now(UTC)
+        try:
+            self.domain.begin_backup(job, points)
+        except BackupError as error:
+            raise self._refused(error) from error
+        return date
+
+    def serve(self) -> Mapping[str, Export]:
+        """They are on the socket of the job, and live until that ends. Scratch is watched from here on."""
+        ScratchWatch(self.connection.uri, self.domain.uuid, self.domain.name, self.folder, self.ctx).begin()
+        bitmaps = self.look.bitmaps
+        return {
+            disk.id: Export(
+                Address(str(self.folder.socket), disk.id), bitmap_name(disk.id) if disk.id in bitmaps else None
+            )
+            for disk in self.look.disks
+        }
+
+    def _refused(self, error: BackupError) -> BackupError:
+        folder = self.folder
+        if self.run.parent is not None and code_of(error) in (CHECKPOINT_INCONSISTENT, NO_CHECKPOINT):
+            # libvirt says so before it starts anything.
+            return IncrementImpossible(error.message)
+        if "permission denied" in error.message.lower():
+            return HypervisorError(
+                f"{error.message} (QEMU could not use {folder.path})",
+                "Is QEMU confined by AppArmor or SELinux? The scratch folder must be allowed there too.",
+            )
+        if "No such file or directory" in error.message and str(folder.path) in error.message:
+            # QEMU lives in a mount namespace of its own, made when the VM started.
+            return HypervisorError(
+                f"{error.message} (the folder exists, but QEMU does not see it)",
+                f"If a file system was mounted at {folder.scratch} after the VM had started, restart the VM, or set "
+                "'scratch' in the configuration to another folder.",
+            )
+        return error

@@ -1,0 +1,1 @@
+"""Reading a held disk: what its export shows (`export`), what is taken of it (`taken`), whether it was cut (`cut`)."""
