@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
+from backupcore import verdict
 from backupcore.bundle import Bundle
-from backupcore.errors import Cancelled, IncrementImpossible
+from backupcore.errors import BackupError, Cancelled, IncrementImpossible
 from backupcore.model import Increment, Outcome, RunState, Type
 
 if TYPE_CHECKING:
     from backupcore.context import Context
     from backupcore.datastore import Datastore
-    from backupcore.model import BackupRun, LeftOut, Prepared
+    from backupcore.model import BackupRun, LeftOut, Prepared, Stored
 
 __all__ = ["Recorded", "run_backup"]
 
@@ -113,6 +114,7 @@ def _attempt(
             seconds=time.monotonic() - started,
         )
         ctx.progress.phase("record")
+        verdict.claim(ctx.folder)  # whoever watches over the guest may have given the run up
         record(recorded)
         outcome = replace(outcome, state=RunState.RECORDED)
     except BaseException as error:
@@ -126,11 +128,28 @@ def _attempt(
     finally:
         ctx.progress.phase("release")
         errors = datastore.postbackup(run, outcome, ctx)
+        if outcome.stored is not None and outcome.state is not RunState.RECORDED:
+            _withdraw(datastore, outcome.stored, run, ctx)
     return replace(
         recorded,
         seconds=time.monotonic() - started,
         warnings=tuple(f"{error} {error.hint}".strip() for error in errors),
     )
+
+
+def _withdraw(datastore: Datastore, stored: Stored, run: BackupRun, ctx: Context) -> None:
+    """Remove what the driver had published of a run that was given up before it could be recorded."""
+    if verdict.given_up(ctx.folder) is None or stored.source in run.builds_on:
+        return
+    try:
+        datastore.delete([stored.source], ctx)
+    except BackupError as error:
+        ctx.log.warning(
+            "source %s of a run that was given up stays in datastore %s, unused: %s",
+            stored.source,
+            datastore.name,
+            error,
+        )
 
 
 def _ended_by(error: BaseException, ctx: Context) -> BaseException:

@@ -1,0 +1,87 @@
+"""Whether a run may still become a backup: said once, on disk, by whoever comes first.
+
+A run is given up by whoever watches over its guest (scratch fills up, its process is gone, the user cancels), and is
+claimed by its session right before it is recorded. Both make the same file in the run's private folder, and only one of
+them can: so a run that was given up is never recorded, however late its datastore answers, and one that is just being
+recorded is not given up any more. The file is durable before anybody acts on it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+
+from backupcore import errors
+from backupcore.errors import BackupError, Cancelled, from_os_error
+
+__all__ = ["FILE", "claim", "give_up", "given_up"]
+
+FILE = "verdict"
+"""Its name in the run's folder (`Context.folder`). JSON: null for a claimed run, else the error that ended it."""
+
+
+def give_up(folder: Path, error: BackupError) -> bool:
+    """Say that the run of this folder comes to nothing, because of `error`. False if it was claimed before.
+
+    True also where it had been given up already: the first error stays. OSError where the folder cannot be written to.
+    """
+    said = {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
+    return _say(folder, said) or given_up(folder) is not None
+
+
+def claim(folder: Path) -> None:
+    """Say that the run of this folder is about to be recorded. Raises the error with which it was given up, if it was.
+
+    Idempotent. Errors of the folder are those of the taxonomy.
+    """
+    try:
+        first = _say(folder, None)
+        error = None if first else given_up(folder)
+    except OSError as problem:
+        raise from_os_error(problem, f"the run's folder {folder}") from problem
+    if error is not None:
+        raise error
+
+
+def given_up(folder: Path) -> BackupError | None:
+    """The error with which the run of this folder was given up; None if it was not. OSError."""
+    try:
+        said = json.loads((folder / FILE).read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        said = {}  # written by somebody else: it cannot be told that the run was not given up
+    if said is None:
+        return None
+    if not isinstance(said, dict):
+        said = {}
+    kind = getattr(errors, str(said.get("kind", "")), None)
+    known = isinstance(kind, type) and issubclass(kind, BackupError)
+    message = str(said.get("message", "the run was given up"))
+    return (kind if known else Cancelled)(message, str(said.get("hint", "")))  # type: ignore[misc]  # a class, see above
+
+
+def _say(folder: Path, said: object) -> bool:
+    """Make the file; False if there is one. A link makes it appear whole, and only once."""
+    own = folder / f"{FILE}.{os.getpid()}.{threading.get_native_id()}"
+    own.unlink(missing_ok=True)
+    handle = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(handle, json.dumps(said).encode())
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    try:
+        os.link(own, folder / FILE)
+    except FileExistsError:
+        return False
+    finally:
+        own.unlink(missing_ok=True)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    return True
