@@ -219,8 +219,11 @@ class Hypervisor(Protocol):
         lives. Repeated, it finds nothing to do. HypervisorError says what hinders it.
         """
 
-    def check(self) -> Sequence[Finding]:
-        """Is everything here that backups need: libvirt and QEMU versions, folders that QEMU can write to?"""
+    def check(self, *, try_vm: bool = True) -> Sequence[Finding]:
+        """Is everything here that backups need: libvirt and QEMU versions, folders that QEMU can write to?
+
+        With `try_vm` a backup is tried on a VM that is made for it, as far as the hypervisor can do that without harm.
+        """
 
 
 def open_hypervisor(name: str, *, uri: str, scratch: Path) -> Hypervisor:

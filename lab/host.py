@@ -173,6 +173,8 @@ class Host:
                 found.append("a job runs")
             if self.vm.domain.state()[0] != RUNNING:
                 found.append(f"the guest stands still: {self.vm.domain.state()}")
+            own = Path("/var/lib/libvirt/qemu") if os.geteuid() == 0 else Path.home() / ".config/libvirt/qemu/lib"
+            found += [str(path) for path in own.glob(f"domain-{self.vm.domain.ID()}-*/backupcore-*")]
         for folder in (self.scratch, self.state / "runs"):
             found += [str(path) for path in folder.glob("*") if path.is_dir()]
         mounts = Path("/proc/self/mounts").read_text().splitlines()

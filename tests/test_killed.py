@@ -58,6 +58,14 @@ STEPS = {
 }
 """What it is called for people, and the step for `lab.kill_at`."""
 
+JOB = {
+    "a scratch file is being made": "backupcore_libvirt.premade.image:_write call",
+    "a scratch file is made": "backupcore_libvirt.premade.image:make_empty return",
+    "before the socket is removed": "backupcore_libvirt.place.job_socket:remove_sockets call",
+    "the socket is removed": "backupcore_libvirt.place.job_socket:remove_sockets return",
+}
+"""Those of a backup job beside STEPS."""
+
 SUSPEND = {
     "the freeze is noted": "backupcore_libvirt.freeze_record:write return",
     "before the guest stands still": "backupcore_libvirt.connection:Domain.suspend call",
@@ -95,15 +103,20 @@ _SNAPSHOT = {
         if "Domain." not in step and name not in ("the job has ended", "block status")
     },
 }
-SNAPSHOT = {"a merge has begun": "backupcore_libvirt.connection:Domain.begin_commit return", **_SNAPSHOT}
+SNAPSHOT = {
+    "an overlay is made": "backupcore_libvirt.premade.image:make_overlay return",
+    "a merge has begun": "backupcore_libvirt.connection:Domain.begin_commit return",
+    **_SNAPSHOT,
+}
 """Those of INCREMENT_MODE=SNAPSHOT, of a VM that runs."""
 SNAPSHOT_OFF = {"an overlay is dropped": "backupcore_libvirt.overlay.merge:Merger._discard return", **_SNAPSHOT}
 """The same of one that is off."""
 
 QUICK = ("between connect and GO", "reading", "in the record")
+QUICK_JOB = ("a scratch file is made", "before the socket is removed")
 QUICK_SUSPEND = ("the instant, at rest",)
 QUICK_OFF = ("one disk is tracked",)
-QUICK_SNAPSHOT = ("the instant of the overlays", "a merge has begun")
+QUICK_SNAPSHOT = ("an overlay is made", "the instant of the overlays", "a merge has begun")
 """One step of each kind of thing that can be left behind, for `make test`."""
 
 
@@ -201,7 +214,7 @@ def matrix(host: Host, steps: Mapping[str, str], cases: Sequence[Case]) -> None:
 
 
 def test_killed_at_named_steps(host: Host):
-    matrix(host, STEPS, pairs(QUICK))
+    matrix(host, {**STEPS, **JOB}, pairs([*QUICK, *QUICK_JOB]))
 
 
 def test_killed_while_the_guest_is_suspended(host: Host):
@@ -247,7 +260,7 @@ def test_killed_at_every_step_of_snapshot_mode_with_the_vm_off(host: Host):
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
 def test_killed_at_every_step(host: Host):
-    matrix(host, STEPS, every(STEPS))
+    matrix(host, {**STEPS, **JOB}, every([*STEPS, *JOB]))
 
 
 @pytest.mark.soak

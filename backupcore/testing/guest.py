@@ -254,6 +254,7 @@ class MemoryHypervisor:
         """Never asked for, see above."""
         raise NotImplementedError
 
-    def check(self) -> Sequence[Finding]:
+    def check(self, *, try_vm: bool = True) -> Sequence[Finding]:
         """All is well."""
+        del try_vm
         return [Finding(subject="memory", ok=True, detail="there")]

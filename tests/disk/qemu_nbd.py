@@ -46,6 +46,11 @@ class QemuNbd:
         self._command += [f"--bitmap={name}" for name in bitmaps]
         self._command += [str(image), "--image-opts"] if form is None else ["-f", form, str(image)]
 
+    @property
+    def pid(self) -> int:
+        """The process of the server."""
+        return self._process.pid
+
     def __enter__(self) -> Self:
         ready = Path(self._folder.name, "pid")
         log = Path(self._folder.name, "log")

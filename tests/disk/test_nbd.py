@@ -10,6 +10,7 @@ import random
 import socket
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -380,8 +381,20 @@ def test_a_server_whose_backlog_is_full(tmp_path):
         Path(path).unlink()
 
 
+def test_a_server_that_is_not_the_process_that_it_has_to_be(tmp_path):
+    image = tmp_path / "disk.raw"
+    image.write_bytes(bytes(SIZE))
+    with QemuNbd(image, "raw") as server:
+        with Client(replace(server.address, peer=server.pid)) as client:
+            assert client.read(0, SIZE) == bytes(SIZE)
+        before = descriptors()
+        with pytest.raises(NbdError, match=f"is served by process {server.pid}, not by {os.getpid()}"):
+            Client(replace(server.address, peer=os.getpid()))
+        assert descriptors() == before
+
+
 def test_values_and_errors_can_be_sent_to_another_process():
-    assert pickle.loads(pickle.dumps(Address("/s", "vda"))) == Address("/s", "vda")
+    assert pickle.loads(pickle.dumps(Address("/s", "vda", 7))) == Address("/s", "vda", 7)
     error = pickle.loads(pickle.dumps(RequestFailed("message", "hint", errno.EIO)))
     assert (str(error), error.hint, error.errno, error.connection_lost) == ("message", "hint", errno.EIO, False)
 

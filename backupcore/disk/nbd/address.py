@@ -13,10 +13,14 @@ __all__ = ["Address"]
 
 @dataclass(frozen=True)
 class Address:
-    """An export: the path of a unix socket, and a name ("" is the server's default export)."""
+    """An export: the path of a unix socket, and a name ("" is the server's default export).
+
+    `peer` is the process that has to be the server, where others could put a socket of theirs in its place.
+    """
 
     socket: str
     export: str = ""
+    peer: int | None = None
 
     def __str__(self) -> str:
         return f"NBD export {self.export!r} on {self.socket}"

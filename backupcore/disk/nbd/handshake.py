@@ -44,6 +44,7 @@ _INFO_EXPORT, _INFO_BLOCK_SIZE = 0, 3
 _OPTION = struct.Struct(">QII")
 _OPTION_REPLY = struct.Struct(">QIII")
 
+_CREDENTIALS = struct.Struct("iII")  # struct ucred: process, user, group
 _MAX_REQUEST = 32 << 20  # what the protocol allows where the server names no maximum; QEMU's too
 MAX_TEXT = 65536  # of option replies and error messages: names are at most 4096 bytes
 _MAX_SOCKET_PATH = 107  # sun_path of sockaddr_un, less its NUL
@@ -83,6 +84,7 @@ def connect(address: Address, timeout: float) -> socket.socket:
                     raise
                 time.sleep(0.02)
             else:
+                _expect_peer(connection, address)
                 return connection
     except BaseException as error:
         connection.close()
@@ -92,6 +94,19 @@ def connect(address: Address, timeout: float) -> socket.socket:
                 "Check that the disk is being served there and that this user may open the socket.",
             ) from error
         raise
+
+
+def _expect_peer(connection: socket.socket, address: Address) -> None:
+    """NbdError unless the server is the process that it has to be: the kernel says who listens there (unix(7))."""
+    if address.peer is None:
+        return
+    peer, _, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    if peer != address.peer:
+        raise NbdError(
+            f"{address} is served by process {peer or 'of another namespace'}, not by {address.peer}, whose disk it "
+            "should be; nothing was read",
+            "Another program has put its socket in the place of QEMU's: find out which, with 'ps -fp' and 'ss -xlp'.",
+        )
 
 
 class Handshake:

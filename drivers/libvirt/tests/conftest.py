@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import ascii_lowercase
+from xml.etree import ElementTree
 
 import libvirt
 import libvirt_qemu
@@ -33,6 +35,7 @@ from backupcore_libvirt.plugin import Libvirt
 from lab import graft, kernel
 from lab.domain_xml import DiskSpec, Firmware, domain_xml
 from lab.loop import loop_device
+from lab.poller import Poller
 from lab.private_libvirtd import PrivateLibvirtd
 from lab.vm import VM
 from lab.vm import same as same_bytes
@@ -136,6 +139,11 @@ class SmallVM(VM):
     def job(self) -> int:
         return self.domain.jobInfo()[0]
 
+    def job_socket(self) -> Path:
+        """Where the running backup job listens."""
+        server = ElementTree.fromstring(self.domain.backupGetXMLDesc()).find("server")
+        return Path(server.get("socket"))
+
     def kill(self) -> None:
         """kill -9 of this VM's QEMU, and wait until libvirt knows."""
         run = (
@@ -174,7 +182,7 @@ class Lab:
         `firmware` as in `lab.vm.VM.create`.
         """
         specs = []
-        for letter, spec in zip("abcdef", disks, strict=False):
+        for letter, spec in zip(ascii_lowercase, disks, strict=False):
             shape, _, size = spec.partition(":")
             specs.append(
                 DiskSpec(
@@ -197,6 +205,24 @@ class Lab:
         """Remove every VM."""
         for vm in self.made:
             vm.remove()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _asked_meanwhile(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With LAB_POLLER=1 all VMs of these tests are asked of without a pause, from the first test to the last."""
+    if os.environ.get("LAB_POLLER") != "1":
+        yield
+        return
+    with Poller(request.getfixturevalue("libvirt_uri"), request.getfixturevalue("vm_prefix")):
+        yield
+
+
+@pytest.fixture
+def poller(libvirt_uri: str, vm_prefix: str) -> Iterator[None]:
+    """Others ask libvirt of this test's VMs, as fast as they can."""
+    with Poller(libvirt_uri, vm_prefix) as asking:
+        yield
+    assert min(asking.asked.values()) > 0, asking.asked
 
 
 @pytest.fixture(scope="session")

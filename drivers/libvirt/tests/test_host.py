@@ -12,6 +12,7 @@ import pytest
 import backupcore_libvirt
 from backupcore.errors import ConfigError, NotFound
 from backupcore.model import VM
+from backupcore_libvirt.connection import Domain
 from backupcore_libvirt.plugin import Libvirt
 
 MiB = 1 << 20
@@ -32,6 +33,18 @@ def test_vms_and_find(lab, small, hypervisor):
     with pytest.raises(NotFound, match="no VM") as missing:
         hypervisor.find(small.name[:-1])
     assert small.name in missing.value.hint
+
+
+def test_a_listing_asks_no_running_qemu_for_its_block_nodes(lab, small, hypervisor, monkeypatch):
+    vm = lab.vm(["raw:8", "qcow2v2:8"])
+    for disk in ("vda", "vdb"):
+        vm.domain.blockResize(disk, 9 * MiB + 512, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+    with monkeypatch.context() as patched:
+        patched.delattr(Domain, "block_sizes")
+        patched.delattr(Domain, "query")
+        seen = [hypervisor.find(found.name).disks for found in (vm, small)]
+    assert [disk.virtual_size for disk in seen[0]] == [9 * MiB + 512] * 2
+    assert [disk.virtual_size for disk in seen[1]] == [16 * MiB, 8 * MiB]
 
 
 def test_settings_of_running_and_stopped_vms_last(lab, small, hypervisor):

@@ -75,7 +75,7 @@ def test_a_run_that_was_killed_is_cleared_away_by_the_next_one(small, runs, othe
     with pytest.raises(Busy, match="another backup of this VM is running"), runs.take(runs.run(small)):
         pass
     assert small.job() != 0, "the living run was left alone"
-    assert connected(runs.hypervisor.scratch / dead.id / "nbd.sock") == 1
+    assert connected(small.job_socket()) == 1
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert small.job() != 0
@@ -154,9 +154,9 @@ def test_postbackup_where_prebackup_never_ran(lab, small, runs):
 def test_the_job_is_not_aborted_while_somebody_is_connected(small, runs, monkeypatch, wait_for):
     monkeypatch.setattr(backup_job, "CLIENTS_LIMIT", 0.2)
     run = runs.run(small)
-    path = runs.hypervisor.scratch / run.id / "nbd.sock"
     with runs.context(run) as ctx:
         runs.hypervisor.prebackup(run, ctx)
+        path = small.job_socket()
         wait_for(lambda: connected(path) == 0, "prebackup leaves no connection open")
         with socket.socket(socket.AF_UNIX) as half_open:
             half_open.connect(str(path))

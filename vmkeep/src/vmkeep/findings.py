@@ -23,8 +23,11 @@ class Answer:
     error: BackupError | None = None
 
 
-def check(path: Path | None) -> Iterator[Answer]:
-    """Look at the configuration, the state folder, the hypervisor and every datastore; each answer as it is found."""
+def check(path: Path | None, *, try_vm: bool = True) -> Iterator[Answer]:
+    """Look at the configuration, the state folder, the hypervisor and every datastore; each answer as it is found.
+
+    With `try_vm` the hypervisor tries a backup on a VM that it makes for it.
+    """
     try:
         found = config.load(path)
     except BackupError as error:
@@ -33,7 +36,7 @@ def check(path: Path | None) -> Iterator[Answer]:
     yield _ok("configuration", str(found.path))
     place = Workplace(found)
     yield _tried("state", lambda: _state(place))
-    yield from _hypervisor(place)
+    yield from _hypervisor(place, try_vm=try_vm)
     if not found.datastores:
         yield _failed(
             "datastores", ConfigError("none is configured", f"Add a [datastores.NAME] table to {found.path}.")
@@ -70,10 +73,10 @@ def _state(place: Workplace) -> str:
     return str(place.state)
 
 
-def _hypervisor(place: Workplace) -> Iterator[Answer]:
+def _hypervisor(place: Workplace, *, try_vm: bool) -> Iterator[Answer]:
     try:
         place.site_plugins  # noqa: B018 - loading them is the check
-        found = place.hypervisor.check()
+        found = place.hypervisor.check(try_vm=try_vm)
     except BackupError as error:
         yield _failed("hypervisor", error)
         return

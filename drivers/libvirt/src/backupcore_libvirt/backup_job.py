@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from xml.etree.ElementTree import Element, SubElement, tostring
 
@@ -12,9 +13,10 @@ from backupcore_libvirt.clients import wait_until_alone
 from backupcore_libvirt.connection import BACKUP, IO_ERROR, NO_JOB, PAUSED, Domain
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.libvirt_errors import code_of
+from backupcore_libvirt.place.job_socket import remove_sockets
 from backupcore_libvirt.xml import parse
 
-__all__ = ["backup_xml", "bitmap_name", "end", "left_behind", "running_socket"]
+__all__ = ["Job", "backup_xml", "bitmap_name", "end", "left_behind", "running"]
 
 BEGIN_LIMIT = 10.0
 ORPHANS_LIMIT = 3.0
@@ -28,30 +30,42 @@ def bitmap_name(disk: str) -> str:
     return f"backup-{disk}"
 
 
-def backup_xml(disks: Sequence[str], folder: RunFolder, since: Mapping[str, str]) -> str:
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A running backup job: its socket ("" where it has none), and its scratch files."""
+
+    socket: str
+    files: tuple[str, ...]
+
+
+def backup_xml(disks: Sequence[str], folder: RunFolder, socket: Path, since: Mapping[str, str]) -> str:
     """The ``<domainbackup>`` of a run: these disks and no other, those in `since` since that checkpoint."""
     root = Element("domainbackup", mode="pull")
-    SubElement(root, "server", transport="unix", socket=str(folder.socket))
+    SubElement(root, "server", transport="unix", socket=str(socket))
     listed = SubElement(root, "disks")
     for disk in disks:
         parent = since.get(disk)
         mode = {"backupmode": "incremental", "incremental": parent} if parent else {"backupmode": "full"}
         names = {"exportname": disk} | ({"exportbitmap": bitmap_name(disk)} if parent else {})
         element = SubElement(listed, "disk", {"name": disk, "backup": "yes", "type": "file"} | mode | names)
-        # libvirt makes up no scratch file for raw and block disks, and one beside the image for others.
+        # libvirt makes up no scratch file for raw and block disks, and one beside the image for others. The format is
+        # said, since these are there already.
+        SubElement(element, "driver", type="qcow2")
         SubElement(element, "scratch", file=str(folder.disk(disk)))
     return tostring(root, encoding="unicode")
 
 
-def running_socket(domain: Domain) -> str | None:
-    """The socket of the running backup job, None if no backup job is running."""
+def running(domain: Domain) -> Job | None:
+    """The running backup job, None if there is none."""
     try:
-        server = parse(domain.backup_xml()).find("server")
+        found = parse(domain.backup_xml())
     except BackupError as error:
         if code_of(error) == NO_JOB:
             return None
         raise
-    return server.get("socket", "") if server is not None else ""
+    server = found.find("server")
+    files = [scratch.get("file", "") for scratch in found.iterfind("./disks/disk/scratch")]
+    return Job(server.get("socket", "") if server is not None else "", tuple(files))
 
 
 def left_behind(domain: Domain, scratch: Path) -> RunFolder | None:
@@ -62,24 +76,24 @@ def left_behind(domain: Domain, scratch: Path) -> RunFolder | None:
     if not domain.is_active() or not _job_type(domain):
         return None
     operation = domain.job_operation()
-    socket = running_socket(domain) if operation in (0, BACKUP) else None
-    folder = RunFolder.of_socket(scratch, socket) if socket else None
-    if folder is None:
+    job = running(domain) if operation in (0, BACKUP) else None
+    folder = RunFolder.of_job(scratch, job.socket, job.files) if job else None
+    if job is None or folder is None:
         what = _OPERATIONS[operation] if operation < len(_OPERATIONS) and operation else "unknown"
-        holder = f", its socket is {socket}" if socket else ""
+        holder = f", its socket is {job.socket}" if job and job.socket else ""
         raise Busy(
             f"VM {domain.name}: another job is running (operation: {what}{holder})",
             "Wait until it has ended ('virsh domjobinfo' shows it), then run it again.",
         )
     busy = Busy(
-        f"VM {domain.name}: another backup of this VM is running (its socket is {folder.socket})",
+        f"VM {domain.name}: another backup of this VM is running (its socket is {job.socket})",
         "Wait until it has ended, then run it again.",
     )
     if folder.is_in_use():
         raise busy
     try:
         # The children of a run that was killed end a moment later, and QEMU notices that later still.
-        wait_until_alone(folder.socket, ORPHANS_LIMIT)
+        wait_until_alone(Path(job.socket), ORPHANS_LIMIT)
     except HypervisorError as error:
         raise busy from error
     return folder
@@ -119,8 +133,11 @@ def end(domain: Domain, folder: RunFolder) -> list[str]:
     started = folder.path.exists()
     if domain.is_active():
         _job_type(domain)  # a job that is just beginning has no socket yet: wait for it
-    if running_socket(domain) == str(folder.socket):
-        wait_until_alone(folder.socket, CLIENTS_LIMIT)
+    job = running(domain)
+    found = RunFolder.of_job(folder.scratch, job.socket, job.files) if job else None
+    if job is not None and found is not None and found.run == folder.run:
+        wait_until_alone(Path(job.socket), CLIENTS_LIMIT)
+        folder.remove_scratch()
         domain.abort_job()
         _wait_for_end(domain)
         did.append("ended a backup job")
@@ -128,6 +145,8 @@ def end(domain: Domain, folder: RunFolder) -> list[str]:
         # QEMU stopped it when a scratch file could not grow; without the job the stopped write is done again.
         domain.resume()
         did.append("let the guest go on, which QEMU had stopped after an I/O error")
+    if started and domain.is_active():
+        remove_sockets(domain, folder)
     return did
 
 

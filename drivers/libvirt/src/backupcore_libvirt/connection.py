@@ -95,6 +95,12 @@ class Connection:
         with calling("define the VM"):
             return Domain(self._conn.defineXMLFlags(xml, libvirt.VIR_DOMAIN_DEFINE_VALIDATE))
 
+    def start_paused(self, xml: str) -> Domain:
+        """Start a VM that is not defined, with its processors stopped. It ends with this connection at the latest."""
+        flags = libvirt.VIR_DOMAIN_START_PAUSED | libvirt.VIR_DOMAIN_START_AUTODESTROY
+        with calling("start a VM"):
+            return Domain(self._conn.createXML(xml, flags | libvirt.VIR_DOMAIN_START_VALIDATE))
+
     def pools(self) -> list[str]:
         """The names of all storage pools, active or not."""
         with calling("list the storage pools"):
@@ -225,9 +231,9 @@ class Domain:
             return str(self._domain.backupGetXMLDesc(0))
 
     def begin_backup(self, backup: str, checkpoint: str | None) -> None:
-        """Start the job and, in the same instant, the checkpoint."""
+        """Start the job, with the scratch files that are there already, and, in the same instant, the checkpoint."""
         with self._calling("begin the backup"):
-            self._domain.backupBegin(backup, checkpoint, 0)
+            self._domain.backupBegin(backup, checkpoint, libvirt.VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL)
 
     def abort_job(self) -> None:
         """Ask the job to end. Only with no NBD client connected: an abort beside a half-open one hangs the guest."""
@@ -243,6 +249,11 @@ class Domain:
         """Stop the guest's processors."""
         with self._calling("suspend"):
             self._domain.suspend()
+
+    def destroy(self) -> None:
+        """End it at once, as by its plug."""
+        with self._calling("destroy"):
+            self._domain.destroy()
 
     def agent(self, command: str, limit: int) -> Any:
         """What the guest's agent answers to a command within `limit` seconds (and up to 5 before it reads it).
@@ -300,13 +311,19 @@ class Domain:
         with self._calling(f"give up the block job of disk {disk}"):
             self._domain.blockJobAbort(disk, 0)
 
-    def snapshot(self, xml: str) -> None:
-        """Put a new file on disks, all at one instant or none; libvirt keeps no record of it."""
+    def snapshot(self, xml: str, *, reuse: bool = False) -> None:
+        """Put a new file on disks, all at one instant or none; libvirt keeps no record of it.
+
+        With `reuse` the files are there already; libvirt believes that they are empty, of the right size, and on the
+        right file.
+        """
         flags = (
             libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
             | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
             | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
         )
+        if reuse:
+            flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT
         with self._calling("put overlays on the disks"):
             self._domain.snapshotCreateXML(xml, flags)
 

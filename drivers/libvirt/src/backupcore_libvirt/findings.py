@@ -11,25 +11,36 @@ from backupcore.hypervisor import Finding
 from backupcore_libvirt.connection import Connection
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.owner import confinement, default_owner
+from backupcore_libvirt.place.confinement import described
 from backupcore_libvirt.scratch import Owner, check_scratch, require_room, scratch_room
+from backupcore_libvirt.trial import trial
 from backupcore_libvirt.versions import LIBVIRT, QEMU, text
 
 __all__ = ["findings"]
 
 
-def findings(uri: str, scratch: Path) -> Sequence[Finding]:
-    """One finding per thing that a backup needs; the first that fails does not hide the others."""
+def findings(uri: str, scratch: Path, *, try_vm: bool) -> Sequence[Finding]:
+    """One finding per thing that a backup needs; the first that fails does not hide the others.
+
+    With `try_vm`, and if there is nothing wrong so far, a backup of a VM made for it is tried.
+    """
     try:
         with Connection(uri) as connection:
             libvirt = connection.libvirt_version()
-            return [
+            owner = default_owner(connection)
+            found = [
                 _version("libvirt", libvirt, LIBVIRT, f" at {uri}"),
                 _qemu(connection),
                 _programs(),
-                *_folders(connection, scratch),
+                Finding(subject="QEMU's user", ok=True, detail=str(owner)),
+                _scratch(scratch, owner),
+                *_confinement(connection),
             ]
+        if try_vm and all(finding.ok for finding in found):
+            found.append(trial(uri, scratch, owner))
     except BackupError as error:
         return [Finding(subject="libvirt", ok=False, detail=error.message, hint=error.hint)]
+    return found
 
 
 def _version(subject: str, found: tuple[int, int, int], needed: tuple[int, int, int], where: str = "") -> Finding:
@@ -57,19 +68,12 @@ def _programs() -> Finding:
     )
 
 
-def _folders(connection: Connection, scratch: Path) -> list[Finding]:
-    owner = default_owner(connection)
-    found = [Finding(subject="QEMU's user", ok=True, detail=str(owner)), _scratch(scratch, owner)]
-    if models := confinement(connection):
-        found.append(
-            Finding(
-                subject="confinement",
-                ok=True,
-                detail=f"libvirt confines VMs with {', '.join(models)}; this was not tested with it",
-                hint=f"If a backup fails with 'Permission denied', allow QEMU the folder {scratch} there.",
-            )
-        )
-    return found
+def _confinement(connection: Connection) -> list[Finding]:
+    models = confinement(connection)
+    if not models:
+        return []
+    known = "" if "apparmor" in models else "; that backups work with it was read in its rules, not tried by us"
+    return [Finding(subject="confinement", ok=True, detail=f"VMs are confined by {described(models)}{known}")]
 
 
 def _scratch(scratch: Path, owner: Owner) -> Finding:

@@ -1,8 +1,9 @@
-"""The run's folder below the scratch folder: QEMU puts its socket and scratch files there, and nobody else gets in.
+"""The run's folder below the scratch folder: it holds QEMU's scratch files, and nobody else gets in.
 
-``SCRATCH/RUN/`` holds ``nbd.sock``, one ``DISK.scratch`` per disk, and ``lock``, which the process of the run keeps
-locked; for a VM that is off one ``nbd.DISK.sock`` per disk instead. It is 0700 and belongs to the user that QEMU runs
-as; the folders above only have to let that user pass (0711).
+``SCRATCH/RUN/`` holds one ``DISK.scratch`` per disk, and ``lock``, which the process of the run keeps locked;
+``nbd.sock`` where the job's socket cannot lie in the VM's own folder (`backupcore_libvirt.place`), and for a VM that is
+off one ``nbd.DISK.sock`` per disk. It is 0700 and belongs to the user that QEMU runs as; the folders above only have to
+let that user pass (0711).
 """
 
 from __future__ import annotations
@@ -11,18 +12,22 @@ import fcntl
 import os
 import re
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from backupcore.errors import AccessDenied, HypervisorError, from_os_error
 from backupcore_libvirt.scratch import Owner
 
-__all__ = ["RunFolder", "dead_folders", "living_vms"]
+__all__ = ["SOCKET_PATH_LIMIT", "RunFolder", "dead_folders", "living_vms"]
 
-_KNOWN = re.compile(r"nbd\.sock|lock|[A-Za-z0-9_.-]+\.scratch|nbd\.[A-Za-z0-9_.-]+\.sock")
+_KNOWN = re.compile(r"nbd\.sock|lock|trial\.raw|[A-Za-z0-9_.-]+\.scratch|nbd\.[A-Za-z0-9_.-]+\.sock")
 _RUN = re.compile(r"[0-9a-f]{32}")
-_SOCKET_PATH_LIMIT = 107  # bytes in sockaddr_un.sun_path, less the NUL
+_VM = re.compile(r"[0-9a-f-]{36}")
+_CAREFULLY = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_LOCK_LIMIT = 64  # bytes; a UUID has 36
+SOCKET_PATH_LIMIT = 107
+"""Bytes in sockaddr_un.sun_path, less the NUL."""
 
 
 class RunFolder:
@@ -35,22 +40,33 @@ class RunFolder:
         self.scratch = scratch
         self.path = scratch / run
         self.socket = self.path / "nbd.sock"
+        self.socket_name = f"backupcore-{run}"
+        """What the job's socket is called in a folder that is not ours alone."""
 
     @classmethod
-    def of_socket(cls, scratch: Path, socket: str) -> RunFolder | None:
-        """The folder whose socket this is; None if it is not one of ours."""
-        path = Path(socket)
-        if path.name != "nbd.sock" or path.parent.parent != scratch or not _RUN.fullmatch(path.parent.name):
+    def of_job(cls, scratch: Path, socket: str, files: Collection[str]) -> RunFolder | None:
+        """The folder of the run that this backup job is of, by its socket and its scratch files; None if it is not one
+        of ours.
+
+        The name of a socket in the VM's folder does not tell whose it is: another configuration on this host has its
+        own scratch folder, and its living run must never be taken for a dead one.
+        """
+        folders = {Path(file).parent for file in files}
+        if len(folders) != 1:
             return None
-        return cls(scratch, path.parent.name)
+        path = folders.pop()
+        if path.parent != scratch or not _RUN.fullmatch(path.name):
+            return None
+        found = cls(scratch, path.name)
+        return found if socket == str(found.socket) or Path(socket).name == found.socket_name else None
 
     def check_length(self) -> None:
         """HypervisorError if the socket's path is too long for a unix socket."""
         socket = self.socket_of("vdzz")
         length = len(os.fsencode(socket))
-        if length > _SOCKET_PATH_LIMIT:
+        if length > SOCKET_PATH_LIMIT:
             raise HypervisorError(
-                f"the path of a socket would have {length} bytes, {_SOCKET_PATH_LIMIT} is the limit: {socket}",
+                f"the path of a socket would have {length} bytes, {SOCKET_PATH_LIMIT} is the limit: {socket}",
                 "Set 'scratch' in the configuration to a folder with a shorter path.",
             )
 
@@ -104,7 +120,7 @@ class RunFolder:
     def is_in_use(self) -> bool:
         """Whether the process of that run still lives: its lock is released when it ends, however it ends."""
         try:
-            lock = os.open(self.path / "lock", os.O_RDWR | os.O_NOFOLLOW)
+            lock = os.open(self.path / "lock", os.O_RDWR | _CAREFULLY)
         except OSError:
             return False
         try:
@@ -121,6 +137,19 @@ class RunFolder:
             return []
         with _changing(self.scratch):
             return self._remove()
+
+    def remove_scratch(self) -> None:
+        """Remove the scratch files of a job that is about to end; QEMU has them open and goes on until then.
+
+        As each disk's part ends, libvirt takes all scratch files out of the VM's AppArmor profile, and QEMU opens those
+        of the other disks once more, to read: harmless, but denied and logged where the files are still there. Without
+        REUSE_EXTERNAL libvirt itself removes them (9.0, tried).
+        """
+        with suppress(OSError), _opened(self.path) as folder:  # nothing here may hinder the release
+            for name in os.listdir(folder):  # noqa: PTH208 - by descriptor, so that no path is followed twice
+                mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
+                if name.endswith(".scratch") and _KNOWN.fullmatch(name) and stat.S_ISREG(mode):
+                    os.unlink(name, dir_fd=folder)
 
     def _remove(self) -> list[str]:
         try:
@@ -169,13 +198,37 @@ def _folders(scratch: Path) -> list[tuple[RunFolder, str, bool]]:
                 continue
             folder = RunFolder(scratch, path.name)
             try:
-                of = (path / "lock").read_text(errors="replace")
+                of = _vm_of(path / "lock")
             except FileNotFoundError:
                 of = ""
             except OSError:
                 continue  # not ours to read
             found.append((folder, of, folder.is_in_use()))
     return found
+
+
+def _vm_of(lock: Path) -> str:
+    """The UUID that a lock names, "" if it is none.
+
+    The folder is QEMU's user's, which may put anything there: a link, or a pipe that nobody ever writes to.
+    """
+    handle = os.open(lock, os.O_RDONLY | _CAREFULLY)
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            return ""
+        of = os.read(handle, _LOCK_LIMIT).decode(errors="replace")
+    finally:
+        os.close(handle)
+    return of if _VM.fullmatch(of) else ""
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
 
 
 @contextmanager

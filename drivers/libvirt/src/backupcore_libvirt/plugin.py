@@ -269,9 +269,11 @@ class Libvirt:
         """Make a restored qcow2 file like the one that it replaces."""
         fit(written, old)
 
-    def check(self) -> Sequence[Finding]:
-        """Is everything here that backups need: the daemon, versions, the scratch folder, QEMU's user?"""
-        return findings(self.uri, self.scratch)
+    def check(self, *, try_vm: bool = True) -> Sequence[Finding]:
+        """Is everything here that backups need: the daemon, versions, the scratch folder, QEMU's user, and, with
+        `try_vm`, does a backup of a VM made for it work?
+        """
+        return findings(self.uri, self.scratch, try_vm=try_vm)
 
 
 def _release(connection: Connection, run: BackupRun, outcome: Outcome, folder: RunFolder, ctx: Context) -> None:

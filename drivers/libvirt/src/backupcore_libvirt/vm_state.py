@@ -9,7 +9,8 @@ from backupcore.errors import BackupError
 from backupcore.hypervisor import VMDisk, VMState
 from backupcore.model import VM
 from backupcore_libvirt.connection import OFF, PAUSED, RUNNING, Domain
-from backupcore_libvirt.disks import BY_RULE, DiskChoice, source_disks
+from backupcore_libvirt.disks import BY_RULE, DiskChoice, SourceDisk, source_disks
+from backupcore_libvirt.image_size import by_header
 from backupcore_libvirt.overlay.stack import is_overlay
 from backupcore_libvirt.qemu_nbd import is_served
 from backupcore_libvirt.settings import read as read_settings
@@ -37,7 +38,7 @@ def state_of(domain: Domain, backed_up: Collection[str], choice: DiskChoice = BY
             id=disk.id,
             path=disk.path,
             format=disk.format,
-            virtual_size=_virtual_size(domain, disk.id) if not disk.left_out else None,
+            virtual_size=_virtual_size(domain, disk, live=number not in OFF) if not disk.left_out else None,
             left_out=disk.left_out,
         )
         for disk in source_disks(domain.live_xml(), choice)
@@ -48,8 +49,13 @@ def state_of(domain: Domain, backed_up: Collection[str], choice: DiskChoice = BY
     return VMState(vm=VM(uuid=domain.uuid, name=domain.name), state=state, disks=disks, being_read=being_read)
 
 
-def _virtual_size(domain: Domain, disk: str) -> int | None:
+def _virtual_size(domain: Domain, disk: SourceDisk, *, live: bool) -> int | None:
+    # libvirt asks the QEMU of a running VM for all of its block nodes, which kills QEMU 7.2 in the moment in which
+    # another program's backup or snapshot begins. A listing must not.
+    size = by_header(disk.path, disk.format) if live and not disk.encrypted else None
+    if size is not None:
+        return size
     try:
-        return domain.block_sizes(disk)[0]
+        return domain.block_sizes(disk.id)[0]
     except BackupError:
         return None  # its file is missing or cannot be read by libvirt: the VM is listed all the same

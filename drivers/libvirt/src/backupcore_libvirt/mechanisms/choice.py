@@ -19,6 +19,7 @@ from backupcore_libvirt.mechanisms.off_nbd import OffNbd
 from backupcore_libvirt.mechanisms.overlays import Overlays
 from backupcore_libvirt.overlay import run as overlay_run
 from backupcore_libvirt.overlay.plan import plan, without_bitmaps
+from backupcore_libvirt.place.job_socket import job_socket
 
 __all__ = ["choose", "forget", "prepare", "settle"]
 
@@ -40,8 +41,9 @@ def choose(connection: Connection, domain: Domain, run: BackupRun, scratch: Path
     found = look(connection, domain, without_bitmaps(run), scratch)
     if overlays := plan(domain, run, found.disks):
         return Overlays(domain, run, folder, ctx, replace(found, since=overlays.since), overlays)
-    way = LiveJob if found.live else OffNbd
-    return way(connection, domain, run, folder, ctx, found)
+    if found.live:
+        return LiveJob(connection, domain, run, folder, ctx, found, job_socket(domain, folder))
+    return OffNbd(connection, domain, run, folder, ctx, found)
 
 
 def settle(

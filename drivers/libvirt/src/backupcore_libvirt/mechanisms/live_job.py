@@ -9,7 +9,7 @@ from typing import Self
 
 from backupcore.context import Context
 from backupcore.disk.nbd import Address
-from backupcore.errors import BackupError, HypervisorError, IncrementImpossible
+from backupcore.errors import BackupError, IncrementImpossible
 from backupcore.model import BackupRun, DiskEstimate
 from backupcore_libvirt.backup_job import backup_xml, bitmap_name
 from backupcore_libvirt.checkpoint import checkpoint_xml, make_known
@@ -17,6 +17,10 @@ from backupcore_libvirt.connection import CHECKPOINT_INCONSISTENT, NO_CHECKPOINT
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.libvirt_errors import code_of
 from backupcore_libvirt.look import Look
+from backupcore_libvirt.owner import confinement
+from backupcore_libvirt.place.job_socket import JobSocket
+from backupcore_libvirt.place.refusal import refused
+from backupcore_libvirt.premade.image import make_empty
 from backupcore_libvirt.reading.export import Export
 from backupcore_libvirt.reading.taken import estimate_of
 from backupcore_libvirt.scratch_watch import ScratchWatch
@@ -34,6 +38,7 @@ class LiveJob:
     folder: RunFolder
     ctx: Context
     look: Look
+    socket: JobSocket
 
     def narrowed(self, disks: Collection[str]) -> Self:
         """The same for these disks alone."""
@@ -44,13 +49,15 @@ class LiveJob:
         return tuple(estimate_of(self.domain, disk, self.look) for disk in self.look.disks)
 
     def ready(self) -> None:
-        """Have libvirt know the checkpoint that an increment builds on."""
+        """Have libvirt know the checkpoint that an increment builds on, and make the scratch files."""
         if self.look.since:
             make_known(self.domain, self.look.since, self.look.all_disks)
+        for disk in self.look.disks:
+            make_empty(self.folder.disk(disk.id), self.look.nodes[disk.id].virtual_size, self.look.owner)
 
     def begin(self) -> datetime:
         """Begin the job and the checkpoint, in one call."""
-        job = backup_xml([disk.id for disk in self.look.disks], self.folder, self.look.bitmaps)
+        job = backup_xml([disk.id for disk in self.look.disks], self.folder, self.socket.path, self.look.bitmaps)
         points = checkpoint_xml(self.run.point, self.look.all_disks, self.look.tracked)
         date = datetime.now(UTC)
         try:
@@ -65,26 +72,14 @@ class LiveJob:
         bitmaps = self.look.bitmaps
         return {
             disk.id: Export(
-                Address(str(self.folder.socket), disk.id), bitmap_name(disk.id) if disk.id in bitmaps else None
+                Address(str(self.socket.path), disk.id, self.socket.peer),
+                bitmap_name(disk.id) if disk.id in bitmaps else None,
             )
             for disk in self.look.disks
         }
 
     def _refused(self, error: BackupError) -> BackupError:
-        folder = self.folder
         if self.run.parent is not None and code_of(error) in (CHECKPOINT_INCONSISTENT, NO_CHECKPOINT):
             # libvirt says so before it starts anything.
             return IncrementImpossible(error.message)
-        if "permission denied" in error.message.lower():
-            return HypervisorError(
-                f"{error.message} (QEMU could not use {folder.path})",
-                "Is QEMU confined by AppArmor or SELinux? The scratch folder must be allowed there too.",
-            )
-        if "No such file or directory" in error.message and str(folder.path) in error.message:
-            # QEMU lives in a mount namespace of its own, made when the VM started.
-            return HypervisorError(
-                f"{error.message} (the folder exists, but QEMU does not see it)",
-                f"If a file system was mounted at {folder.scratch} after the VM had started, restart the VM, or set "
-                "'scratch' in the configuration to another folder.",
-            )
-        return error
+        return refused(error, self.folder, self.socket.path, confinement(self.connection))

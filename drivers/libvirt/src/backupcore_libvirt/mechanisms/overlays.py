@@ -40,15 +40,22 @@ class Overlays:
         return self.plan.estimate()
 
     def ready(self) -> None:
-        """Remove what would hinder overlays: the checkpoints of changed block tracking."""
+        """Remove what would hinder overlays, the checkpoints of changed block tracking, and make those of a live VM."""
         overlay_run.clear(self.domain, live=self.look.live)
+        if self.look.live:
+            overlay_run.make(self.run, self.plan, self._sizes)
 
     def begin(self) -> datetime:
         """Put a new overlay on all disks."""
-        return overlay_run.begin(self.domain, self.run, self.plan, self.look.all_disks)
+        sizes = self._sizes if self.look.live else None
+        return overlay_run.begin(self.domain, self.run, self.plan, self.look.all_disks, sizes)
 
     def serve(self) -> Mapping[str, Export]:
         """Serve the files below the new overlays."""
         return overlay_run.serve(
             self.domain, self.run, self.plan, live=self.look.live, folder=self.folder, ctx=self.ctx
         )
+
+    @property
+    def _sizes(self) -> Mapping[str, int]:
+        return {disk.id: self.look.nodes[disk.id].virtual_size for disk in self.look.disks}

@@ -18,8 +18,10 @@ from backupcore.disk.nbd import DEPTH, Client, held
 from backupcore.errors import BackupError, Busy, HypervisorError, NotFound, UnsupportedOperation
 from backupcore_libvirt import image_tail, qemu_img
 from backupcore_libvirt.connection import ACTIVE_COMMIT, COMMIT, NOT_READY, Connection, Domain
+from backupcore_libvirt.image_lock import keep_closed
 from backupcore_libvirt.libvirt_errors import code_of
-from backupcore_libvirt.overlay.stack import Stack, is_overlay, overlays_beside, stacks
+from backupcore_libvirt.overlay.stack import Stack, is_overlay, opened, overlays_beside, stacks
+from backupcore_libvirt.premade.image import is_untouched
 from backupcore_libvirt.qemu_nbd import QemuNbd
 from backupcore_libvirt.xml import Element, parse
 
@@ -189,13 +191,14 @@ class Merger:
             qemu_img.shrink(below, shape, size)  # the guest has seen it smaller since, and no less
 
     def sweep(self, stack: Stack) -> None:
-        """Remove overlays of this disk that no VM uses and that hold nothing: a merge was cut off before its last step.
+        """Remove overlays of this disk that no VM uses and that hold nothing: a merge was cut off before its last step,
+        or a run before it put them on the disks.
 
         Any other that lies about may be all that is left of something, and stays.
         """
         used = {overlay.path for overlay in stack.overlays}
         for path in overlays_beside(stack.base, stack.disk):
-            if path in used or qemu_img.is_open_elsewhere(path):
+            if path in used or self._discard_untouched(stack, Path(path)) or qemu_img.is_open_elsewhere(path):
                 continue
             guard = QemuNbd(self.folder / GUARD, path, "qcow2", depth=True)
             with guard, Client(guard.address, [DEPTH]) as client:
@@ -203,6 +206,28 @@ class Merger:
             if not holds:
                 self._refuse_used(stack, path)
                 self._discard(path)
+
+    def _discard_untouched(self, stack: Stack, path: Path) -> bool:
+        """Remove an overlay that was made and never used; whether it was one.
+
+        QEMU's programs cannot look at it: they would open the file below as well, which the VM may have in use.
+        """
+        if not is_untouched(path):
+            return False
+        if self.domain.is_active() and str(path) in opened(self.domain):
+            return False
+        try:
+            with keep_closed([path]):
+                self._refuse_used(stack, str(path))
+                if any(str(path) in _named(text, whole=True) for text in self._definitions()):
+                    return False
+                path.unlink()
+        except Busy:
+            return False
+        return True
+
+    def _definitions(self) -> tuple[str, str]:
+        return self.domain.live_xml(), self.domain.inactive_xml()
 
     def _refuse_used(self, stack: Stack, path: str) -> None:
         """HypervisorError if another VM uses the file, or if the next start of this one would, and it runs now."""
@@ -223,8 +248,7 @@ class Merger:
 
     def _discard(self, path: str) -> None:
         """Remove an overlay that holds nothing any more and that nothing uses."""
-        texts = [self.domain.live_xml(), self.domain.inactive_xml()]
-        if not is_overlay(path) or any(path in _named(text, whole=True) for text in texts):
+        if not is_overlay(path) or any(path in _named(text, whole=True) for text in self._definitions()):
             raise HypervisorError(f"{path} stays: VM {self.domain.name} still uses it")
         if qemu_img.is_open_elsewhere(path):
             raise Busy(f"{path} stays: a process still has it open", "It holds nothing any more: remove it by hand.")

@@ -23,16 +23,17 @@ from backupcore.errors import BackupError, Busy, Cancelled, HypervisorError, Inc
 from backupcore.model import BackupRun, Outcome, RunState
 from backupcore_libvirt import checkpoint
 from backupcore_libvirt.connection import Connection, Domain
-from backupcore_libvirt.disks import source_disks
+from backupcore_libvirt.disks import nodes, source_disks
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.overlay.merge import Merger, set_source
 from backupcore_libvirt.overlay.plan import Plan, wanted
 from backupcore_libvirt.overlay.stack import Stack, any_overlay, overlay_path, overlays_beside, stacks
+from backupcore_libvirt.premade.image import make_overlay
 from backupcore_libvirt.qemu_nbd import QemuNbd
 from backupcore_libvirt.reading.export import Export
 from backupcore_libvirt.scratch import Owner
 
-__all__ = ["begin", "clear", "forget", "prepare", "serve", "settle"]
+__all__ = ["begin", "clear", "forget", "make", "prepare", "serve", "settle"]
 
 log = logging.getLogger("backupcore")
 
@@ -139,14 +140,38 @@ def _mend_definition(domain: Domain, ctx: Context) -> None:
             )
 
 
-def begin(domain: Domain, run: BackupRun, plan: Plan, every: Sequence[str]) -> datetime:
+def make(run: BackupRun, plan: Plan, sizes: Mapping[str, int]) -> None:
+    """Make the new overlays of a VM that runs, whose disks have these sizes, before the guest is brought to rest.
+
+    For a VM that is off libvirt makes them. What is not used in the end goes with `settle`, or with the next run.
+    """
+    for part in plan.parts:
+        path = overlay_path(part.stack.base, run.point, part.disk.id)
+        make_overlay(Path(path), sizes[part.disk.id], part.stack.top, part.stack.top_shape)
+
+
+def begin(
+    domain: Domain, run: BackupRun, plan: Plan, every: Sequence[str], sizes: Mapping[str, int] | None
+) -> datetime:
     """The one call that fixes the instant: a new overlay on all disks, or on none. The instant in UTC.
 
-    `every` are the IDs of all disks of the VM, those that are left out among them.
+    `every` are the IDs of all disks of the VM, those that are left out among them; `sizes` are those of the overlays
+    that `make` has made, None for a VM that is off. HypervisorError if a disk has another size by now.
     """
+    if sizes is not None and (resized := _resized(domain, plan, sizes)):
+        raise HypervisorError(f"VM {domain.name}: disk {resized} has just been resized", "Run the backup again.")
     date = datetime.now(UTC)
-    domain.snapshot(_snapshot_xml(every, _new(run, plan)))
+    domain.snapshot(_snapshot_xml(every, _new(run, plan)), reuse=sizes is not None)
     return date
+
+
+def _resized(domain: Domain, plan: Plan, sizes: Mapping[str, int]) -> str:
+    """A disk whose size is not the one that its overlay was made with; "" if there is none.
+
+    Neither libvirt nor QEMU holds them against each other: the guest would see the overlay's size.
+    """
+    now = nodes(domain, [part.disk for part in plan.parts])
+    return next((disk for disk, node in now.items() if node.virtual_size != sizes[disk]), "")
 
 
 def clear(domain: Domain, *, live: bool) -> None:
@@ -234,6 +259,7 @@ def settle(
     and no error: only a further run's overlay above it makes the merge possible.
     """
     if f".backupcore-{run.point}-" not in domain.live_xml():
+        _remove_unused(connection, domain, run, folder)
         return
     found = stacks(domain)
     recorded = outcome.state is RunState.RECORDED
@@ -260,6 +286,24 @@ def settle(
                 errors.append(error)
     if errors:
         raise errors[0]
+
+
+def _remove_unused(connection: Connection, domain: Domain, run: BackupRun, folder: RunFolder) -> None:
+    """Remove the overlays that were made for a run which then put none on any disk."""
+    unused = [
+        disk.id
+        for disk in source_disks(domain.live_xml())
+        if disk.kind == "file"
+        and disk.path.startswith("/")
+        and any(Path(disk.path).parent.glob(f"*.backupcore-{run.point}-{disk.id}.qcow2"))
+    ]
+    if not unused:
+        return
+    with _work(folder, domain):
+        merger = Merger(connection, domain, folder.path, _never)
+        for disk, stack in stacks(domain).items():
+            if disk in unused:
+                merger.sweep(stack)
 
 
 def _newer(found: Collection[Stack], point: str) -> set[str]:

@@ -23,7 +23,17 @@ from backupcore_libvirt.connection import Domain
 from backupcore_libvirt.disks import SourceDisk, source_disks
 from backupcore_libvirt.xml import Element, parse
 
-__all__ = ["Overlay", "Stack", "any_overlay", "is_overlay", "is_regular", "overlay_path", "overlays_beside", "stacks"]
+__all__ = [
+    "Overlay",
+    "Stack",
+    "any_overlay",
+    "is_overlay",
+    "is_regular",
+    "opened",
+    "overlay_path",
+    "overlays_beside",
+    "stacks",
+]
 
 _NAME = re.compile(r"(?P<base>/.+)\.backupcore-(?P<point>[0-9a-f]{32})-(?P<disk>[A-Za-z0-9]+)\.qcow2", re.DOTALL)
 _NAME_LIMIT = 255  # bytes of one component of a path, on every file system that holds images
@@ -117,23 +127,23 @@ def _read(domain: Domain) -> dict[str, Stack]:
         if disk.kind == "file" and disk.path.startswith("/"):
             found[disk.id] = _stack(disk)
     if domain.is_active() and any_overlay(domain):
-        opened = _opened(domain)
+        files = opened(domain)
         for stack in found.values():
-            _hold_against(domain.name, stack, _backing_paths(elements[stack.disk]), opened)
+            _hold_against(domain.name, stack, _backing_paths(elements[stack.disk]), files)
     return found
 
 
-def _opened(domain: Domain) -> set[str]:
-    """The files that QEMU itself has open."""
+def opened(domain: Domain) -> set[str]:
+    """The files that the QEMU of a running VM itself has open."""
     return {str(node["file"]) for node in domain.query("query-named-block-nodes", flat=True)}
 
 
-def _hold_against(vm: str, stack: Stack, listed: Sequence[str], opened: Collection[str]) -> None:
+def _hold_against(vm: str, stack: Stack, listed: Sequence[str], files_open: Collection[str]) -> None:
     files = [stack.base, *(overlay.path for overlay in stack.overlays)]
     below = files[-2::-1]
     # libvirt killed in the middle of a call does not know what QEMU has done.
-    astray = [path for path in overlays_beside(stack.base, stack.disk) if path in opened and path not in files]
-    unopened = [path for path in files if not any(path in name for name in opened)] if stack.overlays else []
+    astray = [path for path in overlays_beside(stack.base, stack.disk) if path in files_open and path not in files]
+    unopened = [path for path in files if not any(path in name for name in files_open)] if stack.overlays else []
     if list(listed[: len(below)]) == below and not astray and not unopened:
         return
     raise HypervisorError(
