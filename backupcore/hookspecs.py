@@ -82,7 +82,8 @@ def backup(artifacts: Sequence[Artifact], run: BackupRun, ctx: Context) -> Store
     Store `run.labels` beside the source, in a form that `sources` can return. Tell ``ctx.progress.done`` now and then
     how many bytes of the artifacts are stored; the core has told their total.
 
-    Raise Cancelled soon after `ctx.cancelled`; leave nothing restorable and no child behind. Errors: TargetUnavailable,
+    Raise Cancelled soon after `ctx.cancelled`; leave nothing restorable and no child behind. Call `ctx.release` before
+    a clean-up that may take long, so that the guest does not wait for it. Errors: TargetUnavailable,
     TargetFull, AccessDenied, or what a read of an artifact raised, unchanged.
     """
 

@@ -1,6 +1,7 @@
 """Remove all that the lab made (standard library only): `make clean-lab`.
 
-Its VMs and their folder, what it fetched, .lab and .venv. System packages stay: others may use them by now.
+Its VMs and their folder, what it fetched or built (roots and disks of hosts as well), .lab and .venv. System packages
+stay: others may use them by now.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ def main() -> None:
         _run("fusermount3", "-u", "-z", line.removeprefix("mount "))
     for made in (folder, LAB, ROOT / ".venv"):
         if made is not None and made.exists():
-            shutil.rmtree(made)
+            try:
+                shutil.rmtree(made)
+            except PermissionError as error:  # roots of other releases are made by root
+                raise SystemExit(f"{error.filename} is not yours to remove: sudo make clean-lab") from None
             sys.stderr.write(f"removed {made}\n")
 
 

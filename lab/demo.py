@@ -20,7 +20,7 @@ from typing import Any
 
 from lab import kernel, libvirtd
 from lab.domain_xml import DiskSpec
-from lab.places import LAB
+from lab.places import LAB, ROOT
 from lab.truth import FOLDER
 from lab.vm import VM, same
 
@@ -36,7 +36,9 @@ class Demo:
     def __init__(self, uri: str, vm: VM, folder: Path, vm_folder: Path) -> None:
         self.vm = vm
         self.folder = folder
-        self.environment = {**os.environ, FOLDER: str(folder / "truth")}
+        # vmkeep has to find the plugin of the lab, also where this repository is not installed editable.
+        found = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        self.environment = {**os.environ, FOLDER: str(folder / "truth"), "PYTHONPATH": found}
         self.config = folder / "config.toml"
         password = folder / "password"
         password.touch(mode=0o600)

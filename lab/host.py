@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lab import store
+from lab.patience import patient
 from lab.vm import VM, same
 
 RUNNING = 1  # VIR_DOMAIN_RUNNING
@@ -22,7 +23,7 @@ RUNNING = 1  # VIR_DOMAIN_RUNNING
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
     """Wait for a condition, with a limit that a loaded machine keeps as well."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + patient(seconds)
     while not condition():
         if time.monotonic() > end:
             raise TimeoutError(f"waited {seconds:.0f} s in vain for {what}")
@@ -116,7 +117,7 @@ class Host:
 
     def end(self, process: subprocess.Popen[str]) -> Done:
         """Wait for its end."""
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=patient(240))
         for text in (out, err):
             if "Traceback" in text or "not-to-be-seen" in text:
                 raise AssertionError(text)

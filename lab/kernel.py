@@ -7,6 +7,7 @@ what is missing, about 30 MB to fetch the first time.
 from __future__ import annotations
 
 import gzip
+import lzma
 import os
 import re
 import shutil
@@ -37,7 +38,9 @@ def files(*, agent: bool = False) -> Kernel:
             (image,) = (unpacked / "boot").glob("vmlinuz-*")
             _FOLDER.mkdir(exist_ok=True)
             shutil.rmtree(_FOLDER / "modules", ignore_errors=True)
-            shutil.move(unpacked / "lib/modules", _FOLDER / "modules")
+            # Debian has moved /lib below /usr (13: in its packages as well).
+            modules = next(path for path in (unpacked / "usr/lib/modules", unpacked / "lib/modules") if path.exists())
+            shutil.move(modules, _FOLDER / "modules")
             shutil.move(image, kernel)
             shutil.rmtree(unpacked)  # 100 MB, of which 10 are used
         initramfs = _FOLDER / ("initramfs-agent.gz" if agent else "initramfs.gz")
@@ -68,6 +71,12 @@ def firmware() -> Firmware:
         return Firmware(folder / "OVMF_CODE_4M.fd", folder / "OVMF_VARS_4M.fd")
 
 
+def busybox() -> Path:
+    """The program busybox, which needs no libraries."""
+    with locked("guest"):
+        return _busybox()
+
+
 def make_ext4(image: Path, size: int) -> None:
     """Make a raw image of `size` bytes with an empty ext4 in it; needs no root and no mount."""
     with image.open("wb") as file:
@@ -93,6 +102,13 @@ def fetched(package: str) -> Path:
     _output("dpkg-deb", "-x", archive.name, ".", folder=folder)
     archive.unlink()
     return folder
+
+
+def _busybox() -> Path:
+    package = LAB / "packages/busybox-static"
+    if not package.exists():
+        fetched("busybox-static")
+    return next(path for path in (package / "usr/bin/busybox", package / "bin/busybox") if path.exists())
 
 
 def _versioned_name(meta_package: str) -> str:
@@ -136,9 +152,7 @@ def _agent() -> list[tuple[str, int, bytes]]:
 
 
 def _write_initramfs(target: Path, init: Path, more: list[tuple[str, int, bytes]]) -> None:
-    busybox = LAB / "packages/busybox-static/bin/busybox"
-    if not busybox.exists():
-        fetched("busybox-static")
+    busybox = _busybox()
     entries: list[tuple[str, int, bytes]] = [
         (folder, stat.S_IFDIR | 0o755, b"") for folder in ("bin", "dev", "proc", "sys", "tmp", "disk", "modules")
     ]
@@ -146,8 +160,8 @@ def _write_initramfs(target: Path, init: Path, more: list[tuple[str, int, bytes]
     entries.append(("bin/busybox", stat.S_IFREG | 0o755, busybox.read_bytes()))
     entries += more
     modules = _in_loading_order(_MODULES)
-    entries += [(f"modules/{file.name}", stat.S_IFREG | 0o644, file.read_bytes()) for file in modules]
-    entries.append(("modules/order", stat.S_IFREG | 0o644, "".join(f"{file.name}\n" for file in modules).encode()))
+    entries += [(f"modules/{_name(file)}.ko", stat.S_IFREG | 0o644, _content(file)) for file in modules]
+    entries.append(("modules/order", stat.S_IFREG | 0o644, "".join(f"{_name(file)}.ko\n" for file in modules).encode()))
     fresh = target.with_suffix(".new")
     with gzip.open(fresh, "wb", compresslevel=6) as archive:
         for part in _cpio(entries):
@@ -157,14 +171,14 @@ def _write_initramfs(target: Path, init: Path, more: list[tuple[str, int, bytes]
 
 def _in_loading_order(names: tuple[str, ...]) -> list[Path]:
     """The files of these modules, each after those that it needs (insmod, unlike modprobe, does not look)."""
-    files = {module.stem: module for module in (_FOLDER / "modules").rglob("*.ko")}
+    files = {_name(module): module for module in (_FOLDER / "modules").rglob("*.ko*")}
     order: list[Path] = []
 
     def add(name: str) -> None:
         file = files.get(name)
         if file is None or file in order:
             return
-        needed = re.search(rb"\0depends=([^\0]*)\0", file.read_bytes())  # of the section .modinfo
+        needed = re.search(rb"\0depends=([^\0]*)\0", _content(file))  # of the section .modinfo
         for other in needed[1].decode().split(",") if needed else ():
             add(other)
         order.append(file)
@@ -172,6 +186,15 @@ def _in_loading_order(names: tuple[str, ...]) -> list[Path]:
     for name in names:
         add(name)
     return order
+
+
+def _name(module: Path) -> str:
+    return module.name.partition(".ko")[0]
+
+
+def _content(module: Path) -> bytes:
+    """A module as insmod takes it: Debian 13 packs them, and busybox does not unpack."""
+    return lzma.decompress(module.read_bytes()) if module.suffix == ".xz" else module.read_bytes()
 
 
 def _cpio(entries: list[tuple[str, int, bytes]]) -> Iterator[bytes]:

@@ -22,6 +22,7 @@ import libvirt
 
 from lab import kvm
 from lab.keeper import PR_SET_CHILD_SUBREAPER, hide_kvm
+from lab.patience import patient
 from lab.places import LAB, ROOT
 
 _LIMIT = 60.0
@@ -56,7 +57,7 @@ class PrivateLibvirtd:
         self._hold.touch()
         pid = int((self._folder / "libvirtd.pid").read_text())
         os.kill(pid, signal.SIGKILL)
-        deadline = time.monotonic() + _LIMIT
+        deadline = time.monotonic() + patient(_LIMIT)
         while Path(f"/proc/{pid}").exists():
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -67,7 +68,7 @@ class PrivateLibvirtd:
         self._wait_until_it_answers()
 
     def _wait_until_it_answers(self) -> None:
-        deadline = time.monotonic() + _LIMIT
+        deadline = time.monotonic() + patient(_LIMIT)
         while True:
             try:
                 libvirt.open(self.uri).close()

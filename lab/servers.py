@@ -23,6 +23,8 @@ from lab.kernel import fetched
 from lab.places import LAB, locked
 
 _PATIENCE = 30.0
+_SESSION = "usr/lib/openssh/sshd-session"
+_AUTH = "usr/lib/openssh/sshd-auth"
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,10 @@ class Sshd:
 @contextmanager
 def sshd(folder: Path) -> Iterator[Sshd]:
     """An sshd with keys in `folder`, for the time of the block; sftp included."""
-    root = _unpacked()
-    (library,) = {path.parent for path in (LAB / "packages/libwrap0").rglob("libwrap.so.0")}
+    root = fetch()
+    libraries = {
+        path.parent for name in ("libwrap0", "libwtmpdb0") for path in (LAB / "packages" / name).rglob("*.so.*")
+    }
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
     (folder / "authorized_keys").write_bytes((folder / "user.pub").read_bytes())
@@ -61,14 +65,14 @@ def sshd(folder: Path) -> Iterator[Sshd]:
     (folder / "sshd_config").write_text(
         f"ListenAddress 127.0.0.1\nPort {port}\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized_keys\n"
         "StrictModes no\nUsePAM no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\nPidFile none\n"
-        "PermitRootLogin prohibit-password\nSubsystem sftp internal-sftp\nMaxStartups 100\n"
+        "PermitRootLogin prohibit-password\nSubsystem sftp internal-sftp\nMaxStartups 100\n" + _programs(root)
     )
     key = (folder / "host.pub").read_text().split()
     (folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {key[0]} {key[1]}\n")
     command = [str(root / "usr/sbin/sshd"), "-D", "-e", "-f", str(folder / "sshd_config")]
     if os.geteuid() == 0:
         command = _with_its_own_user(command, folder)
-    environment = os.environ | {"LD_LIBRARY_PATH": str(library)}
+    environment = os.environ | {"LD_LIBRARY_PATH": ":".join(sorted(map(str, libraries)))}
     with (
         (folder / "log").open("wb") as log,
         _running(command, log, port, environment) as process,
@@ -76,12 +80,27 @@ def sshd(folder: Path) -> Iterator[Sshd]:
         yield Sshd(port, getpass.getuser(), folder / "user", folder / "known_hosts", process)
 
 
-def _unpacked() -> Path:
+def fetch() -> Path:
+    """Unpack sshd and the libraries that nothing else of the host needs, where that is still to do; sshd's root."""
     with locked("sshd"):
-        for package in ("libwrap0", "openssh-server"):
+        folder = LAB / "packages/openssh-server"
+        if not (folder / "usr").exists():
+            fetched("openssh-server")
+        libraries = ["libwrap0"]
+        if (folder / _SESSION).exists():  # OpenSSH of Debian 13 writes wtmp by a library of its own
+            libraries.append("libwtmpdb0")
+        for package in libraries:
             if not (LAB / "packages" / package / "usr").exists():
                 fetched(package)
-    return LAB / "packages/openssh-server"
+    return folder
+
+
+def _programs(root: Path) -> str:
+    """What newer OpenSSH must be told: where its further programs lie (9.8, 10.0), and not to punish failed logins."""
+    if not (root / _SESSION).exists():
+        return ""
+    told = f"SshdSessionPath {root / _SESSION}\nPerSourcePenalties no\n"
+    return told + (f"SshdAuthPath {root / _AUTH}\n" if (root / _AUTH).exists() else "")
 
 
 def _with_its_own_user(command: Sequence[str], folder: Path) -> list[str]:

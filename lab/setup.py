@@ -2,6 +2,7 @@
 
     python3 lab/setup.py        what every make target runs first; well under a second when nothing is missing
     python3 lab/setup.py bench  with the packages that only `make bench` needs
+    python3 lab/setup.py hosts  with those of `make test-hosts`
 
 Missing system packages are named before anything is installed: on a terminal you are asked, YES=1 answers yes, CI=true
 never asks, and without any of these the command to run is printed and the exit code is 1. Nothing else of the host is
@@ -54,6 +55,11 @@ BENCH_PACKAGES = (
     "libnbd-bin",  # nbdcopy
     "virtnbdbackup",
 )
+# For `make test-hosts` alone: what builds and boots the other hosts.
+HOST_PACKAGES = (
+    "git",
+    "mmdebstrap",
+)
 # Debian splits these from its python3; other builds of Python bring them along.
 DEBIAN_PYTHON_PACKAGES = ("python3-dev", "python3-venv")
 
@@ -64,7 +70,12 @@ def say(text: str) -> None:
 
 def missing_packages() -> list[str]:
     """The system packages that dpkg does not report as installed."""
-    wanted = [*SYSTEM_PACKAGES, *(BENCH_PACKAGES if "bench" in sys.argv[1:] else ())]
+    asked = sys.argv[1:]
+    wanted = [
+        *SYSTEM_PACKAGES,
+        *(BENCH_PACKAGES if "bench" in asked else ()),
+        *(HOST_PACKAGES if "hosts" in asked else ()),
+    ]
     if Path(sys.executable).resolve().parent == Path("/usr/bin"):
         wanted += DEBIAN_PYTHON_PACKAGES
     query = subprocess.run(

@@ -26,6 +26,7 @@ import libvirt_qemu
 
 from lab import kvm, libvirtd
 from lab.domain_xml import DiskSpec, Firmware, Kernel, domain_xml
+from lab.patience import patient
 
 _DONE = re.compile(r"^(?:wrote|read|discard) (\d+)/(\d+) bytes at offset \d+$", re.MULTILINE)
 _IO_SECONDS = 30
@@ -174,7 +175,7 @@ class VM:
     def suspended(self) -> Iterator[None]:
         """Let the VM stand still. QEMU flushes its disks when it stops, so the files hold what the guest sees."""
         # QEMU 7.2 crashes where it is stopped in the moment in which a commit ends.
-        deadline = time.monotonic() + _JOB_SECONDS
+        deadline = time.monotonic() + patient(_JOB_SECONDS)
         while any(self._commits(target) for target in self.targets()) and time.monotonic() < deadline:
             time.sleep(0.02)
         self.domain.suspend()
@@ -210,7 +211,7 @@ class VM:
 
         Raises TimeoutError, with the last lines of the console, after `seconds` or when the VM has ended.
         """
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + patient(seconds)
         while (match := re.search(pattern, self.console())) is None:
             if time.monotonic() > deadline or not self.active:
                 last = "\n".join(self.console().splitlines()[-15:])
@@ -240,7 +241,7 @@ class VM:
 
         The monitor itself answers nothing, whether a command succeeded, failed or does not exist (QEMU 7.2).
         """
-        deadline = time.monotonic() + _IO_SECONDS
+        deadline = time.monotonic() + patient(_IO_SECONDS)
         text = ""
         # Of a success there are two lines; the second must not be taken for the beginning of the next answer.
         while not text.endswith("\n") or ("bytes at offset" in text and "ops" not in text):

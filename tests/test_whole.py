@@ -23,6 +23,7 @@ import libvirt
 import pytest
 
 from lab.domain_xml import DiskSpec
+from lab.patience import patient
 from lab.vm import VM, same
 
 MIB = 1 << 20
@@ -30,7 +31,7 @@ VMKEEP = [sys.executable, "-m", "vmkeep"]
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
+    end = time.monotonic() + patient(seconds)
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
@@ -73,7 +74,7 @@ class Host:
 
     def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         process = self.start(*arguments, **environment)
-        out, err = process.communicate(timeout=100)
+        out, err = process.communicate(timeout=patient(100))
         assert "Traceback" not in out + err
         assert "not-to-be-seen" not in out + err
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
@@ -266,7 +267,7 @@ def test_ctrl_c_and_sigterm_stop_a_backup_cleanly(host: Host, number: signal.Sig
     process = host.start("backup", host.vm.name)
     wait_until(reading(host))
     process.send_signal(number)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=patient(30))
     assert process.returncode == 130, err
     assert "Traceback" not in err
     host.assert_released()
@@ -290,7 +291,7 @@ def test_a_second_backup_of_the_same_vm_at_once_is_refused(host: Host):
     assert error["class"] == "Busy"
     assert str(process.pid) in error["message"]
     process.terminate()
-    process.communicate(timeout=30)
+    process.communicate(timeout=patient(30))
     host.assert_released()
 
 
@@ -326,7 +327,7 @@ def test_a_vm_switched_off_in_the_middle_fails_the_backup_and_keeps_the_chain(ho
     process = host.start("--json", "backup", host.vm.name)
     wait_until(reading(host))
     host.vm.destroy()
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=patient(60))
     assert process.returncode == 11, err
     assert not out
     assert "Traceback" not in err
@@ -352,7 +353,7 @@ def test_a_vm_that_is_off_can_start_once_its_backup_has_ended_in_any_way(host: H
     with pytest.raises(libvirt.libvirtError, match="lock"):
         host.vm.start()
     process.send_signal(number)
-    process.communicate(timeout=30)
+    process.communicate(timeout=patient(30))
     host.configure()
 
     def starts() -> bool:

@@ -35,6 +35,7 @@ from backupcore_libvirt.plugin import Libvirt
 from lab import graft, kernel
 from lab.domain_xml import DiskSpec, Firmware, domain_xml
 from lab.loop import loop_device
+from lab.patience import patient
 from lab.poller import Poller
 from lab.private_libvirtd import PrivateLibvirtd
 from lab.vm import VM
@@ -53,7 +54,7 @@ def qemu_img(*arguments: object) -> str:
 
 def wait_for(condition: Callable[[], object], what: str, limit: float = 10.0) -> None:
     """Wait until the condition holds; a failure after `limit` seconds."""
-    deadline = time.monotonic() + limit
+    deadline = time.monotonic() + patient(limit)
     while not condition():
         assert time.monotonic() < deadline, f"not within {limit} s: {what}"
         time.sleep(0.01)

@@ -35,14 +35,18 @@ def test_the_state_of_a_tpm_is_kept_and_can_be_given_to_another_vm(needs_root, l
         found = target.read_bytes()  # of nearly the same length: its keys have a byte more or less
         return sum(a != b for a, b in zip(found, kept, strict=False)) + abs(len(found) - len(kept))
 
-    assert differing() > 100, "its own seeds"
+    own = differing()
+    assert own > 100, "its own seeds"
     other.destroy()
     file = lab.folder / "restored-tpm"
     file.write_bytes(kept)
     subprocess.run(["install", "-D", "-m", "600", file, target], check=True)  # as the output of a restore says
     other.start()
     with runs.take(runs.run(other)):
-        assert differing() < 20, "the emulator took it, and counts its own starts in it"
+        # libtpms of Debian 13 writes more of its own than a count: 69 bytes differed there, some 10 on Debian 12.
+        assert differing() < own // 10, (
+            f"the emulator took it ({own} bytes would differ), and counts its own starts in it"
+        )
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from backupcore.errors import (
 )
 from backupcore.model import BackupRun, BytesArtifact, SourceRef
 from backupcore_restic import Restic
+from backupcore_restic import driver as restic_driver
 
 Options = Callable[..., Restic]
 Kept = tuple[SourceRef, list[BytesArtifact]]
@@ -105,11 +106,22 @@ def test_no_repository_is_created_among_other_files(
 
 
 def test_a_server_that_is_away(options: Options, ctx: Context, make_run: Runs) -> None:
-    driver = options("rest:http://me:geh@eim@127.0.0.1:1/", timeout=20)
-    with pytest.raises(TargetUnavailable, match="refused") as caught:
-        driver.prebackup(make_run(), ctx)
-    for text in (str(caught.value), caught.value.hint, repr(driver)):
-        assert "eim" not in text
+    driver = options("rest:http://me:geh@eim@127.0.0.1:1/", timeout=6)  # restic 0.18 tries for 15 minutes
+    for call in (lambda: driver.prebackup(make_run(), ctx), lambda: driver.check(ctx)):
+        with pytest.raises(TargetUnavailable, match="refused") as caught:
+            call()
+        for text in (str(caught.value), caught.value.hint, repr(driver)):
+            assert "eim" not in text
+
+
+def test_a_check_does_not_take_longer_than_a_person_waits(
+    options: Options, pristine: Path, ctx: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restic_driver, "CHECK", 1.0)
+    started = time.monotonic()
+    with pytest.raises(TargetUnavailable, match="no answer in time"):
+        options(pristine, password_command="sleep 61", timeout=60).check(ctx)
+    assert time.monotonic() - started < 20
 
 
 def test_restic_is_not_installed(options: Options, pristine: Path, ctx: Context, tmp_path: Path) -> None:

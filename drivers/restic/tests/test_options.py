@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from backupcore.model import BackupRun, BytesArtifact, SourceRef
 from backupcore.mounts import unmounted
 from backupcore.options import build
 from backupcore_restic import Restic
+from backupcore_restic import repository as repository_module
 from backupcore_restic.place import creatable
 from backupcore_restic.repository import Repository, in_memory
 
@@ -167,11 +169,12 @@ def test_the_newest_restic(
     fake = OtherRestic(
         tmp_path,
         {
-            "list snapshots": "echo 'Fatal: repository does not exist: …' >&2; exit 10",
+            "list snapshots": "[ -e \"$RESTIC_REPOSITORY/config\" ] && exit; echo 'Fatal: …' >&2; exit 10",
             "cat config": "echo 'Fatal: wrong password' >&2; exit 12",
             "forget": "echo 'unable to create lock in backend: repository is already locked' >&2; exit 11",
             "unlock": "exit 0",
-            "init": "exit 0",
+            "init": 'mkdir -p "$RESTIC_REPOSITORY/keys" "$RESTIC_REPOSITORY/data"; cd "$RESTIC_REPOSITORY"; '
+            "touch config keys/1",
             "backup": 'cat ./* > /dev/null; echo \'{"message_type":"summary","total_files_processed":5,'
             f'"total_bytes_processed":{size},"data_added":900,"data_added_packed":700,"snapshot_id":"{snapshot}"}}\'',
             "snapshots": f'echo \'[{{"id":"{snapshot}","tags":["backupcore","point=1"],'
@@ -184,7 +187,7 @@ def test_the_newest_restic(
     )
     driver = options(tmp_path / "repository", binary=str(fake.program))
     driver.prebackup(make_run(), ctx)
-    assert [call.split()[-1] for call in fake.calls] == ["snapshots", "init"]
+    assert [call.split()[-1] for call in fake.calls] == ["snapshots", "init", "snapshots"]
     stored = driver.backup(artifacts, make_run(), ctx)
     assert (stored.source.token, stored.stored) == (snapshot, 700)
     assert [(one.source, one.size, dict(one.labels)) for one in driver.sources(ctx)] == [
@@ -214,9 +217,39 @@ def test_a_summary_that_misses_a_file_fails_the_backup(
             "snapshots": f'echo \'[{{"id":"{snapshot}"}}]\'',
         },
     )
+    released: list[list[str]] = []
+    ctx.on_release(lambda: released.append(fake.calls))
     with pytest.raises(BackupError, match="4 files"):
         options(tmp_path / "repository", binary=str(fake.program)).backup(make_artifacts(1000), make_run(), ctx)
     assert fake.calls[-1] == f"forget {snapshot}"
+    assert [call.split()[0] for [call] in released] == ["backup"], "the guest is let go of before anything is tidied up"
+
+
+def test_a_clean_up_that_hangs_ends_and_says_what_is_left(
+    options: Options,
+    ctx: Context,
+    tmp_path: Path,
+    make_run: Callable[..., BackupRun],
+    make_artifacts: Callable[..., list[BytesArtifact]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fake = OtherRestic(
+        tmp_path,
+        {
+            "backup": "exit 1",
+            "snapshots": f'echo \'[{{"id":"{"cd" * 32}"}}]\'',
+            "forget": "echo 'Remove(<x>) returned error, retrying after 2s: connection refused' >&2; exec sleep 600",
+        },
+    )
+    monkeypatch.setattr(repository_module, "CLEAN_UP", 2.0)
+    run = make_run()
+    started = time.monotonic()
+    with pytest.raises(BackupError, match="exit code 1"):
+        options(tmp_path / "repository", binary=str(fake.program)).backup(make_artifacts(1000), run, ctx)
+    assert time.monotonic() - started < 20
+    assert f"restic snapshots --tag run-{run.id} shows it, restic forget removes it" in caplog.text
+    assert "connection refused" in caplog.text
 
 
 def test_a_repository_is_not_created_where_a_disk_should_be_mounted(tmp_path: Path) -> None:

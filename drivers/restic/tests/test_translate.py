@@ -17,7 +17,7 @@ from backupcore.errors import (
     TargetUnavailable,
     UnsupportedOperation,
 )
-from backupcore_restic.failures import NoRepository, redact, translate
+from backupcore_restic.failures import NoRepository, last_words, redact, translate
 
 QUESTION = "Is there a repository at the following location?\n/srv/backups\n"
 NO_WRITE = "open /srv/backups/locks/6f4b: read-only file system\ngithub.com/restic/restic/internal/backend.Save\n\t"
@@ -110,6 +110,27 @@ LOCKED = "repository is already locked exclusively by PID 11 on nas by root (UID
         ),
         (1, "subprocess ssh: u@nas: Permission denied (publickey).\nFatal: … EOF\n", AccessDenied, "publickey"),
         (1, 'invalid id "0": no matching ID found for prefix "0"\n', SourceNotFound, "no matching ID"),
+        # 0.18, of a snapshot that is gone: a folder, REST, S3
+        (
+            1,
+            json.dumps(
+                {
+                    "message_type": "exit_error",
+                    "code": 1,
+                    "message": "failed to load snapshot 09115484: open /r/09115484: no such file or directory",
+                }
+            ),
+            SourceNotFound,
+            "failed to load snapshot 09115484",
+        ),
+        (
+            1,
+            "Fatal: failed to find snapshot: failed to load snapshot 3eb1: <snapshot/3eb1> does not exist\n",
+            SourceNotFound,
+            "3eb1",
+        ),
+        (1, "Fatal: failed to load snapshot 3eb1: The specified key does not exist.\n", SourceNotFound, "3eb1"),
+        (1, "Fatal: failed to load snapshot 3eb1: connection refused\n", TargetUnavailable, "refused"),
         (1, "Fatal: ciphertext verification failed\n", IntegrityError, "ciphertext"),
         (-9, "", TargetUnavailable, "signal 9"),
         (1, "", TargetUnavailable, "exit code 1"),
@@ -135,6 +156,14 @@ LOCKED = "repository is already locked exclusively by PID 11 on nas by root (UID
             TargetUnavailable,
             "input/output error",
         ),
+        # Whoever has codes is believed by them, and not by words that happen to occur.
+        (3, "Fatal: repository is already locked by PID 11\n", TargetUnavailable, "already locked"),
+        (
+            130,
+            "Fatal: unable to open config file: stat /r/config: no such file or directory\n",
+            TargetUnavailable,
+            "stat",
+        ),
         (99, "Fatal: something that no version says yet\n", TargetUnavailable, "no version says"),
     ],
 )
@@ -144,6 +173,17 @@ def test_translate(code: int, errors: str, kind: type[BackupError], reason: str)
     assert reason in error.message
     assert "\n" not in error.message
     assert not error.message.endswith("/srv/backups")
+
+
+def test_the_cause_of_many_tries_is_told() -> None:
+    errors = (
+        'Stat(<config/>) returned error, retrying after 2.9s: Head "http://me:***@h:1/config": connection refused\n'
+        'Stat(<config/>) returned error, retrying after 5.0s: Head "http://h/config": no route to KEYKEYKEY\n'
+        "signal interrupt received, cleaning up\nFatal: unable to open config file: context canceled\n"
+    )
+    assert last_words(errors, ["KEYKEYKEY"]).endswith('5.0s: Head "http://h/config": no route to ***')
+    assert last_words("Fatal: unable to open config file: context canceled\n") == "it says nothing"
+    assert last_words("subprocess ssh: kex failed\n") == "subprocess ssh: kex failed"
 
 
 def test_no_secret_is_shown() -> None:

@@ -23,8 +23,11 @@ from backupcore.errors import (
     from_os_error,
 )
 from backupcore.model import SourceRef
+from backupcore.options import build
 from backupcore.testing import processes
 from backupcore.testing.given import Failing, Held, Made
+from backupcore_rsync import Rsync
+from backupcore_rsync import driver as rsync_driver
 from drivers.rsync.tests.kinds import SECRET, Kind, new_artifacts, new_run, over_ssh
 from lab.servers import Sshd, free_port, rsync_daemon
 
@@ -52,6 +55,41 @@ def test_a_read_that_fails_fails_the_backup_with_its_own_error(kind: Kind, ctx: 
         HypervisorError, "disk cannot be read", lambda: kind.driver().backup([broken, *new_artifacts()], new_run(), ctx)
     )
     assert kind.everything() == []
+
+
+def test_the_guest_is_let_go_of_before_anything_is_tidied_up(kind: Kind, ctx: Context) -> None:
+    there: list[list[str]] = []
+    ctx.on_release(lambda: there.append(kind.everything()))
+    broken = Failing(Made("disk.vdb.qcow2", 4 << 20), 3 << 20)
+    with pytest.raises(HypervisorError):
+        kind.driver().backup([broken, *new_artifacts()], new_run(), ctx)
+    assert len(there) == 1
+    assert there[0], "what it had stored is still there"
+    assert kind.everything() == []
+
+
+def test_a_clean_up_that_hangs_is_left_to_the_next_run(
+    ssh_server: Sshd,
+    tmp_path: Path,
+    ctx: Context,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    root = tmp_path / "target"
+    root.mkdir()
+    wrapper = tmp_path / "ssh"
+    wrapper.write_text('#!/bin/sh\ncase "$*" in *"rm -f --"*) exec sleep 600;; esac\nexec ssh -F none "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setattr(rsync_driver, "CLEAN_UP", 0.5)
+    run = new_run()
+    broken = Failing(Made("disk.vdb.qcow2", 4 << 20), 3 << 20)
+    hanging = build(Rsync, over_ssh(ssh_server, root) | {"ssh": str(wrapper)})
+    raises(HypervisorError, "disk cannot be read", lambda: hanging.backup([broken, *new_artifacts()], run, ctx))
+    assert "until the next backup of this VM from this host removes it" in caplog.text
+    assert "not done within" in caplog.text
+    assert list(root.glob("*/.*.part"))
+    build(Rsync, over_ssh(ssh_server, root)).prebackup(run, ctx)
+    assert not list(root.glob("*/.*.part"))
 
 
 @SLOW_ELSEWHERE

@@ -10,7 +10,6 @@ import pytest
 
 from backupcore_rsync import host
 from lab import kernel
-from lab.places import LAB
 
 ID = "a" * 32
 VM = "0e9a2a1b-0000-4000-8000-000000000000"
@@ -20,8 +19,7 @@ VM = "0e9a2a1b-0000-4000-8000-000000000000"
 def shell(request: pytest.FixtureRequest) -> list[str]:
     if request.param == "sh":
         return ["sh"]
-    kernel.files()  # which fetches busybox
-    return [str(LAB / "packages/busybox-static/bin/busybox"), "sh"]
+    return [str(kernel.busybox()), "sh"]
 
 
 def run(shell: list[str], script: str, *arguments: str | Path, path: Path | None = None) -> tuple[int, str]:

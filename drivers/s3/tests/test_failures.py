@@ -26,6 +26,7 @@ from backupcore.errors import (
 )
 from backupcore.model import BackupRun, BytesArtifact, SourceRef
 from backupcore_s3 import S3
+from backupcore_s3 import bucket as requests
 from lab.s3_server import SECRET_KEY, SeaweedFS
 
 Options = Callable[..., S3]
@@ -229,6 +230,40 @@ def test_a_giver_that_fails(
     assert nothing_left(client, bucket)
 
 
+def test_the_guest_is_let_go_of_before_anything_is_tidied_up(
+    driver: S3, ctx: Context, make_run: Runs, make_artifacts: Artifacts, client: Any, bucket: str
+) -> None:
+    there: list[bool] = []
+    ctx.on_release(lambda: there.append(not nothing_left(client, bucket)))
+    disk = CallingArtifact("disk.vda.qcow2", 21 * MiB, 11 * MiB, broken)
+    with pytest.raises(HypervisorError):
+        driver.backup([disk, *make_artifacts(1)[1:]], make_run(), ctx)
+    assert there == [True]
+    assert nothing_left(client, bucket)
+
+
+def test_a_clean_up_that_takes_too_long_is_left_to_the_next_run(
+    driver: S3,
+    ctx: Context,
+    make_run: Runs,
+    make_artifacts: Artifacts,
+    client: Any,
+    bucket: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(requests, "CLEAN_UP", 0.0)
+    disk = CallingArtifact("disk.vda.qcow2", 21 * MiB, 11 * MiB, broken)
+    run = make_run()
+    with pytest.raises(HypervisorError):
+        driver.backup([disk, *make_artifacts(1)[1:]], run, ctx)
+    assert f"stays in bucket {bucket}" in caplog.text
+    assert f"{run.vm.uuid}/" in caplog.text
+    assert "the next backup of this VM from this host removes it" in caplog.text
+    assert not nothing_left(client, bucket)
+    assert list(driver.sources(ctx)) == []
+
+
 @pytest.mark.parametrize("at", [0, 11 * MiB, 21 * MiB - 1])
 def test_a_cancel(
     driver: S3, ctx: Context, make_run: Runs, make_artifacts: Artifacts, client: Any, bucket: str, at: int
@@ -265,9 +300,12 @@ def test_a_cancel_while_the_server_hangs(
     thread = threading.Thread(target=work)
     thread.start()
     wait_for(lambda: any("partNumber" in line for line in proxy.seen))
+    released: list[float] = []
+    ctx.on_release(lambda: released.append(time.monotonic()))
     started = time.monotonic()
     ctx.cancel()
     thread.join(60)
+    assert released[0] - started < 3, "the guest does not wait for the server"
     assert not thread.is_alive()
     assert time.monotonic() - started < 55, "the server is given 30 s, and is asked four times"
     assert isinstance(errors[0], Cancelled)

@@ -24,7 +24,7 @@ from backupcore_libvirt import freeze_record
 from backupcore_libvirt.connection import AGENT_UNRESPONSIVE, PAUSED, PAUSED_BY_USER, RUNNING, Domain
 from backupcore_libvirt.folder import RunFolder, dead_folders
 from backupcore_libvirt.freeze_record import FreezeRecord, How
-from backupcore_libvirt.libvirt_errors import code_of
+from backupcore_libvirt.libvirt_errors import code_of, is_away
 from backupcore_libvirt.watchdog import watchdog
 from backupcore_libvirt.xml import parse
 
@@ -34,6 +34,10 @@ ANSWER_LIMIT = 5  # seconds for a question to the agent
 RELEASE_LIMIT = 60.0  # after a freeze that failed; then the watchdog goes on trying
 DEAD_LIMIT = 15.0  # for what another run has left
 AGAIN = 0.2
+NO_ANSWER = {AGENT_UNRESPONSIVE, 112}
+"""libvirt's codes for a command that the agent may have been sent, and may yet carry out. 112 is
+VIR_ERR_AGENT_COMMAND_TIMEOUT of libvirt 11.2 and later, which older bindings have no name for."""
+
 FREEZE, THAW, STATUS = "guest-fsfreeze-freeze", "guest-fsfreeze-thaw", "guest-fsfreeze-status"
 _CONSISTENCY: Mapping[How, Consistency] = {"AGENT": "filesystem", "SUSPEND": "paused"}
 
@@ -108,7 +112,7 @@ def _require_agent(domain: Domain, xml: str, state: Consistency) -> None:
     try:
         status = domain.agent(STATUS, ANSWER_LIMIT)
     except HypervisorError as error:
-        if code_of(error) == AGENT_UNRESPONSIVE:
+        if code_of(error) in NO_ANSWER:
             raise HypervisorError(f"{error.message} (FS_FREEZE=AGENT)", f"Restart it in the guest. {other}") from error
         raise HypervisorError(
             f"{error.message} (FS_FREEZE=AGENT)", f"Does the guest's agent allow guest-fsfreeze-*? {other}"
@@ -179,14 +183,19 @@ def _require_free(domain: Domain) -> None:
 
 
 def _rest(domain: Domain, folder: RunFolder, freeze: Freeze) -> HypervisorError | None:
-    """Bring the guest to rest; why that failed, or None. The record goes where it is sure that we did nothing."""
+    """Bring the guest to rest; why that failed, or None. The record stays only where what we asked may take hold yet.
+
+    An agent that refuses has frozen nothing (QEMU's thaws again what it had). It refuses where somebody else has frozen
+    the guest since it was looked at, which is not ours to thaw, and says so in words that change: "is in frozen state"
+    once, "has been disabled: the command is not allowed" since QEMU 9.1.
+    """
     try:
         if freeze.how == "SUSPEND":
             domain.suspend()
             return None
         count = domain.agent(FREEZE, math.ceil(freeze.limit))
     except BackupError as error:
-        if "in frozen state" in error.message:  # by somebody else, since it was looked at: not ours to thaw
+        if freeze.how == "AGENT" and code_of(error) not in NO_ANSWER and not is_away(error):
             freeze_record.remove(folder)
         return HypervisorError(f"the guest could not be brought to rest: {error.message}", _hint(domain))
     if not count:
@@ -264,7 +273,10 @@ def _is_saved(domain: Domain) -> bool:
 def _goes_on(domain: Domain, record: FreezeRecord) -> bool:
     if record.how == "AGENT":
         # The agent works off one command after the other: this answer comes after a freeze that is under way.
-        return bool(domain.agent(STATUS, ANSWER_LIMIT) == "thawed")
+        status = domain.agent(STATUS, ANSWER_LIMIT)
+        if status not in ("thawed", "frozen"):  # no word that we know: then it is not ours to thaw
+            raise HypervisorError(f"its agent says {status!r:.40}")
+        return bool(status == "thawed")
     if domain.state() != (PAUSED, PAUSED_BY_USER):
         return True
     # Started anew since, and paused: by somebody else.

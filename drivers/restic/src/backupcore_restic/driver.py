@@ -21,6 +21,7 @@ from backupcore.errors import (
     TargetUnavailable,
 )
 from backupcore.model import Artifact, BackupRun, Listed, SourceRef, Stored, Usage
+from backupcore_restic.creation import create, require_whole, settle
 from backupcore_restic.dump import DumpedArtifact
 from backupcore_restic.failures import NoRepository
 from backupcore_restic.mount import Mount
@@ -33,6 +34,9 @@ from backupcore_restic.tags import MARK, extent_tag, from_extent_tag, from_tags,
 __all__ = ["Restic"]
 
 MANIFEST = "manifest.json"
+CHECK = 10.0
+"""Seconds within which a repository must answer a `check`: a person waits for that."""
+
 LINE = 1 << 20  # the longest line of restic's progress that is taken in at once
 
 
@@ -93,22 +97,23 @@ class Restic:
                 raise TargetUnavailable(
                     error.message, "Earlier backups were kept there. Is it mounted? Has it been moved?"
                 ) from error
-            self._create(repository, ctx, error)
-            return
+            self._require_init(error)
+            create(self, ctx)
+            there = repository.ids(ctx, self.timeout)  # of another host's making it may have another password
+        except IntegrityError:
+            if run.builds_on or repository.folder:
+                raise
+            settle(self, ctx)  # while several hosts create it, it looks like this
+            there = repository.ids(ctx, self.timeout)
+        if not there and not repository.folder:
+            ctx.once((Repository, self), lambda: repository.identity(ctx, self.timeout))
         gone = [source.token for source in run.builds_on if source.token not in there]
         if gone:
             raise IncrementImpossible(f"snapshot {gone[0][:8]}, which it builds on, is no longer in {repository.name}")
 
-    def _check_creatable(self, repository: Repository, error: NoRepository) -> None:
+    def _require_init(self, error: NoRepository) -> None:
         if not self.init:
             raise TargetUnavailable(error.message, "Create it with restic init, or set init = true.") from error
-        if repository.folder:
-            creatable(repository.folder)
-
-    def _create(self, repository: Repository, ctx: Context, error: NoRepository) -> None:
-        self._check_creatable(repository, error)
-        ctx.log.info("creating a restic repository in %s", repository.name)
-        repository.ask(["init"], "creating a restic repository in", ctx, limit=self.timeout)
 
     @hookimpl
     def backup(self, artifacts: Sequence[Artifact], run: BackupRun, ctx: Context) -> Stored:
@@ -118,11 +123,23 @@ class Restic:
         tags = [*to_tags(run.labels), run_tag(run.id), extent]
         arguments = ["backup", "--json", "--force", f"--host={run.vm.name}", *(f"--tag={tag}" for tag in tags), "."]
         try:
-            return repository.locking(lambda: self._save(repository, arguments, artifacts, run, ctx), ctx)
+            stored = repository.locking(lambda: self._save(repository, arguments, artifacts, run, ctx), ctx)
+            self._require_same(repository, ctx)
         except BaseException:
+            ctx.release()
             # A snapshot that misses something, or that is complete and that nobody has been told of.
             repository.drop(run_tag(run.id), ctx.log)
             raise
+        return stored
+
+    def _require_same(self, repository: Repository, ctx: Context) -> None:
+        """What was new when this run began, and no folder, is still the same: see `backupcore_restic.creation`."""
+        created = ctx.once((Repository, self), lambda: "")
+        if created and repository.identity(ctx, self.timeout) != created:
+            raise IntegrityError(
+                f"{repository.name} was created again by another host while this backup was being stored in it",
+                "If nothing else is stored there, remove it. Then run the first backup from one host alone.",
+            )
 
     def _save(
         self, repository: Repository, arguments: list[str], artifacts: Sequence[Artifact], run: BackupRun, ctx: Context
@@ -217,9 +234,12 @@ class Restic:
         self._warn(ctx)
         repository = Repository(self)
         try:
-            repository.ask(["--no-lock", "cat", "config"], "opening", ctx, limit=self.timeout)
+            repository.identity(ctx, self._soon)
         except NoRepository as error:
-            self._check_creatable(repository, error)
+            self._require_init(error)
+            if repository.folder:
+                creatable(repository.folder)
+                require_whole(repository.folder, ctx, self._soon)
             ctx.log.warning(
                 "%s holds no repository yet; the first backup creates it. If there were backups: is it mounted?",
                 repository.name,
@@ -256,6 +276,10 @@ class Restic:
         data = [f"--read-data-subset={self.check_data}"] if self.check_data else []
         repository.write(["check", *data], "checking", ctx)
         return True
+
+    @property
+    def _soon(self) -> float:
+        return min(CHECK, self.timeout)
 
     def _warn(self, ctx: Context) -> None:
         for path in (self.password_file, self.environment_file):

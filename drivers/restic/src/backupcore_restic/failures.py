@@ -1,8 +1,9 @@
 """restic's exit codes and stderr as members of the taxonomy: the one place that knows them.
 
 restic 0.17 and later say by exit code that there is no repository (10), that it is locked (11) and that the password is
-wrong (12); older ones exit with 1 for all of these, and only the text tells. Both say the rest by text alone. The texts
-were read off restic 0.14 where it could be made to fail so, and are those of its storage backends elsewhere.
+wrong (12), as ``restic help backup`` tells; older ones exit with 1 for all of these, and only the text tells. Both say
+the rest by text alone. The texts were read off restic 0.14 and 0.18 where these could be made to fail so, and are those
+of their storage backends elsewhere. A text that is not known is TargetUnavailable, which changes nothing anywhere.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from backupcore.errors import (
     UnsupportedOperation,
 )
 
-__all__ = ["NoRepository", "redact", "translate"]
+__all__ = ["NoRepository", "last_words", "redact", "translate"]
 
 
 class NoRepository(TargetUnavailable):
@@ -33,17 +34,30 @@ class NoRepository(TargetUnavailable):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`error` for an exit code of `codes`, or for a line that `text` matches, a regular expression."""
+    """`error` for an exit code of `codes`, or for a line that `text` matches, a regular expression.
+
+    Where there are codes the text counts with exit code 1 only, which is all that restic before 0.17 has.
+    """
 
     error: type[BackupError]
     text: str
     hint: str = ""
     codes: tuple[int, ...] = ()
 
+    def counts(self, code: int) -> bool:
+        """Whether its text says anything beside this exit code."""
+        return not self.codes or code == 1
+
     def matches(self, line: str) -> bool:
         """Whether it is found in the line, in capitals or not."""
         return re.search(self.text, line, re.IGNORECASE) is not None
 
+
+# What 0.18 says of a snapshot that is no longer there: a folder and SFTP; REST, as rclone serves it; S3.
+_GONE = (
+    r"failed to load snapshot \w+: .*"
+    r"(no such file or directory|file does not exist|<snapshot/\w+> does not exist|specified key does not exist)\.?$"
+)
 
 # Compiled when something has failed: at each start it would take 4 ms.
 RULES = (
@@ -111,8 +125,13 @@ RULES = (
         ),
         "See what is damaged: restic check --read-data",
     ),
-    Rule(SourceNotFound, r"no matching id|no snapshot found|not found in snapshot|multiple ids with prefix"),
+    Rule(
+        SourceNotFound,
+        r"no matching id|no snapshot found|not found in snapshot|multiple ids with prefix|" + _GONE,
+    ),
 )
+
+_TRIES_AGAIN = " returned error, retrying after "
 
 # The last line but one of these is a Go stack: 0.14 prints one where it cannot write its lock.
 _NOISE = (
@@ -147,6 +166,17 @@ def _lines(errors: str) -> list[str]:
     return lines
 
 
+def last_words(errors: str, secrets: Iterable[str] = ()) -> str:
+    """What a restic that had to be ended was at: why it tried again and again (for 15 minutes), or its last line.
+
+    What it says after the signal is about the signal.
+    """
+    lines = _lines(errors)
+    tried = [line for line in lines if _TRIES_AGAIN in line]
+    said = tried or [line for line in lines if not line.endswith("context canceled")]
+    return redact(said[-1].removeprefix("Fatal: ")[:500], secrets) if said else "it says nothing"
+
+
 def translate(code: int, errors: str, what: str, secrets: Iterable[str] = ()) -> BackupError:
     """The error for a restic that ended with `code` and wrote `errors`; `what` says what it was to do, and where."""
     # In plain text the question is a line of its own, and the location the one below.
@@ -154,7 +184,8 @@ def translate(code: int, errors: str, what: str, secrets: Iterable[str] = ()) ->
     lines = [line.removeprefix("Fatal: ") for line in said]
     found = next((rule for rule in RULES if code in rule.codes), None)
     if found is None:
-        found = next((rule for rule in RULES for line in lines if rule.matches(line)), None)
+        spoken = [rule for rule in RULES if rule.counts(code)]
+        found = next((rule for rule in spoken for line in lines if rule.matches(line)), None)
     best = (
         *(line for line in lines if found and found.matches(line)),
         *(line for line in lines if line.startswith("subprocess ")),  # restic knows only that its ssh has ended

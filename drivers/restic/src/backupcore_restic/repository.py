@@ -8,7 +8,7 @@ import pwd
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from logging import Logger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,10 +20,11 @@ from backupcore.errors import (
     Busy,
     ConfigError,
     IntegrityError,
+    SourceNotFound,
     TargetUnavailable,
     from_os_error,
 )
-from backupcore_restic.failures import redact, translate
+from backupcore_restic.failures import last_words, redact, translate
 
 if TYPE_CHECKING:
     from backupcore import Context
@@ -51,7 +52,9 @@ MEMORY = 2 << 30
 """Bytes that must be free in memory for restic's packs to go there."""
 
 CLEAN_UP = 60.0
-"""Seconds for what is tidied up after a failure."""
+"""Seconds for all that is tidied up after a failure."""
+
+OPENING = "opening the restic repository"
 
 # A program's own surroundings, and how this host reaches others. Everything else comes from the options: a RESTIC_*
 # variable of the user's shell must not send a backup elsewhere.
@@ -91,8 +94,11 @@ def is_id(token: str) -> bool:
 class Repository:
     """One restic repository, as the driver's options describe it. Holds nothing open; pickles as its options."""
 
-    def __init__(self, options: Restic) -> None:
+    def __init__(self, options: Restic, *, made: Path | None = None, key: str = "") -> None:
+        """`made`: the folder in which it is prepared; its place is its name only. `key`: the one to try first."""
         self._options = options
+        self._made = made
+        self._key = key
 
     @property
     def folder(self) -> Path | None:
@@ -119,7 +125,9 @@ class Repository:
         extra = _read_environment(options.environment_file) if options.environment_file else {}
         result |= extra
         # The working folder is the view's, so paths must be absolute.
-        result["RESTIC_REPOSITORY"] = str(self.folder or options.repository)
+        result["RESTIC_REPOSITORY"] = str(self._made or self.folder or options.repository)
+        if self._key:
+            result["RESTIC_KEY_HINT"] = self._key
         if options.password_file:
             result["RESTIC_PASSWORD_FILE"] = str(options.password_file.expanduser().absolute())
         else:
@@ -173,11 +181,13 @@ class Repository:
 
     def failed(self, child: Child, code: int, what: str) -> BackupError:
         """The error for a child that ended with `code`."""
-        error = translate(code, child.errors, what, self.environment()[1])
+        secrets = self.environment()[1]
         if child.late:
-            # Whatever it says now is about the signal that ended it, or a child of its own.
-            return TooLate(f"{error.message} (given up: no answer in time)", "Is it up, and reachable from here?")
-        return error
+            return TooLate(
+                f"{what}: {last_words(child.errors, secrets)} (given up: no answer in time)",
+                "Is it up, and reachable from here?",
+            )
+        return translate(code, child.errors, what, secrets)
 
     def ask(
         self, arguments: Sequence[str], what: str, ctx: Context | None = None, *, limit: float | None = None
@@ -237,8 +247,22 @@ class Repository:
     def ids(self, ctx: Context, limit: float) -> set[str]:
         """The IDs of all snapshots. Takes a lock, so that a target that takes no writes is noticed."""
         self._require_writable()
-        listed = self.write(["list", "snapshots"], "opening the restic repository", ctx, limit=limit)
+        listed = self.write(["list", "snapshots"], OPENING, ctx, limit=limit)
         return {line for line in listed.decode(errors="replace").split() if is_id(line)}
+
+    def identity(self, ctx: Context, limit: float) -> str:
+        """The repository's ID, from its configuration, for which the password is needed."""
+        found = _json(self.ask(["--no-lock", "cat", "config"], OPENING, ctx, limit=limit), dict)
+        return str(found.get("id", ""))
+
+    def keys(self, ctx: Context, limit: float) -> list[str]:
+        """The IDs of its keys, or their beginnings, as restic shows them."""
+        found = _json(self.ask(["--no-lock", "key", "list", "--json"], OPENING, ctx, limit=limit))
+        return [str(one["id"]) for one in found if isinstance(one, dict) and one.get("id")]
+
+    def remove_key(self, key: str, ctx: Context, limit: float) -> None:
+        """Remove a key."""
+        self.write(["key", "remove", key], "removing a key from", ctx, limit=limit)
 
     def ids_in_folder(self) -> set[str] | None:
         """The same, read from the repository's folder without its password; None if it is no folder of this host.
@@ -264,21 +288,34 @@ class Repository:
     def snapshots(self, tag: str, ctx: Context | None, limit: float | None = None) -> list[dict[str, Any]]:
         """The snapshots with this tag, as restic describes them."""
         arguments = ["--no-lock", "snapshots", "--json", f"--tag={tag}"]
-        listed = _json(self.ask(arguments, "listing the snapshots of", ctx, limit=limit))
+        listed = _json(self._ask_again(arguments, "listing the snapshots of", ctx, limit))
         return [one for one in listed if isinstance(one, dict) and is_id(str(one.get("id")))]
 
     def holding(self, name: str, tag: str, ctx: Context) -> set[str]:
         """The IDs of the snapshots with this tag that have a file of this name at their root."""
         arguments = ["--no-lock", "find", "--json", f"--tag={tag}", name]
         found = set()
-        for hit in _json(self.ask(arguments, "searching the snapshots of", ctx)):
+        for hit in _json(self._ask_again(arguments, "searching the snapshots of", ctx)):
             if any(match.get("path") == f"/{name}" and match.get("type") == "file" for match in hit["matches"]):
                 found.add(str(hit["snapshot"]))
         return found
 
+    def _ask_again(self, arguments: Sequence[str], what: str, ctx: Context | None, limit: float | None = None) -> bytes:
+        """`ask` for what goes through all snapshots. In 0.18 one that is forgotten meanwhile ends it."""
+        for _ in range(2):
+            with suppress(SourceNotFound):
+                return self.ask(arguments, what, ctx, limit=limit)
+        return self.ask(arguments, what, ctx, limit=limit)
+
     def files(self, snapshot: str, ctx: Context) -> dict[str, int] | None:
         """Name -> size of the plain files at a snapshot's root; None if there is no such snapshot."""
-        answer = self.ask(["--no-lock", "ls", "--json", snapshot], f"reading snapshot {snapshot[:8]} of", ctx)
+        try:
+            answer = self.ask(["--no-lock", "ls", "--json", snapshot], f"reading snapshot {snapshot[:8]} of", ctx)
+        except BackupError:
+            # 0.14 says that of one that is gone and ends well; 0.18 fails with its backend's words, which are many.
+            if self.lacks(snapshot, ctx):
+                return None
+            raise
         there, files = False, {}
         for line in answer.splitlines():
             node = _json(line, dict)
@@ -288,6 +325,14 @@ class Repository:
             elif kind == "node" and node.get("type") == "file" and node.get("path") == f"/{node.get('name')}":
                 files[str(node["name"])] = int(node.get("size", 0))  # left out where it is 0
         return files if there else None
+
+    def lacks(self, snapshot: str, ctx: Context | None) -> bool:
+        """Whether the repository answers, and lists no such snapshot."""
+        try:
+            listed = self.ask(["--no-lock", "list", "snapshots"], OPENING, ctx, limit=self._options.timeout)
+        except BackupError:
+            return False
+        return snapshot not in listed.decode(errors="replace").split()
 
     def stored(self, ctx: Context, limit: float) -> int | None:
         """Bytes in the repository that snapshots use; None if restic does not come to a result in time."""
@@ -306,12 +351,30 @@ class Repository:
             self.write(["forget", *wanted[first : first + 1000]], "deleting from", ctx, limit=limit)
 
     def drop(self, tag: str, log: Logger) -> None:
-        """Forget whatever a failed backup has left under its tag. Never raises: the first error counts."""
+        """Forget whatever a failed backup has left under its tag, in `CLEAN_UP` seconds at most.
+
+        Never raises: the first error counts.
+        """
+        end = time.monotonic() + CLEAN_UP
         try:
-            left = self.snapshots(tag, None, CLEAN_UP)
-            self.forget([one["id"] for one in left], None, CLEAN_UP)
+            left = [one["id"] for one in self.snapshots(tag, None, CLEAN_UP)]
+            if left:
+                forget = ["forget", *left]
+                try:
+                    self.ask(forget, "tidying up in", limit=_until(end))
+                except Busy:
+                    self.unlock(None, _until(end))
+                    self.ask(forget, "tidying up in", limit=_until(end))
         except BackupError as error:
-            log.warning("what the failed backup left in the repository could not be looked for: %s", error)
+            log.warning(
+                "a snapshot of the failed backup may be left in %s; nothing lists or restores it unless it is complete."
+                " restic snapshots --tag %s shows it, restic forget removes it: %s",
+                self.name,
+                tag,
+                error,
+            )
+        else:
+            log.info("what the failed backup has stored in %s goes with the next prune (datastore maintain)", self.name)
 
     def full_id(self, short: str, tag: str, ctx: Context) -> str | None:
         """The full ID of the snapshot that restic has just named; 0.14 tells its first 8 digits only."""
@@ -322,6 +385,10 @@ class Repository:
         found = [path.name for path in names] or [one["id"] for one in self.snapshots(tag, ctx)]
         found = [one for one in found if is_id(one) and one.startswith(short)]
         return found[0] if len(found) == 1 else None
+
+
+def _until(end: float) -> float:
+    return max(1.0, end - time.monotonic())
 
 
 def _program(name: str, path: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import stat
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -177,16 +178,27 @@ class Rsync:
         try:
             yield
         except BaseException:
+            ctx.release()
             self._abandon(place, token, run, ctx)
             raise
 
     def _abandon(self, place: Place, token: Token, run: BackupRun, ctx: Context) -> None:
-        """Never raises: the first error counts, and the next run of this VM removes what is left."""
-        try:
-            with Context(ctx.folder, log=ctx.log) as calm:  # the run's own may be cancelled
+        """Within `CLEAN_UP` seconds. Never raises: the first error counts, and the next run removes what is left."""
+        with Context(ctx.folder, log=ctx.log) as calm:  # the run's own may be cancelled
+            late = threading.Timer(CLEAN_UP, calm.fail, [TargetUnavailable(f"not done within {CLEAN_UP:.0f} s")])
+            late.daemon = True
+            late.start()
+            try:
                 place.abandon(token, run, calm)
-        except (BackupError, OSError) as error:
-            ctx.log.warning("what the failed backup left in %s could not be removed yet: %s", place.name, error)
+            except (BackupError, OSError) as error:
+                ctx.log.warning(
+                    "what the failed backup has left stays in %s until the next backup of this VM from this host"
+                    " removes it: %s",
+                    place.name,
+                    error,
+                )
+            finally:
+                late.cancel()
 
     @hookimpl
     def restore(self, source: SourceRef, ctx: Context) -> Sequence[Artifact]:

@@ -111,7 +111,7 @@ class Host:
 
     def abandon(self, token: Token, run: BackupRun, ctx: Context) -> None:
         """Remove the hidden folder, or the published one if only the last step failed."""
-        self._ask(REMOVE, "tidying up", ctx, f"{token.vm}/{part(token, run)}", token.folder, limit=CLEAN_UP)
+        self._ask(REMOVE, "tidying up", ctx, f"{token.vm}/{part(token, run)}", token.folder, limit=SYNC)
 
     def artifact(self, token: Token, name: str, size: int, ctx: Context) -> Artifact:
         """Streamed by a `cat` over there."""
@@ -133,9 +133,6 @@ class Host:
 
 SYNC = 3600.0
 """Seconds for another host to write out what it has taken, or to remove folders."""
-
-CLEAN_UP = 60.0
-"""Seconds for what is tidied up after a failure."""
 
 
 class HostArtifact(Artifact):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ _AGAIN = 5  # times that a response which breaks off is gone on with; botocore r
 _DAMAGED = {"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}
 _SENT = 3  # times that what arrived damaged is sent in all; botocore does not repeat such a request
 _BROKEN = (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError)
+
+CLEAN_UP = 40.0
+"""Seconds after which a failed run leaves the rest of its clean-up to the next one; one request may take 20 more."""
 
 T = TypeVar("T")
 
@@ -68,12 +72,14 @@ class Bucket:
     """
 
     def __init__(self, options: S3, *, hurry: bool = False) -> None:
+        """`hurry`: for what is tidied up after a failure, in `CLEAN_UP` seconds in all."""
         self.options = options
         self.prefix = clean_prefix(options.prefix)
         self.upload_pace = Pace(options.limit_upload << 10)
         self.download_pace = Pace(options.limit_download << 10)
         self.checksums = options.checksum != "none"
         self._hurry = hurry
+        self._end = time.monotonic() + CLEAN_UP if hurry else None
         self._lock = threading.Lock()
         self._client: Any = None
 
@@ -102,6 +108,8 @@ class Bucket:
 
     def call(self, operation: str, what: str, /, **arguments: Any) -> Any:
         """One request. `what` says for messages what it does: "writing disk.vda.qcow2"."""
+        if self._end is not None and time.monotonic() > self._end:
+            raise TargetUnavailable(f"{self.name}: {what}: not done within {CLEAN_UP:.0f} s")
         client = self.client
         known = client.meta.service_model.operation_model(client.meta.method_to_api_mapping[operation]).input_shape
         extra = {key: value for key, value in self.options.extra_args.items() if key in known.members}

@@ -16,11 +16,15 @@ _LOOK = 0.1  # seconds between two looks at whether the run is cancelled
 
 
 class Crew:
-    """`workers` threads at most; `check` raises when the work is to stop. A crew may work several times."""
+    """`workers` threads at most; `check` raises when the work is to stop. A crew may work several times.
 
-    def __init__(self, workers: int, check: Callable[[], None]) -> None:
+    `failed` is called as soon as the work cannot succeed any more, before requests that hang are waited for.
+    """
+
+    def __init__(self, workers: int, check: Callable[[], None], failed: Callable[[], None] = lambda: None) -> None:
         self._workers = workers
         self._check = check
+        self._failed = failed
         self._changed = threading.Condition()  # guards all below
         self._running = 0
         self._error: BaseException | None = None
@@ -57,6 +61,8 @@ class Crew:
                 self._changed.wait(_LOOK)
 
     def _leave(self) -> None:
+        if self._error is not None:
+            self._failed()
         end = time.monotonic() + PATIENCE
         with self._changed:
             while self._running and (left := end - time.monotonic()) > 0:

@@ -118,6 +118,7 @@ class Store:
             writer.keep([artifact for artifact in artifacts if artifact.name.startswith("sums.")])
             writer.publish(next(artifact for artifact in artifacts if artifact.name == MANIFEST))
         except BaseException:
+            ctx.release()
             writer.discard()
             raise
         return Stored(source=writer.place.source, stored=writer.stored)
@@ -250,7 +251,8 @@ class Store:
         try:
             return self.bucket.put(PROBE, b"vmkeep writes and removes this\n", ctx.check, only_new=True)
         except BackupError as error:
-            if code(error) in {"PreconditionFailed", "412"}:
+            # 409: another check writes it at this very moment, as AWS says.
+            if code(error) in {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}:
                 return None
             if not is_unknown_to_server(error):
                 raise

@@ -34,7 +34,7 @@ class Writer:
     def __init__(self, bucket: Bucket, run: BackupRun, ctx: Context) -> None:
         self.bucket = bucket
         self.place = Place.new(run.vm.uuid)
-        self.crew = Crew(bucket.options.concurrency, ctx.check)
+        self.crew = Crew(bucket.options.concurrency, ctx.check, ctx.release)
         self.uploads: list[Upload] = []
         self._run = run
         self._ctx = ctx
@@ -174,8 +174,10 @@ class Writer:
             clear(tidying, self.place, keep_mark=not self.crew.idle)
         except BackupError as error:
             self._ctx.log.warning(
-                "what the failed run has written stays in %s until the next run of this VM: %s",
+                "what the failed run has written stays in %s, in %s, until the next backup of this VM from this host"
+                " removes it: %s",
                 self.bucket.name,
+                self.place.folder,
                 error,
             )
 
