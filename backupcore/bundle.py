@@ -17,6 +17,7 @@ from backupcore.model import Artifact, BytesArtifact, check_name
 
 if TYPE_CHECKING:
     from backupcore.context import Context
+    from backupcore.disk.reader.remote import RemoteDisk
     from backupcore.model import BackupRun, Prepared
 
 __all__ = ["Bundle", "draft"]
@@ -30,8 +31,9 @@ SMALL = 64 << 20
 class Bundle:
     """The artifacts of one run, ready for a driver.
 
-    Every disk is wrapped so that its clusters are hashed as they pass, and gets a ``sums.<id>`` beside it; everything
-    else is read into memory. `artifacts` is in the order of their names, with the manifest among them.
+    Every disk is wrapped so that its clusters are hashed as they pass, in its `reader` if it has one, and gets a
+    ``sums.<id>`` beside it; everything else is read into memory. `artifacts` is in the order of their names, with the
+    manifest among them.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class Bundle:
         if len(by_name) != len(prepared.artifacts) or NAME in by_name:
             raise ContractViolation("prebackup named an artifact twice")
         before = {disk.id for disk in run.parent.disks} if run.parent else set()
-        self.disks: dict[str, HashedDisk] = {}
+        self.disks: dict[str, HashedDisk | RemoteDisk] = {}
         self._sums: dict[str, SumsArtifact] = {}
         tables: dict[str, bytes] = {}
         for disk in prepared.disks:
@@ -57,9 +59,10 @@ class Bundle:
                     f"prebackup gave what changed of disk {disk.id}, which the parent does not hold"
                 )
             hashed = HashedDisk(artifact, ctx.folder / f"{run.image}.sums.{disk.id}")
-            self.disks[disk.id] = hashed
+            shown = hashed if artifact.reader is None else artifact.reader.show(hashed)
+            self.disks[disk.id] = shown
             tables[disk.id] = artifact.layout.tables_digest()
-            self._sums[disk.id] = SumsArtifact(f"sums.{disk.id}", hashed)
+            self._sums[disk.id] = SumsArtifact(f"sums.{disk.id}", shown)
         small = [_in_memory(artifact) for artifact in by_name.values()]
         sizes = {name: disk.size for name, disk in self.disks.items()}
         self.manifest = ManifestArtifact({**draft(prepared, run, small, sizes, tables), **merged}, self._sums)

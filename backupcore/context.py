@@ -50,6 +50,8 @@ class Context:
     - `progress`, `log`: for the user; neither ever gets a secret.
     - `cancelled`, `check`, `on_cancel`: the user may stop the work at any time, from another thread.
     - `release`: say that nothing more is read of the guest's disks, before a clean-up that may take long.
+    - `released`: true once the guest is let go of.
+    - `owes`: say what the datastore still holds of this run, and should not.
     - `did`: say what you put right of a dead run.
     - `fail`: a watcher of yours (scratch is filling up, the guest is gone) stops the work with its error.
     """
@@ -64,6 +66,8 @@ class Context:
         self._callbacks: dict[object, Callable[[], None]] = {}
         self._failure: BackupError | None = None
         self._put_right: list[str] = []
+        self._owed: list[str] = []
+        self.released = False
         self._releases: list[Callable[[], None]] = []
         self._making = threading.Lock()
         self._made: dict[Hashable, object] = {}
@@ -76,6 +80,15 @@ class Context:
     def did(self, what: str) -> None:
         """Say, in one line, what you have put right of what a dead run had left: host tooling tells it to the user."""
         self._put_right.append(what)
+
+    @property
+    def owed(self) -> tuple[str, ...]:
+        """What `owes` was told, in order."""
+        return tuple(self._owed)
+
+    def owes(self, what: str) -> None:
+        """Say, in one line, what of this run stays in the datastore though it should not: host tooling tells it."""
+        self._owed.append(what)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` gave when it was first called for `key` in this run; from any thread.
@@ -140,11 +153,14 @@ class Context:
         """
         with self._lock:
             callbacks, self._releases = self._releases, []
+        released = bool(callbacks)
         for callback in callbacks:
             try:
                 callback()
             except Exception:  # `postbackup` does what could not be done here
+                released = False
                 self.log.warning("the guest could not be released early", exc_info=True)
+        self.released = self.released or released
 
     def fail(self, error: BackupError) -> None:
         """Stop the work because of `error`, which the run then ends with. The first error wins."""

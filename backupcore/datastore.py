@@ -20,6 +20,7 @@ from backupcore.model import (
     Merge,
     Outcome,
     Prepared,
+    RunState,
     SourceRef,
     Stored,
     Usage,
@@ -47,6 +48,7 @@ class Datastore:
         self.name = name
         self.kind = kind or type(driver).__name__
         self._driver = driver
+        self._hypervisor = plugins[0] if plugins else None
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
         # pluggy calls the last registered first: site plugins wrap, then the driver, then the hypervisor.
@@ -108,12 +110,27 @@ class Datastore:
             # One by one, since a broadcast ends at the first error; wrappers stay around each of them.
             others = [plugin for plugin in parties if plugin is not party]
             caller = self._manager.subset_hook_caller("postbackup", others)
+            witness = _Witness(party)
+            self._manager.register(witness)
             try:
-                with self._translated("postbackup"):
-                    caller(run=run, outcome=outcome, ctx=ctx)
-            except BackupError as error:
-                ctx.log.warning("after the backup of %s: %s %s", run.vm.name, error, error.hint)
-                errors.append(error)
+                for call in (caller, witness.call_party):
+                    try:
+                        with self._translated("postbackup"):
+                            call(run=run, outcome=outcome, ctx=ctx)
+                    except BackupError as error:
+                        ctx.log.warning("after the backup of %s: %s %s", run.vm.name, error, error.hint)
+                        errors.append(error)
+                        if party is self._driver and outcome.state is not RunState.RECORDED:
+                            ctx.owes(
+                                f"what run {run.id[:8]} had begun to store stays there until the next backup of "
+                                f"{run.vm.name} to it sweeps it ({error.message})"
+                            )
+                    else:
+                        ctx.released = ctx.released or (party is self._hypervisor and witness.called)
+                    if witness.called:
+                        break
+            finally:
+                self._manager.unregister(witness)
         return errors
 
     # Other verbs
@@ -184,11 +201,33 @@ class Datastore:
             raise from_os_error(error, f"datastore {self.name}, {hook}") from error
         except KeyboardInterrupt as error:
             raise Cancelled("cancelled") from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a plugin, or its library, that ends the program ends nothing here
             raise ContractViolation(
                 f"datastore {self.name}: {hook} failed with {type(error).__name__}: {error}",
                 "This is a bug of a plugin or of this program; -v shows where.",
             ) from error
+
+
+class _Witness:
+    """Is called right before a plugin's own `postbackup`, and calls it where no call has come so far.
+
+    That is where a site plugin's wrapper raised before its yield: the guest must be released all the same.
+    """
+
+    def __init__(self, party: object) -> None:
+        self.called = False
+        self._party: Any = party
+
+    @hookspecs.hookimpl(tryfirst=True)
+    def postbackup(self) -> None:
+        """Notes that all wrappers have let the call through."""
+        self.called = True
+
+    def call_party(self, **arguments: Any) -> None:
+        """Call the plugin with those of the arguments that it takes."""
+        self.called = True
+        names = inspect.signature(self._party.postbackup).parameters
+        self._party.postbackup(**{name: value for name, value in arguments.items() if name in names})
 
 
 class _Given(Artifact):

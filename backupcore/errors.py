@@ -24,6 +24,7 @@ from one place, ``raise TargetFull(...) from error``; an `OSError` that leaves a
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping
 from typing import ClassVar
 
 __all__ = [
@@ -41,7 +42,9 @@ __all__ = [
     "TargetFull",
     "TargetUnavailable",
     "UnsupportedOperation",
+    "dump_error",
     "from_os_error",
+    "load_error",
 ]
 
 
@@ -132,3 +135,17 @@ def from_os_error(error: OSError, what: str) -> BackupError:
     if error.errno in _DENIED:
         return AccessDenied(message, "Check the owner and the permissions of the path.")
     return TargetUnavailable(message)
+
+
+def dump_error(error: BackupError) -> dict[str, str]:
+    """An error as JSON can carry it, for `load_error` in another process: kind, message, hint."""
+    return {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
+
+
+def load_error(said: object) -> BackupError:
+    """The error that `dump_error` wrote down. Where it is none of the taxonomy: Cancelled, with what can be read."""
+    if not isinstance(said, Mapping):
+        said = {}
+    kind = globals().get(str(said.get("kind", "")))
+    known = kind if isinstance(kind, type) and issubclass(kind, BackupError) else Cancelled
+    return known(str(said.get("message", "the run was given up")), str(said.get("hint", "")))

@@ -21,7 +21,9 @@ What the core does so that no driver has to: it adds ``manifest.json`` and the d
 counts bytes, turns `OSError` into the taxonomy of `backupcore.errors`, and refuses None as an answer. What only a
 driver can do: atomicity, durability, and telling its own tool's errors apart.
 
-Hooks are plain synchronous functions and may block. Plugin instances keep no state of a run: two runs may share one.
+Hooks are plain synchronous functions and may block. They are called in a thread that need not be the main one, which
+hears the signals: a hook cannot call `signal.signal`, and hears of a cancel by its context. Plugin instances keep no
+state of a run: two runs may share one.
 A hook may leave out arguments it does not need; a default value for one is refused, since pluggy would never fill it.
 Arguments and fields are only ever added.
 """

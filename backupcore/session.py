@@ -11,11 +11,11 @@ from blake3 import blake3
 
 from backupcore import verdict
 from backupcore.bundle import Bundle
+from backupcore.context import Context
 from backupcore.errors import BackupError, Cancelled, IncrementImpossible
 from backupcore.model import Increment, Outcome, RunState, Type
 
 if TYPE_CHECKING:
-    from backupcore.context import Context
     from backupcore.datastore import Datastore
     from backupcore.model import BackupRun, LeftOut, Prepared, Stored
 
@@ -138,18 +138,17 @@ def _attempt(
 
 
 def _withdraw(datastore: Datastore, stored: Stored, run: BackupRun, ctx: Context) -> None:
-    """Remove what the driver had published of a run that was given up before it could be recorded."""
+    """Remove what the driver had published of a run that was given up before it could be recorded.
+
+    The run's own context says that it is cancelled, which would end this, too: the driver gets one of its own.
+    """
     if verdict.given_up(ctx.folder) is None or stored.source in run.builds_on:
         return
     try:
-        datastore.delete([stored.source], ctx)
+        with Context(ctx.folder, log=ctx.log) as own:
+            datastore.delete([stored.source], own)
     except BackupError as error:
-        ctx.log.warning(
-            "source %s of a run that was given up stays in datastore %s, unused: %s",
-            stored.source,
-            datastore.name,
-            error,
-        )
+        ctx.owes(f"source {stored.source} of a run that was given up stays there, unused ({error.message})")
 
 
 def _ended_by(error: BaseException, ctx: Context) -> BaseException:

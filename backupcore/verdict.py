@@ -13,8 +13,7 @@ import os
 import threading
 from pathlib import Path
 
-from backupcore import errors
-from backupcore.errors import BackupError, Cancelled, from_os_error
+from backupcore.errors import BackupError, dump_error, from_os_error, load_error
 
 __all__ = ["FILE", "claim", "give_up", "given_up"]
 
@@ -27,8 +26,7 @@ def give_up(folder: Path, error: BackupError) -> bool:
 
     True also where it had been given up already: the first error stays. OSError where the folder cannot be written to.
     """
-    said = {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
-    return _say(folder, said) or given_up(folder) is not None
+    return _say(folder, dump_error(error)) or given_up(folder) is not None
 
 
 def claim(folder: Path) -> None:
@@ -55,12 +53,7 @@ def given_up(folder: Path) -> BackupError | None:
         said = {}  # written by somebody else: it cannot be told that the run was not given up
     if said is None:
         return None
-    if not isinstance(said, dict):
-        said = {}
-    kind = getattr(errors, str(said.get("kind", "")), None)
-    known = isinstance(kind, type) and issubclass(kind, BackupError)
-    message = str(said.get("message", "the run was given up"))
-    return (kind if known else Cancelled)(message, str(said.get("hint", "")))  # type: ignore[misc]  # a class, see above
+    return load_error(said)
 
 
 def _say(folder: Path, said: object) -> bool:

@@ -1,4 +1,4 @@
-"""Reading a live VM's disk: the artifact as a stream to nowhere, with and without digests, beside nbdcopy."""
+"""Reading a live VM's disk to nowhere beside nbdcopy: the artifact as a stream, and by a reader that takes digests."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +67,17 @@ class Recorded:
 class Host:
     """One datastore ``nas`` and one VM; everything lies in `folder`, which QEMU's user may enter.
 
-    `driver` is the datastore's: ``restic``, or ``lab`` (`lab.store`), which spares a second with each command.
+    `driver` is the datastore's: ``restic``, ``rsync``, ``s3``, or ``lab`` (`lab.store`), which spares a second with
+    each command; `options` are its own, where they are not the usual ones (of S3 there are none).
     """
 
     folder: Path
     vm: VM
     uri: str
     driver: str = "restic"
+    options: dict[str, str] = field(default_factory=dict)
+    more: str = ""
+    """Further lines of the datastore's table."""
 
     def __post_init__(self) -> None:
         self.environment = dict(os.environ)
@@ -81,7 +85,7 @@ class Host:
             password = self.folder / "password"
             password.touch(mode=0o600)
             password.write_text("not-to-be-seen\n")
-        else:
+        elif self.driver == "lab":
             found = store.installed(self.folder / "installed")
             self.environment["PYTHONPATH"] = os.pathsep.join([found, *filter(None, sys.path)])
         self.state = self.folder / "state"
@@ -91,21 +95,30 @@ class Host:
 
     def configure(self, *, host: str = "", extra: str = "", **options: str) -> None:
         """Write the configuration: further lines of [host], further tables, options of the datastore."""
-        if self.driver == "restic":
-            own = {"repository": f"{self.folder}/repository", "password_file": f"{self.folder}/password"}
-        else:
-            own = {"path": f"{self.folder}/store"}
-        lines = "".join(f'{key} = "{value}"\n' for key, value in {**own, **options}.items())
+        own = {
+            "restic": {"repository": f"{self.folder}/repository", "password_file": f"{self.folder}/password"},
+            "rsync": {"target": f"{self.folder}/store"},
+            "lab": {"path": f"{self.folder}/store"},
+            "s3": {},
+        }[self.driver]
+        lines = "".join(f'{key} = "{value}"\n' for key, value in {**own, **self.options, **options}.items())
         self.config.write_text(
             f'[host]\nuri = "{self.uri}"\nstate = "{self.state}"\nscratch = "{self.scratch}"\n{host}\n'
-            f'{extra}\n[datastores.nas]\ndriver = "{self.driver}"\n{lines}'
+            f'{extra}\n[datastores.nas]\ndriver = "{self.driver}"\n{lines}{self.more}\n'
         )
 
-    def start(self, *arguments: str, at: str = "", stop: bool = False, **environment: str) -> subprocess.Popen[str]:
-        """vmkeep in a process of its own; with `at` it is killed (or stopped) at that step, see `lab.kill_at`."""
-        command = [sys.executable, "-m", *(["lab.kill_at", at, "vmkeep"] if at else ["vmkeep"])]
+    def start(
+        self, *arguments: str, at: str = "", stop: bool = False, child: str = "", **environment: str
+    ) -> subprocess.Popen[str]:
+        """vmkeep in a process of its own; with `at` it is killed (or stopped) at that step, see `lab.kill_at`.
+
+        With `child` whichever of its children comes to that step is killed there.
+        """
+        command = [sys.executable, "-m", *(["lab.kill_at", at, "vmkeep"] if at or child else ["vmkeep"])]
         if stop:
             environment["LAB_AT"] = "stop"
+        if child:
+            environment["LAB_CHILD"] = child
         return subprocess.Popen(
             [*command, "--config", str(self.config), *arguments],
             stdin=subprocess.DEVNULL,
@@ -179,7 +192,7 @@ class Host:
         for folder in (self.scratch, self.state / "runs"):
             found += [str(path) for path in folder.glob("*") if path.is_dir()]
         mounts = Path("/proc/self/mounts").read_text().splitlines()
-        found += [line for line in mounts if "fuse" in line and str(self.folder) in line]
+        found += [line for line in mounts if "fuse" in line and "lab-" not in line and str(self.folder) in line]
         known = {f"backupcore-{point}" for point in self.points()}
         found += [f"checkpoint {name}" for name in self.checkpoints() if name not in known]
         return [*found, *processes(str(self.folder))]
@@ -208,7 +221,7 @@ def size_of(image: Path) -> int:
 
 
 def processes(marker: str) -> list[str]:
-    """Command lines of restic, qemu-nbd and file views that work for the host in this folder."""
+    """Command lines of restic, qemu-nbd, file views and guards that work for the host in this folder."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -217,6 +230,8 @@ def processes(marker: str) -> list[str]:
         except OSError:
             continue  # it ended while we looked
         program = line.split(" ")[0]
-        if ("restic" in program or "qemu-nbd" in program or "backupcore.disk" in line) and marker in line + environment:
+        if (
+            "restic" in program or "qemu-nbd" in program or "backupcore.disk" in line or "release.start" in line
+        ) and marker in line + environment:
             found.append(line)
     return found

@@ -26,7 +26,7 @@ def host(make_vm, libvirt_uri: str, vm_folder: Path) -> Host:
 def test_cancel_at_named_steps_leaves_all_as_it_was(host: Host):
     done = host.backup()
     checkpoints, sources = host.checkpoints(), sorted((host.folder / "store").iterdir())
-    for name in ("before the instant", "between connect and GO", "a disk is mapped", "reading"):
+    for name in ("before the instant", "before the reader is asked", "a disk is mapped", "reading"):
         # Enough to read that the cancel comes before the record, also where its thread gets the processor late.
         host.vm.io("vda", "write -P 0x77 1M 30M")
         process = host.start("backup", host.vm.name, at=STEPS[name], stop=True)

@@ -127,7 +127,7 @@ def test_the_same_of_a_vm_that_is_off_and_what_the_lie_costs_without_it(host: Ho
     "step",
     [
         "backupcore_libvirt.connection:Domain.begin_backup return",
-        "backupcore.disk.nbd.client:Client.submit return",
+        "backupcore.disk.reader.reader:Reader.call return",
         "backupcore_libvirt.connection:Domain.abort_job call",
     ],
 )

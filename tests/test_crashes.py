@@ -16,6 +16,7 @@ from lab import graft
 from lab.boot_sector import boot_sector
 from lab.domain_xml import DiskSpec
 from lab.host import RUNNING, Host, stopped, wait_until
+from lab.troubles import guard_of
 from tests.test_killed import STEPS
 
 MIB = 1 << 20
@@ -116,8 +117,12 @@ def test_recover_lets_a_guest_go_on_that_full_scratch_has_stopped(
         return int(vm.domain.blockStats("vda")[2])
 
     wait_until(lambda: writes() > 50, "the guest to write")
-    killed = host.run("backup", vm.name, at=STEPS["the instant"])
-    assert killed.code == -signal.SIGKILL
+    process = host.start("backup", vm.name, at=STEPS["the instant"], stop=True)
+    wait_until(partial(stopped, process.pid), "the instant")
+    guard = guard_of(process.pid)
+    os.kill(guard, signal.SIGKILL)  # else it would let the guest go on
+    process.kill()
+    assert host.end(process).code == -signal.SIGKILL
     stands_still = [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_IOERROR]
     wait_until(lambda: vm.domain.state() == stands_still, "QEMU to stop the guest")
     (told,) = host.ask("recover", vm.name)

@@ -31,16 +31,12 @@ STEPS = {
     "scratch is made": "backupcore_libvirt.folder:RunFolder.make return",
     "before the instant": "backupcore_libvirt.connection:Domain.begin_backup call",
     "the instant": "backupcore_libvirt.connection:Domain.begin_backup return",
-    "before NBD is connected": "backupcore.disk.nbd.handshake:connect call",
-    "NBD is connected": "backupcore.disk.nbd.handshake:Handshake.run call",
-    "greeted": "backupcore.disk.nbd.handshake:Handshake._greet return",
-    "between connect and GO": "backupcore.disk.nbd.handshake:Handshake._go call",
-    "GO": "backupcore.disk.nbd.handshake:Handshake._go return",
-    "block status": "backupcore.disk.nbd.client:Client.walk_status return",
-    "a disk is mapped": "backupcore_libvirt.reading.export:artifact return",
+    "before the reader is asked": "backupcore.disk.reader.reader:Reader.call call",
+    "the reader has answered": "backupcore.disk.reader.reader:Reader.call return",
+    "a disk is mapped": "backupcore_libvirt.reading.taken:taken_of return",
     "all is prepared": "backupcore_libvirt.plugin:Libvirt.prebackup return",
     "before the datastore stores": "lab.store:Folder.backup call",
-    "reading": "backupcore.disk.nbd.client:Client.submit return",
+    "reading": "backupcore.disk.reader.remote:RemoteDisk.read return",
     "stored": "backupcore.datastore:Datastore.backup return",
     "before the record": "vmkeep.catalog.images:record call",
     "in the record": "vmkeep.catalog.images:record return",
@@ -82,11 +78,7 @@ OFF = {
     "one disk is tracked": "backupcore_libvirt.stopped:_qemu_img return",
     "changes are tracked": "backupcore_libvirt.stopped:add_bitmaps return",
     "a disk is served": "backupcore_libvirt.qemu_nbd:QemuNbd.__enter__ return",
-    **{
-        name: step
-        for name, step in STEPS.items()
-        if "Domain." not in step and name not in ("the job has ended", "block status")
-    },
+    **{name: step for name, step in STEPS.items() if "Domain." not in step and name != "the job has ended"},
 }
 """Those of a VM that is off."""
 
@@ -97,11 +89,7 @@ _SNAPSHOT = {
     "before the merge": "backupcore_libvirt.overlay.run:settle call",
     "one disk is merged": "backupcore_libvirt.overlay.merge:Merger.merge return",
     "all is merged": "backupcore_libvirt.overlay.run:settle return",
-    **{
-        name: step
-        for name, step in STEPS.items()
-        if "Domain." not in step and name not in ("the job has ended", "block status")
-    },
+    **{name: step for name, step in STEPS.items() if "Domain." not in step and name != "the job has ended"},
 }
 SNAPSHOT = {
     "an overlay is made": "backupcore_libvirt.premade.image:make_overlay return",
@@ -112,7 +100,7 @@ SNAPSHOT = {
 SNAPSHOT_OFF = {"an overlay is dropped": "backupcore_libvirt.overlay.merge:Merger._discard return", **_SNAPSHOT}
 """The same of one that is off."""
 
-QUICK = ("between connect and GO", "reading", "in the record")
+QUICK = ("before the reader is asked", "reading", "in the record")
 QUICK_JOB = ("a scratch file is made", "before the socket is removed")
 QUICK_SUSPEND = ("the instant, at rest",)
 QUICK_OFF = ("one disk is tracked",)

@@ -1,6 +1,6 @@
-"""kill -9 of vmkeep, and of the process that watches over its freeze, while the guest's agent holds its file systems.
+"""kill -9 of vmkeep, and of the process that guards its run, while the guest's agent holds its file systems.
 
-Then the guest is thawed (by the watchdog, by `recover`, or by the next backup), goes on writing, and every backup that
+Then the guest is thawed (by the guard, by `recover`, or by the next backup), goes on writing, and every backup that
 was reported done is whole: its file system needs no replay, and its other disk holds what it held.
 """
 
@@ -44,10 +44,10 @@ FROZEN = ("the file systems are frozen", "the instant, frozen", "before the thaw
 
 @dataclass(frozen=True)
 class Case:
-    """One kill: at which step, whether its watchdog is killed with it, and whether `recover` puts it right."""
+    """One kill: at which step, whether its guard is killed with it, and whether `recover` puts it right."""
 
     step: str
-    watchdog: bool
+    guard: bool
     recover: bool
 
 
@@ -88,12 +88,12 @@ def kill(host: Host, case: Case) -> None:
     wait_until(partial(stopped, process.pid), f"{case}: the step")
     children = Path(f"/proc/{process.pid}/task").glob("*/children")
     found = [int(pid) for listed in children for pid in listed.read_text().split()]
-    watchdogs = [pid for pid in found if b"watchdog" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    guards = [pid for pid in found if b"release.start" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     if case.step in FROZEN:
-        assert len(watchdogs) == 1, case
+        assert len(guards) == 1, case
         assert status(host) == "frozen", case
-    if case.watchdog:
-        for pid in watchdogs:
+    if case.guard:
+        for pid in guards:
             os.kill(pid, signal.SIGKILL)
     process.kill()
     assert host.end(process).code == -signal.SIGKILL, case
@@ -117,8 +117,8 @@ def matrix(host: Host, cases: Sequence[Case]) -> None:
     for number, case in enumerate(cases):
         host.vm.io("sda", f"write -P {number % 250 + 1} {number % 15}M 640k")
         kill(host, case)
-        if not case.watchdog:
-            wait_until(lambda: status(host) == "thawed", f"{case}: the watchdog to thaw the guest")
+        if not case.guard:
+            wait_until(lambda: status(host) == "thawed", f"{case}: the guard to thaw the guest")
         elif case.step in FROZEN:
             assert status(host) == "frozen", case
         if case.recover:
@@ -146,8 +146,8 @@ def whole(host: Host, image: int, increment: int, truth: Path) -> None:
     assert check.returncode == 0, f"{increment}: {check.stdout}"
 
 
-def test_killed_with_its_watchdog_while_the_file_systems_are_frozen(host: Host):
-    matrix(host, [Case("the instant, frozen", watchdog=True, recover=True)])
+def test_killed_with_its_guard_while_the_file_systems_are_frozen(host: Host):
+    matrix(host, [Case("the instant, frozen", guard=True, recover=True)])
 
 
 @pytest.mark.soak

@@ -205,7 +205,7 @@ class Life:
         if not self.vm.active:
             raise NotNow
         truth = self._truth()
-        names = ("between connect and GO", "a disk is mapped", "all is prepared")
+        names = ("before the reader is asked", "a disk is mapped", "all is prepared")
         step = self.choice.choice([self._instant(), *(STEPS[name] for name in names)])
         self.log[-1] += f" at {step!r}"
         process = self.host.start("backup", self.vm.name, *self._reset(), at=step, stop=True)

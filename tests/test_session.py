@@ -23,6 +23,7 @@ from backupcore.chain import plan
 from backupcore.context import Context
 from backupcore.datastore import Datastore
 from backupcore.disk.qcow2 import DiskArtifact
+from backupcore.disk.reader import start
 from backupcore.errors import (
     BackupError,
     Cancelled,
@@ -295,6 +296,48 @@ def test_an_error_of_the_release_is_a_warning_and_does_not_spare_the_driver(site
         site.backup(Failing(error=TargetFull("store")))
 
 
+@pytest.mark.parametrize("problem", [ZeroDivisionError("bug"), SystemExit(0), TargetFull("full")], ids=repr)
+@pytest.mark.parametrize("before", [True, False])
+def test_a_wrapper_that_raises_does_not_keep_the_guest_nor_the_driver(site: Site, problem: BaseException, before: bool):
+    called = []
+
+    class Wrapper:
+        @hookimpl(wrapper=True)
+        def postbackup(self):
+            if before:
+                raise problem
+            yield
+            raise problem
+
+    class Tidy(MemoryDriver):
+        @hookimpl
+        def postbackup(self, outcome):
+            called.append(outcome.state)
+
+    class Counting(MemoryHypervisor):
+        @hookimpl
+        def postbackup(self, run, outcome):
+            called.append("guest")
+            return MemoryHypervisor.postbackup(self, run, outcome)
+
+    site.hypervisor = Counting([site.guest])
+    recorded = site.backup(Tidy(), Wrapper())
+    assert called == ["guest", RunState.RECORDED], "each of them once"
+    assert len(recorded.warnings) == 2
+    assert site.guest.busy == ""
+
+
+def test_a_driver_that_ends_the_program_ends_nothing(site: Site):
+    class Leaving(MemoryDriver):
+        @hookimpl
+        def backup(self):
+            sys.exit(0)
+
+    with pytest.raises(ContractViolation, match="backup failed with SystemExit"):
+        site.backup(Leaving())
+    assert site.outcomes[-1].state is RunState.FAILED
+
+
 def test_a_driver_that_skips_bytes_is_found_out(site: Site):
     class Lazy(MemoryDriver):
         @hookimpl
@@ -436,6 +479,45 @@ def test_a_cancel_ends_a_read_that_hangs(site: Site):
         site.backup(Patient())
     assert time.monotonic() - started < 4, "the end of the test's own time limit would read as a cancel, too"
     assert site.outcomes[-1].state is RunState.CANCELLED
+
+
+class Read(MemoryHypervisor):
+    """Its disks are read by a process of their own."""
+
+    @hookimpl
+    def prebackup(self, run, ctx):
+        prepared = MemoryHypervisor.prebackup(self, run, ctx)
+        reader = start(run.vm.name)
+        ctx.stack.callback(reader.close)
+        disks = [artifact for artifact in prepared.artifacts if isinstance(artifact, DiskArtifact)]
+        for disk in disks:
+            disk.reader = reader
+        return prepared
+
+
+def test_disks_with_a_reader_are_read_there(site: Site):
+    plain = kept(site, site.backup(MODE="FULL"))
+    site.hypervisor = Read([site.guest])
+    full = site.backup(MODE="FULL")
+    assert full.read == 2 * MIB
+    same = {name for name in plain if name != NAME}
+    assert {name: kept(site, full)[name] for name in same} == {name: plain[name] for name in same}
+
+
+def test_a_reader_that_is_killed_fails_the_run_and_releases_the_guest(site: Site):
+    class Murderer(MemoryDriver):
+        @hookimpl
+        def backup(self, artifacts, run, ctx):
+            disk = artifacts[0]._inner
+            disk.read_at(0, 1)
+            disk._shown.reader.kill()
+            return MemoryDriver.backup(self, artifacts, run, ctx)
+
+    site.hypervisor = Read([site.guest])
+    with pytest.raises(HypervisorError, match="^the process that reads the disks of VM web1 has ended"):
+        site.backup(Murderer())
+    assert site.outcomes[-1].state is RunState.FAILED
+    assert not site.guest.busy
 
 
 def test_manifest_refuses_what_is_none():

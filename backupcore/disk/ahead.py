@@ -12,9 +12,9 @@ from backupcore.errors import ContractViolation
 from backupcore.model import Artifact, stream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["AHEAD", "BLOCK", "ReadAhead"]
+__all__ = ["AHEAD", "BLOCK", "Coming", "ReadAhead"]
 
 BLOCK = 16
 """Data clusters that are read from the disk at once: 1 MiB."""
@@ -23,7 +23,7 @@ AHEAD = 4
 """Blocks that are asked for ahead of a sequential reader: what keeps one NBD connection busy."""
 
 _BYTES = BLOCK * CLUSTER
-_SPENT = 6  # blocks kept while any of them has been read to its end
+_SPENT = 2  # blocks kept while any of them has been read to its end
 _MOST = 32  # blocks kept at most: several readers at different places
 _UNDER_WAY = 8  # blocks asked for that nobody waits for yet: of readers that have gone elsewhere
 _STREAMS = 8  # sequential readers that are told apart
@@ -53,10 +53,11 @@ class Disk(Protocol):
 class _Block:
     """One block: asked for, then awaited by one thread (`taken`), then either `data` or `error`.
 
-    `spent` once a reader has had its last byte; `users` are copying from it, so its memory cannot be used again.
+    `spent` once a reader has had its last byte; `users` are copying from it, so its memory cannot be used again; up to
+    block `through` was asked for when a reader came to it.
     """
 
-    __slots__ = ("data", "error", "memory", "number", "pending", "spent", "taken", "users")
+    __slots__ = ("data", "error", "memory", "number", "pending", "spent", "taken", "through", "users")
 
     def __init__(self, number: int, memory: memoryview, pending: list[Any]) -> None:
         self.number = number
@@ -66,7 +67,36 @@ class _Block:
         self.data: memoryview | None = None
         self.error: Exception | None = None
         self.spent = False
+        self.through = -1
         self.users = 0
+
+
+class Coming:
+    """Bytes on their way into somebody's memory: first `receive`, then `arrived`, which another thread may do."""
+
+    __slots__ = ("_arrived", "_length", "_pending")
+
+    def __init__(self, pending: Sequence[Any], length: int, arrived: Callable[[], None] | None = None) -> None:
+        self._pending = pending
+        self._length = length
+        self._arrived = arrived
+
+    def receive(self) -> None:
+        """Wait until they are there, or raise; then nothing is written to that memory any more."""
+        error: Exception | None = None
+        for part in self._pending:
+            try:
+                part.result()
+            except Exception as raised:  # noqa: BLE001 - once all parts have come to their end
+                error = error or raised
+        if error is not None:
+            raise error
+
+    def arrived(self) -> int:
+        """Do what is to be done with them before anybody sees them; how many they are."""
+        if self._arrived is not None:
+            self._arrived()
+        return self._length
 
 
 class ReadAhead(Artifact):
@@ -108,8 +138,8 @@ class ReadAhead(Artifact):
         self.read_into(offset, memoryview(buffer))
         return bytes(buffer)
 
-    def read_into(self, offset: int, buffer: memoryview) -> int:
-        """`read_at` straight into `buffer`."""
+    def read_into(self, offset: int, buffer: memoryview, *, ahead: bool = True) -> int:
+        """`read_at` straight into `buffer`; without `ahead` nothing is read that was not asked for."""
         end = min(offset + len(buffer), self.size)
         if end <= offset:
             return 0
@@ -119,13 +149,24 @@ class ReadAhead(Artifact):
             done = min(end, start) - offset
             buffer[:done] = self._layout.tables(offset, done)
         if end > start:
-            at, ahead, buffer = max(offset - start, 0), self._is_sequential(offset, end), buffer[done : end - offset]
+            at, buffer = max(offset - start, 0), buffer[done : end - offset]
+            ahead = ahead and self._is_sequential(offset, end)
             numbers = self._whole(at, end - start)
             if len(numbers) >= AHEAD:
                 self._receive_into(numbers, buffer)
             else:
                 self._copy(at, end - start, buffer, ahead=ahead)
         return end - offset
+
+    def submit(self, offset: int, buffer: memoryview) -> Coming | None:
+        """Begin to receive whole blocks where the reader wants them; None if `read_into` has to be called instead."""
+        at, end = offset - self._layout.data_offset, offset + len(buffer) - self._layout.data_offset
+        numbers = self._whole(at, end) if 0 <= at < end <= self._layout.clusters * CLUSTER else range(0)
+        if not numbers:
+            return None
+        first, end = self.clusters_of(numbers[0])[0], self.clusters_of(numbers[-1])[1]
+        pending = self._disk.submit_clusters(first, end - first, buffer)
+        return Coming(pending, len(buffer), lambda: self.arrived(first, buffer))
 
     def close(self) -> None:
         """Let go of the connection and the thread, for good; reads that are under way fail."""
@@ -140,8 +181,8 @@ class ReadAhead(Artifact):
             self._under_way.clear()
             self._memory.clear()
 
-    def arrived(self, number: int, data: memoryview) -> None:
-        """Called once for each block that was read, in the thread that received it, before anybody sees `data`."""
+    def arrived(self, first: int, data: memoryview) -> None:
+        """Called once for all that was read, whole blocks from data cluster `first` on, before anybody sees `data`."""
 
     def block_of(self, cluster: int) -> int:
         """The number of the block in which this data cluster lies."""
@@ -199,7 +240,7 @@ class ReadAhead(Artifact):
         for part in pending:
             part.result()
         waiting.popleft()
-        self.arrived(number, memory)
+        self.arrived(self.clusters_of(number)[0], memory)
 
     def _copy(self, at: int, end: int, buffer: memoryview, *, ahead: bool) -> None:
         """Copy the bytes [at, end) of the data; blocks of this read are asked for while the first is awaited."""
@@ -208,10 +249,12 @@ class ReadAhead(Artifact):
             through = number + AHEAD if ahead else min(number + AHEAD, last)
             with self._changed:
                 block = self._want(number)
-                for following in range(number + 1, min(through + 1, self._blocks)):
-                    self._want(following)
                 block.users += 1
-                self._shrink()
+                if through > block.through:  # a reader of small pieces comes to a block several times
+                    block.through = through
+                    for following in range(number + 1, min(through + 1, self._blocks)):
+                        self._want(following)
+                    self._shrink()
             try:
                 data = self._wait(block)
                 start = self.clusters_of(number)[0] * CLUSTER
@@ -272,7 +315,7 @@ class ReadAhead(Artifact):
         try:
             for part in block.pending:
                 part.result()
-            self.arrived(block.number, block.memory)
+            self.arrived(self.clusters_of(block.number)[0], block.memory)
         except Exception as error:  # noqa: BLE001 - whoever waits for the block raises it
             with self._changed:
                 block.error = error
@@ -318,7 +361,11 @@ class ReadAhead(Artifact):
     def _is_sequential(self, offset: int, end: int) -> bool:
         """Whether this read goes on where an earlier one ended, give or take one block (several may be in flight)."""
         with self._changed:
-            for following in self._streams:
+            streams = self._streams
+            if streams and 0 <= offset - streams[-1] <= _BYTES:  # as a rule
+                streams[-1] = end
+                return True
+            for following in streams:
                 if abs(offset - following) <= _BYTES:
                     self._streams.remove(following)
                     self._streams.append(max(end, following))

@@ -43,11 +43,11 @@ class HashedDisk(ReadAhead):
         """Bytes that were asked from the disk's data, by all processes: more than the data if some were read twice."""
         return self.table.bytes_read
 
-    def read_into(self, offset: int, buffer: memoryview) -> int:
-        """`read_at` straight into `buffer`."""
+    def read_into(self, offset: int, buffer: memoryview, *, ahead: bool = True) -> int:
+        """`read_at` straight into `buffer`; without `ahead` nothing is read that was not asked for."""
         if offset < self.size and buffer:
             self._touch()
-        return super().read_into(offset, buffer)
+        return super().read_into(offset, buffer, ahead=ahead)
 
     def load(self, first: int, end: int) -> None:
         """Read up to four blocks of the clusters [first, end) that have no digest, so that they have one."""
@@ -67,11 +67,10 @@ class HashedDisk(ReadAhead):
             first = missing
             self.load(first, self._layout.clusters)
 
-    def arrived(self, number: int, data: memoryview) -> None:
-        """Hash a block and record its digests."""
-        first, end = self.clusters_of(number)
+    def arrived(self, first: int, data: memoryview) -> None:
+        """Hash blocks and record their digests."""
         asked = len(data)
-        if end == self._layout.clusters:  # the last cluster may end past the guest's disk
+        if first + asked // CLUSTER == self._layout.clusters:  # the last cluster may end past the guest's disk
             asked = sum(length for _, length in self._layout.runs(first, asked // CLUSTER))
         try:
             self.table.record(first, digests(data), asked)

@@ -27,6 +27,7 @@ import time
 import traceback
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from backupcore.disk.crossing import crossing
 from backupcore.disk.mountpoints import unmount_command
 from backupcore.errors import BackupError, ContractViolation, from_os_error
 
@@ -132,14 +133,11 @@ def _presentable(name: str, error: BaseException) -> BackupError:
     """The error as a member of the taxonomy that survives being pickled."""
     if isinstance(error, OSError) and not isinstance(error, BackupError):
         return from_os_error(error, f"reading {name}")
-    if not isinstance(error, BackupError):
-        traceback.print_exception(error)  # the parent's log has it
-        return BackupError(f"reading {name} failed: {type(error).__name__}: {error}")
-    try:
-        pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
-    except Exception:  # noqa: BLE001 - a class that cannot be pickled, for whatever reason
-        return BackupError(error.message, error.hint)
-    return error
+    crossed = crossing(error)
+    if isinstance(crossed, BackupError):
+        return crossed
+    traceback.print_exception(error)  # the parent's log has it
+    return BackupError(f"reading {name} failed: {type(error).__name__}: {error}")
 
 
 def _library() -> None:

@@ -21,7 +21,7 @@ import threading
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
-from typing import Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from blake3 import blake3
 
@@ -30,6 +30,9 @@ from backupcore.disk.extents import CLUSTER, Extent, ExtentTable, Kind
 from backupcore.disk.geometry import COPIED, ENTRIES, L2_SPAN, ZERO, Geometry, clusters_of, row
 from backupcore.errors import HypervisorError
 from backupcore.model import Artifact, stream
+
+if TYPE_CHECKING:
+    from backupcore.disk.reader import Reader
 
 __all__ = ["CLUSTER", "BlockReader", "Blocks", "DiskArtifact", "Layout", "MemoryBlocks", "Pending", "Tables"]
 
@@ -254,20 +257,22 @@ class DiskArtifact(Artifact):
     """The qcow2 file of one disk: tables from the layout, data from the guest's disk as they are read.
 
     Any threads may read; they share one connection, made at the first read of data. Pickles as addresses and tables.
-    Errors of the connection pass through unchanged (HypervisorError).
+    Errors of the connection pass through unchanged (HypervisorError). `reader` is the process that shall read this disk
+    for a backup (`backupcore.bundle`), None for this one.
     """
 
-    def __init__(self, name: str, layout: Layout, blocks: Blocks) -> None:
+    def __init__(self, name: str, layout: Layout, blocks: Blocks, *, reader: Reader | None = None) -> None:
         self.name = name
         self.size = layout.size
         self.layout = layout
+        self.reader = reader
         self._blocks = blocks
         self._lock = threading.Lock()
         self._reader: BlockReader | None = None
         self._closed = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None, "_reader": None}
+        return {**self.__dict__, "_lock": None, "_reader": None, "reader": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())

@@ -8,13 +8,23 @@ order, and let a restore check every cluster that it uses without reading those 
 from __future__ import annotations
 
 import time
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from backupcore.disk.hashed import HashedDisk
 from backupcore.disk.table import CLUSTER, DIGEST, Table, digests
 from backupcore.model import Artifact, stream
 
 __all__ = ["CLUSTER", "DIGEST", "HashedDisk", "SumsArtifact", "Table", "digests"]
+
+
+class Hashed(Protocol):
+    """What is needed of a disk that is hashed while it is read: `HashedDisk` is one."""
+
+    table: Table
+
+    def load(self, first: int, end: int) -> None:
+        """Read some of the clusters [first, end) that have no digest, so that they have one."""
+
 
 _POLL = 0.02  # seconds between two looks at the counters, which another process may move
 
@@ -28,7 +38,7 @@ class SumsArtifact(Artifact):
     the artifacts of a backup comes to an end, also one file at a time.
     """
 
-    def __init__(self, name: str, disk: HashedDisk, *, patience: float = 1.0) -> None:
+    def __init__(self, name: str, disk: Hashed, *, patience: float = 1.0) -> None:
         self.name = name
         self.size = disk.table.clusters * DIGEST
         self._disk = disk

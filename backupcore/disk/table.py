@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import threading
 import weakref
@@ -26,6 +27,7 @@ DIGEST = 32
 _MAGIC = b"sums-1\0\0"
 _HEADER = 4096
 _NONE = bytes(DIGEST)
+_RECORDED, _READS, _BYTES = 2, 3, 4  # words of the header: counters, after the magic number and that of clusters
 _PIECE = 32768  # clusters that one step looks at: 1 MiB of the table
 
 
@@ -44,18 +46,18 @@ class Table:
     1 TiB would count as ours. Safe from several threads and processes. The format is private to one run.
     """
 
-    _MAGIC_AT, _CLUSTERS_AT, _RECORDED_AT, _READS_AT, _BYTES_AT = range(0, 40, 8)
-
     def __init__(self, path: Path) -> None:
         self.path = path
         self._thread = threading.Condition()
         self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self._release = weakref.finalize(self, os.close, self._file)
         magic = os.pread(self._file, _HEADER, 0).ljust(_HEADER)[: len(_MAGIC)]
-        self.clusters = self._get(self._CLUSTERS_AT) if magic == _MAGIC else -1
+        self.clusters = int.from_bytes(os.pread(self._file, 8, len(_MAGIC)), "little") if magic == _MAGIC else -1
         if os.fstat(self._file).st_size != _HEADER + self.clusters * DIGEST:
             self.close()
             raise ContractViolation(f"{path} is no table of sums")
+        # The counters alone are mapped: they are looked at often, and moved with every block.
+        self._counters = memoryview(mmap.mmap(self._file, _HEADER)).cast("Q")
 
     @classmethod
     def create(cls, path: Path, clusters: int) -> Table:
@@ -83,17 +85,17 @@ class Table:
     @property
     def recorded(self) -> int:
         """How many clusters have a digest."""
-        return self._get(self._RECORDED_AT)
+        return self._counters[_RECORDED]
 
     @property
     def bytes_read(self) -> int:
         """Bytes that all processes have read from the disk's data clusters."""
-        return self._get(self._BYTES_AT)
+        return self._counters[_BYTES]
 
     @property
     def reads(self) -> int:
         """A counter that moves with every read of the disk artifact; a stalled one shows that nobody reads it."""
-        return self._get(self._READS_AT)
+        return self._counters[_READS]
 
     def complete(self) -> bool:
         """True once every cluster has its digest."""
@@ -103,7 +105,7 @@ class Table:
     def touch(self) -> None:
         """Move `reads`."""
         with self._locked():
-            self._add(self._READS_AT, 1)
+            self._counters[_READS] += 1
 
     def record(self, first: int, new: bytes, count: int = 0) -> None:
         """Set the digests `new` of the clusters from `first` on, and add `count` to the bytes read.
@@ -115,18 +117,18 @@ class Table:
         if first < 0 or len(new) % DIGEST or first + len(new) // DIGEST > self.clusters:
             raise ValueError(f"{len(new)} bytes of digests at cluster {first} of {self.clusters}")
         with self._locked():
-            self._add(self._BYTES_AT, count)
+            self._counters[_BYTES] += count
             old = os.pread(self._file, len(new), start)
             if old == new:
                 return
-            fresh = 0
-            for at in range(0, len(new), DIGEST):
+            fresh = len(new) // DIGEST if old.count(0) == len(old) else 0
+            for at in range(0, 0 if fresh else len(new), DIGEST):
                 if old[at : at + DIGEST] == _NONE:
                     fresh += 1
                 elif old[at : at + DIGEST] != new[at : at + DIGEST]:
                     raise IntegrityError(f"data cluster {first + at // DIGEST} changed between two reads of the disk")
             os.pwrite(self._file, new, start)
-            self._add(self._RECORDED_AT, fresh)
+            self._counters[_RECORDED] += fresh
 
     def first_missing(self, first: int, end: int) -> int | None:
         """The first cluster in [first, end) without a digest; None if all have one."""
@@ -198,9 +200,3 @@ class Table:
         start = _HEADER + first * DIGEST
         with self._locked():  # a digest that another process is just writing would be read in half
             return os.pread(self._file, count * DIGEST, start)
-
-    def _get(self, at: int) -> int:
-        return int.from_bytes(os.pread(self._file, 8, at), "little")
-
-    def _add(self, at: int, count: int) -> None:
-        os.pwrite(self._file, (self._get(at) + count).to_bytes(8, "little"), at)

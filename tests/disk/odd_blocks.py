@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -182,3 +183,40 @@ class Custom(BackupError):
     def __init__(self, one: int, two: int) -> None:
         super().__init__(f"custom {one + two}", "a hint")
         self.args = ("too", "many", "arguments")
+
+
+class Slow(MemoryBlocks):
+    """Takes a moment for each read."""
+
+    def connect(self) -> Slow:
+        return self
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        time.sleep(0.02)
+        super().read_into(offset, buffer)
+
+
+def complain(kind: type[BaseException], *arguments: object) -> None:
+    """Raise it."""
+    raise kind(*arguments)
+
+
+def lock() -> object:
+    """What cannot be pickled."""
+    return threading.Lock()
+
+
+class FailsThere(Slow):
+    """Fails for the read at `bad`; all others take their time."""
+
+    def __init__(self, data: bytes, bad: int) -> None:
+        super().__init__(data)
+        self.bad = bad
+
+    def connect(self) -> FailsThere:
+        return self
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        if offset == self.bad:
+            raise TargetUnavailable("nothing can be read there")
+        super().read_into(offset, buffer)

@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import pytest
 
+from backupcore import process
 from backupcore.model import VM
 from backupcore.testing.guest import MemoryGuest
 
@@ -65,6 +66,7 @@ class Site:
     capture: Callable[[], tuple[str, str]]
     paths: str
     children: list[subprocess.Popen[str]] = field(default_factory=list)
+    target: Any = None  # a `lab.blocking_fs.Blocking`, where the datastore lies on one
 
     @property
     def config(self) -> Path:
@@ -156,6 +158,13 @@ class Site:
             assert self.children[-1].poll() is None, (
                 f"the process ended before {what}: {self.children[-1].communicate()}"
             )
+            time.sleep(0.01)
+
+    def until_dying(self, number: int) -> None:
+        """Wait until a process that was killed runs no more, though the kernel may keep it."""
+        deadline = time.monotonic() + 60
+        while not process.dying(number):
+            assert time.monotonic() < deadline, f"process {number} goes on"
             time.sleep(0.01)
 
 

@@ -91,7 +91,8 @@ def test_another_users_backup_is_refused(site, monkeypatch):
     program = (
         "import os, sys\nfrom vmkeep import cancel, lock\nfrom pathlib import Path\n"
         f"held = lock.holder(Path({str(site.state)!r}), 'web1')\nos.setresuid(65534, 65534, 65534)\n"
-        "try: cancel._end(held, print)\nexcept Exception as error: print(type(error).__name__, error)"
+        "try:\n with cancel._signalled(held, print, []): pass\n"
+        "except Exception as error: print(type(error).__name__, error)"
     )
     out = subprocess.run(
         [sys.executable, "-c", program], env={"PYTHONPATH": site.paths}, capture_output=True, text=True, check=True

@@ -16,11 +16,14 @@ class Address:
     """An export: the path of a unix socket, and a name ("" is the server's default export).
 
     `peer` is the process that has to be the server, where others could put a socket of theirs in its place.
+    `admission` is the path of the socket where the leave to connect is asked for first, see
+    `backupcore.disk.nbd.admission`; "" where nobody has to be asked.
     """
 
     socket: str
     export: str = ""
     peer: int | None = None
+    admission: str = ""
 
     def __str__(self) -> str:
         return f"NBD export {self.export!r} on {self.socket}"

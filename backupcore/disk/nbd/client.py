@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from backupcore.disk.nbd.address import Address
+from backupcore.disk.nbd.admission import Leave
 from backupcore.disk.nbd.errors import ConnectionLost, NbdError, ProtocolError, RequestFailed, printable
 from backupcore.disk.nbd.handshake import MAX_TEXT, Handshake, connect
 
@@ -31,7 +32,9 @@ _CHUNK_NONE, _CHUNK_DATA, _CHUNK_HOLE, _CHUNK_STATUS = 0, 1, 2, 5
 _CHUNK_IS_ERROR, _CHUNK_ERROR_OFFSET = 1 << 15, (1 << 15) | 2
 
 _REQUEST = struct.Struct(">IHHQQI")
-_CHUNK = struct.Struct(">IHHQ")  # of 20 bytes, without the length: a simple reply is 16 bytes long
+_REPLY = struct.Struct(">IHHQ")  # all of a simple reply, and the beginning of a chunk, which goes on with its length
+_CHUNK_SIZE = 20
+_DATA_SIZE = 28  # and the offset that follows in a chunk of data
 
 _MAX_STATUS_RANGE = 0xFFFF0000  # a request's length has 32 bits; kept a multiple of every legal block size
 _MAX_STATUS_PAYLOAD = 16 << 20  # QEMU sends at most 1 MiB, nbdkit 8 MiB; more is an attack on memory
@@ -115,16 +118,24 @@ class Client:
         self._requests: dict[int, _Request] = {}
         self._cookie = 0
         self._receiving = False
+        self._early = b""  # what was received of the next thing in the stream
         self._users = 0  # threads inside a call on the socket; the last one out closes it
         self._lost: NbdError | None = None
-        self._socket = connect(address, timeout)
+        deadline = time.monotonic() + timeout
+        self._admission = Leave(address.admission, timeout) if address.admission else None
         try:
-            export = Handshake(self._socket, address, time.monotonic() + timeout).run(self.contexts)
-            self._socket.settimeout(None)
-            # The kernel's timeout, not Python's: that one costs a poll() before every call.
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", LONGEST_WAIT, 0))
-        except BaseException:  # whatever it was: a half-open connection hangs QEMU
-            self._socket.close()
+            self._socket = connect(address, max(deadline - time.monotonic(), 0.001))
+            try:
+                export = Handshake(self._socket, address, deadline).run(self.contexts)
+                self._socket.settimeout(None)
+                # The kernel's timeout, not Python's: that one costs a poll() before every call.
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", LONGEST_WAIT, 0))
+            except BaseException:  # whatever it was: a half-open connection hangs QEMU
+                self._socket.close()
+                raise
+        except BaseException:
+            if self._admission is not None:
+                self._admission.close()
             raise
         self.size = export.size
         self.read_only = bool(export.flags & _FLAG_READ_ONLY)
@@ -135,6 +146,8 @@ class Client:
         # Asked not to fragment, QEMU answers a failed read of the disk with its error. Otherwise it hangs up (seen with
         # 7.2), and nobody learns which block is bad; it also looks up the holes of every read, which we have done.
         self._read_flags = _CMD_FLAG_DF if export.flags & _FLAG_SEND_DF else 0
+        if self._admission is not None:
+            self._admission.watch(self)
 
     def __enter__(self) -> Self:
         return self
@@ -309,8 +322,10 @@ class Client:
             self._check_alive()
 
     def _receive_chunk(self) -> None:
-        magic, flags, kind, cookie = _CHUNK.unpack(self._receive(_CHUNK.size))
+        self._receive_early(_REPLY.size)
+        magic, flags, kind, cookie = _REPLY.unpack_from(self._early)
         if magic == _SIMPLE_REPLY_MAGIC:
+            self._early = self._early[_REPLY.size :]
             # The same 16 bytes: magic, error (32 bits), cookie. Legal for errors of commands other than read.
             request = self._find(cookie)
             number = flags << 16 | kind
@@ -322,7 +337,9 @@ class Client:
         if magic != _CHUNK_MAGIC:
             raise self._broken(f"a reply with the magic number {magic:#x}")
         request = self._find(cookie)
-        length = int.from_bytes(self._receive(4))
+        self._receive_early(_CHUNK_SIZE)
+        length = int.from_bytes(self._early[_REPLY.size : _CHUNK_SIZE])
+        self._early = self._early[_CHUNK_SIZE:]
         if kind == _CHUNK_DATA and request.command == _CMD_READ:
             self._take_data(request, length)
         elif kind == _CHUNK_HOLE and request.command == _CMD_READ:
@@ -426,12 +443,27 @@ class Client:
             self._requests.pop(request.cookie, None)
             self._changed.notify_all()
 
+    def _receive_early(self, least: int) -> None:
+        """Have at least so many bytes in `_early`; up to all that precedes the bytes of a disk, in one system call."""
+        while len(self._early) < least:
+            try:
+                data = self._socket.recv(_DATA_SIZE - len(self._early))
+            except BlockingIOError:  # nothing came for LONGEST_WAIT
+                continue
+            if not data:
+                raise ConnectionResetError("the server closed the connection")
+            self._early += data
+
     def _receive(self, length: int) -> bytes:
         buffer = bytearray(length)
         self._receive_into(memoryview(buffer))
         return bytes(buffer)
 
     def _receive_into(self, view: memoryview) -> None:
+        if self._early:
+            early, self._early = self._early[: len(view)], self._early[len(view) :]
+            view[: len(early)] = early
+            view = view[len(early) :]
         while view:
             # MSG_WAITALL: the kernel fills the buffer in one call; a loop in Python would take the GIL for
             # each part.
@@ -456,6 +488,8 @@ class Client:
                     # be given to a new file at once. After shutdown those calls end, and the peer sees the
                     # end.
                     self._socket.shutdown(socket.SHUT_RDWR)
+                if self._admission is not None:
+                    self._admission.end()
                 self._requests.clear()
             self._changed.notify_all()
             self._dispose()

@@ -13,7 +13,8 @@ import pytest
 
 from backupcore.disk.nbd import ALLOCATION, DEPTH, Address, Client, ConnectionLost
 from backupcore.errors import Busy, HypervisorError
-from backupcore_libvirt.qemu_nbd import QemuNbd, end_stray
+from backupcore_libvirt.qemu_nbd import QemuNbd
+from backupcore_libvirt.release.servers import end_stray
 
 MiB = 1 << 20
 

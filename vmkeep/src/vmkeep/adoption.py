@@ -1,4 +1,7 @@
-"""A backup that was stored and never recorded, because its process was killed in between: the next run records it."""
+"""A backup that was stored and never recorded, because its process was killed in between: the next run records it.
+
+One whose run was given up (`backupcore.verdict`) is never recorded, however complete it is: it is removed instead.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,10 @@ from vmkeep.workplace import Workplace
 
 if TYPE_CHECKING:
     from backupcore.context import Context
+    from backupcore.model import SourceRef
     from backupcore.survey import Found
 
-__all__ = ["adopt", "note"]
+__all__ = ["adopt", "note", "withdraw"]
 
 log = logging.getLogger("vmkeep.adoption")
 
@@ -41,20 +45,67 @@ def adopt(place: Workplace, folder: Path, store: Datastore, ctx: Context) -> boo
     It must be complete, and its parent the tip of its image; otherwise it stays what it is, an unused source. The
     caller holds the VM's lock. Nothing is raised: the guest of the dead run must be released in any case.
     """
-    try:
-        noted = json.loads((folder / _NAME).read_text())
-        run = folders.load_run(noted["run"])
-        disks = tuple(Disk(**disk) for disk in noted["disks"])
-    except FileNotFoundError:
-        return False  # it did not come that far
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        log.warning("%s cannot be read (%s)", folder / _NAME, type(error).__name__)
+    noted = _noted(folder)
+    if noted is None:
         return False
+    run, disks = noted
     try:
         return _adopt(place, run, disks, store, ctx)
     except BackupError as error:
         log.warning("what run %s may have stored in %s was not recorded: %s", run.id, store.name, error)
         return False
+
+
+def withdraw(place: Workplace, folder: Path, why: BackupError, store: Datastore, ctx: Context) -> None:
+    """Remove what a run that was given up, because of `why`, has stored all the same; the context is told.
+
+    Nothing that the catalog knows is touched, and nothing is raised, as by `adopt`.
+    """
+    noted = _noted(folder)
+    if noted is None:
+        return
+    run, _ = noted
+    for source in _stored(place, run, store, ctx):
+        try:
+            store.delete([source], ctx)
+        except BackupError as error:
+            ctx.did(
+                f"run {run.id[:8]} was given up ({why.message}): source {source}, which it had stored, is not recorded "
+                f"and stays in datastore {store.name}, unused ({error.message})"
+            )
+        else:
+            ctx.did(
+                f"run {run.id[:8]} was given up ({why.message}): removed source {source}, which it had stored, from "
+                f"datastore {store.name}"
+            )
+
+
+def _noted(folder: Path) -> tuple[BackupRun, tuple[Disk, ...]] | None:
+    """What `note` wrote; None where the run did not come that far, or it cannot be read."""
+    try:
+        noted = json.loads((folder / _NAME).read_text())
+        return folders.load_run(noted["run"]), tuple(Disk(**disk) for disk in noted["disks"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        log.warning("%s cannot be read (%s)", folder / _NAME, type(error).__name__)
+        return None
+
+
+def _stored(place: Workplace, run: BackupRun, store: Datastore, ctx: Context) -> list[SourceRef]:
+    """The sources of this run in the datastore that the catalog does not know; none where that cannot be told."""
+    known = set(images.tokens(place.catalog))
+    try:
+        found = store.sources(ctx)
+    except BackupError as error:
+        log.warning("what run %s may have stored in %s cannot be told: %s", run.id, store.name, error)
+        return []
+    due = {"point": run.point, "image": run.image, "type": run.type.value}
+    return [
+        listed.source
+        for listed in found
+        if listed.source.token not in known and due.items() <= dict(listed.labels).items()
+    ]
 
 
 def _adopt(place: Workplace, run: BackupRun, disks: tuple[Disk, ...], store: Datastore, ctx: Context) -> bool:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 import socket
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
-from backupcore import chain
+from backupcore import chain, verdict
 from backupcore.context import Context, Progress
 from backupcore.datastore import Datastore
-from backupcore.errors import BackupError, Cancelled, IncrementImpossible
+from backupcore.errors import BackupError, Cancelled, ContractViolation, IncrementImpossible
 from backupcore.hypervisor import VMState
 from backupcore.model import BackupRun, Estimate, Image, RunState, Type
 from backupcore.session import Recorded, run_backup
 from vmkeep import adoption, flatten, folders, interrupt, lock, recovery, retention, settings
+from vmkeep.attended import UnderWay, attended, end_at_once
 from vmkeep.catalog import flattens, images, points, runs
 from vmkeep.catalog.database import Catalog
 from vmkeep.workplace import Workplace
@@ -98,35 +99,62 @@ def take(
     datastore: str | None = None,
     reset: bool = False,
     progress: Progress | None = None,
+    remark: Callable[[str], None] = log.warning,
 ) -> Taken:
     """Back a VM up. Every run that gets as far as the VM's lock is written down, whatever its end.
+
+    The work is done in a thread of its own, see `attended`; `remark` shows the user a line about a run that was stopped
+    and has not ended yet.
 
     Errors: Busy if the VM is being backed up already; NotFound for the VM or the datastore; Cancelled after Ctrl-C or
     SIGTERM, with the guest released; else what the hypervisor or the driver raised.
     """
     name = place.config.datastore(datastore)
+    under_way = UnderWay(datastore=name, remark=remark)
+    return attended(
+        lambda: _take(place, vm, under_way, reset=reset, progress=progress),
+        lambda: _abandoned(place, under_way),
+        under_way,
+    )
+
+
+def _take(place: Workplace, vm: str, under_way: UnderWay, *, reset: bool, progress: Progress | None) -> Taken:
+    name = under_way.datastore
     store = place.datastore(name, hypervisor=True)
     found = place.hypervisor.find(vm)
+    under_way.vm = found.vm
     with ExitStack() as stack:
         stack.enter_context(lock.vm_run(place.state, found.vm))
+        interrupt.check()
         recover_first(place, found, store)
         shared = stack.enter_context(ExitStack())
         newest = newest_locked(place, found, name, shared)
         run = _run(place, found, name, newest, place.catalog, reset=reset)
+        interrupt.check()
         runs.begin(place.catalog, run)
         numbers: list[int] = []
         with _written_down(place, run):
             folder = stack.enter_context(folders.own(place.state, run))
             ctx = Context(folder, progress=progress)
-            with interrupt.cancels(ctx), ctx:
-                recorded = run_backup(
-                    store,
-                    run,
-                    ctx,
-                    record=lambda done: numbers.append(runs.record(place.catalog, done)),
-                    note=partial(adoption.note, folder),
-                )
+            under_way.run, under_way.ctx = run, ctx
+
+            def record(done: Recorded) -> None:
+                _require_lock(place, found)
+                numbers.append(runs.record(place.catalog, done))
+                under_way.recorded = Taken(recorded=done, image=numbers[0])
+
+            try:
+                with interrupt.cancels(ctx), ctx:
+                    recorded = run_backup(store, run, ctx, record=record, note=partial(adoption.note, folder))
+            except (OSError, BackupError):  # what breaks because of a closed file says anything
+                _require_lock(place, found)
+                raise
+            finally:
+                under_way.folder_goes()
+                for line in ctx.owed:
+                    log.warning("datastore %s: %s", name, line)
         shared.close()
+        under_way.recorded = Taken(recorded=recorded, image=numbers[0], warnings=recorded.warnings)
         done, warnings = retention.after(place, found.vm, name, progress=progress)
         return Taken(
             recorded=recorded,
@@ -134,6 +162,45 @@ def take(
             retention=tuple(action for due in done for action in due.actions),
             warnings=(*recorded.warnings, *warnings),
         )
+
+
+def _require_lock(place: Workplace, found: VMState) -> None:
+    try:
+        lock.still_held(place.state, found.vm)
+    except ContractViolation:
+        end_at_once()
+        raise
+
+
+def _abandoned(place: Workplace, under_way: UnderWay) -> Taken:
+    """What becomes of a run that was stopped and is not waited for any longer: its thread stays where it hangs."""
+    standing = under_way.standing()
+    name = under_way.vm.name if under_way.vm else "the VM"
+    run, ctx = under_way.run, under_way.ctx
+    if under_way.recorded is not None:
+        cut_off = f"what was to follow was cut off: {standing}. Done by the next backup, or: vmkeep recover {name}"
+        return replace(under_way.recorded, warnings=(*under_way.recorded.warnings, cut_off))
+    hint = (
+        f"What datastore {under_way.datastore} still holds of this run is swept by the next backup of {name} to it; "
+        f"the rest now: vmkeep recover {name}"
+    )
+    if run is None or ctx is None:
+        raise Cancelled(f"cancelled; {standing}", "No backup had begun.")
+    error = ctx.failure or Cancelled("cancelled")
+    try:
+        late = not verdict.give_up(ctx.folder, error)
+    except OSError as problem:
+        log.warning("the run could not be marked as given up: %s", problem)
+        late = False
+    if late:
+        raise type(error)(
+            f"{error.message}; it was complete in datastore {under_way.datastore} by then, but is not recorded yet",
+            f"The next backup of {name} records it, or now: vmkeep recover {name}",
+        )
+    message = f"{error.message}; {standing}"
+    state = RunState.CANCELLED if isinstance(error, Cancelled) else RunState.FAILED
+    runs.fail(place.catalog, run.id, state, kind=type(error).__name__, error=message)
+    raise type(error)(message, f"{error.hint} {hint}".strip())
 
 
 def recover_first(place: Workplace, found: VMState, store: Datastore) -> None:

@@ -15,16 +15,18 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from backupcore import process
 from backupcore.errors import BackupError, ContractViolation, from_os_error
+from backupcore.guard import SOCKET
 from backupcore.model import VM, BackupRun, Disk, Link, SourceRef, Type, new_id
 
-__all__ = ["dead_runs", "dump_run", "load_run", "own", "sweep"]
+__all__ = ["dead", "dead_runs", "dump_run", "load_run", "of", "own", "sweep"]
 
 log = logging.getLogger("vmkeep.folders")
 
@@ -43,6 +45,7 @@ def own(state: Path, run: BackupRun | None = None) -> Iterator[Path]:
         # It gets its name when it is locked: another process that sweeps must not find it free in between.
         handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         fcntl.flock(handle, fcntl.LOCK_EX)
+        opened = os.fstat(handle)
         (folder / ".lock").rename(folder / "lock")
     except OSError as error:
         raise from_os_error(error, f"the folder of runs {runs}") from error
@@ -54,7 +57,9 @@ def own(state: Path, run: BackupRun | None = None) -> Iterator[Path]:
         yield folder
     finally:
         _remove(folder)
-        os.close(handle)
+        with suppress(OSError):  # a plugin may have closed it, and the number may be another file's by now
+            if os.path.samestat(os.fstat(handle), opened):
+                os.close(handle)
 
 
 def sweep(
@@ -92,6 +97,17 @@ def dead_runs(state: Path) -> list[BackupRun]:
     return [run for run in found if run is not None]
 
 
+def of(state: Path, vm: VM) -> list[Path]:
+    """The folders of the runs of a VM, living or dead."""
+    found = ((folder, _load(folder / "run.json")) for folder in sorted((state / "runs").glob("*")))
+    return [folder for folder, run in found if run is not None and run.vm.uuid == vm.uuid]
+
+
+def dead(state: Path, vm: VM) -> list[Path]:
+    """The folders of the dead runs of a VM."""
+    return [folder for folder in of(state, vm) if _dead(folder)]
+
+
 def _dead_folders(state: Path) -> list[Path]:
     return [folder for folder in sorted((state / "runs").glob("*")) if _dead(folder)]
 
@@ -107,21 +123,23 @@ def _load(record: Path) -> BackupRun | None:
 
 
 def _end_orphans(folder: Path) -> list[str]:
-    """End the processes that a dead run has left: those that work in its folder. A line for each.
+    """End the processes that a dead run has left: those that work in its folder, or are still its children.
 
-    They end with their parent; one that hung in a read of the run's view at that moment may not have.
+    A line for each. They end with their parent; one that hung in a read of the run's view at that moment may not have,
+    and a parent that was killed and cannot end keeps them. What guards the guest is not ended while it is at work.
     """
+    left = set() if (folder / SOCKET).exists() else _children(folder)
     found = []
     for place in Path("/proc").glob("[0-9]*"):
         try:
-            if not (place / "cwd").readlink().is_relative_to(folder):
+            if not _is_orphan(place, folder, left):
                 continue
             handle = os.pidfd_open(int(place.name))
         except OSError:
             continue  # it has ended, or is another user's
         try:
             # Asked again now that its number cannot go to another process unnoticed.
-            if (place / "cwd").readlink().is_relative_to(folder):
+            if _is_orphan(place, folder, left) and not process.dying(int(place.name)):
                 signal.pidfd_send_signal(handle, signal.SIGKILL)
                 found.append(f"ended process {place.name}, which a dead run had left")
         except OSError:
@@ -129,6 +147,23 @@ def _end_orphans(folder: Path) -> list[str]:
         finally:
             os.close(handle)
     return found
+
+
+def _is_orphan(place: Path, folder: Path, left: set[int]) -> bool:
+    return int(place.name) in left or (place / "cwd").readlink().is_relative_to(folder)
+
+
+def _children(folder: Path) -> set[int]:
+    """The processes that the owner of this folder has started, where it was killed and cannot end."""
+    try:
+        handle = os.open(folder / "lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return set()
+    try:
+        owners = [owner for owner in process.holders(handle) if process.dying(owner)]
+    finally:
+        os.close(handle)
+    return {child for owner in owners for child in process.children(owner)}
 
 
 def _dead(folder: Path) -> bool:
@@ -141,7 +176,7 @@ def _dead(folder: Path) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
+        return process.held_by_the_dying(handle)  # killed, and none of its program runs any more
     finally:
         os.close(handle)
     return True

@@ -6,15 +6,17 @@ looking, so a second time there is nothing left to do.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from backupcore import guard, verdict
 from backupcore.context import Context
 from backupcore.datastore import Datastore
-from backupcore.errors import BackupError, Busy, NotFound
+from backupcore.errors import BackupError, Busy, NotFound, from_os_error
 from backupcore.model import VM, BackupRun, Outcome, RunState
 from vmkeep import adoption, flatten, folders, lock, swap
 from vmkeep.catalog import images, points, runs
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = ["PutRight", "follow", "put_right", "recover"]
+
+GUARD_LIMIT = 10.0
+"""Seconds that the process which guards a dead run's guest has to let it go by itself; twice that before it is done
+without it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +89,7 @@ def put_right(place: Workplace, vm: VM, did: list[str], other: Datastore | None 
     """
     _settle_swap(place, vm, did)
     errors: list[BackupError] = []
+    _let_go(place, vm, did)
     for run in runs.died(place.catalog, vm.uuid):
         did.append(f"run {run[:8]}: written down as failed, its process was killed")
     with _context(place, did) as ctx:
@@ -168,7 +175,11 @@ def _release(place: Workplace, run: BackupRun, ctx: Context, other: Datastore | 
     # What other chains have recorded since it died is no stray.
     run = replace(run, keep=points.kept(place.catalog, run.vm))
     written = runs.increment_of(place.catalog, run.id)
-    if not written and run.datastore == store.name and adoption.adopt(place, ctx.folder, store, ctx):
+    given_up = _given_up(ctx.folder)
+    if given_up is not None:
+        if not written and run.datastore == store.name:
+            adoption.withdraw(place, ctx.folder, given_up, store, ctx)
+    elif not written and run.datastore == store.name and adoption.adopt(place, ctx.folder, store, ctx):
         written = runs.increment_of(place.catalog, run.id)
     outcome = Outcome(state=RunState.RECORDED if written else RunState.FAILED)
     if written and written[0].uuid != run.image:  # it became a full in a new image after its folder was made
@@ -177,3 +188,32 @@ def _release(place: Workplace, run: BackupRun, ctx: Context, other: Datastore | 
     errors = store.postbackup(run, outcome, ctx)
     if errors:
         raise errors[0]
+
+
+def _given_up(folder: Path) -> BackupError | None:
+    """Why the run of this folder was given up; None if it was not."""
+    try:
+        return verdict.given_up(folder)
+    except OSError as error:
+        # It cannot be told that it was not: what it stored stays unused, or is removed.
+        return from_os_error(error, f"the run's folder {folder}")
+
+
+def _let_go(place: Workplace, vm: VM, did: list[str]) -> None:
+    """Wait until the processes that guard dead runs of `vm` have let its guest go, where some are still at it.
+
+    They do so by themselves, and mark nothing: what a run had stored before it was killed is recorded. One that has not
+    noticed the death is told.
+    """
+    for folder in folders.dead(place.state, vm):
+        deadline = time.monotonic() + GUARD_LIMIT
+        try:
+            while guard.status(folder).phase != "released":
+                if time.monotonic() > deadline:
+                    did.extend(guard.give_up(folder, BackupError("its process was killed"), GUARD_LIMIT).did)
+                    break
+                time.sleep(0.05)
+        except NotFound:
+            continue  # it has let go, and ended; or there never was one
+        except BackupError as error:
+            did.append(error.message)

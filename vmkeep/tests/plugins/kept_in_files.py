@@ -9,6 +9,8 @@ import json
 import os
 import pickle
 import shutil
+import threading
+import time
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -16,7 +18,7 @@ from typing import BinaryIO
 import backupcore
 from backupcore import hookimpl
 from backupcore.context import Context
-from backupcore.errors import HypervisorError, IncrementImpossible, SourceNotFound, TargetUnavailable
+from backupcore.errors import HypervisorError, IncrementImpossible, SourceNotFound, TargetFull, TargetUnavailable
 from backupcore.hypervisor import VMState
 from backupcore.model import (
     VM,
@@ -133,7 +135,11 @@ class FileArtifact(Artifact):
 
 @backupcore.driver
 class FileDriver:
-    """One folder per source. ``wait`` in its folder holds a backup up until it is gone or the run is cancelled."""
+    """One folder per source. ``wait`` in its folder holds a backup up until it is gone or the run is cancelled.
+
+    So does ``deaf``, whatever the user wants; ``exit`` ends the process with the exit code in it, ``close-all`` closes
+    every file that the process has open, and with ``owes`` it cannot tidy up.
+    """
 
     path: Path = backupcore.option("where the backups lie")
     password_file: Path | None = backupcore.option("nothing is read from it", default=None)
@@ -156,6 +162,13 @@ class FileDriver:
             said.rename(self.path / "waits")
         while waiting.exists():
             ctx.wait(0.02)
+        while (self.path / "deaf").exists():
+            (self.path / "waits").write_text(run.id)
+            time.sleep(0.02)  # a driver that does not listen
+        if (self.path / "exit").exists():
+            os._exit(int((self.path / "exit").read_text()))
+        if (self.path / "close-all").exists():
+            os.closerange(3, 4096)
         token = new_id()
         if (self.path / "talk").exists():
             ctx.log.debug("token is %s", token)
@@ -171,6 +184,11 @@ class FileDriver:
         if (self.path / "die").exists():
             os._exit(9)
         return Stored(source=SourceRef(token), stored=size)
+
+    @hookimpl
+    def postbackup(self) -> None:
+        if (self.path / "owes").exists():
+            raise TargetUnavailable(f"{self.path} is away", "Bring it back.")
 
     @hookimpl
     def restore(self, source: SourceRef, ctx: Context) -> Sequence[Artifact]:
@@ -218,3 +236,19 @@ class Note:
         stored = yield
         (ctx.folder.parent.parent.parent / "noted").write_text(run.vm.name)
         return stored
+
+
+class Watch:
+    """A site plugin: it stops a run with an error, as a watch over scratch does, once there is a file ``full``."""
+
+    @hookimpl(wrapper=True)
+    def backup(self, ctx: Context) -> Generator[None, Stored, Stored]:
+        full = ctx.folder.parent.parent.parent / "full"
+
+        def watch() -> None:
+            while not full.exists():
+                time.sleep(0.01)
+            ctx.fail(TargetFull("scratch is full", "Make room there."))
+
+        threading.Thread(target=watch, daemon=True).start()
+        return (yield)

@@ -9,11 +9,11 @@ from pathlib import Path
 from xml.etree.ElementTree import Element, SubElement, tostring
 
 from backupcore.errors import BackupError, Busy, HypervisorError, NotFound
-from backupcore_libvirt.clients import wait_until_alone
 from backupcore_libvirt.connection import BACKUP, IO_ERROR, NO_JOB, PAUSED, Domain
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.libvirt_errors import code_of
 from backupcore_libvirt.place.job_socket import remove_sockets
+from backupcore_libvirt.release.clients import wait_until_alone
 from backupcore_libvirt.xml import parse
 
 __all__ = ["Job", "backup_xml", "bitmap_name", "end", "left_behind", "running"]
@@ -130,23 +130,26 @@ def end(domain: Domain, folder: RunFolder) -> list[str]:
     end.
     """
     did = []
-    started = folder.path.exists()
-    if domain.is_active():
-        _job_type(domain)  # a job that is just beginning has no socket yet: wait for it
-    job = running(domain)
-    found = RunFolder.of_job(folder.scratch, job.socket, job.files) if job else None
-    if job is not None and found is not None and found.run == folder.run:
-        wait_until_alone(Path(job.socket), CLIENTS_LIMIT)
-        folder.remove_scratch()
-        domain.abort_job()
-        _wait_for_end(domain)
-        did.append("ended a backup job")
-    if started and domain.state() == (PAUSED, IO_ERROR):
-        # QEMU stopped it when a scratch file could not grow; without the job the stopped write is done again.
-        domain.resume()
-        did.append("let the guest go on, which QEMU had stopped after an I/O error")
-    if started and domain.is_active():
-        remove_sockets(domain, folder)
+    # One at a time: between the look and the abort another process could end this job and begin one of its own.
+    with folder.sole(END_LIMIT + CLIENTS_LIMIT) as started:
+        if domain.is_active():
+            _job_type(domain)  # a job that is just beginning has no socket yet: wait for it
+        job = running(domain)
+        found = RunFolder.of_job(folder.scratch, job.socket, job.files) if job else None
+        if job is not None and found is not None and found.run == folder.run:
+            wait_until_alone(Path(job.socket), CLIENTS_LIMIT)
+            folder.remove_scratch()
+            domain.abort_job()
+            _wait_for_end(domain)
+            did.append("ended a backup job")
+        if started and domain.state() == (PAUSED, IO_ERROR):
+            # QEMU stopped it when a scratch file could not grow; without the job the stopped write is done again.
+            domain.resume()
+            did.append("let the guest go on, which QEMU had stopped after an I/O error")
+        if started and domain.is_active():
+            remove_sockets(domain, folder)
+        if started:
+            folder.remove_scratch()  # whoever owns the run may hang for hours: others need that room
     return did
 
 

@@ -12,11 +12,13 @@ import fcntl
 import os
 import re
 import stat
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from backupcore.errors import AccessDenied, HypervisorError, from_os_error
+from backupcore.process import held_by_the_dying
 from backupcore_libvirt.scratch import Owner
 
 __all__ = ["SOCKET_PATH_LIMIT", "RunFolder", "dead_folders", "living_vms"]
@@ -118,7 +120,10 @@ class RunFolder:
         return lock
 
     def is_in_use(self) -> bool:
-        """Whether the process of that run still lives: its lock is released when it ends, however it ends."""
+        """Whether the process of that run still lives: its lock is released when it ends, however it ends.
+
+        One that was killed and waits in the kernel before it can end keeps its lock, and does not live any more.
+        """
         try:
             lock = os.open(self.path / "lock", os.O_RDWR | _CAREFULLY)
         except OSError:
@@ -126,10 +131,41 @@ class RunFolder:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: who else looks is not its owner
         except BlockingIOError:
-            return True
+            return not held_by_the_dying(lock)
         finally:
             os.close(lock)
         return False
+
+    @contextmanager
+    def sole(self, limit: float) -> Iterator[bool]:
+        """Be the only process of ours that ends what this run holds; whether the folder is there.
+
+        The kernel takes the lock back when its process ends. HypervisorError if another one has it for `limit` seconds.
+        """
+        deadline = time.monotonic() + limit
+        try:
+            handle = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            yield False
+            return
+        except OSError as error:
+            raise from_os_error(error, f"scratch folder {self.path}") from error
+        try:
+            while True:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    if time.monotonic() > deadline:
+                        raise HypervisorError(
+                            f"another process has been at the release of the run of {self.path} for {limit:.0f} s",
+                            f"See which one with: lsof {self.path}",
+                        ) from error
+                    time.sleep(0.01)
+                else:
+                    break
+            yield True
+        finally:
+            os.close(handle)
 
     def remove(self) -> list[str]:
         """Remove what a run puts there, and the folder; the result names what was strange, and therefore stays."""

@@ -2,7 +2,7 @@
 
 AGENT asks QEMU's guest agent to freeze the file systems, so that what is on the disks is whole; SUSPEND stops the
 processors. Whatever can fail or wait is looked at before (`plan`). While the guest stands still, two things see to it
-that it goes on: a process of its own (`backupcore_libvirt.watchdog`) and a record on disk (`freeze_record`).
+that it goes on: the process that guards the run (`backupcore_libvirt.release`) and a record on disk (`freeze_record`).
 
 Agent commands carry their own time limit. (libvirt's setting for all of them, virDomainAgentSetResponseTimeout, cannot
 be read, so a run that changed it could not put it back.)
@@ -16,22 +16,25 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from backupcore.context import Context
 from backupcore.errors import BackupError, Busy, HypervisorError, NotFound, UnsupportedOperation
-from backupcore.model import Consistency
 from backupcore_libvirt import freeze_record
 from backupcore_libvirt.connection import AGENT_UNRESPONSIVE, PAUSED, PAUSED_BY_USER, RUNNING, Domain
 from backupcore_libvirt.folder import RunFolder, dead_folders
 from backupcore_libvirt.freeze_record import FreezeRecord, How
 from backupcore_libvirt.libvirt_errors import code_of, is_away
-from backupcore_libvirt.watchdog import watchdog
 from backupcore_libvirt.xml import parse
+
+if TYPE_CHECKING:  # the process that guards a run loads this, and needs no more than `release`
+    from backupcore.context import Context
+    from backupcore.model import Consistency
+    from backupcore_libvirt.release.guard import Guard
 
 __all__ = ["Freeze", "Held", "frozen", "plan", "release", "release_dead"]
 
 ANSWER_LIMIT = 5  # seconds for a question to the agent
-RELEASE_LIMIT = 60.0  # after a freeze that failed; then the watchdog goes on trying
+RELEASE_LIMIT = 60.0  # after a freeze that failed; then the guard goes on trying
 DEAD_LIMIT = 15.0  # for what another run has left
 AGAIN = 0.2
 NO_ANSWER = {AGENT_UNRESPONSIVE, 112}
@@ -125,12 +128,12 @@ def _require_agent(domain: Domain, xml: str, state: Consistency) -> None:
 
 
 @contextmanager
-def frozen(uri: str, domain: Domain, folder: RunFolder, freeze: Freeze, ctx: Context) -> Iterator[Held]:
+def frozen(domain: Domain, folder: RunFolder, freeze: Freeze, guard: Guard, ctx: Context) -> Iterator[Held]:
     """Let the guest stand still during the block, which makes one call and nothing else.
 
     HypervisorError if the guest could not be brought to rest, or did not stay so until the block's end; with
     FS_FREEZE_FALLBACK=YES a warning, and the consistency says what was reached. However the block ends, the guest goes
-    on; where that cannot be seen, the watchdog stays at work, and then the record is left to the next run.
+    on; where that cannot be seen, the guard goes on trying, and then the record is left to the next run.
     """
     held = Held(freeze.otherwise)
     if freeze.gave_up:
@@ -139,25 +142,25 @@ def frozen(uri: str, domain: Domain, folder: RunFolder, freeze: Freeze, ctx: Con
         yield held
         return
     at_rest = False
-    with watchdog(uri, domain.uuid, folder, freeze.limit) as dog:
-        _require_free(domain)
-        ctx.check()
-        freeze_record.write(folder, FreezeRecord.now(freeze.how, domain.uuid, domain.number()))
-        started = time.monotonic()
+    _require_free(domain)
+    ctx.check()
+    freeze_record.write(folder, FreezeRecord.now(freeze.how, domain.uuid, domain.number()))
+    guard.freezing(freeze.limit)
+    started = time.monotonic()
+    try:
+        problem = _rest(domain, folder, freeze)
+        at_rest = problem is None
+        if at_rest:
+            yield held
+    finally:
         try:
-            problem = _rest(domain, folder, freeze)
-            at_rest = problem is None
-            if at_rest:
-                yield held
-        finally:
-            try:
-                stayed = release(domain, folder, RELEASE_LIMIT)
-            except BackupError as error:
-                stayed = False
-                ctx.log.warning("%s %s", error.message, error.hint)
-            else:
-                dog.all_is_well()
-            held.seconds = time.monotonic() - started
+            stayed = release(domain, folder, RELEASE_LIMIT)
+        except BackupError as error:
+            stayed = False
+            ctx.log.warning("%s %s", error.message, error.hint)
+        else:
+            guard.thawed()
+        held.seconds = time.monotonic() - started
     if at_rest and not stayed:
         problem = HypervisorError(
             f"VM {domain.name}: the guest did not stand still until its disks were held; it may do so for "

@@ -29,15 +29,16 @@ from backupcore_libvirt.in_place import fit, require_replaceable
 from backupcore_libvirt.libvirt_errors import is_away
 from backupcore_libvirt.mechanisms.choice import choose, forget, prepare, settle
 from backupcore_libvirt.pools import add_volume, find_pool
-from backupcore_libvirt.qemu_nbd import end_stray
+from backupcore_libvirt.reading.process import guarded, reader_of
 from backupcore_libvirt.reading.taken import taken_of
 from backupcore_libvirt.recovery import clear, recover
+from backupcore_libvirt.release.guard import Guard
+from backupcore_libvirt.release.servers import end_stray
 from backupcore_libvirt.settings import read as read_settings
 from backupcore_libvirt.settings import write as write_settings
 from backupcore_libvirt.unchanged import hold_unchanged
 from backupcore_libvirt.vm_files import read as read_file
 from backupcore_libvirt.vm_state import choice_of, state_of
-from backupcore_libvirt.watch import stop_watches
 
 __all__ = ["Libvirt"]
 
@@ -69,8 +70,9 @@ class Libvirt:
         """
         connection = ctx.stack.enter_context(Connection(self.uri))
         domain = connection.domain(run.vm.uuid)
-        clear(domain, self.scratch, ctx)
         folder = RunFolder(self.scratch, run.id)
+        guard = guarded(self.uri, domain, folder, ctx)  # it gets ready while the VM is looked at
+        clear(domain, self.scratch, ctx)
         prepare(connection, domain, run, folder, ctx)
         mechanism = choose(connection, domain, run, self.scratch, ctx)
         seen = mechanism.look
@@ -79,12 +81,13 @@ class Libvirt:
         lock = folder.make(seen.owner, domain.uuid)
         ctx.stack.callback(os.close, lock)
         ctx.check()
-        mechanism.ready()
-        with frozen(self.uri, domain, folder, seen.freeze, ctx) as held:
+        mechanism.ready(guard)
+        with frozen(domain, folder, seen.freeze, guard, ctx) as held:
             date = mechanism.begin()
-        exports = mechanism.serve()
+        exports = mechanism.serve(guard)
+        reader = reader_of(guard, ctx)
         files = [read_file(domain.name, file) for file in seen.files]
-        taken = [taken_of(disk, exports[disk.id], seen, run) for disk in seen.disks]
+        taken = [taken_of(disk, exports[disk.id], seen, run, reader) for disk in seen.disks]
         for disk_artifact, _ in taken:
             ctx.stack.callback(disk_artifact.close)
         artifacts: list[Artifact] = [
@@ -108,7 +111,11 @@ class Libvirt:
 
         Finds out what is there, so it works after a crash, in another process, and where `prebackup` never ran.
         """
-        stop_watches(run.id)
+        guard = Guard.of(run.id)
+        with guard.turn() if guard is not None else contextlib.nullcontext():
+            self._release(run, outcome, ctx)
+
+    def _release(self, run: BackupRun, outcome: Outcome, ctx: Context) -> None:
         folder = RunFolder(self.scratch, run.id)
         end_stray(folder.path)
         # Where something is held, a libvirtd that is just being started anew is waited for.
@@ -175,7 +182,8 @@ class Libvirt:
             with Connection(self.uri) as connection:
                 domain = connection.domain(run.vm.uuid)
                 clear(domain, self.scratch, ctx)
-                yield hold_unchanged(connection, domain, run, disks, scratch=self.scratch, ctx=ctx)
+                guard = guarded(self.uri, domain, RunFolder(self.scratch, run.id), ctx)
+                yield hold_unchanged(connection, domain, run, disks, scratch=self.scratch, guard=guard, ctx=ctx)
         except BaseException:
             try:
                 self.postbackup(ended, outcome, ctx)

@@ -1,27 +1,27 @@
 """Reading an image that no VM has open: `qemu-nbd`, read-only, on a unix socket in the run's folder.
 
 While it serves an image QEMU's lock keeps everybody from opening it for writing: a VM with that disk cannot start. So
-it never outlives its run: the kernel kills it with our process, and `end_stray` finds one that got away all the same.
+it never outlives its run: the kernel kills it with our process, and `release.servers` finds one that got away all the
+same.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import stat
 import subprocess
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from backupcore.disk.nbd import Address, Client, ConnectionLost, NbdError
 from backupcore.errors import BackupError, Busy, HypervisorError, from_os_error
+from backupcore_libvirt.release.servers import processes
 
-__all__ = ["QemuNbd", "end_stray", "image_options", "is_locked", "is_served"]
+__all__ = ["QemuNbd", "image_options", "is_locked", "is_served"]
 
 START_LIMIT = 30.0
 STOP_LIMIT = 5.0
@@ -161,27 +161,10 @@ def _start(command: Sequence[str], errors: int) -> subprocess.Popen[bytes]:
         raise HypervisorError(f"{command[0]} cannot be run: {error.strerror}", "Install util-linux.") from error
 
 
-def end_stray(folder: Path) -> bool:
-    """Kill every qemu-nbd whose socket lies in `folder`, and wait for its end: a dead run's. Whether there was one.
-
-    They are found by their command lines, since the number of a process may meanwhile be another's.
-    """
-    found = [pid for pid in _processes() if _serves(pid, folder)]
-    for pid in found:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    deadline = time.monotonic() + STOP_LIMIT
-    while any(_serves(pid, folder) for pid in found):
-        if time.monotonic() > deadline:
-            raise HypervisorError(f"qemu-nbd (process {found[0]}) with a socket in {folder} cannot be ended")
-        time.sleep(0.01)
-    return bool(found)
-
-
 def is_served(path: str) -> bool:
     """Whether a qemu-nbd of ours serves this image as the top of its chain: its VM cannot start then."""
     named = f"file.filename={path.replace(',', ',,')}".encode()
-    for pid in _processes():
+    for pid in processes():
         try:
             command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         except OSError:
@@ -189,18 +172,3 @@ def is_served(path: str) -> bool:
         if command[0].endswith(b"qemu-nbd") and any(argument.endswith(named) for argument in command):
             return True
     return False
-
-
-def _processes() -> list[int]:
-    return [int(name) for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208 - names, not paths
-
-
-def _serves(pid: int, folder: Path) -> bool:
-    try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return False  # it has ended, or is not ours to look at
-    if not command or not command[0].endswith((b"qemu-nbd", b"setpriv")):
-        return False
-    start = b"--socket=" + os.fsencode(folder) + b"/"
-    return any(argument.startswith(start) for argument in command)

@@ -13,7 +13,7 @@ from backupcore_libvirt.backup_job import end, left_behind
 from backupcore_libvirt.connection import Domain
 from backupcore_libvirt.folder import RunFolder, dead_folders
 from backupcore_libvirt.freeze import release_dead
-from backupcore_libvirt.qemu_nbd import end_stray
+from backupcore_libvirt.release.servers import end_stray
 
 __all__ = ["clear", "recover"]
 

@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from backupcore.context import Context
-from backupcore.disk.extents import Extent, ExtentTable, Kind, complement, intersect, to_clusters
-from backupcore.disk.nbd import ALLOCATION, Client, allocation, dirty
+from backupcore.disk.reader import Reader
 from backupcore.errors import IncrementImpossible
 from backupcore.hypervisor import Unchanged
 from backupcore.model import BackupRun
@@ -19,12 +18,22 @@ from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.look import Look
 from backupcore_libvirt.mechanisms.choice import choose
 from backupcore_libvirt.reading.export import Export
+from backupcore_libvirt.reading.process import reader_of
+from backupcore_libvirt.reading.since import unchanged_of
+from backupcore_libvirt.release.guard import Guard
 
 __all__ = ["hold_unchanged"]
 
 
 def hold_unchanged(
-    connection: Connection, domain: Domain, run: BackupRun, disks: Collection[str], *, scratch: Path, ctx: Context
+    connection: Connection,
+    domain: Domain,
+    run: BackupRun,
+    disks: Collection[str],
+    *,
+    scratch: Path,
+    guard: Guard,
+    ctx: Context,
 ) -> tuple[Unchanged, ...]:
     """Hold one instant of `disks`, as a backup does that makes no checkpoint, and ask their bitmaps.
 
@@ -43,10 +52,11 @@ def hold_unchanged(
     lock = folder.make(seen.owner, domain.uuid)
     ctx.stack.callback(os.close, lock)
     ctx.check()
-    mechanism.ready()
+    mechanism.ready(guard)
     mechanism.begin()
-    exports = mechanism.serve()
-    found = {disk.id: _unchanged(disk.id, exports[disk.id], ctx) for disk in chosen}
+    exports = mechanism.serve(guard)
+    reader = reader_of(guard, ctx)
+    found = {disk.id: _unchanged(disk.id, exports[disk.id], reader) for disk in chosen}
     return tuple(found.get(disk) or Unchanged(id=disk, why_not=why_not[disk]) for disk in disks)
 
 
@@ -57,13 +67,7 @@ def _why_not(disk: str, seen: Look, since: Since) -> str:
     return left_out.get(disk, "the VM has no such disk any more")
 
 
-def _unchanged(disk: str, export: Export, ctx: Context) -> Unchanged:
-    # Two connections, for the reason that `export` gives.
-    context = f"qemu:dirty-bitmap:{export.bitmap}"
-    with Client(export.address, [context]) as client, ctx.on_cancel(client.close):
-        size = client.size
-        marked = (Extent(offset, length, Kind.DATA) for offset, length in dirty(client, context, 0, size))
-        changed = ExtentTable(to_clusters(marked, size))
-    with Client(export.address, [ALLOCATION]) as client, ctx.on_cancel(client.close):
-        extents = ExtentTable(to_clusters(intersect(allocation(client, 0, size), complement(changed, size)), size))
-    return Unchanged(id=disk, virtual_size=size, extents=extents, blocks=export.address)
+def _unchanged(disk: str, export: Export, reader: Reader) -> Unchanged:
+    assert export.bitmap is not None
+    size, extents = reader.call(unchanged_of, export.address, export.bitmap)
+    return Unchanged(id=disk, virtual_size=size, extents=extents, blocks=reader.blocks(export.address))

@@ -13,8 +13,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from backupcore.disk.direct import memory
 from backupcore.disk.output import Output
+from backupcore.disk.reader import memory
 from backupcore.errors import AccessDenied, ContractViolation, IntegrityError, TargetUnavailable, from_os_error
 from backupcore.model import Artifact, Usage
 from backupcore.mounts import unmounted

@@ -8,6 +8,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
+from backupcore.disk.reader import memory
 from backupcore.errors import BackupError, ContractViolation, IntegrityError
 from backupcore.model import Artifact, BackupRun
 from backupcore_s3.body import Body
@@ -95,15 +96,15 @@ class Writer:
 
     def _parts(self, artifact: Artifact, cut: Cut, upload: Upload) -> Iterator[Callable[[], None]]:
         reading = threading.Lock()  # in file order, one part at a time: a guest's disk is read once and forwards
-        buffers: SimpleQueue[bytearray] = SimpleQueue()
+        buffers: SimpleQueue[memoryview] = SimpleQueue()
         for _ in range(cut.workers if cut.in_memory else 0):
-            buffers.put(bytearray(cut.part))  # filled again and again: fresh memory costs a page fault per 4 KiB
+            buffers.put(memory(cut.part))  # filled again and again: fresh memory costs a page fault per 4 KiB
 
         def from_memory(number: int, offset: int, length: int) -> None:
             buffer = buffers.get()
 
             def fill() -> memoryview:
-                view = memoryview(buffer)[:length]
+                view = buffer[:length]
                 with reading:
                     read_exactly(artifact, offset, view)
                 return view

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import click
 
 from vmkeep import backup as work
@@ -34,7 +36,8 @@ def backup(asked: Asked, vm: str, datastore: str | None, reset: bool, dry_run: b
             _show_plan(planned)
         return 0
     with shown(asked, vm) as progress:
-        taken = work.take(place, vm, datastore=datastore, reset=reset, progress=progress)
+        remark = partial(output.remark, asked)
+        taken = work.take(place, vm, datastore=datastore, reset=reset, progress=progress, remark=remark)
     if asked.json:
         output.document(documents.backup(taken))
     elif not asked.quiet:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 import click
 
@@ -95,4 +96,12 @@ def _told(error: Exception, asked: Asked) -> int:
 
 def main() -> None:
     """The entry point of the ``vmkeep`` script."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    attended = sys.modules.get("vmkeep.attended")  # loaded by those commands alone that have such a run
+    if attended is not None and attended.left_behind():
+        # A run that hangs was left behind, and Python would wait for the threads that it has begun.
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)

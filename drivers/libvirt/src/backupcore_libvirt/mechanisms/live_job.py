@@ -23,7 +23,7 @@ from backupcore_libvirt.place.refusal import refused
 from backupcore_libvirt.premade.image import make_empty
 from backupcore_libvirt.reading.export import Export
 from backupcore_libvirt.reading.taken import estimate_of
-from backupcore_libvirt.scratch_watch import ScratchWatch
+from backupcore_libvirt.release.guard import Guard
 
 __all__ = ["LiveJob"]
 
@@ -48,8 +48,9 @@ class LiveJob:
         """By the bitmaps, or by what the disks need on the host."""
         return tuple(estimate_of(self.domain, disk, self.look) for disk in self.look.disks)
 
-    def ready(self) -> None:
+    def ready(self, guard: Guard) -> None:
         """Have libvirt know the checkpoint that an increment builds on, and make the scratch files."""
+        guard.hold("scratch", "state")
         if self.look.since:
             make_known(self.domain, self.look.since, self.look.all_disks)
         for disk in self.look.disks:
@@ -66,13 +67,12 @@ class LiveJob:
             raise self._refused(error) from error
         return date
 
-    def serve(self) -> Mapping[str, Export]:
-        """They are on the socket of the job, and live until that ends. Scratch is watched from here on."""
-        ScratchWatch(self.connection.uri, self.domain.uuid, self.domain.name, self.folder, self.ctx).begin()
+    def serve(self, guard: Guard) -> Mapping[str, Export]:
+        """They are on the socket of the job, and live until that ends."""
         bitmaps = self.look.bitmaps
         return {
             disk.id: Export(
-                Address(str(self.socket.path), disk.id, self.socket.peer),
+                Address(str(self.socket.path), disk.id, self.socket.peer, guard.admission),
                 bitmap_name(disk.id) if disk.id in bitmaps else None,
             )
             for disk in self.look.disks

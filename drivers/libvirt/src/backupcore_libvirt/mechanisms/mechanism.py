@@ -9,6 +9,7 @@ from typing import Protocol, Self
 from backupcore.model import DiskEstimate
 from backupcore_libvirt.look import Look
 from backupcore_libvirt.reading.export import Export
+from backupcore_libvirt.release.guard import Guard
 
 __all__ = ["Mechanism"]
 
@@ -29,8 +30,10 @@ class Mechanism(Protocol):
     def estimate(self) -> tuple[DiskEstimate, ...]:
         """What would be taken of each disk, about. Touches nothing; no other call follows."""
 
-    def ready(self) -> None:
-        """All that may take time or fail before the instant, with the run's folder there and the guest still running.
+    def ready(self, guard: Guard) -> None:
+        """Tell the guard what to look for, and do all that may take time or fail before the instant.
+
+        The run's folder is there, and the guest still runs.
 
         IncrementImpossible, Busy, HypervisorError.
         """
@@ -41,5 +44,8 @@ class Mechanism(Protocol):
         IncrementImpossible, Busy, HypervisorError.
         """
 
-    def serve(self) -> Mapping[str, Export]:
-        """Where each disk can be read, by its ID. The exports live until the release of the run."""
+    def serve(self, guard: Guard) -> Mapping[str, Export]:
+        """Where each disk can be read, by its ID. The exports live until the release of the run.
+
+        An export that must not end beside a client of which nobody knows is read with the guard's leave.
+        """

@@ -16,7 +16,7 @@ from backupcore_libvirt.look import Look
 from backupcore_libvirt.qemu_nbd import QemuNbd
 from backupcore_libvirt.reading.export import Export
 from backupcore_libvirt.reading.taken import estimate_of
-from backupcore_libvirt.start_watch import StartWatch
+from backupcore_libvirt.release.guard import Guard
 from backupcore_libvirt.stopped import add_bitmaps
 
 __all__ = ["OffNbd"]
@@ -45,10 +45,9 @@ class OffNbd:
         """By the bitmaps, or by what the disks need on the host."""
         return tuple(estimate_of(self.domain, disk, self.look) for disk in self.look.disks)
 
-    def ready(self) -> None:
+    def ready(self, guard: Guard) -> None:
         """Watch for a start of the VM, where no lock prevents it."""
-        if any(disk.kind == "block" for disk in self.look.disks):
-            StartWatch(self.connection.uri, self.domain.uuid, self.domain.name, self.folder, self.ctx).begin()
+        guard.hold(*(["start"] if any(disk.kind == "block" for disk in self.look.disks) else []))
 
     def begin(self) -> datetime:
         """Begin to track changes.
@@ -60,7 +59,7 @@ class OffNbd:
         add_bitmaps(tracked, checkpoint_name(self.run.point))
         return datetime.now(UTC)
 
-    def serve(self) -> Mapping[str, Export]:
+    def serve(self, _guard: Guard) -> Mapping[str, Export]:
         """Start the servers. Busy where the VM has been started meanwhile."""
         exports = {}
         for disk in self.look.disks:

@@ -15,6 +15,7 @@ from backupcore_libvirt.look import Look
 from backupcore_libvirt.overlay import run as overlay_run
 from backupcore_libvirt.overlay.plan import Plan
 from backupcore_libvirt.reading.export import Export
+from backupcore_libvirt.release.guard import Guard
 
 __all__ = ["Overlays"]
 
@@ -39,8 +40,9 @@ class Overlays:
         """By the room that the files need."""
         return self.plan.estimate()
 
-    def ready(self) -> None:
+    def ready(self, guard: Guard) -> None:
         """Remove what would hinder overlays, the checkpoints of changed block tracking, and make those of a live VM."""
+        guard.hold()
         overlay_run.clear(self.domain, live=self.look.live)
         if self.look.live:
             overlay_run.make(self.run, self.plan, self._sizes)
@@ -50,7 +52,7 @@ class Overlays:
         sizes = self._sizes if self.look.live else None
         return overlay_run.begin(self.domain, self.run, self.plan, self.look.all_disks, sizes)
 
-    def serve(self) -> Mapping[str, Export]:
+    def serve(self, _guard: Guard) -> Mapping[str, Export]:
         """Serve the files below the new overlays."""
         return overlay_run.serve(
             self.domain, self.run, self.plan, live=self.look.live, folder=self.folder, ctx=self.ctx

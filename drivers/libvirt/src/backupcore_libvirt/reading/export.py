@@ -1,4 +1,4 @@
-"""What an export shows of one disk, turned into a disk artifact."""
+"""What an export shows of one disk, turned into the layout of its artifact."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from functools import partial
 
 from backupcore.disk.extents import CLUSTER, Kind, intersect, to_clusters
 from backupcore.disk.nbd import ALLOCATION, DEPTH, Address, Client, allocation, dirty, held
-from backupcore.disk.qcow2 import DiskArtifact, Layout
+from backupcore.disk.qcow2 import Layout
 
-__all__ = ["Export", "artifact"]
+__all__ = ["Export", "layout_of"]
 
 _NEAR = 16 << 20
 _IMAGE_CLUSTER = 2 << 20
@@ -34,19 +34,17 @@ class Export:
         return self.bitmap is None and not self.depth
 
 
-def artifact(disk: str, export: Export, before: int | None = None) -> DiskArtifact:
-    """The artifact of a disk: every block that holds data, or every block that changed. No connection stays open.
+def layout_of(export: Export, before: int | None = None) -> Layout:
+    """The file of a disk: every block that holds data, or every block that changed. No connection stays open.
 
     `before` is its virtual size at the parent.
     """
     address = export.address
     if export.whole:
-        layout = _allocated(address)
-    elif export.bitmap:
-        layout = _changed(address, f"qemu:dirty-bitmap:{export.bitmap}", dirty, before)
-    else:
-        layout = _changed(address, DEPTH, partial(held, most=export.depth), before)
-    return DiskArtifact(f"disk.{disk}.qcow2", layout, address)
+        return _allocated(address)
+    if export.bitmap:
+        return _changed(address, f"qemu:dirty-bitmap:{export.bitmap}", dirty, before)
+    return _changed(address, DEPTH, partial(held, most=export.depth), before)
 
 
 def _allocated(address: Address) -> Layout:

@@ -5,35 +5,37 @@ from __future__ import annotations
 from dataclasses import replace
 
 from backupcore.disk.qcow2 import DiskArtifact
+from backupcore.disk.reader import Reader
 from backupcore.model import BackupRun, Disk, DiskEstimate
 from backupcore_libvirt.connection import Domain
 from backupcore_libvirt.disks import SourceDisk
 from backupcore_libvirt.look import Look
 from backupcore_libvirt.reading.cut import REASON as CUT
 from backupcore_libvirt.reading.cut import tail, was_cut
-from backupcore_libvirt.reading.export import Export, artifact
+from backupcore_libvirt.reading.export import Export, layout_of
 
 __all__ = ["estimate_of", "taken_of"]
 
 
-def taken_of(disk: SourceDisk, export: Export, seen: Look, run: BackupRun) -> tuple[DiskArtifact, Disk]:
-    """The artifact of one disk: what changed, or all of it."""
+def taken_of(disk: SourceDisk, export: Export, seen: Look, run: BackupRun, reader: Reader) -> tuple[DiskArtifact, Disk]:
+    """The artifact of one disk: what changed, or all of it. Only the reader's process connects to the export."""
     reason = seen.since.whole.get(disk.id, "") if seen.since else ""
     then = next((one for one in run.parent.disks if one.id == disk.id), None) if run.parent else None
-    found = artifact(disk.id, export, then.virtual_size if then else None)
     held = then.tail if then else ()
-    if export.bitmap is not None and was_cut(export.address, found.layout, held):
+    layout = reader.call(layout_of, export, then.virtual_size if then else None)
+    if export.bitmap is not None and reader.call(was_cut, export.address, layout, held):
         export, reason = replace(export, bitmap=None), CUT
-        found = artifact(disk.id, export)
+        layout = reader.call(layout_of, export)
     whole = export.whole
+    found = DiskArtifact(f"disk.{disk.id}.qcow2", layout, export.address, reader=reader)
     return found, Disk(
         id=disk.id,
         artifact=found.name,
-        virtual_size=found.layout.virtual_size,
+        virtual_size=layout.virtual_size,
         whole=whole,
         reason=reason,
         path=disk.path,
-        tail=tail(found.layout, () if whole else held),
+        tail=tail(layout, () if whole else held),
     )
 
 

@@ -74,6 +74,12 @@ def cancel(stopped: Stopped) -> Document:
         "state": stopped.state,
         "seconds": round(stopped.seconds, 3),
         "did": list(stopped.did),
+        "ended": not stopped.left,
+        "left": [
+            {"process": one.process, "name": one.name, "why": one.why, "since": one.since and iso(one.since)}
+            for one in stopped.left
+        ],
+        "next_step": stopped.next_step,
     }
 
 

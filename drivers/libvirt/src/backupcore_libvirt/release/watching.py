@@ -1,0 +1,154 @@
+"""What makes the guard give a run up: scratch that fills up, a guest that was stopped or has ended, a VM that starts.
+
+- QEMU 7.2 stops the guest when a scratch file cannot grow. So a run is given up before the scratch file system is full
+  (`scratch.reserve`), and at once where QEMU has stopped the guest all the same.
+- A file that is read keeps a VM that is off from starting, by QEMU's lock on it. A device does not: libvirt gives each
+  VM device nodes of its own, and locks are a node's. What the guest then writes would tear the backup.
+
+Each look has a thread of its own, since libvirt, or a file system, may not answer.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from backupcore.errors import BackupError, Busy, HypervisorError, NotFound, TargetFull
+from backupcore_libvirt.connection import IO_ERROR, OFF, PAUSED, Connection, Domain
+from backupcore_libvirt.libvirt_errors import is_away
+from backupcore_libvirt.release.giving_up import Run
+from backupcore_libvirt.scratch import scratch_room
+
+__all__ = ["WATCHES", "Watch"]
+
+FREE_EVERY = 0.1  # seconds; a guest that overwrites 2 GB/s takes 200 MiB of the reserve in one interval
+STATE_EVERY = 0.5
+START_EVERY = 0.1  # a VM is active for libvirt from before its QEMU runs, and its firmware takes longer than that
+
+
+class Watch(threading.Thread):
+    """One look, repeated until `stop_asked` is set, or there is something to give the run up for: `trouble` is told.
+
+    `remark` is told what the user should know, and what is no trouble.
+    """
+
+    def __init__(self, run: Run, trouble: Callable[[BackupError], None], remark: Callable[[str], None]) -> None:
+        super().__init__(name=type(self).__name__, daemon=True)
+        self._run = run
+        self._trouble = trouble
+        self._remark = remark
+        self.stop_asked = threading.Event()
+
+    def run(self) -> None:
+        """Look."""
+        try:
+            error = self._look()
+        except OSError as problem:
+            error = HypervisorError(f"scratch folder {self._run.scratch.scratch} cannot be watched: {problem}")
+        except BackupError as problem:
+            error = problem
+        if error is not None and not self.stop_asked.is_set():
+            self._trouble(error)
+
+    def _look(self) -> BackupError | None:
+        """What the run is to be given up for; None when it was told to stop."""
+        raise NotImplementedError
+
+    def _full(self, why: str) -> TargetFull:
+        return TargetFull(
+            f"scratch folder {self._run.scratch.scratch} is full: {why}; the backup of VM {self._run.name} was given "
+            "up so that the guest can go on",
+            "Make room there, or set 'scratch' to a larger file system: it must hold what the guest overwrites "
+            "during a backup.",
+        )
+
+
+class _Scratch(Watch):
+    """The room in scratch."""
+
+    def _look(self) -> BackupError | None:
+        while not self.stop_asked.wait(FREE_EVERY):
+            free, kept = scratch_room(self._run.scratch.scratch)
+            if free <= kept:
+                return self._full(f"{free >> 20} MiB are left of the reserve of {kept >> 20} MiB")
+        return None
+
+
+class _Asking(Watch):
+    """One that asks libvirt, which may be started anew meanwhile."""
+
+    every: float
+
+    def _look(self) -> BackupError | None:
+        domain: Domain | None = None
+        away = False
+        with ExitStack() as stack:
+            while not self.stop_asked.wait(self.every):
+                try:
+                    if domain is None:
+                        domain = stack.enter_context(Connection(self._run.uri)).domain(self._run.vm)
+                    error = self._ask(domain)
+                except NotFound:
+                    return self._gone()
+                except HypervisorError as problem:
+                    if not is_away(problem):
+                        raise
+                    # What is read is served by QEMU, and goes on meanwhile.
+                    if not away:
+                        self._remark(f"VM {self._run.name}: {problem}; the backup goes on meanwhile")
+                    domain, away = None, True
+                    stack.close()
+                else:
+                    away = False
+                    if error is not None:
+                        return error
+        return None
+
+    def _ask(self, domain: Domain) -> BackupError | None:
+        raise NotImplementedError
+
+    def _gone(self) -> BackupError | None:
+        """What it means that libvirt does not know the VM any more."""
+        raise NotImplementedError
+
+
+class _State(_Asking):
+    """Whether the guest of a backup job still runs."""
+
+    every = STATE_EVERY
+
+    def _ask(self, domain: Domain) -> BackupError | None:
+        state = domain.state()
+        if state[0] in OFF:
+            return self._gone()
+        if state == (PAUSED, IO_ERROR):
+            return self._full("QEMU has stopped the guest after an I/O error; ending the backup lets it go on")
+        return None
+
+    def _gone(self) -> BackupError:
+        return HypervisorError(
+            f"VM {self._run.name} ended while its backup ran; its disks cannot be read any further",
+            "Start the VM, then run it again.",
+        )
+
+
+class _Start(_Asking):
+    """Whether a VM that is off stays off."""
+
+    every = START_EVERY
+
+    def _ask(self, domain: Domain) -> BackupError | None:
+        if not domain.is_active():
+            return None
+        return Busy(
+            f"VM {self._run.name} was started while its disks were read; of block devices that is not prevented",
+            "Run it again: the VM is then backed up while it runs.",
+        )
+
+    def _gone(self) -> None:
+        """It was undefined: nobody starts it."""
+
+
+WATCHES: dict[str, type[Watch]] = {"scratch": _Scratch, "state": _State, "start": _Start}
+"""What can be asked for, by name."""
