@@ -45,12 +45,16 @@ class VMDisk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VMState:
-    """A VM as it is now. `being_read` is whether a backup reads its disks: if it is off, it cannot start until then."""
+    """A VM as it is now. `being_read` is whether a backup reads its disks: if it is off, it cannot start until then.
+
+    `remarks` are what somebody should see to, a line each: what a backup has left on its disks.
+    """
 
     vm: VM
     state: Literal["running", "paused", "off", "saved", "other"]
     disks: tuple[VMDisk, ...]
     being_read: bool = False
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,6 +27,7 @@ from benchmarks import (
     full_rsync,
     full_s3,
     guest,
+    held,
     increments,
     instant,
     limits,
@@ -86,6 +87,7 @@ ROWS = {
     "flatten": Subject(flatten, 15),
     "ten-vms": Subject(ten_vms, 6),
     "guest": Subject(guest, 8),
+    "held": Subject(held, 10),
     "listing": Subject(listing, 20),
 }
 

@@ -67,13 +67,18 @@ class Place:
 
     @contextmanager
     def live(
-        self, disks: Sequence[DiskSpec] | None = None, *, kernel: Kernel | None = None, memory_mib: int = 64
+        self,
+        disks: Sequence[DiskSpec] | None = None,
+        *,
+        kernel: Kernel | None = None,
+        memory_mib: int = 64,
+        iothreads: int = 0,
     ) -> Iterator[VM]:
         """A running VM of its own, by default one like `filled`; removed at the end of the block."""
         wanted = disks or [DiskSpec(target="vda", size=self.size, content=self.content(self.data))]
         self._made += 1
         name = f"bench-{os.getpid()}-{self._made}"
-        with VM.create(name, wanted, folder=self.vms, kernel=kernel, memory_mib=memory_mib) as vm:
+        with VM.create(name, wanted, folder=self.vms, kernel=kernel, memory_mib=memory_mib, iothreads=iothreads) as vm:
             vm.start()
             yield vm
 

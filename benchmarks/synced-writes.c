@@ -1,4 +1,7 @@
-/* Writes 4 KiB somewhere in the first half of a disk, syncs, and prints how many microseconds that took; for ever. */
+/* synced-writes DISK [BYTES PAUSE]
+ *
+ * Writes so many bytes (4 KiB; 1 MiB at most) somewhere in the first half of a disk, syncs, prints how many microseconds
+ * that took, and rests for PAUSE of them (2000); for ever. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <stdio.h>
@@ -20,19 +23,22 @@ static long microseconds(void)
 
 int main(int count, char **arguments)
 {
-    static char block[BLOCK] __attribute__((aligned(BLOCK)));
+    static char block[1 << 20] __attribute__((aligned(BLOCK)));
     unsigned long long size = 0;
-    int disk = count == 2 ? open(arguments[1], O_RDWR | O_DIRECT) : -1;
-    if (disk < 0 || ioctl(disk, BLKGETSIZE64, &size) != 0 || size < 2 * BLOCK) {
+    size_t length = count == 4 ? strtoul(arguments[2], NULL, 10) : BLOCK;
+    unsigned long pause = count == 4 ? strtoul(arguments[3], NULL, 10) : 2000;
+    int disk = count >= 2 ? open(arguments[1], O_RDWR | O_DIRECT) : -1;
+    if (disk < 0 || length < BLOCK || length > sizeof block || ioctl(disk, BLKGETSIZE64, &size) != 0
+        || size < 2 * length) {
         printf("bench: no disk to write to\n");
         return 1;
     }
     for (unsigned long number = 1;; number++) {
         /* Half of the disk holds data: there a backup has something to save before it is overwritten. */
-        off_t at = (off_t)((unsigned long long)random() % (size / 2 / BLOCK)) * BLOCK;
-        block[number % BLOCK] = (char)number;
+        off_t at = (off_t)((unsigned long long)random() % (size / 2 / length)) * length;
+        block[number % length] = (char)number;
         long begun = microseconds();
-        if (pwrite(disk, block, BLOCK, at) != BLOCK || fdatasync(disk) != 0) {
+        if (pwrite(disk, block, length, at) != (ssize_t)length || fdatasync(disk) != 0) {
             printf("bench: a write failed\n");
             return 1;
         }
@@ -41,6 +47,6 @@ int main(int count, char **arguments)
             printf("took\n");
             fflush(stdout);
         }
-        usleep(2000);
+        usleep(pause);
     }
 }

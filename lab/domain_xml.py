@@ -57,8 +57,13 @@ def domain_xml(
     firmware: Firmware | None,
     emulator: Path | None,
     devices: str,
+    iothreads: int = 0,
+    scsi: str = "",
 ) -> str:
-    """The definition of one VM; its console is written to `folder`/console.log, its variables to `folder`/nvram.fd."""
+    """The definition of one VM; its console is written to `folder`/console.log, its variables to `folder`/nvram.fd.
+
+    `scsi` are attributes of the SCSI controller's <driver>.
+    """
     boot = ""
     if kernel is not None:
         boot = (
@@ -74,6 +79,7 @@ def domain_xml(
     return f"""<domain type='qemu'>
   <name>{escape(name)}</name>
   <memory unit='MiB'>{memory_mib}</memory>
+  <iothreads>{iothreads}</iothreads>
   <os><type arch='x86_64' machine='q35'>hvm</type>{boot}</os>
   <features><acpi/></features>
   <on_reboot>destroy</on_reboot>
@@ -82,7 +88,7 @@ def domain_xml(
     {"".join(_disk_xml(disk, path) for disk, path in disks)}
     <serial type='file'><source path={quoteattr(str(folder / "console.log"))}/></serial>
     <controller type='usb' model='none'/>
-    <controller type='scsi' model='virtio-scsi'/>
+    <controller type='scsi' model='virtio-scsi'>{f"<driver {scsi}/>" if scsi else ""}</controller>
     <memballoon model='none'/>
     {devices}
   </devices>

@@ -26,3 +26,13 @@ def test_links_between_documents_lead_somewhere():
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if "://" not in link:
                 assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"
+
+
+def test_every_test_that_the_table_of_mechanisms_names_is_there():
+    package = ROOT / "drivers/libvirt"
+    table = (package / "README.md").read_text().partition("## Which VM is held in which way")[2].partition("\n### ")[0]
+    named = re.findall(r"`((?:tests/)?test_\w+\.py)(?:::(\w+))?`", table)
+    assert len(named) > 10
+    for file, test in named:
+        path = ROOT / file if file.startswith("tests/") else package / "tests" / file
+        assert f"def {test}(" in path.read_text() if test else path.exists(), f"{file}::{test}"

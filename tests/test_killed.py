@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from backupcore_libvirt.connection import Connection
+from backupcore_libvirt.versions import survives_clients_of_iothreads
 from lab.domain_xml import DiskSpec
 from lab.host import RUNNING, Host, processes, wait_until
 
@@ -100,11 +102,30 @@ SNAPSHOT = {
 SNAPSHOT_OFF = {"an overlay is dropped": "backupcore_libvirt.overlay.merge:Merger._discard return", **_SNAPSHOT}
 """The same of one that is off."""
 
+_OVERLAY = "backupcore_libvirt.overlay"
+TEMPORARY = {
+    "an overlay is made": "backupcore_libvirt.premade.image:make_overlay return",
+    "all overlays are made": f"{_OVERLAY}.temporary:make return",
+    "a checkpoint is made": "backupcore_libvirt.connection:Domain.create_checkpoint return",
+    "before the overlays come onto the disks": "backupcore_libvirt.connection:Domain.snapshot call",
+    "the instant of the temporary overlays": "backupcore_libvirt.connection:Domain.snapshot return",
+    "a file below is served": "backupcore_libvirt.qemu_nbd:QemuNbd.__enter__ return",
+    "before the merge": f"{_OVERLAY}.temporary:settle call",
+    "a merge has begun": "backupcore_libvirt.connection:Domain.begin_commit return",
+    "before the pivot": "backupcore_libvirt.connection:Domain.pivot call",
+    "after the pivot": "backupcore_libvirt.connection:Domain.pivot return",
+    "one disk is merged": f"{_OVERLAY}.merge:Merger.merge return",
+    "all is merged": f"{_OVERLAY}.temporary:settle return",
+    **{name: step for name, step in STEPS.items() if "Domain." not in step and name != "the job has ended"},
+}
+"""Those of a running VM that is held by overlays for the time of a run."""
+
 QUICK = ("before the reader is asked", "reading", "in the record")
 QUICK_JOB = ("a scratch file is made", "before the socket is removed")
 QUICK_SUSPEND = ("the instant, at rest",)
 QUICK_OFF = ("one disk is tracked",)
 QUICK_SNAPSHOT = ("an overlay is made", "the instant of the overlays", "a merge has begun")
+QUICK_TEMPORARY = ("all overlays are made", "the instant of the temporary overlays", "before the pivot")
 """One step of each kind of thing that can be left behind, for `make test`."""
 
 
@@ -131,9 +152,22 @@ def every(steps: Iterable[str]) -> list[Case]:
 @pytest.fixture
 def host(make_vm, libvirt_uri: str, vm_folder: Path) -> Host:
     vm = make_vm([DiskSpec(target="vda", size=32 * MIB), DiskSpec(target="vdb", size=16 * MIB + 512)], label="killed")
-    vm.io("vda", "write -P 0x55 1M 8M")
-    vm.io("vdb", "write -P 0x11 0 2M")
-    return Host(vm_folder, vm, libvirt_uri, driver="lab")
+    return written(Host(vm_folder, vm, libvirt_uri, driver="lab"))
+
+
+@pytest.fixture
+def threaded(make_vm, libvirt_uri: str, vm_folder: Path) -> Host:
+    """A host whose VM has its disks on an I/O thread."""
+    sizes = {"vda": 32 * MIB, "vdb": 16 * MIB + 512}
+    disks = [DiskSpec(target=target, size=size, driver="iothread='1'") for target, size in sizes.items()]
+    vm = make_vm(disks, label="threaded", iothreads=1)
+    return written(Host(vm_folder, vm, libvirt_uri, driver="lab"))
+
+
+def written(host: Host) -> Host:
+    host.vm.io("vda", "write -P 0x55 1M 8M")
+    host.vm.io("vdb", "write -P 0x11 0 2M")
+    return host
 
 
 def write(host: Host, number: int) -> None:
@@ -225,6 +259,30 @@ def test_killed_in_snapshot_mode(host: Host):
     snapshot_mode(host)
     matrix(host, SNAPSHOT, pairs(QUICK_SNAPSHOT))
     assert len(host.overlays()) == 2, "one for each disk"
+
+
+def dies_of_a_client(host: Host) -> bool:
+    """Whether this QEMU is one whose VMs with I/O threads are held by overlays."""
+    with Connection(host.uri) as connection:
+        return not survives_clients_of_iothreads(connection.qemu_version())
+
+
+def test_killed_while_a_vm_with_an_io_thread_is_held(threaded: Host):
+    before = threaded.vm.domain.ID()
+    steps, quick = (TEMPORARY, QUICK_TEMPORARY) if dies_of_a_client(threaded) else (STEPS, QUICK)
+    matrix(threaded, steps, pairs(quick))
+    assert threaded.overlays() == []
+    assert threaded.vm.domain.ID() == before, "its QEMU has not died"
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_killed_at_every_step_while_a_vm_with_an_io_thread_is_held(threaded: Host):
+    before = threaded.vm.domain.ID()
+    steps = TEMPORARY if dies_of_a_client(threaded) else STEPS
+    matrix(threaded, steps, every(steps))
+    assert threaded.overlays() == []
+    assert threaded.vm.domain.ID() == before, "its QEMU has not died"
 
 
 @pytest.mark.soak

@@ -27,7 +27,7 @@ import pytest
 from lab.domain_xml import DiskSpec
 from lab.host import Host, Recorded, size_of, stopped, wait_until
 from lab.vm import same
-from tests.test_killed import SNAPSHOT, STEPS
+from tests.test_killed import SNAPSHOT, STEPS, TEMPORARY, dies_of_a_client
 
 MIB = 1 << 20
 BUSY = 10  # the exit code
@@ -49,6 +49,7 @@ class Life:
         self.counts: Counter[str] = Counter()
         self.suspended = False
         self.snapshots = False
+        self.threads = int(ElementTree.fromstring(self.vm.domain.XMLDesc()).findtext("iothreads", "0"))
         self.instant = 0
         self.spare = self.vm.folder / "vdc.qcow2"
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(self.spare), "8M"], check=True)
@@ -82,7 +83,7 @@ class Life:
         grow = size + self.choice.choice([512, 65536, 3 * MIB])
         if self.vm.active:
             # QEMU refuses it while a job runs, also a dead run's.
-            if grow > 64 * MIB or self.vm.domain.jobInfo()[0]:
+            if grow > 64 * MIB or self._any_job():
                 raise NotNow
             self.log[-1] += f" {disk} to {grow}"
             self.vm.domain.blockResize(disk, grow, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
@@ -95,6 +96,10 @@ class Life:
             self.host.ask("vm", "forget", self.vm.name)
             done = self._resize(disk, wanted)
         assert done.returncode == 0, done.stderr
+
+    def _any_job(self) -> bool:
+        domain = self.vm.domain
+        return bool(domain.jobInfo()[0]) or any(domain.blockJobInfo(disk, 0) for disk in self.vm.targets())
 
     def _resize(self, disk: str, size: int) -> subprocess.CompletedProcess[str]:
         command = ["qemu-img", "resize", "-q", "-f", self._format(disk), "--shrink", str(self.vm.disk(disk)), str(size)]
@@ -113,8 +118,9 @@ class Life:
             raise NotNow
 
     def spare_xml(self) -> str:
+        thread = "iothread='1'" if self.threads else ""
         return (
-            f"<disk type='file' device='disk'><driver name='qemu' type='qcow2' discard='unmap'/>"
+            f"<disk type='file' device='disk'><driver name='qemu' type='qcow2' discard='unmap' {thread}/>"
             f"<source file='{self.spare}'/><target dev='vdc' bus='virtio'/><alias name='ua-vdc'/></disk>"
         )
 
@@ -135,7 +141,7 @@ class Life:
 
     def save(self) -> None:
         # libvirt lets nobody save a VM while a backup job is there, also a dead run's.
-        if not self.vm.active or self.suspended or self.vm.domain.jobInfo()[0]:
+        if not self.vm.active or self.suspended or self._any_job():
             raise NotNow
         self.vm.domain.managedSave()
 
@@ -191,7 +197,7 @@ class Life:
         if not self.vm.active:
             raise NotNow
         truth = self._truth()
-        steps = {**STEPS, **SNAPSHOT} if self.snapshots else STEPS
+        steps = {**STEPS, **SNAPSHOT} if self.snapshots else TEMPORARY if self._temporary() else STEPS
         step = self.choice.choice(list(steps))
         self.log[-1] += f" at {step!r}"
         killed = self.host.run("backup", self.vm.name, *self._reset(), at=steps[step])
@@ -309,7 +315,13 @@ class Life:
         return self.vm.domain.hasManagedSaveImage() and any((self.host.state / "runs").glob("*/run.json"))
 
     def _instant(self) -> str:
-        return SNAPSHOT["the instant of the overlays"] if self.snapshots else STEPS["the instant"]
+        if self.snapshots:
+            return SNAPSHOT["the instant of the overlays"]
+        return TEMPORARY["the instant of the temporary overlays"] if self._temporary() else STEPS["the instant"]
+
+    def _temporary(self) -> bool:
+        """Whether the VM is held by overlays for the time of a run."""
+        return self.threads > 0 and dies_of_a_client(self.host)
 
     def _reset(self) -> list[str]:
         return ["--reset"] if self.choice.random() < 0.15 else []
@@ -356,14 +368,32 @@ def host(make_vm, libvirt_uri: str, vm_folder: Path) -> Host:
     return Host(vm_folder, make_vm(disks, label="random"), libvirt_uri, driver="lab")
 
 
+@pytest.fixture
+def threaded(make_vm, libvirt_uri: str, vm_folder: Path) -> Host:
+    """A host whose VM has its disks on an I/O thread."""
+    sizes = {"vda": 24 * MIB, "vdb": 8 * MIB + 512}
+    disks = [DiskSpec(target=target, size=size, driver="iothread='1'") for target, size in sizes.items()]
+    return Host(vm_folder, make_vm(disks, label="random", iothreads=1), libvirt_uri, driver="lab")
+
+
 @pytest.mark.timeout(600)  # a loaded machine takes longer for the comparisons at the end
 def test_a_random_life(host: Host):
     live(host, 60, usual=337210652)  # a red `make test` is to be about the change; `make soak` looks for what is new
 
 
+@pytest.mark.timeout(600)
+def test_a_random_life_with_an_io_thread(threaded: Host):
+    live(threaded, 40, usual=1)
+
+
 @pytest.mark.soak
 def test_a_long_random_life(host: Host):
     live(host, float(os.environ.get("SECONDS", "600")))
+
+
+@pytest.mark.soak
+def test_a_long_random_life_with_an_io_thread(threaded: Host):
+    live(threaded, float(os.environ.get("SECONDS", "600")))
 
 
 # What random lives have found

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_lowercase
+from typing import Any, Literal
 from xml.etree import ElementTree
 
 import libvirt
@@ -177,11 +178,16 @@ class Lab:
         driver: str = "",
         content: Path | None = None,
         firmware: Firmware | None = None,
+        iothread: Literal["", "disk", "controller"] = "",
+        folder: Path | None = None,
     ) -> SmallVM:
         """A VM. `more` goes into its devices, `driver` into each disk's driver element, `content` onto its first disk.
 
-        `firmware` as in `lab.vm.VM.create`.
+        `iothread` says what has an I/O thread: every disk, or the SCSI controller, on which they are then. `firmware`
+        and `folder` as in `lab.vm.VM.create`.
         """
+        if iothread == "disk":
+            driver = f"{driver} iothread='1'"
         specs = []
         for letter, spec in zip(ascii_lowercase, disks, strict=False):
             shape, _, size = spec.partition(":")
@@ -193,10 +199,19 @@ class Lab:
                     compat="0.10" if shape == "qcow2v2" else "1.1",
                     content=content if letter == "a" else None,
                     driver=driver,
+                    bus="scsi" if iothread == "controller" else "virtio",
                 )
             )
         name = f"{self.prefix}libvirt-{next(_numbers)}"
-        vm = SmallVM.create(name, specs, devices=more, firmware=firmware)
+        vm = SmallVM.create(
+            name,
+            specs,
+            devices=more,
+            firmware=firmware,
+            folder=folder,
+            iothreads=1 if iothread else 0,
+            scsi="iothread='1'" if iothread == "controller" else "",
+        )
         self.made.append(vm)
         if start:
             vm.start()
@@ -284,10 +299,10 @@ def _counting_guest() -> bytes:
 def counting_vm(lab: Lab, tmp_path: Path) -> Callable[..., SmallVM]:
     """Starts a VM whose guest writes a number to vda, then to vdb, for ever: at sector 2048, ever higher ones."""
 
-    def start(shape: str = "qcow2") -> SmallVM:
+    def start(shape: str = "qcow2", **more: Any) -> SmallVM:
         boot = tmp_path / "boot.raw"
         boot.write_bytes(_counting_guest().ljust(MiB, b"\0"))
-        vm = lab.vm([f"{shape}:4", f"{shape}:4"], content=boot, start=False)
+        vm = lab.vm([f"{shape}:4", f"{shape}:4"], content=boot, start=False, **more)
         # SeaBIOS shows a guest only the disks that it may boot from.
         targets = [f"<target dev='{disk}' bus='virtio'/>" for disk in ("vda", "vdb")]
         orders = [(target, f"{target}<boot order='{order}'/>") for order, target in enumerate(targets, 1)]

@@ -15,7 +15,18 @@ import pytest
 
 MiB = 1 << 20
 HERE = Path(__file__).parent
-LIVE = ("backup", "disk_by_disk", "freeze", "healing", "place", "premade", "release", "snapshot_mode", "whole_run")
+LIVE = (
+    "backup",
+    "disk_by_disk",
+    "freeze",
+    "healing",
+    "place",
+    "premade",
+    "release",
+    "snapshot_mode",
+    "temporary_overlays",
+    "whole_run",
+)
 
 
 def alive(vm) -> None:
@@ -44,6 +55,16 @@ def test_overlays(shape, lab, runs, poller):
         vm.io("vda", f"write -P {number + 1} {number * 64}k 64k")
         run = runs.run(vm, parent, settings={"INCREMENT_MODE": "SNAPSHOT"})
         with runs.take(run) as parent:
+            alive(vm)
+        alive(vm)
+
+
+def test_overlays_of_disks_with_an_io_thread(lab, runs, poller):
+    """For the time of a run each, where this QEMU would not survive a backup job."""
+    vm = lab.vm(["qcow2:4", "raw:4", "qcow2:4"], iothread="disk")
+    parent = None
+    for _ in range(4):
+        with runs.take(runs.run(vm, parent)) as parent:
             alive(vm)
         alive(vm)
 

@@ -15,6 +15,8 @@ from backupcore.disk.extents import Kind
 from backupcore.errors import HypervisorError, IncrementImpossible, UnsupportedOperation
 from backupcore.model import Outcome, RunState
 from backupcore_libvirt import image_tail
+from backupcore_libvirt.apparmor import denies_merges
+from backupcore_libvirt.connection import Connection
 
 MiB = 1 << 20
 SNAPSHOT = {"MODE": "INCREMENT", "INCREMENT_MODE": "SNAPSHOT"}
@@ -130,6 +132,27 @@ def test_full_and_increments_of_raw_and_old_qcow2_disks(lab, chain):
         held.same(held.layers[: number + 1], truth)
     layout = held.parent.prepared.artifacts[0].layout
     assert sum(e.length for e in layout.extents() if e.kind is Kind.DATA) <= MiB + 5 * 65536, "changes only"
+
+
+def test_overlays_at_rest_do_not_pile_up(lab, runs, same, tmp_path):
+    """One for each disk, night after night; none where AppArmor would keep a running VM from merging them."""
+    vm = lab.vm(["raw:16", "qcow2:16"])
+    with Connection(runs.hypervisor.uri) as connection:
+        closed = denies_merges(connection, connection.domain(vm.uuid))
+    parent, layers = None, []
+    for night in range(5):
+        for disk in ("vda", "vdb"):
+            vm.io(disk, f"write -P {night + 1} {night}M 64k")
+        truth = vm.copy_truth(tmp_path / f"truth{night}")
+        run = runs.run(vm, parent, settings=SNAPSHOT)
+        if closed and parent is not None:
+            with pytest.raises(IncrementImpossible, match="AppArmor confines the VM"), runs.take(run):
+                pass
+            run, layers = runs.run(vm, settings=SNAPSHOT), []
+        with runs.take(run) as parent:
+            layers.append(runs.keep(parent, tmp_path / f"night{night}"))
+        same(layers, truth)
+        assert len(beside(vm)) == (0 if closed else 2)
 
 
 def test_all_disks_show_one_instant_of_a_guest_that_writes(counting_vm, runs, restored, tmp_path, wait_for):

@@ -349,6 +349,11 @@ class Domain:
             checkpoint = self._domain.checkpointLookupByName(name, 0)
             return str(checkpoint.getXMLDesc(libvirt.VIR_DOMAIN_CHECKPOINT_XML_SIZE if size else 0))
 
+    def create_checkpoint(self, xml: str) -> None:
+        """Begin to track changes on the disks of a running VM, all at one instant or none."""
+        with self._calling("make a checkpoint"):
+            self._domain.checkpointCreateXML(xml, 0)
+
     def redefine_checkpoint(self, xml: str) -> None:
         """Have libvirt know a checkpoint whose bitmaps exist, which it looks at. Running VMs only."""
         flags = libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE | libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE_VALIDATE

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from backupcore.errors import BackupError
 from backupcore.hypervisor import Finding
+from backupcore_libvirt.apparmor import MENDED
 from backupcore_libvirt.connection import Connection
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.owner import confinement, default_owner
@@ -73,7 +74,13 @@ def _confinement(connection: Connection) -> list[Finding]:
     if not models:
         return []
     known = "" if "apparmor" in models else "; that backups work with it was read in its rules, not tried by us"
-    return [Finding(subject="confinement", ok=True, detail=f"VMs are confined by {described(models)}{known}")]
+    closed = (
+        f"A running VM with INCREMENT_MODE=SNAPSHOT gets fulls here, before libvirt {text(MENDED)}."
+        if "apparmor" in models and connection.libvirt_version() < MENDED
+        else ""
+    )
+    detail = f"VMs are confined by {described(models)}{known}"
+    return [Finding(subject="confinement", ok=True, detail=detail, hint=closed)]
 
 
 def _scratch(scratch: Path, owner: Owner) -> Finding:

@@ -41,7 +41,7 @@ def require_replaceable(
         )
     if any_overlay(domain):
         raise UnsupportedOperation(
-            f"VM {domain.name} writes to overlays (INCREMENT_MODE=SNAPSHOT), which lie on the disks that it has now",
+            f"VM {domain.name} has overlays of ours, which lie on the disks that it has now",
             f"Bring it back to plain disks with 'vmkeep vm forget {domain.name}', then run it again.",
         )
     definition = domain.inactive_xml()

@@ -138,7 +138,7 @@ class Libvirt:
                 domain = connection.domain(vm.uuid)
             except NotFound:
                 domain = None
-            recover(domain, vm, self.scratch, spent, ctx)
+            recover(connection, domain, vm, self.scratch, spent=spent, ctx=ctx)
 
     def vms(self) -> Sequence[VMState]:
         """Every VM of this host, by name. HypervisorError if libvirt is away."""

@@ -13,7 +13,18 @@ from typing import Any
 from backupcore.errors import HypervisorError, from_os_error
 from backupcore_libvirt.qemu_nbd import is_locked
 
-__all__ = ["Backing", "Extent", "Info", "commit", "info", "is_open_elsewhere", "last_extent", "rebase", "shrink"]
+__all__ = [
+    "Backing",
+    "Extent",
+    "Info",
+    "commit",
+    "info",
+    "is_empty",
+    "is_open_elsewhere",
+    "last_extent",
+    "rebase",
+    "shrink",
+]
 
 LOCK_LIMIT = 5.0  # a QEMU that ends holds its lock for a moment
 
@@ -104,10 +115,26 @@ def shrink(path: str, shape: str, size: int) -> None:
 
 def is_open_elsewhere(path: str) -> bool:
     """Whether any process has a qcow2 image open, also as part of a chain: QEMU's lock tells."""
-    done = _run(["qemu-io", "-f", "qcow2", "-c", "quit", path])
+    # Without the file below: that one may well be open, and its lock would be taken for the overlay's.
+    done = _run(["qemu-io", "-c", "quit", _alone(path)])
     if done.returncode != 0 and not is_locked(done.stderr):
         raise _failed(f"open {path}", done)
     return done.returncode != 0
+
+
+def is_empty(path: str) -> bool:
+    """Whether a qcow2 overlay holds no block of its own, no zeroed one either. HypervisorError."""
+    done = _run(["qemu-img", "map", "--force-share", "--output=json", _alone(path)])
+    if done.returncode != 0:
+        raise _failed(f"see what {path} holds", done)
+    # QEMU before 6.1 does not say it: then it is taken for one that holds something.
+    return not any(extent.get("present", True) for extent in json.loads(done.stdout))
+
+
+def _alone(path: str) -> str:
+    """A qcow2 image without what lies below it, as QEMU's programs name one."""
+    file = {"driver": "file", "filename": path}
+    return "json:" + json.dumps({"driver": "qcow2", "file": file, "backing": None})
 
 
 def _changing(what: str, command: list[str], check: Callable[[], None] = lambda: None) -> None:

@@ -6,20 +6,24 @@ from collections.abc import Collection
 from pathlib import Path
 
 from backupcore.context import Context
-from backupcore.errors import Busy
-from backupcore.model import VM
+from backupcore.errors import BackupError, Busy
+from backupcore.model import VM, new_id
 from backupcore_libvirt import checkpoint, freeze_record
 from backupcore_libvirt.backup_job import end, left_behind
-from backupcore_libvirt.connection import Domain
+from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.folder import RunFolder, dead_folders
 from backupcore_libvirt.freeze import release_dead
+from backupcore_libvirt.mechanisms.choice import finish
 from backupcore_libvirt.release.servers import end_stray
 
 __all__ = ["clear", "recover"]
 
 
-def recover(domain: Domain | None, vm: VM, scratch: Path, spent: Collection[str], ctx: Context) -> None:
-    """End dead runs' job, let the guest go on, remove their folders, and the checkpoints of the points in `spent`.
+def recover(
+    connection: Connection, domain: Domain | None, vm: VM, scratch: Path, *, spent: Collection[str], ctx: Context
+) -> None:
+    """End dead runs' job, let the guest go on, bring its disks to rest, remove their folders, and checkpoints of the
+    points in `spent`.
 
     `domain` is None for a VM that is gone: only folders can be left of it. While a job runs that is no dead run's, the
     VM is left alone.
@@ -36,6 +40,11 @@ def recover(domain: Domain | None, vm: VM, scratch: Path, spent: Collection[str]
     except Busy as busy:
         ctx.log.info("%s", busy)
         spent = ()
+    try:
+        # First: while a disk lies on an overlay its bitmaps are in two files, and one of them cannot be written to.
+        finish(connection, domain, RunFolder(scratch, new_id()), ctx)
+    except BackupError as error:
+        errors.append(error)
     for name in checkpoint.delete(domain, spent) if spent else ():
         ctx.did(f"deleted checkpoint {name}, which no backup needs")
     if errors:

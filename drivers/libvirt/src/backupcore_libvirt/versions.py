@@ -6,7 +6,7 @@ from backupcore.errors import UnsupportedOperation
 from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.xml import parse
 
-__all__ = ["qemu_of", "require", "require_stopped", "text"]
+__all__ = ["qemu_of", "require", "require_stopped", "survives_clients_of_iothreads", "text"]
 
 LIBVIRT = (7, 2, 0)
 QEMU = (5, 2, 0)
@@ -21,6 +21,18 @@ def qemu_of(domain: Domain) -> tuple[int, int, int]:
     """The version of the QEMU that a running VM runs in, which may be older than the one installed."""
     qemu = domain.query("query-version")["qemu"]
     return int(qemu["major"]), int(qemu["minor"]), int(qemu["micro"])
+
+
+def survives_clients_of_iothreads(qemu: tuple[int, int, int]) -> bool:
+    """Whether this QEMU outlives an NBD client that leaves the export of a disk which an I/O thread serves.
+
+    Before commit f816310d0c32 ("nbd/server: only traverse NBDExport->clients from main loop thread", in 9.0.0 and
+    8.2.3) the end of such a client was dealt with in the I/O thread. Since the fix of CVE-2024-7409, which went into
+    7.2.14 and distributions' older ones, QEMU asserts that it is in its main loop then, and dies of it (``blockdev-
+    nbd.c: nbd_blockdev_client_closed: Assertion``; seen with 7.2.22, every time); without that fix it is a race. What a
+    distribution has put into an older version is not known: it counts as one that dies.
+    """
+    return qemu >= (9, 0, 0) or (8, 2, 3) <= qemu < (8, 3, 0)
 
 
 def require_stopped(connection: Connection, domain: Domain) -> dict[str, str]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Literal
 
-from backupcore.errors import BackupError
+from backupcore.errors import BackupError, NotFound
 from backupcore.hypervisor import VMDisk, VMState
 from backupcore.model import VM
 from backupcore_libvirt.connection import OFF, PAUSED, RUNNING, Domain
 from backupcore_libvirt.disks import BY_RULE, DiskChoice, SourceDisk, source_disks
 from backupcore_libvirt.image_size import by_header
+from backupcore_libvirt.overlay import temporary
 from backupcore_libvirt.overlay.stack import is_overlay
 from backupcore_libvirt.qemu_nbd import is_served
 from backupcore_libvirt.settings import read as read_settings
@@ -46,7 +47,18 @@ def state_of(domain: Domain, backed_up: Collection[str], choice: DiskChoice = BY
     being_read = domain.uuid in backed_up
     if being_read and state in ("off", "saved") and any(is_overlay(disk.path) for disk in disks):
         being_read = any(is_served(disk.path) for disk in disks)  # what lies below an overlay keeps no VM from starting
-    return VMState(vm=VM(uuid=domain.uuid, name=domain.name), state=state, disks=disks, being_read=being_read)
+    remarks = () if domain.uuid in backed_up else _remarks(domain)
+    vm = VM(uuid=domain.uuid, name=domain.name)
+    return VMState(vm=vm, state=state, disks=disks, being_read=being_read, remarks=remarks)
+
+
+def _remarks(domain: Domain) -> tuple[str, ...]:
+    try:
+        return tuple(temporary.remarks(domain))
+    except NotFound:
+        raise
+    except BackupError as error:
+        return (f"{error.message} {error.hint}".strip(),)  # the VM is listed all the same
 
 
 def _virtual_size(domain: Domain, disk: SourceDisk, *, live: bool) -> int | None:

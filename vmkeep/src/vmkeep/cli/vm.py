@@ -47,6 +47,9 @@ def list_(asked: Asked) -> None:
         for one in found
     ]
     output.table(("VM", "STATE", "LAST BACKUP", "AGE", "UUID"), rows, right=("AGE",))
+    for one in found:
+        for remark in one.found.remarks:
+            output.line(f"VM {one.found.vm.name}: {remark}")
 
 
 @vm.command(short_help="Show a VM: disks, settings, images, last runs.")
@@ -60,6 +63,8 @@ def show(asked: Asked, name: str) -> None:
         output.document(documents.vm(found))
         return
     output.line(f"VM {found.found.vm.name} ({found.found.vm.uuid}), {_state(found.found)}")
+    for remark in found.found.remarks:
+        output.line(remark)
     output.line("")
     output.table(
         ("DISK", "SIZE", "FORMAT", "PATH", "LEFT OUT"),

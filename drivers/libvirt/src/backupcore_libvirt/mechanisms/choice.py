@@ -7,21 +7,25 @@ from dataclasses import replace
 from pathlib import Path
 
 from backupcore.context import Context
-from backupcore.errors import BackupError
+from backupcore.errors import BackupError, UnsupportedOperation
 from backupcore.model import BackupRun, Outcome
 from backupcore_libvirt import checkpoint
 from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.folder import RunFolder
-from backupcore_libvirt.look import look
+from backupcore_libvirt.iothreads import with_iothreads
+from backupcore_libvirt.look import Look, look
 from backupcore_libvirt.mechanisms.live_job import LiveJob
 from backupcore_libvirt.mechanisms.mechanism import Mechanism
 from backupcore_libvirt.mechanisms.off_nbd import OffNbd
 from backupcore_libvirt.mechanisms.overlays import Overlays
+from backupcore_libvirt.mechanisms.temporary_overlays import TemporaryOverlays
 from backupcore_libvirt.overlay import run as overlay_run
+from backupcore_libvirt.overlay import temporary
 from backupcore_libvirt.overlay.plan import plan, without_bitmaps
 from backupcore_libvirt.place.job_socket import job_socket
+from backupcore_libvirt.versions import qemu_of, survives_clients_of_iothreads, text
 
-__all__ = ["choose", "forget", "prepare", "settle"]
+__all__ = ["choose", "finish", "forget", "prepare", "settle"]
 
 
 def prepare(connection: Connection, domain: Domain, run: BackupRun, folder: RunFolder, ctx: Context) -> None:
@@ -29,6 +33,12 @@ def prepare(connection: Connection, domain: Domain, run: BackupRun, folder: RunF
 
     IncrementImpossible where the parent was taken in another way than this run shall be.
     """
+    try:
+        temporary.merge_left(connection, domain, folder, ctx)
+    except BackupError as error:
+        # Whatever way is chosen then reads through what stays, and takes that disk whole.
+        ctx.check()
+        ctx.log.warning("VM %s: an overlay of a dead run stays for now: %s %s", domain.name, error.message, error.hint)
     overlay_run.prepare(connection, domain, run, folder, ctx)
 
 
@@ -39,11 +49,36 @@ def choose(connection: Connection, domain: Domain, run: BackupRun, scratch: Path
     """
     folder = RunFolder(scratch, run.id)
     found = look(connection, domain, without_bitmaps(run), scratch)
-    if overlays := plan(domain, run, found.disks):
+    if overlays := plan(connection, domain, run, found.disks):
         return Overlays(domain, run, folder, ctx, replace(found, since=overlays.since), overlays)
-    if found.live:
-        return LiveJob(connection, domain, run, folder, ctx, found, job_socket(domain, folder))
-    return OffNbd(connection, domain, run, folder, ctx, found)
+    if not found.live:
+        return OffNbd(connection, domain, run, folder, ctx, found)
+    if why := _killing(domain, found):
+        held = _without_job(domain, run, found, why)
+        return TemporaryOverlays(connection, domain, run, folder, ctx, found, held)
+    return LiveJob(connection, domain, run, folder, ctx, found, job_socket(domain, folder))
+
+
+def _killing(domain: Domain, found: Look) -> str:
+    """Why a backup job would kill this VM, or ""."""
+    qemu = qemu_of(domain)
+    if survives_clients_of_iothreads(qemu):
+        return ""
+    threads = with_iothreads(domain, [disk.id for disk in found.disks])
+    if not threads:
+        return ""
+    disk, told = next(iter(threads.items()))
+    return f"disk {disk} has an I/O thread ({told} says so), and QEMU {text(qemu)} would be killed by a backup job"
+
+
+def _without_job(domain: Domain, run: BackupRun, found: Look, why: str) -> tuple[temporary.Held, ...]:
+    try:
+        return temporary.plan(domain, run, found)
+    except UnsupportedOperation as error:
+        raise UnsupportedOperation(
+            f"VM {domain.name}: {why}. It can be backed up with an overlay on each disk, but {error.message}",
+            "Back it up while it is off, take the I/O thread away, or let it run in QEMU 8.2.3, 9.0 or newer.",
+        ) from error
 
 
 def settle(
@@ -53,11 +88,26 @@ def settle(
 
     Finds out what is there: idempotent, also in a fresh process. What stays is the next run's to put right.
     """
+    errors = []
+    try:
+        temporary.settle(connection, domain, outcome, folder=folder, ctx=ctx)
+    except BackupError as error:
+        errors.append(error)
     try:
         overlay_run.settle(connection, domain, run, outcome, folder=folder, ctx=ctx)
     except BackupError as error:
-        return [error]
-    return []
+        errors.append(error)
+    return errors
+
+
+def finish(connection: Connection, domain: Domain, folder: RunFolder, ctx: Context) -> None:
+    """Bring the disks to rest where a dead run has not done so, whatever is known of it. `folder` is there afterwards
+    no more. BackupError where something stays.
+    """
+    try:
+        temporary.merge_left(connection, domain, folder, ctx)
+    finally:
+        folder.remove()
 
 
 def forget(connection: Connection, domain: Domain, folder: RunFolder) -> Sequence[str]:

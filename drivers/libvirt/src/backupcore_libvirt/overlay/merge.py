@@ -17,20 +17,23 @@ from xml.etree.ElementTree import tostring
 from backupcore.disk.nbd import DEPTH, Client, held
 from backupcore.errors import BackupError, Busy, HypervisorError, NotFound, UnsupportedOperation
 from backupcore_libvirt import image_tail, qemu_img
+from backupcore_libvirt.apparmor import MENDED, denies_merges
 from backupcore_libvirt.connection import ACTIVE_COMMIT, COMMIT, NOT_READY, Connection, Domain
 from backupcore_libvirt.image_lock import keep_closed
-from backupcore_libvirt.libvirt_errors import code_of
+from backupcore_libvirt.libvirt_errors import code_of, is_away
 from backupcore_libvirt.overlay.stack import Stack, is_overlay, opened, overlays_beside, stacks
 from backupcore_libvirt.premade.image import is_untouched
 from backupcore_libvirt.qemu_nbd import QemuNbd
+from backupcore_libvirt.versions import text
 from backupcore_libvirt.xml import Element, parse
 
-__all__ = ["Merger", "set_source"]
+__all__ = ["Merger", "named", "set_source"]
 
 log = logging.getLogger("backupcore")
 
 EVERY = 0.02  # seconds between two looks at a block job
 GUARD = "nbd.guard.sock"
+STALL_LIMIT = 600.0
 GONE_LIMIT = 10.0  # for libvirt to write down the end of a job
 
 
@@ -107,7 +110,16 @@ class Merger:
         last = high == len(stack.overlays) - 1
         if _size(stack.overlays[high].path) > _size(below, shape):
             image_tail.clear(below, shape)
-        self.domain.begin_commit(stack.disk, below, None if last else stack.overlays[high].path)
+        try:
+            self.domain.begin_commit(stack.disk, below, None if last else stack.overlays[high].path)
+        except HypervisorError as refused:
+            if not is_away(refused) and denies_merges(self.connection, self.domain):
+                raise HypervisorError(
+                    f"{refused.message} (AppArmor denies it while this VM runs, before libvirt {text(MENDED)})",
+                    f"Power the VM off once, then run 'vmkeep recover {self.domain.name}'. Until then it goes on in "
+                    "its overlay, and its backups are taken as before.",
+                ) from refused
+            raise
         self._follow(stack.disk)
         merged = {overlay.path for overlay in stack.overlays[low : high + 1]}
         deadline = time.monotonic() + GONE_LIMIT
@@ -130,12 +142,16 @@ class Merger:
 
     def _follow(self, disk: str) -> None:
         """Until the block job has ended; that of the last overlay is brought to its end."""
+        least, deadline = -1, time.monotonic() + STALL_LIMIT
         while True:
             kind, done, size = self.domain.block_job_progress(disk)
             if not kind:
                 return
+            if least < 0 or size - done < least:
+                least, deadline = size - done, time.monotonic() + STALL_LIMIT
             try:
                 self.check()
+                self._check_progress(disk, deadline)
             except BaseException:
                 if kind == ACTIVE_COMMIT:
                     self._give_up(disk)
@@ -148,6 +164,14 @@ class Merger:
                     if code_of(error) != NOT_READY:
                         raise
             time.sleep(EVERY)
+
+    def _check_progress(self, disk: str, deadline: float) -> None:
+        if time.monotonic() > deadline:
+            raise HypervisorError(
+                f"VM {self.domain.name}: the merge of disk {disk} has not come nearer to its end for "
+                f"{STALL_LIMIT:.0f} s: the guest writes as fast as is merged",
+                "It goes on in its overlay. Run the backup again, or 'vmkeep recover', when it writes less.",
+            )
 
     def _give_up(self, disk: str) -> None:
         self.domain.give_up_block_job(disk)
@@ -200,10 +224,7 @@ class Merger:
         for path in overlays_beside(stack.base, stack.disk):
             if path in used or self._discard_untouched(stack, Path(path)) or qemu_img.is_open_elsewhere(path):
                 continue
-            guard = QemuNbd(self.folder / GUARD, path, "qcow2", depth=True)
-            with guard, Client(guard.address, [DEPTH]) as client:
-                holds = any(held(client, DEPTH, 0, client.size, most=1))
-            if not holds:
+            if qemu_img.is_empty(path):
                 self._refuse_used(stack, path)
                 self._discard(path)
 
@@ -219,7 +240,7 @@ class Merger:
         try:
             with keep_closed([path]):
                 self._refuse_used(stack, str(path))
-                if any(str(path) in _named(text, whole=True) for text in self._definitions()):
+                if any(str(path) in named(text, whole=True) for text in self._definitions()):
                     return False
                 path.unlink()
         except Busy:
@@ -236,9 +257,9 @@ class Merger:
             with contextlib.suppress(NotFound):  # it has ended meanwhile
                 if other.uuid == self.domain.uuid:
                     # What libvirt itself keeps right is the file that the VM writes to.
-                    if other.is_active() and path != stack.top and path in _named(other.inactive_xml(), whole=False):
+                    if other.is_active() and path != stack.top and path in named(other.inactive_xml(), whole=False):
                         users.append(f"the next start of VM {other.name}")
-                elif path in _named(other.live_xml(), whole=True) | _named(other.inactive_xml(), whole=True):
+                elif path in named(other.live_xml(), whole=True) | named(other.inactive_xml(), whole=True):
                     users.append(f"VM {other.name}")
         if users:
             raise HypervisorError(
@@ -248,7 +269,7 @@ class Merger:
 
     def _discard(self, path: str) -> None:
         """Remove an overlay that holds nothing any more and that nothing uses."""
-        if not is_overlay(path) or any(path in _named(text, whole=True) for text in self._definitions()):
+        if not is_overlay(path) or any(path in named(text, whole=True) for text in self._definitions()):
             raise HypervisorError(f"{path} stays: VM {self.domain.name} still uses it")
         if qemu_img.is_open_elsewhere(path):
             raise Busy(f"{path} stays: a process still has it open", "It holds nothing any more: remove it by hand.")
@@ -268,7 +289,7 @@ def _cut_off(stack: Stack, low: int, high: int) -> bool:
     return min(_size(*stack.file(low - 1)), _size(*stack.file(high + 1))) > _size(*stack.file(high))
 
 
-def _named(xml: str, *, whole: bool) -> set[str]:
+def named(xml: str, *, whole: bool) -> set[str]:
     """The files that a definition names: those of its disks, and with `whole` what it lists below them as well."""
     disks = list(parse(xml).iterfind("./devices/disk"))
     sources = [source for disk in disks for source in (disk.iter("source") if whole else disk.findall("source"))]

@@ -12,13 +12,15 @@ from pathlib import Path
 from backupcore.errors import IncrementImpossible, TargetFull
 from backupcore.model import BackupRun, DiskEstimate
 from backupcore_libvirt import qemu_img
+from backupcore_libvirt.apparmor import MENDED, denies_merges
 from backupcore_libvirt.checkpoint import Since, is_ours
-from backupcore_libvirt.connection import Domain
+from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.disks import SourceDisk
 from backupcore_libvirt.overlay.stack import Stack, is_regular, overlay_path, stacks
 from backupcore_libvirt.scratch import reserve
+from backupcore_libvirt.versions import text
 
-__all__ = ["Part", "Plan", "plan", "wanted", "without_bitmaps"]
+__all__ = ["Part", "Plan", "closed_below", "plan", "wanted", "without_bitmaps"]
 
 log = logging.getLogger("backupcore")
 
@@ -68,7 +70,7 @@ def without_bitmaps(run: BackupRun) -> BackupRun:
     return replace(run, tracked=False, parent=None) if wanted(run) else run
 
 
-def plan(domain: Domain, run: BackupRun, disks: Sequence[SourceDisk]) -> Plan | None:
+def plan(connection: Connection, domain: Domain, run: BackupRun, disks: Sequence[SourceDisk]) -> Plan | None:
     """How each of `disks` is taken, and that a new overlay can be put on each. Changes nothing.
 
     None where no overlays are wanted, or where a full has to do without them. IncrementImpossible where overlays cannot
@@ -76,7 +78,7 @@ def plan(domain: Domain, run: BackupRun, disks: Sequence[SourceDisk]) -> Plan | 
     """
     if not wanted(run):
         return None
-    why = _hindrance(domain, disks)
+    why = closed_below(connection, domain) or _hindrance(domain, disks)
     found = {} if why else stacks(domain)
     why = why or _hindering_files(run, [found[disk.id] for disk in disks])
     if why:
@@ -95,6 +97,16 @@ def plan(domain: Domain, run: BackupRun, disks: Sequence[SourceDisk]) -> Plan | 
         overlay_path(found[disk.id].base, run.point, disk.id)
     _require_room(disks)
     return Plan(parts)
+
+
+def closed_below(connection: Connection, domain: Domain) -> str:
+    """Why overlays would pile up on this VM, one more with each backup, or ""."""
+    if not denies_merges(connection, domain):
+        return ""
+    return (
+        f"AppArmor confines the VM, and before libvirt {text(MENDED)} denies it to merge an overlay that it does not "
+        "write to, so INCREMENT_MODE=SNAPSHOT works only while it is off (or choose INCREMENT_MODE=CBT)"
+    )
 
 
 def _hindrance(domain: Domain, disks: Sequence[SourceDisk]) -> str:  # noqa: PLR0911 - one return a rule

@@ -12,11 +12,9 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from xml.etree.ElementTree import Element, SubElement, tostring
 
 from backupcore.context import Context
 from backupcore.errors import BackupError, Busy, Cancelled, HypervisorError, IncrementImpossible, from_os_error
@@ -25,13 +23,13 @@ from backupcore_libvirt import checkpoint
 from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.disks import nodes, source_disks
 from backupcore_libvirt.folder import RunFolder
+from backupcore_libvirt.overlay.files import snapshot_xml, working
 from backupcore_libvirt.overlay.merge import Merger, set_source
-from backupcore_libvirt.overlay.plan import Plan, wanted
+from backupcore_libvirt.overlay.plan import Plan, closed_below, wanted
 from backupcore_libvirt.overlay.stack import Stack, any_overlay, overlay_path, overlays_beside, stacks
 from backupcore_libvirt.premade.image import make_overlay
 from backupcore_libvirt.qemu_nbd import QemuNbd
 from backupcore_libvirt.reading.export import Export
-from backupcore_libvirt.scratch import Owner
 
 __all__ = ["begin", "clear", "forget", "make", "prepare", "serve", "settle"]
 
@@ -49,19 +47,20 @@ def prepare(connection: Connection, domain: Domain, run: BackupRun, folder: RunF
     if not any_overlay(domain):
         return
     found = stacks(domain).values()
+    closed = closed_below(connection, domain) if wanted(run) else ""
     if any(stack.overlays for stack in found):
-        if not wanted(run) and run.parent is not None:
+        if (not wanted(run) or closed) and run.parent is not None:
             if any(stack.index(run.parent.point) is not None for stack in found):
-                raise IncrementImpossible("INCREMENT_MODE=SNAPSHOT is no longer set")
+                raise IncrementImpossible(closed or "INCREMENT_MODE=SNAPSHOT is no longer set")
             return
-        with _work(folder, domain):
-            if wanted(run):
+        with working(folder, domain):
+            if wanted(run) and not closed:
                 _mend(connection, domain, run, folder.path, ctx)
             else:
                 _leave(connection, domain, folder.path, ctx)
     found = stacks(domain).values()
     if any(len(overlays_beside(stack.base, stack.disk)) > len(stack.overlays) for stack in found):
-        with _work(folder, domain):
+        with working(folder, domain):
             for stack in found:
                 Merger(connection, domain, folder.path, ctx.check).sweep(stack)
 
@@ -71,24 +70,13 @@ def forget(connection: Connection, domain: Domain, folder: RunFolder) -> list[st
     gone: list[str] = []
     if not any_overlay(domain):
         return gone
-    with _work(folder, domain):
+    with working(folder, domain):
         merger = Merger(connection, domain, folder.path, _never)
         for stack in stacks(domain).values():
             gone += [overlay.path for overlay in stack.overlays]
             merger.merge_all(stack)
     folder.remove()
     return gone
-
-
-@contextmanager
-def _work(folder: RunFolder, domain: Domain) -> Iterator[None]:
-    """With the run's folder, which may not be there yet, or not any more."""
-    lock = None if folder.path.exists() else folder.make(Owner(os.geteuid(), os.getegid()), domain.uuid)
-    try:
-        yield
-    finally:
-        if lock is not None:
-            os.close(lock)
 
 
 def _mend(connection: Connection, domain: Domain, run: BackupRun, folder: Path, ctx: Context) -> None:
@@ -161,7 +149,7 @@ def begin(
     if sizes is not None and (resized := _resized(domain, plan, sizes)):
         raise HypervisorError(f"VM {domain.name}: disk {resized} has just been resized", "Run the backup again.")
     date = datetime.now(UTC)
-    domain.snapshot(_snapshot_xml(every, _new(run, plan)), reuse=sizes is not None)
+    domain.snapshot(snapshot_xml(every, _new(run, plan)), reuse=sizes is not None)
     return date
 
 
@@ -216,19 +204,6 @@ def _new(run: BackupRun, plan: Plan) -> Mapping[str, str]:
     return {part.disk.id: overlay_path(part.stack.base, run.point, part.disk.id) for part in plan.parts}
 
 
-def _snapshot_xml(every: Sequence[str], new: Mapping[str, str]) -> str:
-    root = Element("domainsnapshot")
-    listed = SubElement(root, "disks")
-    for disk in every:
-        if disk not in new:
-            SubElement(listed, "disk", name=disk, snapshot="no")
-            continue
-        element = SubElement(listed, "disk", name=disk, snapshot="external", type="file")
-        SubElement(element, "driver", type="qcow2")
-        SubElement(element, "source", file=new[disk])
-    return tostring(root, encoding="unicode")
-
-
 def _like(new: str, below: str) -> None:
     """Give an overlay the owner and the mode of the file below.
 
@@ -262,11 +237,13 @@ def settle(
         _remove_unused(connection, domain, run, folder)
         return
     found = stacks(domain)
+    if all(stack.index(run.point) is None for stack in found.values()):
+        return  # those of another kind
     recorded = outcome.state is RunState.RECORDED
     newer = _newer(found.values(), run.point)
     check = _until_cancelled(domain, ctx) if recorded else _within(UNDO_LIMIT)
     errors: list[BackupError] = []
-    with _work(folder, domain):
+    with working(folder, domain):
         merger = Merger(connection, domain, folder.path, check)
         for stack in found.values():
             try:
@@ -299,7 +276,7 @@ def _remove_unused(connection: Connection, domain: Domain, run: BackupRun, folde
     ]
     if not unused:
         return
-    with _work(folder, domain):
+    with working(folder, domain):
         merger = Merger(connection, domain, folder.path, _never)
         for disk, stack in stacks(domain).items():
             if disk in unused:

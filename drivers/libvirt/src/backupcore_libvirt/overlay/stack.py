@@ -4,6 +4,9 @@ An overlay is a qcow2 file beside the disk's own, ``<file>.backupcore-<point>-<d
 or an older overlay below it. It holds what was written since the instant of its point, until the next overlay. So the
 files of a disk, its *stack*, say which points they reach back to; nothing else records it, and a name counts only where
 the file below is the one that it says.
+
+One that is called ``….temporary.qcow2`` is there for a single run (`temporary`): no increment ever reads it, and
+whoever finds it after its run merges it.
 """
 
 from __future__ import annotations
@@ -27,15 +30,20 @@ __all__ = [
     "Overlay",
     "Stack",
     "any_overlay",
+    "base_of",
     "is_overlay",
     "is_regular",
+    "is_temporary",
     "opened",
     "overlay_path",
     "overlays_beside",
     "stacks",
 ]
 
-_NAME = re.compile(r"(?P<base>/.+)\.backupcore-(?P<point>[0-9a-f]{32})-(?P<disk>[A-Za-z0-9]+)\.qcow2", re.DOTALL)
+_NAME = re.compile(
+    r"(?P<base>/.+)\.backupcore-(?P<point>[0-9a-f]{32})-(?P<disk>[A-Za-z0-9]+)(?P<temporary>\.temporary)?\.qcow2",
+    re.DOTALL,
+)
 _NAME_LIMIT = 255  # bytes of one component of a path, on every file system that holds images
 SETTLED_LIMIT = 1.0
 _MOST = 200  # files of one chain: what libvirt takes
@@ -43,11 +51,12 @@ _MOST = 200  # files of one chain: what libvirt takes
 
 @dataclass(frozen=True, slots=True)
 class Overlay:
-    """One overlay: its file, the point since which it collects, and the disk that it was made for."""
+    """One overlay: its file, the point since which it collects, the disk it was made for, whether for one run only."""
 
     path: str
     point: str
     disk: str
+    temporary: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,24 +85,29 @@ class Stack:
         return "qcow2" if self.overlays else self.shape
 
     def index(self, point: str) -> int | None:
-        """The place of this disk's overlay of that point; None if it has none."""
+        """The place of this disk's overlay of that point that stays between backups; None if it has none."""
         for index, overlay in enumerate(self.overlays):
-            if overlay.point == point and overlay.disk == self.disk:
+            if overlay.point == point and overlay.disk == self.disk and not overlay.temporary:
                 return index
         return None
+
+    def temporary(self) -> list[int]:
+        """The places of the overlays that were made for one run only, lowest first."""
+        return [index for index, overlay in enumerate(self.overlays) if overlay.temporary]
 
     def file(self, index: int) -> tuple[str, str]:
         """(path, format) of overlay number `index`; of the base for -1."""
         return (self.overlays[index].path, "qcow2") if index >= 0 else (self.base, self.shape)
 
 
-def overlay_path(base: str, point: str, disk: str) -> str:
+def overlay_path(base: str, point: str, disk: str, *, temporary: bool = False) -> str:
     """Where the overlay of a point goes. HypervisorError if that name is too long."""
-    path = f"{base}.backupcore-{point}-{disk}.qcow2"
+    path = f"{base}.backupcore-{point}-{disk}{'.temporary' if temporary else ''}.qcow2"
     if len(os.fsencode(Path(path).name)) > _NAME_LIMIT:
         raise HypervisorError(
             f"disk {disk}: the name of an overlay beside {base} would be longer than {_NAME_LIMIT} bytes",
-            "Give the disk's file a shorter name, or choose INCREMENT_MODE=CBT.",
+            "Give the disk's file a shorter name"
+            + (": it needs an overlay for each backup." if temporary else ", or choose INCREMENT_MODE=CBT."),
         )
     return path
 
@@ -101,6 +115,18 @@ def overlay_path(base: str, point: str, disk: str) -> str:
 def is_overlay(path: str) -> bool:
     """Whether a file has a name that we give to overlays."""
     return _NAME.fullmatch(path) is not None
+
+
+def is_temporary(path: str) -> bool:
+    """Whether a file has the name of an overlay that is there for one run only."""
+    name = _NAME.fullmatch(path)
+    return name is not None and name["temporary"] is not None
+
+
+def base_of(path: str) -> str:
+    """The file that an overlay of this name lies on at the end; any other path itself."""
+    name = _NAME.fullmatch(path)
+    return name["base"] if name else path
 
 
 def stacks(domain: Domain) -> dict[str, Stack]:
@@ -165,7 +191,7 @@ def _stack(disk: SourceDisk) -> Stack:
         above = _NAME.fullmatch(below.path)
         if below.path != name["base"] and (above is None or above["base"] != name["base"]):
             break
-        overlays.append(Overlay(path, name["point"], name["disk"]))
+        overlays.append(Overlay(path, name["point"], name["disk"], temporary=name["temporary"] is not None))
         elsewhere = elsewhere or image.data_elsewhere
         path, shape = below.path, below.shape
         if len(overlays) > _MOST:
@@ -202,7 +228,7 @@ def _below(path: str, shape: str) -> tuple[list[str], str]:
 def overlays_beside(base: str, disk: str) -> list[str]:
     """Every file that has the name of an overlay of this disk, used or not."""
     file = Path(base)
-    found = (str(path) for path in file.parent.glob(f"{glob.escape(file.name)}.backupcore-*-{disk}.qcow2"))
+    found = (str(path) for path in file.parent.glob(f"{glob.escape(file.name)}.backupcore-*-{disk}.*qcow2"))
     return sorted(path for path in found if (name := _NAME.fullmatch(path)) and name["base"] == base)
 
 

@@ -11,8 +11,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from backupcore.context import Context
 from backupcore.disk.nbd.admission import leaves
 from backupcore.errors import BackupError, Cancelled, HypervisorError, dump_error, load_error
 from backupcore_libvirt.folder import RunFolder
+from backupcore_libvirt.image_lock import keep_closed
 from backupcore_libvirt.libvirt_errors import is_away
 from backupcore_libvirt.mechanisms.letting_go import let_go
+from backupcore_libvirt.overlay.room import Growing
 from backupcore_libvirt.release.giving_up import DEATH_LIMIT, mark
 
 __all__ = ["Guard"]
@@ -75,6 +78,7 @@ class Guard:
         self._taken = False  # the release is the owner's
         self._heard_first = threading.Event()
         self._refusal: BackupError | None = None
+        self._kept = threading.Event()
         self._released = threading.Event()
         self._yours = threading.Event()
         self._at_work = threading.Lock()  # on the release, in this process
@@ -121,11 +125,27 @@ class Guard:
                 self._refusal.hint,
             ) from self._refusal
 
-    def hold(self, *watch: str) -> None:
-        """From now on something may be held of the guest: look for these (`watching.WATCHES`). Waits until ready."""
+    def hold(self, *watch: str, room: Sequence[Growing] = ()) -> None:
+        """From now on something may be held of the guest: look for these (`watching.WATCHES`). Waits until ready.
+
+        `room` are the disks whose overlays grow meanwhile; they are merged when the run is given up.
+        """
         self.require_ready()
         self._held = True
-        self._say("hold", watch=watch)
+        self._say("hold", watch=watch, room=[asdict(disk) for disk in room])
+
+    def keep_closed(self, files: Sequence[Path]) -> None:
+        """Have the guard hold QEMU's lock on these files until the release, so that nobody writes to what is read.
+
+        Not this process, which may be stopped, and the lock would hinder the merge then. Busy where somebody has one
+        open for writing; HypervisorError.
+        """
+        with keep_closed(files):
+            self._say("keep", files=[os.fspath(file) for file in files])
+            if not self._kept.wait(START_LIMIT) or self._refusal is not None:
+                raise self._refusal or HypervisorError(
+                    f"the process that guards the guest of VM {self.name} does not answer", "Run the backup again."
+                )
 
     def freezing(self, limit: float) -> None:
         """The guest is about to be brought to rest; unless `thawed` is told within `limit` seconds, it is let go on."""
@@ -189,6 +209,9 @@ class Guard:
             case "failed":
                 self._refusal = load_error(what)
                 self._heard_first.set()
+                self._kept.set()
+            case "kept":
+                self._kept.set()
             case "warning":
                 self._ctx.log.warning("%s", what["message"])
             case "given up":
@@ -229,6 +252,7 @@ class Guard:
             self._do_instead(error)
         for handle in self._clients.values():
             os.close(handle)
+        self._kept.set()
         self._released.set()
         self._yours.set()
 

@@ -2,7 +2,10 @@
 
 Its owner tells it on standard input, a line of JSON each:
 
-- ``{"do": "hold", "watch": [...]}``: from now on something may be held of the guest; look for these (`WATCHES`);
+- ``{"do": "hold", "watch": [...], "room": [...]}``: from now on something may be held of the guest; look for these
+  (`WATCHES`), and at the room beside these disks (`overlay.room.Growing`);
+- ``{"do": "keep", "files": [...]}``: hold QEMU's lock on these files until the release; answered by ``kept``, or by
+  ``failed``;
 - ``{"do": "freeze", "limit": 10}``: the guest is about to be brought to rest; ``{"do": "thawed"}``: it goes on;
 - ``{"do": "give up", ...}``, as on the control socket; without a kind the run is only released, and not marked;
 - ``{"do": "release"}``: the owner releases now, so nothing is to be done unless the owner dies: see `_Guard.turn`;
@@ -28,7 +31,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,11 +42,14 @@ from backupcore.guard import SOCKET
 from backupcore_libvirt.connection import Connection
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.freeze import release as release_freeze
+from backupcore_libvirt.image_lock import keep_closed
 from backupcore_libvirt.libvirt_errors import is_away
+from backupcore_libvirt.mechanisms.letting_go import merge_overlays
+from backupcore_libvirt.overlay.room import Growing
 from backupcore_libvirt.release.admission import Admitted
 from backupcore_libvirt.release.giving_up import Run, end_clients, give_up, mark
 from backupcore_libvirt.release.own_unit import OwnUnit
-from backupcore_libvirt.release.watching import WATCHES, Watch
+from backupcore_libvirt.release.watching import WATCHES, Room, Watch
 
 __all__ = ["guard"]
 
@@ -110,6 +116,8 @@ class _Guard:
         self._trying = False
         self._admitted: dict[int, Admitted] = {}
         self._watches: list[Watch] = []
+        self._growing: list[Growing] = []
+        self._kept = ExitStack()  # locks on what is read
         self._pipe = b""
         self._news: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -219,14 +227,19 @@ class _Guard:
         match what["do"]:
             case "hold":
                 self._held = True
-                for name in what["watch"]:
-                    watch = WATCHES[name](
-                        self._run,
-                        lambda error: self._tell(partial(self._let_go, error)),
-                        lambda line: self._tell(partial(_say, {"said": "warning", "message": line})),
-                    )
-                    self._watches.append(watch)
+                self._growing = [Growing(**disk) for disk in what["room"]]
+                told = (
+                    lambda error: self._tell(partial(self._let_go, error)),
+                    lambda line: self._tell(partial(_say, {"said": "warning", "message": line})),
+                )
+                watches = [WATCHES[name](self._run, *told) for name in what["watch"]]
+                if self._growing:
+                    watches.append(Room(self._run, *told, self._growing))
+                for watch in watches:
                     watch.start()
+                self._watches += watches
+            case "keep":
+                self._keep([Path(file) for file in what["files"]])
             case "freeze":
                 self._freeze_due = time.monotonic() + float(what["limit"])
             case "thawed":
@@ -239,11 +252,20 @@ class _Guard:
             case "done":
                 self._done = True
 
+    def _keep(self, files: list[Path]) -> None:
+        try:
+            self._kept.enter_context(keep_closed(files))
+        except BackupError as error:
+            _say({"said": "failed", **dump_error(error)})
+        else:
+            _say({"said": "kept"})
+
     def _turn(self) -> None:
         """Leave the release to the owner, which waits for this: never are two at work on it."""
         if not self._turn_asked or self._trying:
             return
         self._turn_asked = False
+        self._kept.close()
         self._phase = "the owner releases"
         clients = self._refuse_clients()
         if not clients:
@@ -319,6 +341,7 @@ class _Guard:
         self._phase = "giving up"
         self._asked_at = time.monotonic()
         self._stop_watching()
+        self._kept.close()
         self._freeze_due = None
         self._thaw()
         self._try(error)
@@ -345,7 +368,19 @@ class _Guard:
             time.sleep(AGAIN)
         for client in clients:
             client.close()
+        if self._growing and problem is None and not self._turn_asked:
+            # Nobody watches any more how they grow. The guest runs already, so whoever waits is answered before.
+            self._tell(partial(self._let_go_of, did))
+            did = []
+            try:
+                did = merge_overlays(self._run.uri, self._run.vm, self._run.scratch, lambda: self._turn_asked)
+            except BackupError as found:
+                self._tell(partial(_say, {"said": "warning", "message": f"{found.message} {found.hint}"}))
         self._tell(partial(self._tried, did, problem))
+
+    def _let_go_of(self, did: list[str]) -> None:
+        self._phase = "released"
+        self._answer_all(did, None)
 
     def _tried(self, did: list[str], problem: BackupError | None) -> None:
         self._trying = False

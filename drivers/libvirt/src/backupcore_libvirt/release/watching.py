@@ -11,16 +11,17 @@ Each look has a thread of its own, since libvirt, or a file system, may not answ
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from backupcore.errors import BackupError, Busy, HypervisorError, NotFound, TargetFull
 from backupcore_libvirt.connection import IO_ERROR, OFF, PAUSED, Connection, Domain
 from backupcore_libvirt.libvirt_errors import is_away
+from backupcore_libvirt.overlay.room import Growing, too_full
 from backupcore_libvirt.release.giving_up import Run
 from backupcore_libvirt.scratch import scratch_room
 
-__all__ = ["WATCHES", "Watch"]
+__all__ = ["WATCHES", "Room", "Watch"]
 
 FREE_EVERY = 0.1  # seconds; a guest that overwrites 2 GB/s takes 200 MiB of the reserve in one interval
 STATE_EVERY = 0.5
@@ -72,6 +73,31 @@ class _Scratch(Watch):
             free, kept = scratch_room(self._run.scratch.scratch)
             if free <= kept:
                 return self._full(f"{free >> 20} MiB are left of the reserve of {kept >> 20} MiB")
+        return None
+
+
+class Room(Watch):
+    """The room beside the disks of a VM that writes to overlays meanwhile; `growing` are these."""
+
+    def __init__(
+        self,
+        run: Run,
+        trouble: Callable[[BackupError], None],
+        remark: Callable[[str], None],
+        growing: Sequence[Growing],
+    ) -> None:
+        super().__init__(run, trouble, remark)
+        self._growing = growing
+
+    def _look(self) -> BackupError | None:
+        while not self.stop_asked.wait(FREE_EVERY):
+            if why := too_full(self._growing):
+                return TargetFull(
+                    f"VM {self._run.name}: the file system of its disks is full: {why}; the backup was given up so "
+                    "that the guest can go on",
+                    "Make room there: beside the disks it must hold what the guest writes during a backup, twice where "
+                    "their files are sparse.",
+                )
         return None
 
 
@@ -133,6 +159,24 @@ class _State(_Asking):
         )
 
 
+class _Guest(_Asking):
+    """Whether a guest that writes to overlays goes on. Its disks are read without it: it may end."""
+
+    every = STATE_EVERY
+
+    def _ask(self, domain: Domain) -> BackupError | None:
+        if domain.state() != (PAUSED, IO_ERROR):
+            return None
+        return TargetFull(
+            f"VM {self._run.name}: QEMU has stopped the guest after an I/O error; the backup was given up so that it "
+            "can go on",
+            "Is the file system of its disks full? What the guest writes during a backup needs room there.",
+        )
+
+    def _gone(self) -> BackupError:
+        return NotFound(f"VM {self._run.name} was undefined, or has ended for good, while its backup ran")
+
+
 class _Start(_Asking):
     """Whether a VM that is off stays off."""
 
@@ -150,5 +194,5 @@ class _Start(_Asking):
         """It was undefined: nobody starts it."""
 
 
-WATCHES: dict[str, type[Watch]] = {"scratch": _Scratch, "state": _State, "start": _Start}
+WATCHES: dict[str, type[Watch]] = {"scratch": _Scratch, "state": _State, "start": _Start, "guest": _Guest}
 """What can be asked for, by name."""

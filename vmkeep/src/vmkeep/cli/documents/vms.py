@@ -26,6 +26,7 @@ def vms(found: list[Listing], now: datetime | None = None) -> list[Document]:
             "uuid": one.found.vm.uuid,
             "state": one.found.state,
             "being_read": one.found.being_read,
+            "remarks": list(one.found.remarks),
             "last_backup": iso(one.last_backup),
             "age_seconds": max(0, int((now - one.last_backup).total_seconds())) if one.last_backup else None,
         }
@@ -50,6 +51,7 @@ def vm(detail: Detail) -> Document:
         "uuid": detail.found.vm.uuid,
         "state": detail.found.state,
         "being_read": detail.found.being_read,
+        "remarks": list(detail.found.remarks),
         "disks": [
             {
                 "id": disk.id,
