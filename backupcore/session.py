@@ -140,13 +140,17 @@ def _attempt(
 def _withdraw(datastore: Datastore, stored: Stored, run: BackupRun, ctx: Context) -> None:
     """Remove what the driver had published of a run that was given up before it could be recorded.
 
-    The run's own context says that it is cancelled, which would end this, too: the driver gets one of its own.
+    Only where the datastore itself says that the source is of this run's point: a driver that has given a token for the
+    second time must not lose another backup by it. The run's own context says that it is cancelled, which would end
+    this, too: the driver gets one of its own.
     """
     if verdict.given_up(ctx.folder) is None or stored.source in run.builds_on:
         return
     try:
         with Context(ctx.folder, log=ctx.log) as own:
-            datastore.delete([stored.source], own)
+            listed = [one.labels for one in datastore.sources(own) if one.source == stored.source]
+            if [labels.get("point") for labels in listed] == [run.point]:
+                datastore.delete([stored.source], own)
     except BackupError as error:
         ctx.owes(f"source {stored.source} of a run that was given up stays there, unused ({error.message})")
 

@@ -14,7 +14,7 @@ import pytest
 from lab.blocking_fs import state
 from lab.domain_xml import DiskSpec
 from lab.host import RUNNING, Host, wait_until
-from lab.troubles import Trouble, children, free, guard_of, target
+from lab.troubles import Trouble, children, free, target
 
 MIB = 1 << 20
 LIMIT = 10.0
@@ -149,8 +149,7 @@ def reading(host: Host, steps: dict[str, str]) -> None:
 
 
 def a_child_stands_still(owner: int) -> bool:
-    guards = [guard_of(owner)] if children(owner) else []
-    return any(state(pid) == "T" for guard in guards for pid in children(guard))
+    return any(state(pid) == "T" for child in children(owner) for pid in children(child))
 
 
 def test_the_reader_is_killed_or_stopped_at_named_steps(host: Host):

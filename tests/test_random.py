@@ -27,7 +27,7 @@ import pytest
 from lab.domain_xml import DiskSpec
 from lab.host import Host, Recorded, size_of, stopped, wait_until
 from lab.vm import same
-from tests.test_killed import SNAPSHOT, STEPS, TEMPORARY, dies_of_a_client
+from tests.test_killed import SNAPSHOT, STEPS, TEMPORARY, dies_of_a_client, piles_up
 
 MIB = 1 << 20
 BUSY = 10  # the exit code
@@ -49,6 +49,7 @@ class Life:
         self.counts: Counter[str] = Counter()
         self.suspended = False
         self.snapshots = False
+        self.closed = piles_up(host)
         self.threads = int(ElementTree.fromstring(self.vm.domain.XMLDesc()).findtext("iothreads", "0"))
         self.instant = 0
         self.spare = self.vm.folder / "vdc.qcow2"
@@ -160,6 +161,8 @@ class Life:
 
     def change_mode(self) -> None:
         """How increments are found, and how the guest is brought to rest."""
+        if self.closed:
+            raise NotNow
         self.snapshots = not self.snapshots
         mode, freeze = "SNAPSHOT" if self.snapshots else "CBT", self.choice.choice(["NONE", "SUSPEND"])
         self.log[-1] += f" {mode} {freeze}"

@@ -19,7 +19,8 @@ from backupcore.context import Context
 from backupcore.disk.nbd import ConnectionLost
 from backupcore.errors import BackupError, Busy, HypervisorError, IncrementImpossible, TargetFull, UnsupportedOperation
 from backupcore.model import RunState
-from backupcore_libvirt.connection import Domain
+from backupcore_libvirt.apparmor import denies_merges
+from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.image_lock import keep_closed
 from backupcore_libvirt.mechanisms import choice
 from backupcore_libvirt.mechanisms.temporary_overlays import TemporaryOverlays
@@ -260,8 +261,19 @@ def test_the_vm_is_switched_off_meanwhile(lab, runs, take, same, tmp_path, again
             vm.start()
             vm.io("vdb", "write -P 4 4M 1M")
 
-    parent, layer = take(vm, during=during)
+    with Connection(runs.hypervisor.uri) as connection:
+        closed = again and denies_merges(connection, connection.domain(vm.uuid))
+    run = runs.run(vm)
+    # The profile of a VM that was started on its overlay keeps it there until it is off.
+    told = pytest.raises(HypervisorError, match="AppArmor denies it") if closed else contextlib.nullcontext()
+    with told, runs.take(run) as parent:
+        during()
+        layer = runs.keep(parent, tmp_path / run.id)
     same([layer], truth)
+    if closed:
+        assert len(overlays(vm)) == 2
+        vm.destroy()
+        recover(runs, vm, tmp_path / "recover")
     plain(vm)
     truth = vm.copy(tmp_path / "2")
     taken, above = take(vm, parent)
