@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO
@@ -193,8 +194,14 @@ class Datastore:
     @contextmanager
     def _translated(self, hook: str) -> Iterator[None]:
         """Errors of the taxonomy pass; an OSError becomes one; anything else is the plugin's own bug."""
+        process = os.getpid()
         try:
-            yield
+            try:
+                yield
+            finally:
+                if os.getpid() != process:
+                    # A child that the plugin forked and did not end: there must not be two at work on one run.
+                    os._exit(1)
         except BackupError:
             raise
         except OSError as error:

@@ -57,6 +57,21 @@ def test_cancel_finds_a_vm_that_was_renamed_meanwhile(site):
     assert site.run("cancel", "www", "--json").json["process"] == child.pid
 
 
+def test_a_catalog_that_cannot_be_used_meanwhile_hides_neither_the_cancel_nor_its_reason(site):
+    child = waiting_backup(site)
+    for path in site.state.glob("catalog.sqlite-*"):
+        path.unlink()
+    (site.state / "catalog.sqlite").rename(site.folder / "aside")
+    (site.state / "catalog.sqlite").write_bytes(b"not a catalog" * 1000)
+    told = site.process("cancel", "web1", "--json")
+    assert told.code == 0, told.err
+    assert any("how the run ended cannot be read" in line for line in json.loads(told.out)["did"])
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130, err
+    assert "could not be written down: the catalog" in err
+    assert err.endswith(("vmkeep: cancelled\n  It was stopped by vmkeep cancel.\n", "vmkeep: cancelled\n"))
+
+
 def test_without_a_running_backup_cancel_says_so(site):
     site.run("backup", "web1")
     told = site.run("cancel", "web1")

@@ -20,6 +20,8 @@ from backupcore.disk.unix_socket import listen_at
 from backupcore.errors import TargetFull, load_error
 from lab.blocking_fs import blocking
 from vmkeep import lock
+from vmkeep.catalog import runs
+from vmkeep.catalog.database import Catalog
 
 ROOT = Path(__file__).parent.parent.parent
 QUICK = 15.0
@@ -290,7 +292,33 @@ def test_a_driver_that_closes_every_file_is_named_and_nothing_is_recorded(site):
     assert "the lock of VM web1 was lost while it was backed up: a plugin closes files" in told.err
     assert lock.holder(site.state, "web1") is None
     (site.store / "close-all").unlink()
+    # Whoever goes on writing to a number that was closed under him must not find the catalog open under it.
+    (run,) = runs.last(Catalog.open(site.state / "catalog.sqlite"), WEB.uuid, 1)
+    assert run.state == "running"
     the_next_backup_works(site)
+
+
+def test_a_process_that_a_driver_has_forked_does_not_keep_the_locks_of_a_run_that_was_killed(site):
+    (site.store / "fork").touch()
+    told = site.process("backup", "web1")
+    assert told.code == 9
+    child = int((site.store / "forked").read_text())
+    try:
+        (site.store / "fork").unlink()
+        assert lock.holder(site.state, "web1") is None
+        the_next_backup_works(site)
+        assert not process.dying(child)
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_child_that_comes_back_from_a_driver_does_not_go_on_with_the_run(site):
+    (site.store / "fork-and-return").touch()
+    told = site.process("backup", "web1")
+    assert told.code == 0, told.err
+    assert told.out.count("FULL backup") == 1
+    (site.store / "fork-and-return").unlink()
+    assert site.run("backup", "web1", "--json").json["type"] == "INCREMENT"
 
 
 TAKE = """

@@ -86,3 +86,26 @@ def test_delete_asks(site, answer, code, left):
     ended, screen = at_a_terminal(site, "-m", "vmkeep", "image", "delete", "1", answer=answer)
     assert (ended, "Delete image 1 of VM web1, 1 backups, for good?" in screen) == (code, True)
     assert len(site.run("image", "list", "--json").json) == left
+
+
+CLOSED = """
+import os, sys
+for number in map(int, sys.argv.pop(1).split(",")):
+    os.close(number)
+os.execv(sys.executable, [sys.executable, "-m", "vmkeep", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize("closed", ["0", "1", "2", "0,1,2"])
+def test_streams_that_the_caller_has_closed_do_not_matter(site, closed):
+    """What is opened instead under their numbers, as the catalog, must not be written to by whoever prints."""
+    child = subprocess.run(
+        [sys.executable, "-c", CLOSED, closed, "backup", "web1", "-v"],
+        env={**os.environ, "PYTHONPATH": site.paths, "VMKEEP_CONFIG": str(site.config)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert child.returncode == 0, child.stderr
+    assert ("FULL backup" in child.stdout) == ("1" not in closed)
+    assert len(site.run("image", "list", "--json").json) == 1

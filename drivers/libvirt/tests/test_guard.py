@@ -271,7 +271,7 @@ def test_what_the_control_socket_does_not_understand(small, runs):
     run = runs.run(small)
     with runs.context(run) as ctx:
         runs.hypervisor.prebackup(run, ctx)
-        for question in (b"\n", b"[]\n", b'{"do": "destroy"}\n', b'{"do": 7}\n', b"{\n"):
+        for question in (b"\n", b"[]\n", b'{"do": "destroy"}\n', b'{"do": 7}\n', b"{\n", b"[" * 60_000 + b"\n"):
             with connect_to(ctx.folder / core.SOCKET, LIMIT) as connection:
                 connection.sendall(question)
                 assert "error" in json.loads(connection.recv(1000))

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from backupcore_libvirt.place.qemu_process import qemu_process
 from backupcore_libvirt.place.vm_folder import vm_folder
 from backupcore_libvirt.plugin import Libvirt
 from backupcore_libvirt.scratch import Owner
+from lab.domain_xml import DiskSpec
+from lab.vm import VM
 
 
 def test_the_socket_lies_in_the_folder_of_the_vm(small, runs, hypervisor):
@@ -35,8 +38,21 @@ def test_the_socket_lies_in_the_folder_of_the_vm(small, runs, hypervisor):
     with runs.take(run) as taken:
         assert small.job_socket() == own / f"backupcore-{run.id}"
         address = taken.prepared.artifacts[0]._blocks  # where the artifact's own connection goes
-        assert address == Address(str(small.job_socket()), "vda", qemu)
+        assert replace(address, admission="") == Address(str(small.job_socket()), "vda", qemu)
     assert set(own.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["Bob's \"<&>", "ä,server=on", "x" * 150])
+def test_the_process_and_the_folder_of_a_vm_with_an_odd_name(lab, hypervisor, name):
+    disk = DiskSpec(target="vda", size=1 << 20)
+    with VM.create(lab.prefix + name, [disk], folder=lab.folder) as vm:
+        vm.start()
+        with Connection(hypervisor.uri) as connection:
+            domain = connection.domain(vm.uuid)
+            assert vm_folder(domain) is not None
+            number = qemu_process(domain)
+        assert number is not None
+        assert vm.uuid.encode() in Path(f"/proc/{number}/cmdline").read_bytes()
 
 
 def test_a_socket_that_somebody_else_has_put_in_its_place_is_not_read(small, runs):

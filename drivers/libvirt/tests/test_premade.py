@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import libvirt
@@ -16,7 +17,7 @@ from backupcore.model import Outcome, RunState
 from backupcore_libvirt.connection import Domain
 from backupcore_libvirt.mechanisms.live_job import LiveJob
 from backupcore_libvirt.mechanisms.overlays import Overlays
-from backupcore_libvirt.premade.image import make_empty, make_overlay
+from backupcore_libvirt.premade.image import is_untouched, make_empty, make_overlay
 from backupcore_libvirt.scratch import Owner
 
 MiB = 1 << 20
@@ -68,6 +69,40 @@ def test_an_overlay_is_what_qemu_img_makes(shape, size, tmp_path):
     qemu_img("compare", "-f", "qcow2", "-F", shape, ours, below)
     qemu_img("check", "-q", ours)
     assert ours.stat().st_mode & 0o777 == 0o640
+
+
+def test_the_beginning_of_an_overlay_holds_nothing(tmp_path):
+    below = tmp_path / "below.raw"
+    below.write_bytes(bytes(MiB))
+    path = tmp_path / "overlay"
+    make_overlay(path, MiB, str(below), "raw")
+    whole = path.read_bytes()
+    for length in (0, 300, 65536, 65537, len(whole)):
+        path.write_bytes(whole[:length])
+        assert is_untouched(path), length
+    for other in (whole + b"x", whole[:200] + b"x", whole[:65536] + b"x" * 512, b"QFI", b"raw"):
+        path.write_bytes(other)
+        assert not is_untouched(path)
+
+
+def test_half_an_image_does_not_stay(tmp_path):
+    """Where the file system is full, or a quota or a limit is met, as here."""
+    script = f"""
+import resource, signal
+from pathlib import Path
+from backupcore.errors import BackupError
+from backupcore_libvirt.premade.image import make_empty
+from backupcore_libvirt.scratch import Owner
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (70000, 70000))
+try:
+    make_empty(Path({str(tmp_path / "image")!r}), 1 << 30, Owner(0, 0))
+except BackupError as error:
+    print(error.message)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "File too large" in done.stdout
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_image_is_never_made_where_something_is(tmp_path):

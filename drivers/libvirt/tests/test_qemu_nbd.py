@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import libvirt
 import pytest
 
-from backupcore.disk.nbd import ALLOCATION, DEPTH, Address, Client, ConnectionLost
+from backupcore.disk.nbd import ALLOCATION, DEPTH, Address, Client, ConnectionLost, NbdError
 from backupcore.errors import Busy, HypervisorError
 from backupcore_libvirt.qemu_nbd import QemuNbd
 from backupcore_libvirt.release.servers import end_stray
@@ -53,6 +54,16 @@ def test_an_image_with_its_bitmaps_and_depths(image: Path, tmp_path: Path):
         Client(server.address)
     with QemuNbd(tmp_path / "t", top, "qcow2", depth=True) as server, Client(server.address, [ALLOCATION, DEPTH]) as c:
         assert c.block_status(0, MiB)[DEPTH] == [(MiB, 2)]
+
+
+def test_a_socket_that_somebody_else_has_put_in_its_place_is_not_read(image: Path, tmp_path: Path):
+    """The folder of a run belongs to the user that every VM's QEMU runs as."""
+    with QemuNbd(tmp_path / "s", image, "qcow2") as server, socket.socket(socket.AF_UNIX) as other:
+        (tmp_path / "s").unlink()
+        other.bind(str(tmp_path / "s"))
+        other.listen()
+        with pytest.raises(NbdError, match=f"is served by process {os.getpid()}"):
+            Client(server.address, timeout=5)
 
 
 def test_raw_is_never_taken_for_another_format(image: Path, tmp_path: Path):

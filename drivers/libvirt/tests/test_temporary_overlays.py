@@ -7,10 +7,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import libvirt
 import pytest
@@ -24,6 +26,8 @@ from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.image_lock import keep_closed
 from backupcore_libvirt.mechanisms import choice
 from backupcore_libvirt.mechanisms.temporary_overlays import TemporaryOverlays
+from backupcore_libvirt.overlay.merge import Merger
+from backupcore_libvirt.overlay.room import Growing, require_room, too_full
 from backupcore_libvirt.overlay.stack import overlay_path
 from backupcore_libvirt.premade.image import make_overlay
 from backupcore_libvirt.release.guard import Guard
@@ -193,6 +197,118 @@ def test_a_comparison_with_the_last_backup(lab, take, runs, tmp_path):
     plain(vm)
 
 
+# What others do meanwhile
+
+
+def commit_by_hand(vm, disk: str) -> None:
+    """As `virsh blockcommit --active --shallow --pivot`."""
+    flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE | libvirt.VIR_DOMAIN_BLOCK_COMMIT_SHALLOW
+    vm.domain.blockCommit(disk, None, None, 0, flags)
+    deadline = time.monotonic() + 60
+    while True:
+        found = vm.domain.blockJobInfo(disk, 0)
+        with contextlib.suppress(libvirt.libvirtError):  # not ready yet
+            if found["cur"] == found["end"]:
+                vm.domain.blockJobAbort(disk, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
+                return
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_an_internal_snapshot_that_was_taken_meanwhile_is_not_destroyed(lab, runs, same, tmp_path):
+    vm = lab.vm(["qcow2:16"], iothread="disk")
+    with pytest.raises(HypervisorError, match=r"snapshots .*\(mine\)") as told, runs.take(runs.run(vm)):
+        vm.io("vda", "write -P 2 2M 1M")
+        vm.domain.snapshotCreateXML("<domainsnapshot><name>mine</name></domainsnapshot>", 0)
+        vm.io("vda", "write -P 3 2M 1M")
+    assert "virsh snapshot-delete" in told.value.hint
+    assert len(overlays(vm)) == 1
+    with pytest.raises(HypervisorError, match="mine"):
+        recover(runs, vm, tmp_path / "early")
+    with pytest.raises(HypervisorError, match="mine"), runs.take(runs.run(vm)) as taken:
+        truth = vm.copy_truth(tmp_path / "truth")
+        same([runs.keep(taken, tmp_path / "layer")], truth)
+    assert len(overlays(vm)) == 1
+    vm.domain.snapshotLookupByName("mine").delete()
+    truth = vm.copy_truth(tmp_path / "after")
+    recover(runs, vm, tmp_path / "recover")
+    plain(vm)
+    with runs.take(runs.run(vm)) as taken:
+        same([runs.keep(taken, tmp_path / "last")], truth)
+
+
+@pytest.mark.parametrize("managed", [True, False], ids=["managed", "to a file"])
+def test_a_vm_whose_memory_was_saved_meanwhile_finds_its_disks(lab, runs, same, tmp_path, managed):
+    vm = lab.vm(["qcow2:16"], iothread="disk")
+    file = vm.folder / "memory"
+    with pytest.raises(Busy, match="its memory is saved"), runs.take(runs.run(vm)):
+        vm.io("vda", "write -P 2 2M 1M")
+        truth = vm.copy_truth(tmp_path / "truth")
+        vm.domain.managedSave(0) if managed else vm.domain.save(str(file))
+    assert len(overlays(vm)) == 1
+    vm.start() if managed else vm.connection.restore(str(file))
+    recover(runs, vm, tmp_path / "recover")
+    plain(vm)
+    with runs.take(runs.run(vm)) as taken:
+        same([runs.keep(taken, tmp_path / "layer")], truth)
+
+
+def test_an_external_snapshot_that_was_taken_meanwhile_is_told(lab, runs, tmp_path):
+    vm = lab.vm(["qcow2:16"], iothread="disk")
+    xml = f"""<domainsnapshot><disks><disk name='vda' snapshot='external'><source file='{vm.folder / "mine.qcow2"}'/>
+        </disk></disks></domainsnapshot>"""
+    flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
+    with pytest.raises(HypervisorError, match="somebody's snapshot lies on it"), runs.take(runs.run(vm)):
+        vm.domain.snapshotCreateXML(xml, flags)
+        vm.io("vda", "write -P 3 2M 1M")
+    (path,) = overlays(vm)
+    assert runs.hypervisor.find(vm.name).remarks == (
+        f"somebody's snapshot lies on {path}, which a backup has left, so it is not merged",
+    )
+    with pytest.raises(HypervisorError, match="somebody's snapshot lies on it"):
+        recover(runs, vm, tmp_path / "early")
+    commit_by_hand(vm, "vda")
+    recover(runs, vm, tmp_path / "recover")
+    plain(vm)
+
+
+@pytest.mark.parametrize("first", ["qcow2", "raw"], ids=["with a checkpoint", "without"])
+def test_a_disk_that_was_detached_meanwhile_is_told(lab, runs, first):
+    """Its own file lacks what was written during the backup, and looks as if it were all of it."""
+    vm = lab.vm([f"{first}:16", "raw:8"], iothread="controller")
+    with pytest.raises(HypervisorError, match="a disk was detached during a backup") as told, runs.take(runs.run(vm)):
+        with vm.suspended():
+            vm.io("vdb", "write -P 5 0 1M")
+        root = ElementTree.fromstring(vm.domain.XMLDesc())
+        disk = next(one for one in root.iterfind("devices/disk") if one.find("target").get("dev") == "vdb")
+        flags = libvirt.VIR_DOMAIN_AFFECT_LIVE | libvirt.VIR_DOMAIN_AFFECT_CONFIG
+        vm.domain.detachDeviceFlags(ElementTree.tostring(disk, encoding="unicode"), flags)
+    (path,) = overlays(vm)
+    assert f"qemu-img commit -f qcow2 {path}" in told.value.hint
+    plain_disk = vm.folder / "vdb.raw"
+    assert plain_disk.read_bytes()[:MiB] == bytes(MiB)
+    subprocess.run(["qemu-img", "commit", "-q", "-f", "qcow2", path], check=True)
+    assert plain_disk.read_bytes()[:MiB] == b"\x05" * MiB
+    path.unlink()
+
+
+@pytest.mark.parametrize("what", ["cut off", "FIFO", "link", "folder"])
+def test_what_lies_in_the_place_of_an_overlay_hinders_no_backup(lab, runs, what):
+    vm = lab.vm(["qcow2:16"], iothread="disk")
+    path = Path(overlay_path(str(vm.disk("vda")), "0" * 32, "vda", temporary=True))
+    make = {
+        "cut off": path.touch,  # whoever made it was killed
+        "FIFO": lambda: os.mkfifo(path),
+        "link": lambda: path.symlink_to("/etc/passwd"),
+        "folder": path.mkdir,
+    }
+    make[what]()
+    assert runs.hypervisor.find(vm.name).remarks == ()
+    with runs.take(runs.run(vm)):
+        pass
+    assert overlays(vm) == ([] if what == "cut off" else [path])
+
+
 # The end of something, in the middle of a run
 
 
@@ -281,6 +397,31 @@ def test_the_vm_is_switched_off_meanwhile(lab, runs, take, same, tmp_path, again
     assert not taken.prepared.disks[0].whole
 
 
+@pytest.mark.parametrize("end", ["destroy", "kill"])
+def test_the_vm_ends_in_the_middle_of_a_merge(lab, runs, same, tmp_path, monkeypatch, end):
+    vm = lab.vm(["qcow2:64"], iothread="disk")
+    begin, follow = Domain.begin_commit, Merger._follow
+
+    def slow(self, disk, base, top=None) -> None:
+        begin(self, disk, base, top)
+        vm.domain.blockJobSetSpeed(disk, 1, 0)  # MiB/s
+
+    def follow_to_the_end(self, disk) -> None:
+        if vm.active:
+            assert vm.domain.blockJobInfo(disk, 0)["cur"] < 30 * MiB
+            getattr(vm, end)()
+        follow(self, disk)
+
+    monkeypatch.setattr(Domain, "begin_commit", slow)
+    monkeypatch.setattr(Merger, "_follow", follow_to_the_end)
+    with runs.take(runs.run(vm)):
+        vm.io("vda", "write -P 2 10M 30M", "flush")
+        truth = vm.copy_truth(tmp_path / "truth")
+    assert not vm.active
+    plain(vm)
+    same([{"vda": vm.disk("vda")}], truth)
+
+
 def test_qemu_is_killed_meanwhile(lab, runs, take, same, tmp_path):
     vm = lab.vm(["qcow2:16", "raw:8"], iothread="disk")
     full, layer = take(vm)
@@ -334,6 +475,20 @@ def test_what_a_dead_run_has_left_is_merged_by_the_next_run(lab, runs, take, sam
     same([layer, above], truth)
     assert not taken.prepared.disks[0].whole
     plain(vm)
+
+
+def test_a_disk_that_got_another_name_before_its_overlay_was_merged(lab, runs, take, same, tmp_path):
+    vm = lab.vm(["qcow2:16"], iothread="disk")
+    with left_alone(runs, runs.run(vm)):
+        vm.io("vda", "write -P 2 2M 1M")
+    vm.destroy()
+    vm.change(("<target dev='vda' bus='virtio'/>", "<target dev='vdb' bus='virtio'/>"))
+    truth = vm.copy(tmp_path / "truth")["vdb"]
+    assert len(runs.hypervisor.find(vm.name).remarks) == 1
+    recover(runs, vm, tmp_path / "recover")
+    assert overlays(vm) == []
+    assert vm.disk("vdb").name == "vda.qcow2"
+    same([{"vdb": vm.disk("vdb")}], {"vdb": truth})
 
 
 def test_a_vm_that_cannot_leave_its_overlay_has_no_second_one_at_rest(lab, runs, same, tmp_path):
@@ -657,11 +812,31 @@ def test_too_little_room_is_told_before_the_guest_is_touched(narrow, runs):
     filler = vm.folder / "filler"
     free = os.statvfs(vm.folder)
     filler.write_bytes(bytes(free.f_bavail * free.f_frsize - 8 * MiB))
-    with pytest.raises(TargetFull, match="MiB are free beside"), runs.take(runs.run(vm)):
+    with pytest.raises(TargetFull, match="MiB are free in"), runs.take(runs.run(vm)):
         pass
     filler.unlink()
     vm.untouched()
     plain(vm)
+
+
+def test_a_disk_that_is_a_link_needs_room_where_its_file_lies(tmpfs, tmp_path):
+    """The overlay lies beside the link; the merge grows the file."""
+    home = tmpfs(64)
+    (home / "disk.raw").touch()
+    os.truncate(home / "disk.raw", 200 * MiB)
+    below, overlay = tmp_path / "disk.raw", tmp_path / "overlay"
+    below.symlink_to(home / "disk.raw")
+    overlay.write_bytes(b"x" * 20 * MiB)
+    growing = [Growing.of("vda", str(overlay), str(below), 200 * MiB)]
+    require_room("web1", growing, {})
+    assert too_full(growing) == ""
+    (home / "others").write_bytes(b"x" * 45 * MiB)
+    assert f"19 MiB are free in {home}" in too_full(growing)
+    with pytest.raises(TargetFull, match="error_policy"):
+        require_room("web1", growing, {"vda": 200 * MiB})
+    (home / "others").write_bytes(b"x" * 55 * MiB)
+    with pytest.raises(TargetFull, match=f"MiB are free in {home}"):
+        require_room("web1", growing, {})
 
 
 def test_a_full_file_system_stops_the_guest_only_until_its_overlay_is_merged(narrow, runs, wait_for):

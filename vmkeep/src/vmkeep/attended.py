@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from backupcore.model import VM, BackupRun
     from vmkeep.backup import Taken
 
-__all__ = ["RELEASED", "UnderWay", "attended", "end_at_once", "left_behind"]
+__all__ = ["RELEASED", "UnderWay", "attended", "end_at_once", "left_behind", "spoilt"]
 
 T = TypeVar("T")
 
@@ -131,6 +131,11 @@ def attended(work: Callable[[], T], abandoned: Callable[[], T], under_way: Under
 def end_at_once() -> None:
     """Have the process end without tidying up: a plugin has closed files, which others would now close again."""
     _spoilt.set()
+
+
+def spoilt() -> bool:
+    """Whether that was asked for: no file may be written to any more, since another's number may be its own by now."""
+    return _spoilt.is_set()
 
 
 def left_behind() -> bool:

@@ -15,10 +15,10 @@ from backupcore.context import Context, Progress
 from backupcore.datastore import Datastore
 from backupcore.errors import BackupError, Cancelled, ContractViolation, IncrementImpossible
 from backupcore.hypervisor import VMState
-from backupcore.model import BackupRun, Estimate, Image, RunState, Type
+from backupcore.model import VM, BackupRun, Estimate, Image, RunState, Type
 from backupcore.session import Recorded, run_backup
 from vmkeep import adoption, flatten, folders, interrupt, lock, recovery, retention, settings
-from vmkeep.attended import UnderWay, attended, end_at_once
+from vmkeep.attended import UnderWay, attended, end_at_once, spoilt
 from vmkeep.catalog import flattens, images, points, runs
 from vmkeep.catalog.database import Catalog
 from vmkeep.workplace import Workplace
@@ -139,7 +139,7 @@ def _take(place: Workplace, vm: str, under_way: UnderWay, *, reset: bool, progre
             under_way.run, under_way.ctx = run, ctx
 
             def record(done: Recorded) -> None:
-                _require_lock(place, found)
+                _require_lock(place, found.vm)
                 numbers.append(runs.record(place.catalog, done))
                 under_way.recorded = Taken(recorded=done, image=numbers[0])
 
@@ -147,7 +147,7 @@ def _take(place: Workplace, vm: str, under_way: UnderWay, *, reset: bool, progre
                 with interrupt.cancels(ctx), ctx:
                     recorded = run_backup(store, run, ctx, record=record, note=partial(adoption.note, folder))
             except (OSError, BackupError):  # what breaks because of a closed file says anything
-                _require_lock(place, found)
+                _require_lock(place, found.vm)
                 raise
             finally:
                 under_way.folder_goes()
@@ -164,9 +164,9 @@ def _take(place: Workplace, vm: str, under_way: UnderWay, *, reset: bool, progre
         )
 
 
-def _require_lock(place: Workplace, found: VMState) -> None:
+def _require_lock(place: Workplace, vm: VM) -> None:
     try:
-        lock.still_held(place.state, found.vm)
+        lock.still_held(place.state, vm)
     except ContractViolation:
         end_at_once()
         raise
@@ -186,6 +186,7 @@ def _abandoned(place: Workplace, under_way: UnderWay) -> Taken:
     )
     if run is None or ctx is None:
         raise Cancelled(f"cancelled; {standing}", "No backup had begun.")
+    _require_lock(place, run.vm)
     error = ctx.failure or Cancelled("cancelled")
     try:
         late = not verdict.give_up(ctx.folder, error)
@@ -198,8 +199,7 @@ def _abandoned(place: Workplace, under_way: UnderWay) -> Taken:
             f"The next backup of {name} records it, or now: vmkeep recover {name}",
         )
     message = f"{error.message}; {standing}"
-    state = RunState.CANCELLED if isinstance(error, Cancelled) else RunState.FAILED
-    runs.fail(place.catalog, run.id, state, kind=type(error).__name__, error=message)
+    _write_down(place, run, error, message)
     raise type(error)(message, f"{error.hint} {hint}".strip())
 
 
@@ -235,11 +235,22 @@ def _written_down(place: Workplace, run: BackupRun) -> Iterator[None]:
     try:
         yield
     except BackupError as error:
-        state = RunState.CANCELLED if isinstance(error, Cancelled) else RunState.FAILED
-        runs.fail(place.catalog, run.id, state, kind=type(error).__name__, error=error.message)
+        _write_down(place, run, error, error.message)
         raise
     except BaseException as error:
         trace = "".join(traceback.format_exception(error))
-        kind = type(error).__name__
-        runs.fail(place.catalog, run.id, RunState.FAILED, kind=kind, error=str(error), traceback=trace)
+        _write_down(place, run, error, str(error), trace)
         raise
+
+
+def _write_down(place: Workplace, run: BackupRun, error: BaseException, message: str, trace: str = "") -> None:
+    """Write down how the run ended. Where that is not possible the next run does, and `error` stays what is told."""
+    if spoilt():
+        # Whoever still writes to a descriptor that was closed under him would write into the catalog, once it is opened
+        # under that number.
+        return
+    state = RunState.CANCELLED if isinstance(error, Cancelled) else RunState.FAILED
+    try:
+        runs.fail(place.catalog, run.id, state, kind=type(error).__name__, error=message, traceback=trace)
+    except BackupError as problem:
+        log.warning("how run %s ended could not be written down: %s %s", run.id[:8], problem.message, problem.hint)

@@ -97,7 +97,11 @@ def cancel(place: Workplace, vm: str, *, waiting: Callable[[lock.Holder], None] 
         if not owner.dying and not released:
             raise _still_held(holder, left)
     state = "cancelled"
-    last = next(iter(runs.last(place.catalog_if_any, holder.vm.uuid, 1)), None)
+    last = None
+    try:
+        last = next(iter(runs.last(place.catalog_if_any, holder.vm.uuid, 1)), None)
+    except BackupError as problem:  # a state folder that is full; the guest is let go of all the same
+        did.append(f"how the run ended cannot be read: {problem.message}")
     if last is not None and last.started.timestamp() >= holder.since.timestamp() - 1:
         state = last.state
     next_step = _next_step(holder, owner) if left else ""

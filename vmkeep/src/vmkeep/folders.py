@@ -21,7 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from backupcore import process
+from backupcore import inherited, process
 from backupcore.errors import BackupError, ContractViolation, from_os_error
 from backupcore.guard import SOCKET
 from backupcore.model import VM, BackupRun, Disk, Link, SourceRef, Type, new_id
@@ -47,6 +47,7 @@ def own(state: Path, run: BackupRun | None = None) -> Iterator[Path]:
         fcntl.flock(handle, fcntl.LOCK_EX)
         opened = os.fstat(handle)
         (folder / ".lock").rename(folder / "lock")
+        inherited.keep_from_children(handle)
     except OSError as error:
         raise from_os_error(error, f"the folder of runs {runs}") from error
     try:
@@ -57,6 +58,7 @@ def own(state: Path, run: BackupRun | None = None) -> Iterator[Path]:
         yield folder
     finally:
         _remove(folder)
+        inherited.let_go(handle)
         with suppress(OSError):  # a plugin may have closed it, and the number may be another file's by now
             if os.path.samestat(os.fstat(handle), opened):
                 os.close(handle)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from backupcore import process
+from backupcore import inherited, process
 from backupcore.errors import Busy, ContractViolation, from_os_error
 from backupcore.model import VM, Image
 
@@ -97,8 +97,8 @@ def _take(state: Path, name: str, how: int) -> tuple[int, bool]:
                     return handle, False
                 log.warning("%s", _taken_over(handle))
                 os.close(handle)
-                return _replaced(path, how), True
-            return handle, True
+                return inherited.keep_from_children(_replaced(path, how)), True
+            return inherited.keep_from_children(handle), True
     except OSError as error:
         raise from_os_error(error, f"the lock {path}") from error
 
@@ -213,6 +213,7 @@ def _is(handle: int, path: Path) -> bool:
 
 
 def _close(handle: int, path: Path) -> None:
+    inherited.let_go(handle)
     if _is(handle, path):
         os.close(handle)
 

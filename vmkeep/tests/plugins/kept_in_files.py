@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
@@ -138,7 +139,8 @@ class FileDriver:
     """One folder per source. ``wait`` in its folder holds a backup up until it is gone or the run is cancelled.
 
     So does ``deaf``, whatever the user wants; ``exit`` ends the process with the exit code in it, ``close-all`` closes
-    every file that the process has open, and with ``owes`` it cannot tidy up.
+    every file that the process has open, and with ``owes`` it cannot tidy up. With ``fork`` it is killed and leaves a
+    child behind, with ``fork-and-return`` that child goes on with the backup.
     """
 
     path: Path = backupcore.option("where the backups lie")
@@ -169,6 +171,15 @@ class FileDriver:
             os._exit(int((self.path / "exit").read_text()))
         if (self.path / "close-all").exists():
             os.closerange(3, 4096)
+        if (self.path / "fork").exists():
+            child = os.fork()
+            if not child:
+                os.closerange(0, 3)
+                signal.pause()
+            (self.path / "forked").write_text(str(child))
+            os._exit(9)
+        if (self.path / "fork-and-return").exists() and (child := os.fork()):
+            os.waitpid(child, 0)
         token = new_id()
         if (self.path / "talk").exists():
             ctx.log.debug("token is %s", token)

@@ -32,6 +32,7 @@ __all__ = [
     "is_ours",
     "make_known",
     "ours",
+    "recorded_paths",
     "since",
     "tidy",
 ]
@@ -94,7 +95,7 @@ def since(domain: Domain, parent: Link, disks: Sequence[SourceDisk], opened: Map
             continue
         path = before.path
         if not path:
-            recorded = _recorded_paths(domain, name) if recorded is None else recorded
+            recorded = recorded_paths(domain, name) if recorded is None else recorded
             path = recorded.get(disk.id, "")
         if reason := _why_whole(disk, opened[disk.id], name, path, before.virtual_size):
             whole[disk.id] = reason
@@ -125,7 +126,7 @@ def _why_whole(disk: SourceDisk, node: Node, name: str, path: str, size: int) ->
     return ""
 
 
-def _recorded_paths(domain: Domain, name: str) -> dict[str, str]:
+def recorded_paths(domain: Domain, name: str) -> dict[str, str]:
     """Where each disk lay when libvirt made this checkpoint; empty where libvirt does not know it, or not that."""
     try:
         then = parse(domain.checkpoint_xml(name)).find("domain")

@@ -195,6 +195,13 @@ class Domain:
         with self._calling("saved state"):
             return bool(self._domain.hasManagedSaveImage(0))
 
+    def was_saved(self) -> bool:
+        """Whether the VM is off since its memory was saved, also to a file of the user's (`virsh save`).
+
+        A libvirtd that was started anew since does not know it any more.
+        """
+        return self.state() == (libvirt.VIR_DOMAIN_SHUTOFF, libvirt.VIR_DOMAIN_SHUTOFF_SAVED)
+
     def is_persistent(self) -> bool:
         """Whether the VM stays defined when it is off."""
         with self._calling("persistence"):

@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from backupcore import inherited
 from backupcore.errors import AccessDenied, HypervisorError, from_os_error
 from backupcore.process import held_by_the_dying
 from backupcore_libvirt.scratch import Owner
@@ -117,7 +118,7 @@ class RunFolder:
         except OSError:
             os.close(lock)
             raise
-        return lock
+        return inherited.keep_from_children(lock)
 
     def is_in_use(self) -> bool:
         """Whether the process of that run still lives: its lock is released when it ends, however it ends.

@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -64,7 +65,9 @@ class QemuNbd:
         depth: bool = False,
     ) -> None:
         self.address = Address(str(socket))
-        """Where its one export is; its name is empty."""
+        """Where its one export is; its name is empty. Once it runs no other process is taken for it: the folder of the
+        socket may be that of QEMU's user.
+        """
         self._path = os.fspath(path)
         self._shape = shape
         self._more = [f"--bitmap={name}" for name in bitmaps] + (["--allocation-depth"] if depth else [])
@@ -85,6 +88,7 @@ class QemuNbd:
         errors = os.memfd_create("stderr")
         try:
             self._process = _forker.submit(_start, command, errors).result()
+            self.address = replace(self.address, peer=self._process.pid)
             self._wait(self._process, errors)
         except BaseException:
             self.stop()

@@ -10,7 +10,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from backupcore.errors import AccessDenied, TargetFull
+from backupcore.errors import AccessDenied, HypervisorError, TargetFull
 
 __all__ = ["Owner", "check_scratch", "require_room", "reserve", "scratch_room"]
 
@@ -42,7 +42,14 @@ class Owner:
         except KeyError:
             groups = [self.gid]
         command = ["test", f"-{mode}", str(path)]
-        return subprocess.run(command, user=self.uid, group=self.gid, extra_groups=groups, check=False).returncode == 0
+        try:
+            done = subprocess.run(command, user=self.uid, group=self.gid, extra_groups=groups, check=False)
+        except OSError as error:
+            raise HypervisorError(
+                f"whether {self} reaches {path} cannot be tried: the program 'test' could not be run: {error.strerror}",
+                "Is /usr/bin in PATH, and another process allowed (ulimit -u)?",
+            ) from error
+        return done.returncode == 0
 
 
 def check_scratch(scratch: Path, owner: Owner) -> None:

@@ -94,8 +94,27 @@ def _told(error: Exception, asked: Asked) -> int:
     return exits.tell(kind, message, hint, code, as_json=asked.json)
 
 
+def _with_standard_streams() -> None:
+    """Open those of the three that the caller has closed (``>&-``), to nothing.
+
+    Else the first files that are opened would get their numbers, and what any library prints would go into the catalog.
+    """
+    for number, stream in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            os.set_inheritable(number, True)
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 - for good
+
+
 def main() -> None:
     """The entry point of the ``vmkeep`` script."""
+    _with_standard_streams()
     code = run(sys.argv[1:])
     attended = sys.modules.get("vmkeep.attended")  # loaded by those commands alone that have such a run
     if attended is not None and attended.left_behind():

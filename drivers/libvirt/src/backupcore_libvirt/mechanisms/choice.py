@@ -23,6 +23,7 @@ from backupcore_libvirt.overlay import run as overlay_run
 from backupcore_libvirt.overlay import temporary
 from backupcore_libvirt.overlay.plan import plan, without_bitmaps
 from backupcore_libvirt.place.job_socket import job_socket
+from backupcore_libvirt.release.guard import Guard
 from backupcore_libvirt.versions import qemu_of, survives_clients_of_iothreads, text
 
 __all__ = ["choose", "finish", "forget", "prepare", "settle"]
@@ -89,8 +90,10 @@ def settle(
     Finds out what is there: idempotent, also in a fresh process. What stays is the next run's to put right.
     """
     errors = []
+    guard = Guard.of(run.id)
+    made = guard.overlays if guard is not None else ()
     try:
-        temporary.settle(connection, domain, outcome, folder=folder, ctx=ctx)
+        temporary.settle(connection, domain, outcome, made, folder=folder, ctx=ctx)
     except BackupError as error:
         errors.append(error)
     try:

@@ -57,12 +57,13 @@ class Merger:
         """
         for overlay in stack.overlays[low : high + 1]:
             self._refuse_used(stack, overlay.path)
+            self._refuse_snapshots(overlay.path)
         if self.domain.is_active():
             self._merge_live(stack, low, high)
-        elif self.domain.is_saved():
+        elif self.domain.is_saved() or self.domain.was_saved():
             raise Busy(
                 f"VM {self.domain.name}: its memory is saved with the names of its disks' files, so its overlays stay",
-                "Start the VM; the next backup merges them.",
+                "Start the VM ('virsh restore' where it was saved to a file); the next backup merges them.",
             )
         else:
             self._merge_off(stack, low, high)
@@ -226,6 +227,7 @@ class Merger:
                 continue
             if qemu_img.is_empty(path):
                 self._refuse_used(stack, path)
+                self._refuse_snapshots(path)
                 self._discard(path)
 
     def _discard_untouched(self, stack: Stack, path: Path) -> bool:
@@ -265,6 +267,16 @@ class Merger:
             raise HypervisorError(
                 f"{path} of VM {self.domain.name} cannot be merged: it is used by {', '.join(users)}",
                 "See: virsh dumpxml --inactive; give that VM a disk of its own.",
+            )
+
+    def _refuse_snapshots(self, path: str) -> None:
+        """HypervisorError if somebody has taken a snapshot into this overlay: a merge brings only what it shows now."""
+        if names := qemu_img.info(path, "qcow2").snapshots:
+            raise HypervisorError(
+                f"{path} stays: it holds snapshots of VM {self.domain.name} ({', '.join(names):.200}), which a merge "
+                "would destroy",
+                f"The VM goes on with it. Once they are not needed any more (virsh snapshot-delete {self.domain.name} "
+                f"NAME), run 'vmkeep recover {self.domain.name}'.",
             )
 
     def _discard(self, path: str) -> None:

@@ -113,7 +113,7 @@ def _hindrance(domain: Domain, disks: Sequence[SourceDisk]) -> str:  # noqa: PLR
     """Why this VM can have no overlays, or ""."""
     if not domain.is_persistent():
         return "the VM is transient: nothing would tell its next start of an overlay"
-    if domain.is_saved():
+    if domain.is_saved() or domain.was_saved():
         return "the VM's memory is saved, together with the names of its disks' files; overlays would be passed by"
     if names := domain.snapshots():
         return f"the VM has snapshots ({', '.join(names):.200}); reverting to one would pass the overlays by"

@@ -34,6 +34,16 @@ class Growing:
             raise from_os_error(error, f"disk {disk}: {below}") from error
         return cls(disk, overlay, below, max(0, size - held))
 
+    @property
+    def beside(self) -> Path:
+        """The folder in which the overlay grows."""
+        return Path(self.overlay).parent
+
+    @property
+    def home(self) -> Path:
+        """That in which the file below grows by the merge: another one where the disk's path is a link."""
+        return Path(self.below).resolve().parent
+
 
 def require_room(vm: str, growing: Iterable[Growing], losing: Mapping[str, int]) -> None:
     """TargetFull unless twice the reserve is free beside every disk.
@@ -42,20 +52,29 @@ def require_room(vm: str, growing: Iterable[Growing], losing: Mapping[str, int])
     room for all that can be written to them.
     """
     for disk in growing:
-        folder = Path(disk.below).parent
-        free, kept = _room(folder)
-        needed = losing[disk.disk] + kept + min(losing[disk.disk], disk.spread) if disk.disk in losing else 2 * kept
-        if free < needed:
+        lost = losing.get(disk.disk, 0)
+        there = {disk.beside: lost}
+        home = disk.beside if _device(disk.home) == _device(disk.beside) else disk.home
+        there[home] = there.get(home, 0) + min(lost, disk.spread)
+        for folder, more in there.items():
+            free, kept = _room(folder)
+            needed = more + kept if disk.disk in losing else 2 * kept
+            if free >= needed:
+                continue
             why = (
                 "its error_policy makes the guest lose what it writes when the file system is full"
                 if disk.disk in losing
-                else "what the guest writes during a backup goes to an overlay there"
+                else "what the guest writes during a backup goes to an overlay, and then back into its file"
             )
             raise TargetFull(
-                f"VM {vm}, disk {disk.disk}: {free >> 20} MiB are free beside {disk.below}, {needed >> 20} MiB are "
+                f"VM {vm}, disk {disk.disk}: {free >> 20} MiB are free in {folder}, {needed >> 20} MiB are "
                 f"needed to begin: {why}",
                 "Make room there, or back it up while the VM is off.",
             )
+
+
+def _device(folder: Path) -> int:
+    return folder.stat().st_dev
 
 
 def _room(folder: Path) -> tuple[int, int]:
@@ -69,17 +88,20 @@ def too_full(growing: Sequence[Growing]) -> str:
 
     What is in an overlay may need as much room once more in the file below it, before the overlay is gone. OSError.
     """
-    by_device: dict[int, list[Growing]] = {}
+    folders: dict[int, Path] = {}
+    back: dict[int, int] = {}
     for disk in growing:
-        by_device.setdefault(Path(disk.below).parent.stat().st_dev, []).append(disk)
-    for there in by_device.values():
-        folder = Path(there[0].below).parent
+        for folder in (disk.beside, disk.home):
+            folders.setdefault(_device(folder), folder)
+        home = _device(disk.home)
+        back[home] = back.get(home, 0) + min(_held(disk.overlay), disk.spread)
+    for device, folder in folders.items():
         free, kept = _room(folder)
-        back = sum(min(_held(disk.overlay), disk.spread) for disk in there)
-        if free <= kept + back:
+        merged = back.get(device, 0)
+        if free <= kept + merged:
             return (
                 f"{free >> 20} MiB are free in {folder}, of which {kept >> 20} MiB are a reserve, and the merge may "
-                f"need {back >> 20}"
+                f"need {merged >> 20}"
             )
     return ""
 

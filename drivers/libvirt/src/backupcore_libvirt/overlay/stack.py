@@ -226,9 +226,13 @@ def _below(path: str, shape: str) -> tuple[list[str], str]:
 
 
 def overlays_beside(base: str, disk: str) -> list[str]:
-    """Every file that has the name of an overlay of this disk, used or not."""
+    """Every file that has the name of an overlay of this disk, used or not.
+
+    Where QEMU's user can write, there may be a FIFO or a link of that name: none of ours.
+    """
     file = Path(base)
-    found = (str(path) for path in file.parent.glob(f"{glob.escape(file.name)}.backupcore-*-{disk}.*qcow2"))
+    listed = file.parent.glob(f"{glob.escape(file.name)}.backupcore-*-{disk}.*qcow2")
+    found = (str(path) for path in listed if not path.is_symlink() and path.is_file())
     return sorted(path for path in found if (name := _NAME.fullmatch(path)) and name["base"] == base)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ from backupcore.context import Context
 from backupcore.errors import BackupError, Busy, Cancelled, HypervisorError, UnsupportedOperation
 from backupcore.model import BackupRun, Outcome, RunState
 from backupcore_libvirt import qemu_img
+from backupcore_libvirt.checkpoint import is_ours, recorded_paths
 from backupcore_libvirt.connection import IO_ERROR, PAUSED, Connection, Domain
 from backupcore_libvirt.disks import SourceDisk, nodes, source_disks
 from backupcore_libvirt.folder import RunFolder
@@ -35,13 +36,14 @@ from backupcore_libvirt.overlay.room import Growing, require_room
 from backupcore_libvirt.overlay.stack import (
     Stack,
     base_of,
+    is_overlay,
     is_regular,
     is_temporary,
     overlay_path,
     overlays_beside,
     stacks,
 )
-from backupcore_libvirt.premade.image import make_overlay
+from backupcore_libvirt.premade.image import is_untouched, make_overlay
 from backupcore_libvirt.qemu_nbd import QemuNbd, is_served
 from backupcore_libvirt.reading.export import Export
 from backupcore_libvirt.xml import parse
@@ -183,16 +185,31 @@ def serve(
     return exports
 
 
-def settle(connection: Connection, domain: Domain, outcome: Outcome, *, folder: RunFolder, ctx: Context) -> None:
+def settle(
+    connection: Connection,
+    domain: Domain,
+    outcome: Outcome,
+    made: Collection[str],
+    *,
+    folder: RunFolder,
+    ctx: Context,
+) -> None:
     """Merge the overlays of a run, whether it was recorded or not and whether the VM runs or not, and remove them.
 
     Those of dead runs too, where the run could not merge them at its begin. Idempotent, also in a fresh process. Nobody
     may read the files any more. HypervisorError, Busy where an overlay stays, Cancelled: the next run goes on with it;
-    HypervisorError also where one holds something and nothing uses it.
+    HypervisorError also where one holds something and nothing uses it. `made` are the run's own overlays, where known:
+    a disk may have been detached since.
     """
     recorded = outcome.state is RunState.RECORDED
     check = _until_cancelled(domain, ctx) if recorded else _within(MERGE_LIMIT)
     _merge(connection, domain, folder, ctx, check=check)
+    for path in _of_detached(domain, made):
+        raise HypervisorError(
+            f"VM {domain.name}: a disk was detached during a backup, or moved; what was written meanwhile lies in "
+            f"{path}",
+            f"Before the disk's old file is used again: qemu-img commit -f qcow2 {path}; then remove {path}.",
+        )
     for path in unused(domain):
         raise HypervisorError(
             f"{path} holds what VM {domain.name} has written, and the VM does not use it: was it defined anew, or were "
@@ -210,13 +227,43 @@ def merge_left(connection: Connection, domain: Domain, folder: RunFolder, ctx: C
 
 def left(domain: Domain) -> list[str]:
     """The overlays of single runs that lie beside this VM's disks, used or not; by their names, so it is quick."""
-    return [
+    beside = [
         path
         for disk in source_disks(domain.live_xml())
         if disk.kind == "file"
-        for path in overlays_beside(base_of(disk.path), disk.id)
+        # Its own file too: a disk on another bus has another ID than its overlay tells.
+        for path in (disk.path, *overlays_beside(base_of(disk.path), disk.id))
         if is_temporary(path)
     ]
+    return list(dict.fromkeys([*beside, *_covered(domain)]))
+
+
+def _covered(domain: Domain) -> list[str]:
+    """The overlays of single runs on which somebody has put a snapshot of theirs, as far as the definition tells.
+
+    It lists what lies below a disk's file only while the VM runs.
+    """
+    found = []
+    for disk in parse(domain.live_xml()).iterfind("./devices/disk"):
+        top, *below = [source.get("file", "") for source in disk.iter("source")] or [""]
+        if not is_overlay(top):
+            found += [path for path in below if is_temporary(path)]
+    return found
+
+
+def _of_detached(domain: Domain, made: Collection[str]) -> list[str]:
+    """The overlays of single runs that hold something, of disks that the VM had at a backup and has not any more."""
+    here = {disk.id for disk in source_disks(domain.live_xml())}
+    gone = {
+        (base_of(path), disk)
+        for name in domain.checkpoints()
+        if is_ours(name)
+        for disk, path in recorded_paths(domain, name).items()
+        if disk not in here
+    }
+    found = {path for base, disk in gone for path in overlays_beside(base, disk)} | set(made)
+    here_still = set(left(domain))
+    return [path for path in sorted(found - here_still) if is_temporary(path) and is_regular(path) and _holds(path)]
 
 
 def unused(domain: Domain) -> list[str]:
@@ -228,11 +275,13 @@ def unused(domain: Domain) -> list[str]:
         used = named(domain.live_xml(), whole=True)
     else:
         used = {overlay.path for stack in stacks(domain).values() for overlay in stack.overlays}
-    return [
-        path
-        for path in names
-        if path not in used and not qemu_img.is_open_elsewhere(path) and not qemu_img.is_empty(path)
-    ]
+    return [path for path in names if path not in used and _holds(path)]
+
+
+def _holds(path: str) -> bool:
+    """Whether an overlay holds something, and no process has it open."""
+    # One whose making was cut off is no image for QEMU's programs.
+    return not is_untouched(Path(path)) and not qemu_img.is_open_elsewhere(path) and not qemu_img.is_empty(path)
 
 
 def remarks(domain: Domain) -> list[str]:
@@ -240,13 +289,17 @@ def remarks(domain: Domain) -> list[str]:
     names = left(domain)
     if not names:
         return []
-    lost = unused(domain)
+    lost, covered, used = unused(domain), _covered(domain), named(domain.live_xml(), whole=True)
     return [
         f"{path} holds what the VM has written, and the VM does not use it"
         if path in lost
+        else f"somebody's snapshot lies on {path}, which a backup has left, so it is not merged"
+        if path in covered
         else f"it writes to {path}, which a backup has left; 'vmkeep recover {domain.name}' merges it"
         for path in names
-        if path in lost or not qemu_img.is_empty(path) or qemu_img.is_open_elsewhere(path)
+        if path in lost
+        or path in used
+        or (not is_untouched(Path(path)) and (not qemu_img.is_empty(path) or qemu_img.is_open_elsewhere(path)))
     ]
 
 
@@ -271,6 +324,14 @@ def _merge(
                 merger.sweep(stacks(domain)[stack.disk])
             except BackupError as error:  # the other disks all the same
                 errors.append(error)
+    errors += [
+        HypervisorError(
+            f"VM {domain.name}: {path} is not merged: somebody's snapshot lies on it",
+            f"The VM goes on as it is. Remove that snapshot (virsh snapshot-list {domain.name} may show it), then run "
+            f"'vmkeep recover {domain.name}'.",
+        )
+        for path in _covered(domain)
+    ]
     if errors:
         raise errors[0]
     if domain.state() == (PAUSED, IO_ERROR):
@@ -297,7 +358,13 @@ def _merge_one(merger: Merger, stack: Stack) -> bool:
                 "Wait until that backup has ended; the next one merges it.",
             )
         log.info("VM %s: merging the overlay of disk %s back into %s", domain.name, stack.disk, below)
-        merger.merge(stack, high, high)
+        live = domain.is_active()
+        try:
+            merger.merge(stack, high, high)
+        except HypervisorError:
+            if not live or domain.is_active():
+                raise
+            # It was switched off in the middle: all that it has written is in the overlay, which is merged now.
         stack = stacks(domain)[stack.disk]
     return True
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 from backupcore_libvirt.connection import Domain
 
@@ -35,9 +36,11 @@ def qemu_process(domain: Domain) -> int | None:
 
 def _records(name: str) -> Iterator[Path]:
     """Where libvirtd and virtqemud keep it: for the system, and for a user's session (as GLib finds its folder)."""
-    if os.geteuid() == 0:
-        yield Path(f"/run/libvirt/qemu/{name}.pid")
-        return
-    for folder in (os.environ.get("XDG_RUNTIME_DIR"), os.environ.get("XDG_CACHE_HOME"), Path.home() / ".cache"):
-        if folder:
-            yield Path(folder, f"libvirt/qemu/run/{name}.pid")
+    # libvirt 9.0 calls it by the name as XML has it, with &apos; for a quote.
+    for called in dict.fromkeys((name, escape(name, {"'": "&apos;", '"': "&quot;"}))):
+        if os.geteuid() == 0:
+            yield Path(f"/run/libvirt/qemu/{called}.pid")
+            continue
+        for folder in (os.environ.get("XDG_RUNTIME_DIR"), os.environ.get("XDG_CACHE_HOME"), Path.home() / ".cache"):
+            if folder:
+                yield Path(folder, f"libvirt/qemu/run/{called}.pid")

@@ -69,13 +69,18 @@ def make_overlay(path: Path, size: int, below: str, shape: str) -> None:
 
 
 def is_untouched(path: Path) -> bool:
-    """Whether a file is, to the byte, an image that `make_overlay` has made: nothing was ever written to it."""
+    """Whether a file is, to the byte, an image that `make_overlay` has made: nothing was ever written to it.
+
+    Or the beginning of one, whose making was cut off.
+    """
     try:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 return False
             header = file.read(CLUSTER)
-            if len(header) < CLUSTER or not header.startswith(MAGIC):
+            if not header:
+                return True
+            if not header.startswith(MAGIC):
                 return False
             offset, length = _BACKING.unpack_from(header, _BACKING_AT)
             (size,) = _SIZE.unpack_from(header, _SIZE_AT)
@@ -85,8 +90,8 @@ def is_untouched(path: Path) -> bool:
             if not 0 < size <= _LARGEST or not 0 < length <= _LONGEST_NAME or not 0 < kind <= _LONGEST_SHAPE:
                 return False
             made = _overlay_tables(size, name, shape)
-            return header + file.read(len(made)) == made
-    except OSError:
+            return made.startswith(header + file.read(len(made)))
+    except (OSError, struct.error):
         return False
 
 
@@ -108,14 +113,18 @@ def _write(path: Path, tables: bytearray, owner: Owner, mode: int) -> None:
     try:
         # A new file for certain: what lies in the folder of QEMU's user may be anything, a link among it.
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            for start in range(0, len(tables), CLUSTER):
-                file.seek(start)
-                file.write(tables[start : start + CLUSTER].rstrip(b"\0"))  # the rest of each cluster is a hole
-            file.truncate(len(tables))
-            os.fchmod(handle, mode)
-            if os.geteuid() == 0:
-                os.fchown(handle, owner.uid, owner.gid)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                for start in range(0, len(tables), CLUSTER):
+                    file.seek(start)
+                    file.write(tables[start : start + CLUSTER].rstrip(b"\0"))  # the rest of each cluster is a hole
+                file.truncate(len(tables))
+                os.fchmod(handle, mode)
+                if os.geteuid() == 0:
+                    os.fchown(handle, owner.uid, owner.gid)
+        except OSError:
+            path.unlink(missing_ok=True)  # half an image
+            raise
     except OSError as error:
         raise from_os_error(error, str(path)) from error
 

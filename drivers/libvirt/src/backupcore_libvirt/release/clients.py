@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from backupcore.errors import HypervisorError
 
 __all__ = ["connected", "wait_until_alone"]
 
+# Each shows the sockets of one network namespace: this process's, and the host's, in which QEMU runs where this process
+# has been given one of its own (PrivateNetwork=yes). /proc/net is not there with ProcSubset=pid.
+_TABLES = (Path("/proc/self/net/unix"), Path("/proc/1/net/unix"))
 _LISTENING = 0x10000  # SO_ACCEPTCON in the Flags column
 
 
 def connected(socket: Path) -> int:
     """How many connections this socket's server has, accepted or waiting to be.
 
-    By ``/proc/net/unix`` (proc(5)): Num RefCount Protocol Flags Type St Inode Path. The server's end of a connection
-    carries the path it was made by; the client's end has none.
+    By ``/proc/PID/net/unix`` (proc(5)): Num RefCount Protocol Flags Type St Inode Path. The server's end of a
+    connection carries the path it was made by; the client's end has none. HypervisorError where that cannot be seen.
     """
+    counts = []
+    for table in _TABLES:
+        with suppress(OSError):
+            counts.append(_counted(table.read_text(errors="surrogateescape"), str(socket)))
+    if not counts:
+        raise HypervisorError(
+            f"it cannot be seen who is connected to {socket}: {_TABLES[0]} is not there", "Is /proc mounted?"
+        )
+    return max(counts)
+
+
+def _counted(table: str, socket: str) -> int:
     count = 0
-    for line in Path("/proc/net/unix").read_text(errors="surrogateescape").splitlines()[1:]:
+    for line in table.splitlines()[1:]:
         fields = line.split(maxsplit=7)
-        if len(fields) == 8 and fields[7] == str(socket) and not int(fields[3], 16) & _LISTENING:
+        if len(fields) == 8 and fields[7] == socket and not int(fields[3], 16) & _LISTENING:
             count += 1
     return count
 

@@ -69,6 +69,8 @@ class Guard:
         self.control = serve[1] if serve is not None else None
         self.reader = 0
         """The number of the process that was forked to serve, once the guard is ready."""
+        self.overlays: list[str] = []
+        """Those that grow meanwhile, once something is held."""
         self._uri = uri
         self._vm = vm
         self._ctx = ctx
@@ -84,6 +86,8 @@ class Guard:
         self._at_work = threading.Lock()  # on the release, in this process
         self._sending = threading.Lock()
         self._child = self._start(serve)
+        assert self._child.stdin is not None
+        self._pipe = os.fstat(self._child.stdin.fileno())
         ctx.stack.callback(self._close)
         self._listener = _Listener(self)
         self._listener.start()
@@ -132,6 +136,7 @@ class Guard:
         """
         self.require_ready()
         self._held = True
+        self.overlays = [disk.overlay for disk in room]
         self._say("hold", watch=watch, room=[asdict(disk) for disk in room])
 
     def keep_closed(self, files: Sequence[Path]) -> None:
@@ -195,8 +200,12 @@ class Guard:
                 self._child.wait()
                 break
             *lines, said = (said + piece).split(b"\n")
-            for line in lines:
-                self._told(json.loads(line))
+            try:
+                for line in lines:
+                    self._told(json.loads(line))
+            except (ValueError, TypeError, KeyError):  # closed by something, and the number is another file's by now
+                self._child.wait()
+                break
         self._ended()
 
     def _told(self, what: dict[str, Any]) -> None:
@@ -250,8 +259,9 @@ class Guard:
                 error = verdict.given_up(self._ctx.folder) or error
             self._fail(error)
             self._do_instead(error)
-        for handle in self._clients.values():
-            os.close(handle)
+        for process, handle in self._clients.items():
+            if _is_handle_of(handle, process):
+                os.close(handle)
         self._kept.set()
         self._released.set()
         self._yours.set()
@@ -277,7 +287,11 @@ class Guard:
 
         Those of this process lost their leave with the guard, and close by themselves.
         """
-        others = [handle for process, handle in self._clients.items() if process != os.getpid()]
+        others = [
+            handle
+            for process, handle in self._clients.items()
+            if process != os.getpid() and _is_handle_of(handle, process)
+        ]
         ended = select.poll()
         for handle in others:
             with suppress(OSError):  # it has ended
@@ -330,7 +344,10 @@ class Guard:
                 bufsize=0,
             )
         except OSError as error:
-            raise HypervisorError(f"the process that guards the guest could not be started: {error}") from error
+            raise HypervisorError(
+                f"the process that guards the guest of VM {self.name} could not be started: {error.strerror}",
+                "The limits of this process may be too low: see ulimit -n and ulimit -u.",
+            ) from error
         finally:
             os.close(handle)
             if serve is not None:
@@ -344,15 +361,18 @@ class Guard:
     def _say(self, what: str, **more: object) -> None:
         assert self._child.stdin is not None
         with self._sending, suppress(OSError, ValueError):  # it has ended, or all is over
-            self._child.stdin.write(json.dumps({"do": what, **more}).encode() + b"\n")
+            # Where a plugin has closed it, the number may be the catalog's by now.
+            if os.path.samestat(os.fstat(self._child.stdin.fileno()), self._pipe):
+                self._child.stdin.write(json.dumps({"do": what, **more}).encode() + b"\n")
 
     def _close(self) -> None:
         self._taken = self._over = True
         if not self._held:
             self._child.kill()
         assert self._child.stdin is not None
-        with self._sending, suppress(OSError):
-            self._child.stdin.close()
+        with self._sending, suppress(OSError, ValueError):
+            if os.path.samestat(os.fstat(self._child.stdin.fileno()), self._pipe):
+                self._child.stdin.close()
         if self.control is not None:
             self.control.close()
         # Else it is still at work, and stays until the guest goes on.
@@ -371,6 +391,18 @@ class _Listener(threading.Thread):
 
     def run(self) -> None:
         self.guard.hear()
+
+
+def _is_handle_of(handle: int, process: int) -> bool:
+    """Whether this is a pidfd of that process, living or not: a plugin may have closed it, and the number be another's.
+
+    The line "Pid:" of /proc/PID/fdinfo, see pidfd_open(2) and the kernel's Documentation/filesystems/proc.rst.
+    """
+    try:
+        lines = Path(f"/proc/self/fdinfo/{handle}").read_text().splitlines()
+    except OSError:
+        return False
+    return any(line.split() in (["Pid:", str(process)], ["Pid:", "-1"]) for line in lines)
 
 
 def _is_stopped(process: int) -> bool:

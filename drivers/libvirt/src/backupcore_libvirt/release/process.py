@@ -20,6 +20,7 @@ All is done in one thread, which never waits, and in threads of their own for wh
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
@@ -74,7 +75,14 @@ def guard(asked: dict[str, Any], reader: int | None) -> None:
         _say({"said": "failed", **dump_error(error)})
         return
     except OSError as error:
-        _say({"said": "failed", **dump_error(from_os_error(error, f"the socket {run.folder / SOCKET}"))})
+        found = from_os_error(error, f"the socket {run.folder / SOCKET}")
+        # FUSE has ENOSYS, vfat and exFAT EPERM.
+        hint = (
+            found.hint
+            if error.errno in (errno.ENOSPC, errno.EDQUOT)
+            else ("Set 'state' in the configuration to a folder on a local file system that can hold sockets.")
+        )
+        _say({"said": "failed", **dump_error(HypervisorError(found.message, hint))})
         return
     if problem := unit.wait():
         _say(
@@ -460,7 +468,7 @@ class _Guard:
         try:
             question = json.loads(said)
             what = question["do"]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             what = None
         match what:
             case "admit":
