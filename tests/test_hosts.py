@@ -58,6 +58,7 @@ def test_every_chosen_test_is_there_and_nothing_is_denied_comes_last():
         file, _, name = one.name.partition("::")
         assert (ROOT / file).exists(), one.name
         assert f"\ndef {name.partition('[')[0]}" in (ROOT / file).read_text(), one.name
+        assert len(one.name.split()) == 1, "a host reads them one a line, by its shell"
     for suite in selection.BOTH:
         for soak in (False, True):
             assert selection.chosen(suite, soak=soak)[-1] == "lab/hosts/checks/test_denied.py"

@@ -26,6 +26,8 @@ thread.start()
 thread.join()
 """
 
+CANNOT_END = "was killed and cannot end: it waits in write of "
+
 
 @contextmanager
 def writer(place: Path, target: Path, *more: str):
@@ -78,7 +80,7 @@ def test_one_that_was_killed_in_its_write_is_dying_whichever_thread_writes(tmp_p
             assert child.poll() is None
             lock = lock_of(place)
             assert process.held_by_the_dying(lock)
-            assert "was killed and cannot end: it waits in write of " in str(process.hang(child.pid))
+            wait_until(lambda number=child.pid: CANNOT_END in str(process.hang(number)), "where it hangs")
             target.unblock()
             assert child.wait(60) == -signal.SIGKILL
             assert process.holders(lock) == set()

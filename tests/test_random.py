@@ -222,7 +222,8 @@ class Life:
         os.kill(process.pid, signal.SIGTERM)
         process.send_signal(signal.SIGCONT)
         done = self.host.end(process)
-        assert done.code == 130, done.err
+        # What little is left to read may be recorded before the wish is heard: the run has a thread of its own.
+        assert done.code in (130, 0), done.err
         self._note(truth)
         self._nothing_left()
 
@@ -384,6 +385,7 @@ def test_a_random_life(host: Host):
     live(host, 60, usual=337210652)  # a red `make test` is to be about the change; `make soak` looks for what is new
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_a_random_life_with_an_io_thread(threaded: Host):
     live(threaded, 40, usual=1)

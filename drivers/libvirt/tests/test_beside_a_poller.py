@@ -34,7 +34,7 @@ def alive(vm) -> None:
     assert vm.monitor("query-status")["running"]
 
 
-@pytest.mark.parametrize(("disks", "rounds"), [(1, 8), (6, 3), (20, 2)])
+@pytest.mark.parametrize(("disks", "rounds"), [(1, 8), pytest.param(6, 3, marks=pytest.mark.soak), (20, 2)])
 def test_fulls_and_increments(disks, rounds, lab, runs, poller, same, tmp_path):
     vm = lab.vm(["qcow2:4"] * disks)
     layers, parent = [], None
@@ -47,7 +47,7 @@ def test_fulls_and_increments(disks, rounds, lab, runs, poller, same, tmp_path):
     same(layers, vm.copy_truth(tmp_path / "truth"))
 
 
-@pytest.mark.parametrize("shape", ["raw", "qcow2"])
+@pytest.mark.parametrize("shape", [pytest.param("raw", marks=pytest.mark.soak), "qcow2"])
 def test_overlays(shape, lab, runs, poller):
     vm = lab.vm([f"{shape}:4"] * 3)
     parent = None
@@ -59,6 +59,7 @@ def test_overlays(shape, lab, runs, poller):
         alive(vm)
 
 
+@pytest.mark.soak
 def test_overlays_of_disks_with_an_io_thread(lab, runs, poller):
     """For the time of a run each, where this QEMU would not survive a backup job."""
     vm = lab.vm(["qcow2:4", "raw:4", "qcow2:4"], iothread="disk")

@@ -363,7 +363,7 @@ def recover(runs, vm, folder: Path) -> tuple[str, ...]:
         return ctx.put_right
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["off", "started again"])
+@pytest.mark.parametrize("again", [False, True], ids=["off", "started-again"])
 def test_the_vm_is_switched_off_meanwhile(lab, runs, take, same, tmp_path, again):
     vm = lab.vm(["qcow2:16", "raw:8"], iothread="disk")
     vm.io("vda", "write -P 1 1M 1M")
@@ -628,7 +628,7 @@ def test_a_disk_that_is_resized_just_before_the_instant(lab, runs):
     ready = TemporaryOverlays.ready
 
     def resized(mechanism: TemporaryOverlays, guard: Guard) -> None:
-        ready(mechanism)
+        ready(mechanism, guard)
         vm.domain.blockResize("vda", 20 * MiB, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
 
     TemporaryOverlays.ready = resized

@@ -98,7 +98,7 @@ def test_on_a_server(
     back_up_at_once(drivers, ctx, make_run, make_artifacts, tmp_path)
 
 
-@pytest.mark.parametrize("tries", range(2))
+@pytest.mark.parametrize("tries", [0, pytest.param(1, marks=pytest.mark.soak)])
 def test_keys_of_a_creation_that_did_not_count_are_removed(
     tries: int, options: Options, ctx: Context, pristine: Path, make_run: Runs, tmp_path: Path
 ) -> None:

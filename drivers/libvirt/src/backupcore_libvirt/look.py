@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from backupcore.errors import Busy, HypervisorError, IncrementImpossible, TargetFull, UnsupportedOperation
+from backupcore.errors import Busy, HypervisorError, IncrementImpossible, UnsupportedOperation
 from backupcore.model import BackupRun, Consistency, LeftOut
 from backupcore_libvirt.checkpoint import Since, since
 from backupcore_libvirt.connection import IO_ERROR, OFF, PAUSED, RUNNING, SHUTTING_DOWN, Connection, Domain
@@ -15,7 +15,7 @@ from backupcore_libvirt.disks import DiskChoice, Node, SourceDisk, located, node
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.freeze import Freeze, plan
 from backupcore_libvirt.owner import qemu_owner
-from backupcore_libvirt.scratch import Owner, check_scratch, require_room, scratch_room
+from backupcore_libvirt.scratch import Owner, check_scratch
 from backupcore_libvirt.stopped import check_backing, stopped_nodes
 from backupcore_libvirt.versions import require, require_stopped
 from backupcore_libvirt.vm_files import VMFile, vm_files
@@ -95,8 +95,6 @@ def look(connection: Connection, domain: Domain, run: BackupRun, scratch: Path) 
     # Of a VM that is off only we read, and nothing is written to scratch.
     owner = qemu_owner(xml, connection) if live else Owner(os.geteuid(), os.getegid())
     check_scratch(scratch, owner)
-    if live:
-        _require_room(domain, disks, opened, scratch)
     left_out = [LeftOut(id=disk.id, reason=disk.left_out) for disk in every if disk.left_out]
     files, not_kept = vm_files(domain, connection.uri)
     return Look(
@@ -178,18 +176,3 @@ def _snapshots(domain: Domain, opened: Mapping[str, Node]) -> str:
     """The names of the VM's snapshots, those that only its disks know of among them; "" if it has none."""
     found = [*domain.snapshots(), *(name for node in opened.values() for name in node.snapshots)]
     return ", ".join(dict.fromkeys(found))
-
-
-def _require_room(domain: Domain, disks: Sequence[SourceDisk], opened: Mapping[str, Node], scratch: Path) -> None:
-    require_room(scratch)
-    # With these policies QEMU does not stop a guest when scratch is full: its writes are lost.
-    losing = [disk for disk in disks if disk.error_policy in ("report", "ignore")]
-    needed = sum(opened[disk.id].virtual_size for disk in losing)
-    free, kept = scratch_room(scratch)
-    if losing and free < needed + kept:
-        names = ", ".join(f"{disk.id} (error_policy={disk.error_policy!r})" for disk in losing)
-        raise TargetFull(
-            f"VM {domain.name}: if scratch filled up, the guest would lose writes to {names}; so {needed + kept} bytes "
-            f"are needed in {scratch}, {free} are free",
-            "Make room there, or remove error_policy from these disks: QEMU then stops the guest instead.",
-        )

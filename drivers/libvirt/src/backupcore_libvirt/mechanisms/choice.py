@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from backupcore.context import Context
-from backupcore.errors import BackupError, UnsupportedOperation
+from backupcore.errors import BackupError, TargetFull, UnsupportedOperation
 from backupcore.model import BackupRun, Outcome
 from backupcore_libvirt import checkpoint
 from backupcore_libvirt.connection import Connection, Domain
@@ -24,6 +24,7 @@ from backupcore_libvirt.overlay import temporary
 from backupcore_libvirt.overlay.plan import plan, without_bitmaps
 from backupcore_libvirt.place.job_socket import job_socket
 from backupcore_libvirt.release.guard import Guard
+from backupcore_libvirt.scratch import require_room, scratch_room
 from backupcore_libvirt.versions import qemu_of, survives_clients_of_iothreads, text
 
 __all__ = ["choose", "finish", "forget", "prepare", "settle"]
@@ -57,6 +58,7 @@ def choose(connection: Connection, domain: Domain, run: BackupRun, scratch: Path
     if why := _killing(domain, found):
         held = _without_job(domain, run, found, why)
         return TemporaryOverlays(connection, domain, run, folder, ctx, found, held)
+    _require_room(domain, found, scratch)
     return LiveJob(connection, domain, run, folder, ctx, found, job_socket(domain, folder))
 
 
@@ -80,6 +82,22 @@ def _without_job(domain: Domain, run: BackupRun, found: Look, why: str) -> tuple
             f"VM {domain.name}: {why}. It can be backed up with an overlay on each disk, but {error.message}",
             "Back it up while it is off, take the I/O thread away, or let it run in QEMU 8.2.3, 9.0 or newer.",
         ) from error
+
+
+def _require_room(domain: Domain, found: Look, scratch: Path) -> None:
+    """TargetFull unless there is room for what the guest overwrites during a backup job."""
+    require_room(scratch)
+    # With these policies QEMU does not stop a guest when scratch is full: its writes are lost.
+    losing = [disk for disk in found.disks if disk.error_policy in ("report", "ignore")]
+    needed = sum(found.nodes[disk.id].virtual_size for disk in losing)
+    free, kept = scratch_room(scratch)
+    if losing and free < needed + kept:
+        names = ", ".join(f"{disk.id} (error_policy={disk.error_policy!r})" for disk in losing)
+        raise TargetFull(
+            f"VM {domain.name}: if scratch filled up, the guest would lose writes to {names}; so {needed + kept} bytes "
+            f"are needed in {scratch}, {free} are free",
+            "Make room there, or remove error_policy from these disks: QEMU then stops the guest instead.",
+        )
 
 
 def settle(

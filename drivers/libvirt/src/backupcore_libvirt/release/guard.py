@@ -75,6 +75,7 @@ class Guard:
         self._vm = vm
         self._ctx = ctx
         self._held = False
+        self._gone = False  # the process
         self._over = False
         self._clients: dict[int, int] = {}  # the pidfd of each process that may be connected, by its number
         self._taken = False  # the release is the owner's
@@ -136,6 +137,8 @@ class Guard:
         """
         self.require_ready()
         self._held = True
+        if self._gone:  # it ended while nothing was held, so nobody was told
+            raise self._ended_early()
         self.overlays = [disk.overlay for disk in room]
         self._say("hold", watch=watch, room=[asdict(disk) for disk in room])
 
@@ -249,12 +252,9 @@ class Guard:
         if not self._heard_first.is_set():
             self._refusal = HypervisorError("it ended")
             self._heard_first.set()
+        self._gone = True
         if self._held and not self._taken:
-            error: BackupError = HypervisorError(
-                f"the process that guards the guest of VM {self.name} has ended; the backup was given up, since "
-                "nothing would let the guest go on if this process died, too",
-                "Run it again. Was it killed, by the OOM killer perhaps ('dmesg' shows it)?",
-            )
+            error: BackupError = self._ended_early()
             with suppress(OSError):
                 error = verdict.given_up(self._ctx.folder) or error
             self._fail(error)
@@ -265,6 +265,13 @@ class Guard:
         self._kept.set()
         self._released.set()
         self._yours.set()
+
+    def _ended_early(self) -> HypervisorError:
+        return HypervisorError(
+            f"the process that guards the guest of VM {self.name} has ended; the backup was given up, since nothing "
+            "would let the guest go on if this process died, too",
+            "Run it again. Was it killed, by the OOM killer perhaps ('dmesg' shows it)?",
+        )
 
     def _do_instead(self, error: BackupError) -> None:
         """Give the run up in this process: the main thread may hang in a write to the datastore."""
