@@ -75,8 +75,16 @@ def left_behind(domain: Domain, scratch: Path) -> RunFolder | None:
     """
     if not domain.is_active() or not _job_type(domain):
         return None
-    operation = domain.job_operation()
-    job = running(domain) if operation in (0, BACKUP) else None
+    deadline = time.monotonic() + ORPHANS_LIMIT
+    while True:
+        operation = domain.job_operation()
+        job = running(domain) if operation in (0, BACKUP) else None
+        # The guard of a dead run may just be ending its job: libvirt then says what it was no more, and soon nothing.
+        if job is not None or operation not in (0, BACKUP) or time.monotonic() > deadline:
+            break
+        if not _job_type(domain):
+            return None
+        time.sleep(0.02)
     folder = RunFolder.of_job(scratch, job.socket, job.files) if job else None
     if job is None or folder is None:
         what = _OPERATIONS[operation] if operation < len(_OPERATIONS) and operation else "unknown"
