@@ -8,6 +8,7 @@ recorded is not given up any more. The file is durable before anybody acts on it
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -16,6 +17,9 @@ from pathlib import Path
 from backupcore.errors import BackupError, dump_error, from_os_error, load_error
 
 __all__ = ["FILE", "claim", "give_up", "given_up"]
+
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What file systems without hard links say (link(2)): exFAT, some of FUSE."""
 
 FILE = "verdict"
 """Its name in the run's folder (`Context.folder`). JSON: null for a claimed run, else the error that ended it."""
@@ -60,16 +64,19 @@ def _say(folder: Path, said: object) -> bool:
     """Make the file; False if there is one. A link makes it appear whole, and only once."""
     own = folder / f"{FILE}.{os.getpid()}.{threading.get_native_id()}"
     own.unlink(missing_ok=True)
-    handle = os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        os.write(handle, json.dumps(said).encode())
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    _write(own, said)
     try:
         os.link(own, folder / FILE)
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        # Whoever reads it half written takes it for a run that was given up.
+        try:
+            _write(folder / FILE, said)
+        except FileExistsError:
+            return False
     finally:
         own.unlink(missing_ok=True)
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -78,3 +85,13 @@ def _say(folder: Path, said: object) -> bool:
     finally:
         os.close(handle)
     return True
+
+
+def _write(path: Path, said: object) -> None:
+    """A new file, durable but for its name."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(handle, json.dumps(said).encode())
+        os.fsync(handle)
+    finally:
+        os.close(handle)
