@@ -35,9 +35,9 @@ def qemu_img(*arguments: object) -> str:
 def described(path: Path) -> tuple[object, object]:
     """All that QEMU says of an image but where it lies and what room it takes, and its map."""
     info = json.loads(qemu_img("info", "--output=json", path))
-    return {key: value for key, value in info.items() if key not in ("filename", "actual-size")}, json.loads(
-        qemu_img("map", "--output=json", path)
-    )
+    # From 8.0 on "children" has the file itself once more: its name, its room.
+    told = {key: value for key, value in info.items() if key not in ("filename", "actual-size", "children")}
+    return told, json.loads(qemu_img("map", "--output=json", path))
 
 
 @pytest.mark.parametrize("size", SIZES)
