@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from backupcore import errors
 from vmkeep.cli import exits
 from vmkeep.cli.main import COMMANDS
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_help_imports_nothing_heavy(installed):
@@ -125,3 +129,30 @@ def test_completion_of_commands(installed):
         check=True,
     )
     assert done.stdout.strip() == "plain,backup"
+
+
+@pytest.mark.parametrize(
+    ("step", "code"),
+    [
+        ("click:<module>", 130),
+        ("vmkeep.cli.main:<module>", 130),
+        ("vmkeep.vms:<module>", 130),
+        ("threading:_shutdown", 0),
+    ],
+    ids=["while click is imported", "while our own is imported", "while a command is imported", "at the very end"],
+)
+def test_an_interrupt_shows_no_traceback(site, step, code):
+    """Whether it comes before anything is done, or when all is done and told."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lab.kill_at", f"{step} call", "vmkeep", "vm", "list"],
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{site.paths}:{ROOT}",
+            "VMKEEP_CONFIG": str(site.config),
+            "LAB_AT": "interrupt",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr, "web1" in done.stdout) == (code, "", code == 0)

@@ -1,5 +1,5 @@
 """``python -m vmkeep``."""
 
-from vmkeep.cli.main import main
+from vmkeep.start import main
 
 main()

@@ -10,6 +10,8 @@ from types import ModuleType
 
 import click
 
+from vmkeep import start
+
 __all__ = ["LazyGroup"]
 
 
@@ -46,7 +48,8 @@ def _imported(module: str) -> ModuleType:
         return sys.modules[module]
     gc.disable()  # modules stay: to look through them again and again while they come is a fifth of the start
     try:
-        return import_module(module)
+        with start.interrupted_at_once():
+            return import_module(module)
     finally:
         gc.freeze()
         gc.enable()

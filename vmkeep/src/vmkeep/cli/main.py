@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -10,6 +11,7 @@ from contextlib import suppress
 import click
 
 from backupcore.errors import BackupError
+from vmkeep import start
 from vmkeep.cli import exits
 from vmkeep.cli.asked import Asked, common
 from vmkeep.cli.lazy import LazyGroup
@@ -67,6 +69,8 @@ def run(arguments: Sequence[str]) -> int:
         # Whoever read our output has gone; the interpreter must not complain when it flushes stdout at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return exits.UNEXPECTED
+    except KeyboardInterrupt:  # not in click's hands, or the second in them
+        return _told(click.Abort(), asked)
     except Exception as error:  # noqa: BLE001 - the last resort: whatever it is, a line instead of a traceback
         return _told(error, asked)
     return answer if isinstance(answer, int) else 0
@@ -113,9 +117,17 @@ def _with_standard_streams() -> None:
 
 
 def main() -> None:
-    """The entry point of the ``vmkeep`` script."""
+    """Run the command of this process's own arguments, and end the process."""
     _with_standard_streams()
-    code = run(sys.argv[1:])
+    code = exits.CANCELLED
+    try:
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        code = run(sys.argv[1:])
+    except KeyboardInterrupt:  # while the first was being told
+        pass
+    finally:
+        start.ends_at_once(code)  # what was done stays done, and was told
     attended = sys.modules.get("vmkeep.attended")  # loaded by those commands alone that have such a run
     if attended is not None and attended.left_behind():
         # A run that hangs was left behind, and Python would wait for the threads that it has begun.
