@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import threading
+import time
 from pathlib import Path
 
 from backupcore.errors import BackupError, dump_error, from_os_error, load_error
@@ -20,6 +21,9 @@ __all__ = ["FILE", "claim", "give_up", "given_up"]
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 """What file systems without hard links say (link(2)): exFAT, some of FUSE."""
+
+_WRITTEN_WITHIN = 0.5
+"""Seconds in which a file that has been made without a link, and is still empty, gets what it says."""
 
 FILE = "verdict"
 """Its name in the run's folder (`Context.folder`). JSON: null for a claimed run, else the error that ended it."""
@@ -50,7 +54,7 @@ def claim(folder: Path) -> None:
 def given_up(folder: Path) -> BackupError | None:
     """The error with which the run of this folder was given up; None if it was not. OSError."""
     try:
-        said = json.loads((folder / FILE).read_bytes())
+        said = json.loads(_read(folder / FILE))
     except FileNotFoundError:
         return None
     except ValueError:
@@ -72,7 +76,7 @@ def _say(folder: Path, said: object) -> bool:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        # Whoever reads it half written takes it for a run that was given up.
+        # Whoever reads it meanwhile waits, see `_read`; one that is cut off here counts as given up.
         try:
             _write(folder / FILE, said)
         except FileExistsError:
@@ -85,6 +89,15 @@ def _say(folder: Path, said: object) -> bool:
     finally:
         os.close(handle)
     return True
+
+
+def _read(path: Path) -> bytes:
+    deadline = time.monotonic() + _WRITTEN_WITHIN
+    while True:
+        said = path.read_bytes()
+        if said or time.monotonic() > deadline:
+            return said
+        time.sleep(0.005)
 
 
 def _write(path: Path, said: object) -> None:

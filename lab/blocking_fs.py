@@ -44,12 +44,23 @@ class Blocking:
 
 
 @contextmanager
-def blocking(folder: Path) -> Iterator[Blocking]:
-    """Mount one below `folder` for the time of the block. What still waits at its end gets an error."""
+def blocking(folder: Path, *, links: bool = True) -> Iterator[Blocking]:
+    """Mount one below `folder` for the time of the block. What still waits at its end gets an error.
+
+    With `links` false it knows no hard links, as vfat and exFAT, and says so as they do.
+    """
     source, path, flag = folder / "blocking-source", folder / "blocking", folder / "blocking-flag"
     source.mkdir()
     path.mkdir()
-    command = [sys.executable, "-m", "lab.blocking_fs", str(source), str(path), str(flag)]
+    command = [
+        sys.executable,
+        "-m",
+        "lab.blocking_fs",
+        str(source),
+        str(path),
+        str(flag),
+        *([] if links else ["no links"]),
+    ]
     server = subprocess.Popen(command, cwd=Path(__file__).parent.parent, start_new_session=True)
     try:
         deadline = time.monotonic() + LIMIT
@@ -84,9 +95,10 @@ class _Through:
 
     use_ns = True
 
-    def __init__(self, source: str, flag: str) -> None:
+    def __init__(self, source: str, flag: str, *, links: bool) -> None:
         self._source = source
         self._flag = flag
+        self._links = links
 
     def _there(self, path: str) -> str:
         return self._source + path
@@ -194,6 +206,8 @@ class _Through:
 
     def link(self, target: str, source: str) -> int:
         self._wait("link")
+        if not self._links:
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
         os.link(self._there(source), self._there(target))
         return 0
 
@@ -219,12 +233,12 @@ class _Through:
 
 
 def main() -> None:
-    source, path, flag = sys.argv[1:]
+    source, path, flag, *lacks = sys.argv[1:]
     os.environ.setdefault("FUSE_LIBRARY_PATH", "libfuse3.so.3")
     import mfusepy  # noqa: PLC0415 - it loads libfuse when it is imported
 
     # Requests that wait hold a thread each.
-    mfusepy.FUSE(_Through(source, flag), path, foreground=True, fsname="lab-blocking", max_threads=128)
+    mfusepy.FUSE(_Through(source, flag, links=not lacks), path, foreground=True, fsname="lab-blocking", max_threads=128)
 
 
 if __name__ == "__main__":
