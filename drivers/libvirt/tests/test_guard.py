@@ -23,6 +23,7 @@ import pytest
 
 from backupcore import guard as core
 from backupcore import verdict
+from backupcore.context import Context
 from backupcore.disk.nbd import Address, Client, ConnectionLost
 from backupcore.disk.unix_socket import connect_to
 from backupcore.errors import Cancelled, HypervisorError, IncrementImpossible, NotFound, TargetFull
@@ -426,6 +427,20 @@ def test_it_cannot_be_started_where_libvirt_does_not_answer(small, runs, tmp_pat
         guard = Guard(away, small.uuid, small.name, RunFolder(runs.hypervisor.scratch, run.id), ctx)
         with pytest.raises(HypervisorError, match="guards the guest of VM .* could not be started: connect to"):
             guard.require_ready()
+
+
+def test_it_says_so_where_its_socket_finds_no_room(small, runs, tmp_path, needs_root):
+    run = runs.run(small)
+    full = tmp_path / "full"
+    full.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=1", "lab", full], check=True)
+    try:
+        with Context(full) as ctx:
+            guard = Guard(runs.hypervisor.uri, small.uuid, small.name, RunFolder(runs.hypervisor.scratch, run.id), ctx)
+            with pytest.raises(TargetFull, match=f"{full}.*No space left"):
+                guard.require_ready()
+    finally:
+        subprocess.run(["umount", full], check=True)
 
 
 def test_it_outlives_what_ends_its_owner_and_is_no_victim_of_the_oom_killer(small, runs):

@@ -33,10 +33,9 @@ _NAME = "prepared.json"
 
 def note(folder: Path, run: BackupRun, prepared: Prepared) -> None:
     """Keep in the run's folder what its record will need and its datastore does not hold."""
-    temporary = folder / f".{_NAME}"
     # The run as it is taken: it may have become a full since its folder was made.
-    temporary.write_text(json.dumps({"run": folders.dump_run(run), "disks": [asdict(disk) for disk in prepared.disks]}))
-    temporary.rename(folder / _NAME)
+    noted = {"run": folders.dump_run(run), "disks": [asdict(disk) for disk in prepared.disks]}
+    folders.keep(folder, _NAME, json.dumps(noted))
 
 
 def adopt(place: Workplace, folder: Path, store: Datastore, ctx: Context) -> bool:

@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from backupcore import inherited, process
-from backupcore.errors import BackupError, ContractViolation, from_os_error
+from backupcore.errors import BackupError, ContractViolation
 from backupcore.guard import SOCKET
 from backupcore.model import VM, BackupRun, Disk, Link, SourceRef, Type, new_id
+from vmkeep import full_state
 
-__all__ = ["dead", "dead_runs", "dump_run", "load_run", "of", "own", "sweep"]
+__all__ = ["dead", "dead_runs", "dump_run", "keep", "load_run", "of", "own", "sweep"]
 
 log = logging.getLogger("vmkeep.folders")
 
@@ -49,12 +50,10 @@ def own(state: Path, run: BackupRun | None = None) -> Iterator[Path]:
         (folder / ".lock").rename(folder / "lock")
         inherited.keep_from_children(handle)
     except OSError as error:
-        raise from_os_error(error, f"the folder of runs {runs}") from error
+        raise full_state.from_os_error(error, f"the folder of runs {runs}", state) from error
     try:
         if run:
-            temporary = folder / ".run.json"
-            temporary.write_text(dump_run(run))
-            temporary.rename(folder / "run.json")
+            keep(folder, "run.json", dump_run(run))
         yield folder
     finally:
         _remove(folder)
@@ -62,6 +61,16 @@ def own(state: Path, run: BackupRun | None = None) -> Iterator[Path]:
         with suppress(OSError):  # a plugin may have closed it, and the number may be another file's by now
             if os.path.samestat(os.fstat(handle), opened):
                 os.close(handle)
+
+
+def keep(folder: Path, name: str, text: str) -> None:
+    """Write a file of a run's folder, whole or not at all."""
+    temporary = folder / f".{name}"
+    try:
+        temporary.write_text(text)
+        temporary.rename(folder / name)
+    except OSError as error:
+        raise full_state.from_os_error(error, f"the run's folder {folder}", folder.parent.parent) from error
 
 
 def sweep(

@@ -26,6 +26,7 @@ from pathlib import Path
 from backupcore import inherited, process
 from backupcore.errors import Busy, ContractViolation, from_os_error
 from backupcore.model import VM, Image
+from vmkeep import full_state
 
 __all__ = ["Holder", "holder", "image_exclusive", "image_shared", "still_held", "vm_run"]
 
@@ -56,7 +57,7 @@ def _folder(state: Path) -> Path:
         state.mkdir(mode=0o711, parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
-        raise from_os_error(error, f"the lock folder {folder}") from error
+        raise full_state.from_os_error(error, f"the lock folder {folder}", state) from error
     return folder
 
 
@@ -100,7 +101,7 @@ def _take(state: Path, name: str, how: int) -> tuple[int, bool]:
                 return inherited.keep_from_children(_replaced(path, how)), True
             return inherited.keep_from_children(handle), True
     except OSError as error:
-        raise from_os_error(error, f"the lock {path}") from error
+        raise full_state.from_os_error(error, f"the lock {path}", state) from error
 
 
 def _replaced(path: Path, how: int) -> int:
@@ -175,9 +176,7 @@ def vm_run(state: Path, vm: VM, doing: str = "a backup") -> Iterator[None]:
     try:
         if not got:
             raise _busy(vm, _read(handle, state / "locks" / name))
-        entry = {"process": os.getpid(), "since": _now(), "doing": doing, "vm": {"uuid": vm.uuid, "name": vm.name}}
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps(entry).encode(), 0)
+        _enter(handle, state, doing, vm={"uuid": vm.uuid, "name": vm.name})
         yield
         if _is(handle, state / "locks" / name):
             os.ftruncate(handle, 0)
@@ -232,6 +231,16 @@ def _busy(vm: VM, other: Holder | None) -> Busy:
     return Busy(f"{what} ({who}); it {hung.why}", f"It goes on when that answers; or {stop}")
 
 
+def _enter(handle: int, state: Path, doing: str, **more: object) -> None:
+    """Write into a lock file who holds it."""
+    entry = {"process": os.getpid(), "since": _now(), "doing": doing, **more}
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps(entry).encode(), 0)
+    except OSError as error:
+        raise full_state.from_os_error(error, "a lock", state) from error
+
+
 def _now() -> str:
     return datetime.now().astimezone().isoformat(timespec="seconds")
 
@@ -247,8 +256,7 @@ def _image(state: Path, image: Image, how: int, doing: str = "") -> Iterator[Non
                 "Wait for its end, then run it again.",
             )
         if doing:
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, json.dumps({"process": os.getpid(), "since": _now(), "doing": doing}).encode(), 0)
+            _enter(handle, state, doing)
         yield
         if doing and _is(handle, path):
             os.ftruncate(handle, 0)

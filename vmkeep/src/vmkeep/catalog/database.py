@@ -15,11 +15,10 @@ from backupcore.errors import (
     BackupError,
     Busy,
     IntegrityError,
-    TargetFull,
     TargetUnavailable,
     UnsupportedOperation,
-    from_os_error,
 )
+from vmkeep import full_state
 from vmkeep.catalog import schema
 
 __all__ = ["Catalog"]
@@ -149,7 +148,7 @@ def _translated(path: Path) -> Iterator[None]:
     except sqlite3.Error as error:
         raise _from_sqlite(error, path) from error
     except OSError as error:
-        raise from_os_error(error, f"the catalog {path}") from error
+        raise full_state.from_os_error(error, f"the catalog {path}", path.parent) from error
 
 
 def _from_sqlite(error: sqlite3.Error, path: Path) -> BackupError:
@@ -158,8 +157,9 @@ def _from_sqlite(error: sqlite3.Error, path: Path) -> BackupError:
     message = f"the catalog {path}: {error}"
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return Busy(message, "Another vmkeep has held it for long; try again.")
-    if code == sqlite3.SQLITE_FULL:
-        return TargetFull(message, "Make room there, then run it again.")
+    # A file that SQLite maps, which cannot grow, is an I/O error for it.
+    if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_IOERR and full_state.has_no_room(path.parent)):
+        return full_state.full(path.parent)
     if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
         return AccessDenied(message, "Check the owner and the permissions of the state folder.")
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_ERROR):

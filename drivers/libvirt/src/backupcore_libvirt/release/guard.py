@@ -21,7 +21,7 @@ from backupcore import guard as core
 from backupcore import verdict
 from backupcore.context import Context
 from backupcore.disk.nbd.admission import leaves
-from backupcore.errors import BackupError, Cancelled, HypervisorError, dump_error, load_error
+from backupcore.errors import BackupError, Cancelled, HypervisorError, TargetFull, dump_error, load_error
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.image_lock import keep_closed
 from backupcore_libvirt.libvirt_errors import is_away
@@ -121,11 +121,12 @@ class Guard:
     # What the run tells it
 
     def require_ready(self) -> None:
-        """Wait until it is ready for whatever may happen. HypervisorError if it cannot be."""
+        """Wait until it is ready for whatever may happen. HypervisorError if it cannot be; TargetFull."""
         if not self._heard_first.wait(START_LIMIT):
             self._refusal = HypervisorError(f"it said nothing within {START_LIMIT:.0f} s")
         if self._refusal is not None:
-            raise HypervisorError(
+            kind = TargetFull if isinstance(self._refusal, TargetFull) else HypervisorError
+            raise kind(
                 f"the process that guards the guest of VM {self.name} could not be started: {self._refusal.message}",
                 self._refusal.hint,
             ) from self._refusal

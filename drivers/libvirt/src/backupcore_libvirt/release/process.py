@@ -20,7 +20,6 @@ All is done in one thread, which never waits, and in threads of their own for wh
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import math
@@ -38,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from backupcore.disk.unix_socket import listen_at
-from backupcore.errors import BackupError, HypervisorError, dump_error, from_os_error, load_error
+from backupcore.errors import BackupError, HypervisorError, TargetFull, dump_error, from_os_error, load_error
 from backupcore.guard import SOCKET
 from backupcore_libvirt.connection import Connection
 from backupcore_libvirt.folder import RunFolder
@@ -76,13 +75,10 @@ def guard(asked: dict[str, Any], reader: int | None) -> None:
         return
     except OSError as error:
         found = from_os_error(error, f"the socket {run.folder / SOCKET}")
-        # FUSE has ENOSYS, vfat and exFAT EPERM.
-        hint = (
-            found.hint
-            if error.errno in (errno.ENOSPC, errno.EDQUOT)
-            else ("Set 'state' in the configuration to a folder on a local file system that can hold sockets.")
-        )
-        _say({"said": "failed", **dump_error(HypervisorError(found.message, hint))})
+        if not isinstance(found, TargetFull):  # FUSE has ENOSYS, vfat and exFAT EPERM
+            hint = "Set 'state' in the configuration to a folder on a local file system that can hold sockets."
+            found = HypervisorError(found.message, hint)
+        _say({"said": "failed", **dump_error(found)})
         return
     if problem := unit.wait():
         _say(
