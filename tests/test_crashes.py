@@ -69,6 +69,20 @@ def test_qemu_dies_in_the_middle_and_bitmaps_are_missing_then_in_use(host: Host)
         assert host.differing(one.image, one.id, truth) == [], one
 
 
+def test_somebody_ends_the_job_before_the_disks_are_read(host: Host):
+    process = host.start("backup", host.vm.name, at="backupcore_libvirt.reading.process:reader_of return", stop=True)
+    wait_until(partial(stopped, process.pid), "the backup to have begun")
+    host.vm.domain.abortJob()
+    wait_until(lambda: not host.vm.domain.jobInfo()[0], "the end of the job")
+    process.send_signal(signal.SIGCONT)
+    failed = host.end(process)
+    assert failed.code == 11
+    assert f"VM {host.vm.name}: its backup job was ended by somebody else" in failed.err
+    assert "/" not in failed.err.splitlines()[-2], "no path of ours says anything to an admin"
+    assert host.left() == []
+    assert host.backup()["type"] == "FULL"
+
+
 def test_the_datastore_dies_in_the_middle(host: Host):
     host.backup()
     checkpoints = host.checkpoints()

@@ -29,6 +29,7 @@ from backupcore_libvirt.in_place import fit, require_replaceable
 from backupcore_libvirt.libvirt_errors import is_away
 from backupcore_libvirt.mechanisms.choice import choose, forget, prepare, settle
 from backupcore_libvirt.pools import add_volume, find_pool
+from backupcore_libvirt.reading.ended import job_expected
 from backupcore_libvirt.reading.process import guarded, reader_of
 from backupcore_libvirt.reading.taken import taken_of
 from backupcore_libvirt.recovery import clear, recover
@@ -87,7 +88,8 @@ class Libvirt:
         exports = mechanism.serve(guard)
         reader = reader_of(guard, ctx)
         files = [read_file(domain.name, file) for file in seen.files]
-        taken = [taken_of(disk, exports[disk.id], seen, run, reader) for disk in seen.disks]
+        with job_expected(domain, folder, exports, ctx):
+            taken = [taken_of(disk, exports[disk.id], seen, run, reader) for disk in seen.disks]
         for disk_artifact, _ in taken:
             ctx.stack.callback(disk_artifact.close)
         artifacts: list[Artifact] = [

@@ -17,6 +17,7 @@ from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.look import Look
 from backupcore_libvirt.mechanisms.choice import choose
+from backupcore_libvirt.reading.ended import job_expected
 from backupcore_libvirt.reading.export import Export
 from backupcore_libvirt.reading.process import reader_of
 from backupcore_libvirt.reading.since import unchanged_of
@@ -56,7 +57,8 @@ def hold_unchanged(
     mechanism.begin()
     exports = mechanism.serve(guard)
     reader = reader_of(guard, ctx)
-    found = {disk.id: _unchanged(disk.id, exports[disk.id], reader) for disk in chosen}
+    with job_expected(domain, folder, exports, ctx):
+        found = {disk.id: _unchanged(disk.id, exports[disk.id], reader) for disk in chosen}
     return tuple(found.get(disk) or Unchanged(id=disk, why_not=why_not[disk]) for disk in disks)
 
 

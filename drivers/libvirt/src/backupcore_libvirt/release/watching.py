@@ -21,11 +21,19 @@ from backupcore_libvirt.overlay.room import Growing, too_full
 from backupcore_libvirt.release.giving_up import Run
 from backupcore_libvirt.scratch import scratch_room
 
-__all__ = ["WATCHES", "Room", "Watch"]
+__all__ = ["WATCHES", "Room", "Watch", "vm_ended"]
 
 FREE_EVERY = 0.1  # seconds; a guest that overwrites 2 GB/s takes 200 MiB of the reserve in one interval
 STATE_EVERY = 0.5
 START_EVERY = 0.1  # a VM is active for libvirt from before its QEMU runs, and its firmware takes longer than that
+
+
+def vm_ended(name: str) -> HypervisorError:
+    """The error of a run whose VM of this name has ended, and with it what QEMU served of its disks."""
+    return HypervisorError(
+        f"VM {name} ended while its backup ran; its disks cannot be read any further",
+        "Start the VM, then run it again.",
+    )
 
 
 class Watch(threading.Thread):
@@ -153,10 +161,7 @@ class _State(_Asking):
         return None
 
     def _gone(self) -> BackupError:
-        return HypervisorError(
-            f"VM {self._run.name} ended while its backup ran; its disks cannot be read any further",
-            "Start the VM, then run it again.",
-        )
+        return vm_ended(self._run.name)
 
 
 class _Guest(_Asking):
