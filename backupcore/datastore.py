@@ -104,7 +104,10 @@ class Datastore:
         return self.implements("flatten")
 
     def postbackup(self, run: BackupRun, outcome: Outcome, ctx: Context) -> list[BackupError]:
-        """Each plugin's `postbackup` by itself, the hypervisor first; what failed is logged and returned."""
+        """Each plugin's `postbackup` by itself, the hypervisor first; what failed is returned, for the caller to tell.
+
+        Of a run that was not recorded, the context is told as well what the driver leaves in the datastore.
+        """
         errors: list[BackupError] = []
         parties = [plugin for plugin in self._plugins if _implements(plugin, "postbackup")]
         for party in parties:
@@ -119,7 +122,6 @@ class Datastore:
                         with self._translated("postbackup"):
                             call(run=run, outcome=outcome, ctx=ctx)
                     except BackupError as error:
-                        ctx.log.warning("after the backup of %s: %s %s", run.vm.name, error, error.hint)
                         errors.append(error)
                         if party is self._driver and outcome.state is not RunState.RECORDED:
                             ctx.owes(

@@ -45,6 +45,7 @@ __all__ = [
     "dump_error",
     "from_os_error",
     "load_error",
+    "sentences",
 ]
 
 
@@ -60,6 +61,11 @@ class BackupError(Exception):
 
     def __str__(self) -> str:
         return self.message
+
+    @property
+    def in_full(self) -> str:
+        """Message and hint as one text, for a line of a log or a list."""
+        return sentences(self.message, self.hint)
 
 
 class ConfigError(BackupError):
@@ -135,6 +141,13 @@ def from_os_error(error: OSError, what: str) -> BackupError:
     if error.errno in _DENIED:
         return AccessDenied(message, "Check the owner and the permissions of the path.")
     return TargetUnavailable(message)
+
+
+def sentences(message: str, hint: str) -> str:
+    """What happened, and what to do next, as one text, with a full stop in between; either may be ""."""
+    if not message or not hint:
+        return message or hint
+    return f"{message} {hint}" if message.endswith((".", "!", "?")) else f"{message}. {hint}"
 
 
 def dump_error(error: BackupError) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -128,13 +128,22 @@ def _attempt(
     finally:
         ctx.progress.phase("release")
         errors = datastore.postbackup(run, outcome, ctx)
+        if outcome.state is not RunState.RECORDED:
+            _tell(errors, run, ctx)
         if outcome.stored is not None and outcome.state is not RunState.RECORDED:
             _withdraw(datastore, outcome.stored, run, ctx)
     return replace(
         recorded,
         seconds=time.monotonic() - started,
-        warnings=tuple(f"{error} {error.hint}".strip() for error in errors),
+        warnings=tuple(error.in_full for error in errors),
     )
+
+
+def _tell(errors: Sequence[BackupError], run: BackupRun, ctx: Context) -> None:
+    """Log what went wrong after a run that came to nothing, but for what `ctx` has been told that it owes."""
+    for error in errors:
+        if not any(error.message in line for line in ctx.owed):
+            ctx.log.warning("after the backup of %s: %s", run.vm.name, error.in_full)
 
 
 def _withdraw(datastore: Datastore, stored: Stored, run: BackupRun, ctx: Context) -> None:

@@ -275,13 +275,13 @@ def test_a_watcher_that_fails_the_run_gives_it_its_error(site: Site):
     assert isinstance(site.outcomes[-1].error, TargetFull)
 
 
-def test_an_error_of_the_release_is_a_warning_and_does_not_spare_the_driver(site: Site):
+def test_an_error_of_the_release_is_a_warning_and_does_not_spare_the_driver(site: Site, caplog):
     called = []
 
     class Sticky(MemoryHypervisor):
         @hookimpl
         def postbackup(self, run, outcome):
-            raise HypervisorError("job does not end")
+            raise HypervisorError("job does not end", "End it.")
 
     class Tidy(MemoryDriver):
         @hookimpl
@@ -290,10 +290,12 @@ def test_an_error_of_the_release_is_a_warning_and_does_not_spare_the_driver(site
 
     site.hypervisor = Sticky([site.guest])
     recorded = site.backup(Tidy())
-    assert recorded.warnings == ("job does not end",)
+    assert recorded.warnings == ("job does not end. End it.",)
     assert called == [True]
+    assert caplog.messages == [], "who asked for the backup tells it"
     with pytest.raises(TargetFull, match="store"):
         site.backup(Failing(error=TargetFull("store")))
+    assert set(caplog.messages) == {f"after the backup of {site.guest.vm.name}: job does not end. End it."}
 
 
 @pytest.mark.parametrize("problem", [ZeroDivisionError("bug"), SystemExit(0), TargetFull("full")], ids=repr)

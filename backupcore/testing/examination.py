@@ -86,7 +86,7 @@ def look(check: Check, bench: Bench) -> Result:
         if isinstance(error.__cause__, KeyboardInterrupt):
             raise
         bench.tell(error)
-        verdict, why = Verdict.FAILED, f"{type(error).__name__}: {error.message} {error.hint}".strip()
+        verdict, why = Verdict.FAILED, f"{type(error).__name__}: {error.in_full}"
     except Exception as error:  # noqa: BLE001 - a driver may raise anything, and the other checks go on
         bench.tell(error)
         place = traceback.extract_tb(error.__traceback__)[-1]

@@ -219,6 +219,7 @@ def test_a_release_that_fails_is_a_warning_and_the_backup_is_done(site):
     told = site.run("backup", "web1")
     assert told.code == 3
     assert "the backup is done, but afterwards: the guest could not be released" in told.err
+    assert told.err.count("could not be released") == 1
     assert len(site.run("image", "list", "--json").json) == 1
 
 

@@ -13,7 +13,7 @@ from functools import partial
 from backupcore import chain, verdict
 from backupcore.context import Context, Progress
 from backupcore.datastore import Datastore
-from backupcore.errors import BackupError, Cancelled, ContractViolation, IncrementImpossible
+from backupcore.errors import BackupError, Cancelled, ContractViolation, IncrementImpossible, sentences
 from backupcore.hypervisor import VMState
 from backupcore.model import VM, BackupRun, Estimate, Image, RunState, Type
 from backupcore.session import Recorded, run_backup
@@ -200,7 +200,7 @@ def _abandoned(place: Workplace, under_way: UnderWay) -> Taken:
         )
     message = f"{error.message}; {standing}"
     _write_down(place, run, error, message)
-    raise type(error)(message, f"{error.hint} {hint}".strip())
+    raise type(error)(message, sentences(error.hint, hint))
 
 
 def recover_first(place: Workplace, found: VMState, store: Datastore) -> None:
@@ -211,7 +211,7 @@ def recover_first(place: Workplace, found: VMState, store: Datastore) -> None:
     did: list[str] = []
     try:
         for error in recovery.put_right(place, found.vm, did, store):
-            log.warning("%s %s", error.message, error.hint)
+            log.warning("%s", error.in_full)
     finally:
         for line in did:
             log.warning("VM %s: %s", found.vm.name, line)
@@ -253,4 +253,4 @@ def _write_down(place: Workplace, run: BackupRun, error: BaseException, message:
     try:
         runs.fail(place.catalog, run.id, state, kind=type(error).__name__, error=message, traceback=trace)
     except BackupError as problem:
-        log.warning("how run %s ended could not be written down: %s %s", run.id[:8], problem.message, problem.hint)
+        log.warning("how run %s ended could not be written down: %s", run.id[:8], problem.in_full)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from backupcore import guard, process, verdict
-from backupcore.errors import AccessDenied, BackupError, Busy, Cancelled, HypervisorError, NotFound
+from backupcore.errors import AccessDenied, BackupError, Busy, Cancelled, HypervisorError, NotFound, sentences
 from backupcore.model import VM
 from vmkeep import folders, lock, recovery
 from vmkeep.attended import RELEASED
@@ -209,7 +209,7 @@ def _given_up(state: Path, holder: lock.Holder, deadline: float, did: list[str])
             free = free or answer.released
             did += answer.did
             if not answer.released:
-                did.append(f"the guest could not be let go of yet: {answer.why} {answer.hint}".strip())
+                did.append(f"the guest could not be let go of yet: {sentences(answer.why, answer.hint)}")
     return free
 
 

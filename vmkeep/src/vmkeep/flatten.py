@@ -163,7 +163,7 @@ def delete_leftovers(
             opened[name].delete([one.source for one in these], ctx)
         except BackupError as error:
             count = f"{len(these)} old backups in {name}"
-            warnings.append(f"{count} are merged, but could not be deleted: {error.message} {error.hint}".strip())
+            warnings.append(f"{count} are merged, but could not be deleted: {error.in_full}")
         else:
             flattens.drop(place.catalog, these)
     return warnings

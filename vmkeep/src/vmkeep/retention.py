@@ -94,7 +94,7 @@ def _apply(place: Workplace, action: Action, progress: Progress | None) -> Actio
     except Cancelled:
         raise  # the user wants the rest to stop as well
     except BackupError as error:
-        return replace(action, error=f"{error.message} {error.hint}".strip())
+        return replace(action, error=error.in_full)
     return action
 
 
@@ -116,7 +116,7 @@ def prune(
                 try:
                     flatten.finish(place, image)
                 except BackupError as error:
-                    warnings.append(f"image {number}: {error.message} {error.hint}".strip())
+                    warnings.append(f"image {number}: {error.in_full}")
     for owner in flattens.owners(place.catalog):
         if one is None or owner == one.uuid:
             warnings += _delete_leftovers(place, owner)
@@ -133,7 +133,7 @@ def after(
         warnings += _delete_leftovers(place, vm.uuid)
         plans = [apply(place, due, progress=progress) for due in plan(place, vm=vm, datastore=datastore)]
     except BackupError as error:
-        return [], [*warnings, f"retention: {error.message} {error.hint}".strip()]
+        return [], [*warnings, f"retention: {error.in_full}"]
     return plans, [*warnings, *(warning for due in plans for warning in due.warnings)]
 
 

@@ -157,7 +157,7 @@ def frozen(domain: Domain, folder: RunFolder, freeze: Freeze, guard: Guard, ctx:
             stayed = release(domain, folder, RELEASE_LIMIT)
         except BackupError as error:
             stayed = False
-            ctx.log.warning("%s %s", error.message, error.hint)
+            ctx.log.warning("%s", error.in_full)
         else:
             guard.thawed()
         held.seconds = time.monotonic() - started

@@ -190,7 +190,7 @@ class Libvirt:
             try:
                 self.postbackup(ended, outcome, ctx)
             except BackupError as error:  # it must not hide the first one
-                ctx.log.warning("VM %s: %s %s", run.vm.name, error.message, error.hint)
+                ctx.log.warning("VM %s: %s", run.vm.name, error.in_full)
             raise
         self.postbackup(ended, outcome, ctx)
 

@@ -57,7 +57,7 @@ def clear(domain: Domain, scratch: Path, ctx: Context) -> None:
     Busy where a job runs that is no dead run's. A guest that cannot be let go on is logged: a backup may still work.
     """
     for error in release_dead(domain, scratch, ctx):
-        ctx.log.warning("%s %s", error.message, error.hint)
+        ctx.log.warning("%s", error.in_full)
     _free(domain, scratch, ctx)
     for line in ctx.put_right:
         ctx.log.warning("VM %s: %s", domain.name, line)

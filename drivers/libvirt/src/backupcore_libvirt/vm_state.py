@@ -58,7 +58,7 @@ def _remarks(domain: Domain) -> tuple[str, ...]:
     except NotFound:
         raise
     except BackupError as error:
-        return (f"{error.message} {error.hint}".strip(),)  # the VM is listed all the same
+        return (error.in_full,)  # the VM is listed all the same
 
 
 def _virtual_size(domain: Domain, disk: SourceDisk, *, live: bool) -> int | None:

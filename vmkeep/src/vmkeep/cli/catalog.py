@@ -80,7 +80,7 @@ def check(asked: Asked, datastore: str | None) -> int:
         if not found.missing and not found.unused and not found.errors:
             output.line("the catalog and the datastores agree")
     for name, error in found.errors.items():
-        output.remark(asked, f"datastore {name} was not looked into: {error.message} {error.hint}".strip())
+        output.remark(asked, f"datastore {name} was not looked into: {error.in_full}")
     if found.missing:
         return exits.CODES[IntegrityError]
     return next((exits.code(error) for error in found.errors.values()), 0)

@@ -33,7 +33,7 @@ def recover(asked: Asked, vm: str | None) -> int:
             for line in () if asked.quiet else one.did:
                 output.line(f"{one.vm.name}: {line}")
             for error in one.errors:
-                output.remark(asked, f"{one.vm.name}: {error.message} {error.hint}".rstrip())
+                output.remark(asked, f"{one.vm.name}: {error.in_full}")
         if not asked.quiet and not any(one.did or one.errors for one in found):
             output.line("nothing to put right")
     return exits.code(errors[0]) if errors else 0

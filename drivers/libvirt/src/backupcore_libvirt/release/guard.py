@@ -287,7 +287,7 @@ class Guard:
                     if is_away(problem) and time.monotonic() < deadline:
                         time.sleep(0.2)
                         continue
-                    self._ctx.log.warning("VM %s: %s %s", self.name, problem.message, problem.hint)
+                    self._ctx.log.warning("VM %s: %s", self.name, problem.in_full)
                 return
 
     def _end_clients(self) -> None:

@@ -379,7 +379,8 @@ class _Guard:
             try:
                 did = merge_overlays(self._run.uri, self._run.vm, self._run.scratch, lambda: self._turn_asked)
             except BackupError as found:
-                self._tell(partial(_say, {"said": "warning", "message": f"{found.message} {found.hint}"}))
+                if not self._turn_asked:  # else the owner tries it, and tells
+                    self._tell(partial(_say, {"said": "warning", "message": found.in_full}))
         self._tell(partial(self._tried, did, problem))
 
     def _let_go_of(self, did: list[str]) -> None:
