@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 
 import pytest
@@ -111,6 +112,9 @@ def test_damage_of_the_chain_is_damage_of_the_chain(chain):
 def test_where_nothing_can_be_compared_it_says_why(chain):
     told = chain.run("vm", "compare", "db1", "--json")
     assert (told.code, told.error["hint"]) == (4, "Take one: vmkeep backup db1 -d nas")
+    chain.rename(DB, "our db; it's")  # what is copied from a hint must be one word for a shell
+    told = chain.run("vm", "compare", "our db; it's", "--json")
+    assert shlex.split(told.error["hint"])[-5:] == ["vmkeep", "backup", "our db; it's", "-d", "nas"]
     assert chain.run("vm", "compare", "none").code == 4
     chain.run("vm", "forget", "web1")
     told = chain.run("vm", "compare", "web1", "--json")

@@ -17,6 +17,7 @@ from backupcore.errors import BackupError, Cancelled, ContractViolation, Increme
 from backupcore.hypervisor import VMState
 from backupcore.model import VM, BackupRun, Estimate, Image, RunState, Type
 from backupcore.session import Recorded, run_backup
+from backupcore.typed import typed
 from vmkeep import adoption, flatten, folders, interrupt, lock, recovery, retention, settings
 from vmkeep.attended import UnderWay, attended, end_at_once, spoilt
 from vmkeep.catalog import flattens, images, points, runs
@@ -176,13 +177,14 @@ def _abandoned(place: Workplace, under_way: UnderWay) -> Taken:
     """What becomes of a run that was stopped and is not waited for any longer: its thread stays where it hangs."""
     standing = under_way.standing()
     name = under_way.vm.name if under_way.vm else "the VM"
+    now = typed("vmkeep recover", *([name] if under_way.vm else []))
     run, ctx = under_way.run, under_way.ctx
     if under_way.recorded is not None:
-        cut_off = f"what was to follow was cut off: {standing}. Done by the next backup, or: vmkeep recover {name}"
+        cut_off = f"what was to follow was cut off: {standing}. Done by the next backup, or: {now}"
         return replace(under_way.recorded, warnings=(*under_way.recorded.warnings, cut_off))
     hint = (
         f"What datastore {under_way.datastore} still holds of this run is swept by the next backup of {name} to it; "
-        f"the rest now: vmkeep recover {name}"
+        f"the rest now: {now}"
     )
     if run is None or ctx is None:
         raise Cancelled(f"cancelled; {standing}", "No backup had begun.")
@@ -196,7 +198,7 @@ def _abandoned(place: Workplace, under_way: UnderWay) -> Taken:
     if late:
         raise type(error)(
             f"{error.message}; it was complete in datastore {under_way.datastore} by then, but is not recorded yet",
-            f"The next backup of {name} records it, or now: vmkeep recover {name}",
+            f"The next backup of {name} records it, or now: {now}",
         )
     message = f"{error.message}; {standing}"
     _write_down(place, run, error, message)

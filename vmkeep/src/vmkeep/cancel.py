@@ -23,6 +23,7 @@ from typing import TypeVar
 from backupcore import guard, process, verdict
 from backupcore.errors import AccessDenied, BackupError, Busy, Cancelled, HypervisorError, NotFound, sentences
 from backupcore.model import VM
+from backupcore.typed import typed
 from vmkeep import folders, lock, recovery
 from vmkeep.attended import RELEASED
 from vmkeep.catalog import runs
@@ -109,7 +110,7 @@ def cancel(place: Workplace, vm: str, *, waiting: Callable[[lock.Holder], None] 
         more = _recovered(place, holder.vm, max(deadline - time.monotonic(), _RECOVERY), did)
         if more is not None:
             left.append(more)
-            next_step = f"It goes on by itself. How it ended: vmkeep recover {holder.vm.name}"
+            next_step = f"It goes on by itself. How it ended: {typed('vmkeep recover', holder.vm.name)}"
     if state == "running":
         state = "cancelled"
     return Stopped(
@@ -239,8 +240,8 @@ def _next_step(holder: lock.Holder, owner: _Owner) -> str:
     if owner.dying:
         return "Nothing of it runs any more, and the next backup does not wait for it. It is gone when that answers."
     return (
-        f"It ends by itself, within a minute or two. To end it now: kill -9 {holder.process}; then vmkeep recover "
-        f"{holder.vm.name}"
+        f"It ends by itself, within a minute or two. To end it now: kill -9 {holder.process}; then "
+        f"{typed('vmkeep recover', holder.vm.name)}"
     )
 
 
@@ -248,7 +249,7 @@ def _still_held(holder: lock.Holder, left: list[Left]) -> Busy:
     return Busy(
         f"process {holder.process} ({holder.doing} of VM {holder.vm.name}) was told to stop and has not let go of the "
         f"VM within {LIMIT:.0f} s: {'; '.join(map(str, left))}",
-        f"If it must go: kill -9 {holder.process}, then vmkeep recover {holder.vm.name}",
+        f"If it must go: kill -9 {holder.process}, then {typed('vmkeep recover', holder.vm.name)}",
     )
 
 

@@ -13,6 +13,7 @@ from backupcore.context import Progress
 from backupcore.errors import BackupError, IncrementImpossible, IntegrityError, NotFound, UnsupportedOperation
 from backupcore.hypervisor import VMState
 from backupcore.model import BackupRun, Image
+from backupcore.typed import typed
 from vmkeep import backup, lock, settings
 from vmkeep.workplace import Workplace
 
@@ -45,9 +46,9 @@ class Compared:
         return IntegrityError(
             f"VM {self.image.vm.name} was written to without a trace since increment {self.increment} of image "
             f"{self.image.number}: {where}",
-            "What was written there is in no backup, and would be in no increment: begin a new image with "
-            f"'vmkeep backup {self.image.vm.name} -d {self.image.datastore} --reset'. What writes to the disks besides "
-            "the VM?",
+            "What was written there is in no backup, and would be in no increment. What writes to the disks besides "
+            "the VM? Begin a new image: "
+            f"{typed('vmkeep backup', self.image.vm.name, '-d', self.image.datastore, '--reset')}",
         )
 
 
@@ -99,13 +100,13 @@ def _comparable(found: VMState, datastore: str, newest: Image | None) -> Image:
     if newest is None or not newest.increments:
         raise NotFound(
             f"VM {found.vm.name} has no backup in {datastore} to compare it with",
-            f"Take one: vmkeep backup {found.vm.name} -d {datastore}",
+            f"Take one: {typed('vmkeep backup', found.vm.name, '-d', datastore)}",
         )
     if newest.state != "open":
         why = f" ({newest.why_closed})" if newest.why_closed else ""
         raise UnsupportedOperation(
             f"image {newest.number} of VM {found.vm.name} is {newest.state}{why}: nothing tracks what changed since",
-            f"Begin a new one: vmkeep backup {found.vm.name} -d {datastore}",
+            f"Begin a new one: {typed('vmkeep backup', found.vm.name, '-d', datastore)}",
         )
     return newest
 

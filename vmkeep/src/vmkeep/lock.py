@@ -26,6 +26,7 @@ from pathlib import Path
 from backupcore import inherited, process
 from backupcore.errors import Busy, ContractViolation, from_os_error
 from backupcore.model import VM, Image
+from backupcore.typed import typed
 from vmkeep import full_state
 
 __all__ = ["Holder", "holder", "image_exclusive", "image_shared", "still_held", "vm_run"]
@@ -223,7 +224,7 @@ def _busy(vm: VM, other: Holder | None) -> Busy:
     hung = process.hang(other.process)
     what = f"{other.doing} of VM {vm.name} is already running"
     who = f"process {other.process}, since {other.since:%Y-%m-%d %H:%M:%S}"
-    stop = f"stop it: vmkeep cancel {vm.name}"
+    stop = f"stop it: {typed('vmkeep cancel', vm.name)}"
     if hung is None:
         return Busy(f"{what} ({who})", f"Wait for its end, then run it again; or {stop}")
     if hung.stopped:

@@ -16,6 +16,7 @@ from backupcore.datastore import Datastore
 from backupcore.errors import BackupError, Busy, ConfigError, UnsupportedOperation
 from backupcore.hypervisor import VMDisk, VMState
 from backupcore.model import Image
+from backupcore.typed import typed
 from vmkeep import lock
 from vmkeep.catalog import images
 from vmkeep.workplace import Workplace
@@ -135,7 +136,8 @@ def _refuse(one: VMState, device: Path, *, overwrite: bool) -> None:
         if disk.format != "raw":
             raise UnsupportedOperation(
                 f"{what}, whose format is {disk.format}; --device writes raw disks",
-                f"Restore it with --to, then write it there: qemu-img convert -O {disk.format} FILE {device}",
+                "Restore it with --to, then write it there: "
+                f"{typed(f'qemu-img convert -O {disk.format} FILE', device)}",
             )
         if not overwrite:
             raise Busy(what, "To give up what it holds now: --overwrite. Or choose another device.")

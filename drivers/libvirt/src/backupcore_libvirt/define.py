@@ -7,6 +7,7 @@ from pathlib import Path
 
 from backupcore.errors import AccessDenied, BackupError, ConfigError, HypervisorError, UnsupportedOperation
 from backupcore.model import VM
+from backupcore.typed import typed
 from backupcore_libvirt.connection import Connection
 from backupcore_libvirt.owner import default_owner
 from backupcore_libvirt.xml import parse
@@ -32,7 +33,7 @@ def require_definable(connection: Connection, name: str, uuid: str | None, folde
         if part.is_dir() and not owner.may("x", part):
             raise AccessDenied(
                 f"QEMU runs as {owner} and cannot pass {part}, so a VM could not use disks in {folder}",
-                f"Let it pass with 'chmod o+x {part}', or choose another folder with --to.",
+                f"Let it pass: {typed('chmod o+x', part)}; or choose another folder with --to.",
             )
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from backupcore.errors import BackupError, Busy, HypervisorError, NotFound, UnsupportedOperation
+from backupcore.typed import typed
 from backupcore_libvirt import freeze_record
 from backupcore_libvirt.connection import AGENT_UNRESPONSIVE, PAUSED, PAUSED_BY_USER, RUNNING, Domain
 from backupcore_libvirt.folder import RunFolder, dead_folders
@@ -95,11 +96,11 @@ def plan(
 
 
 def _require_agent(domain: Domain, xml: str, state: Consistency) -> None:
-    other = f"Or choose another way: vmkeep vm updateconf {domain.name} --fs-freeze SUSPEND (or NONE)"
+    other = f"Or choose another way: {typed('vmkeep vm updateconf', domain.name)} --fs-freeze SUSPEND (or NONE)"
     if state == "paused":
         raise UnsupportedOperation(
             f"VM {domain.name} is paused, so its agent cannot freeze its file systems (FS_FREEZE=AGENT)",
-            f"Let it run: virsh resume {domain.name}. {other}",
+            f"Let it run: {typed('virsh resume', domain.name)}. {other}",
         )
     channel = parse(xml).find("./devices/channel/target[@name='org.qemu.guest_agent.0']")
     if channel is None:
@@ -123,7 +124,7 @@ def _require_agent(domain: Domain, xml: str, state: Consistency) -> None:
     if status != "thawed":
         raise HypervisorError(
             f"VM {domain.name}: somebody else has frozen its file systems (the agent says {status!r:.40})",
-            f"Wait until they are thawed; if nobody will do that: virsh domfsthaw {domain.name}",
+            f"Wait until they are thawed; if nobody will do that: {typed('virsh domfsthaw', domain.name)}",
         )
 
 
@@ -209,7 +210,7 @@ def _rest(domain: Domain, folder: RunFolder, freeze: Freeze) -> HypervisorError 
 def _hint(domain: Domain) -> str:
     return (
         "Look at the agent's log in the guest: a slow disk, a freeze hook? To back up all the same: "
-        f"vmkeep vm updateconf {domain.name} --fs-freeze-fallback YES"
+        f"{typed('vmkeep vm updateconf', domain.name)} --fs-freeze-fallback YES"
     )
 
 
@@ -289,11 +290,11 @@ def _goes_on(domain: Domain, record: FreezeRecord) -> bool:
 def _stuck(domain: Domain, how: How, why: str) -> HypervisorError:
     if how == "SUSPEND":
         return HypervisorError(
-            f"VM {domain.name} may still be suspended: {why}", f"See to it: virsh resume {domain.name}"
+            f"VM {domain.name} may still be suspended: {why}", f"See to it: {typed('virsh resume', domain.name)}"
         )
     return HypervisorError(
         f"the file systems of VM {domain.name} may still be frozen: {why}",
-        f"As soon as the agent answers: virsh domfsthaw {domain.name} (the next backup tries it, too).",
+        f"As soon as the agent answers: {typed('virsh domfsthaw', domain.name)} (the next backup tries it, too).",
     )
 
 

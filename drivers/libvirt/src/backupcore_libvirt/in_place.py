@@ -14,6 +14,7 @@ from pathlib import Path
 
 from backupcore.errors import Busy, HypervisorError, IntegrityError, NotFound, UnsupportedOperation, from_os_error
 from backupcore.hypervisor import DiskFile
+from backupcore.typed import typed
 from backupcore_libvirt.connection import OFF, Connection, Domain
 from backupcore_libvirt.disks import SourceDisk, source_disks
 from backupcore_libvirt.overlay.stack import any_overlay
@@ -37,12 +38,12 @@ def require_replaceable(
     if names := domain.snapshots():
         raise UnsupportedOperation(
             f"VM {domain.name} has snapshots ({', '.join(names):.200}), which belong to the disks that it has now",
-            f"Delete them: virsh snapshot-delete {domain.name} SNAPSHOT; or restore to new files with --to.",
+            f"Delete them: {typed('virsh snapshot-delete', domain.name)} SNAPSHOT; or restore to new files with --to.",
         )
     if any_overlay(domain):
         raise UnsupportedOperation(
             f"VM {domain.name} has overlays of ours, which lie on the disks that it has now",
-            f"Bring it back to plain disks with 'vmkeep vm forget {domain.name}', then run it again.",
+            f"Bring it back to plain disks, then run it again: {typed('vmkeep vm forget', domain.name)}",
         )
     definition = domain.inactive_xml()
     known = {disk.id: disk for disk in source_disks(definition)}
@@ -67,7 +68,7 @@ def require_replaceable(
             # QEMU would lay the restored disk over that file, which shows wherever the disk holds nothing.
             raise UnsupportedOperation(
                 f"VM {domain.name}: the definition itself names a backing file of disk {target.get('dev')}",
-                f"Remove <backingStore> from it with 'virsh edit {domain.name}', or restore to new files with --to.",
+                f"Restore to new files with --to; or remove <backingStore>: {typed('virsh edit', domain.name)}",
             )
     variables = nvram_file(definition) if nvram else None
     if isinstance(variables, VMFile):
@@ -82,8 +83,8 @@ def _no_file(domain: Domain, disk: SourceDisk) -> UnsupportedOperation:
     """There is no room beside a device in which its old contents could be kept."""
     if disk.kind == "block" and disk.format == "raw":
         hint = (
-            f"To give up what it holds now: vmkeep restore ID --disk {disk.id} --device {disk.path} --overwrite. "
-            "Choose the others with --disk."
+            "Choose the others with --disk. To give up what it holds now: "
+            f"{typed('vmkeep restore ID --disk', disk.id, '--device', disk.path)} --overwrite"
         )
     else:
         hint = "Restore it with --to, then write it there: qemu-img convert -O FORMAT FILE TARGET"
@@ -99,12 +100,12 @@ def _require_off(domain: Domain) -> None:
     if state not in OFF:
         raise Busy(
             f"VM {domain.name} is running; its disks cannot be replaced",
-            f"Power it off: virsh shutdown {domain.name}. Or restore to new files with --to.",
+            f"Power it off: {typed('virsh shutdown', domain.name)}. Or restore to new files with --to.",
         )
     if domain.is_saved():
         raise Busy(
             f"VM {domain.name} has a saved memory image, which belongs to the disks that it has now",
-            f"Start and power off the VM, or give up its saved state: virsh managedsave-remove {domain.name}",
+            f"Start and power off the VM, or give up its saved state: {typed('virsh managedsave-remove', domain.name)}",
         )
 
 

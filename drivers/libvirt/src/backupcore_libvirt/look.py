@@ -9,6 +9,7 @@ from pathlib import Path
 
 from backupcore.errors import Busy, HypervisorError, IncrementImpossible, UnsupportedOperation
 from backupcore.model import BackupRun, Consistency, LeftOut
+from backupcore.typed import typed
 from backupcore_libvirt.checkpoint import Since, since
 from backupcore_libvirt.connection import IO_ERROR, OFF, PAUSED, RUNNING, SHUTTING_DOWN, Connection, Domain
 from backupcore_libvirt.disks import DiskChoice, Node, SourceDisk, located, nodes, source_disks
@@ -83,12 +84,13 @@ def look(connection: Connection, domain: Domain, run: BackupRun, scratch: Path) 
         if disk.id in tracked and opened[disk.id].compat == "0.10":
             raise UnsupportedOperation(
                 f"VM {domain.name}: disk {disk.id} is qcow2 version 2 (compat 0.10), which cannot track changed blocks",
-                f"With the VM off: qemu-img amend -f qcow2 -o compat=1.1 {disk.path} (or take fulls only: MODE=FULL)",
+                "Take fulls only (MODE=FULL), or with the VM off: "
+                f"{typed('qemu-img amend -f qcow2 -o compat=1.1', disk.path)}",
             )
         if live and domain.block_job(disk.id):
             raise Busy(
                 f"VM {domain.name}: a block job (commit, copy or pull) works on disk {disk.id}",
-                f"Wait until it has ended ('virsh blockjob {domain.name} {disk.id}' shows it), then run it again.",
+                f"Run it again once that has ended. It is shown by: {typed('virsh blockjob', domain.name, disk.id)}",
             )
     builds_on = since(domain, run.parent, disks, opened) if run.parent is not None else None
     RunFolder(scratch, run.id).check_length()
@@ -120,7 +122,8 @@ def _consistency(domain: Domain) -> Consistency:
     if state == PAUSED and reason == IO_ERROR:
         raise HypervisorError(
             f"VM {domain.name}: QEMU has stopped the guest after an I/O error of one of its disks",
-            f"Find the cause (a full file system? 'virsh domblkerror' says more), then: virsh resume {domain.name}",
+            "Find the cause (a full file system? 'virsh domblkerror' says more), then: "
+            f"{typed('virsh resume', domain.name)}",
         )
     if state == PAUSED:
         return "paused"
@@ -153,7 +156,7 @@ def _refuse(
     for disk in disks:
         if not disk.encrypted:
             continue
-        without = f"Leave it out: vmkeep vm updateconf {domain.name} --exclude-disks {disk.id}; or"
+        without = f"Leave it out: {typed('vmkeep vm updateconf', domain.name, '--exclude-disks', disk.id)}; or"
         if not live:
             told = (
                 ""

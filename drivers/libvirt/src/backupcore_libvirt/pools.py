@@ -7,6 +7,7 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 
 from backupcore.errors import ConfigError, HypervisorError, NotFound, UnsupportedOperation
 from backupcore.hypervisor import Pool
+from backupcore.typed import typed
 from backupcore_libvirt.connection import Connection, StoragePool
 from backupcore_libvirt.xml import parse
 
@@ -39,10 +40,10 @@ def find_pool(connection: Connection, name: str) -> Pool:
         raise UnsupportedOperation(
             f"storage pool {name} is of kind {kind}, whose volumes are neither files nor devices of this host",
             "Make a volume there and send the disk to it: vmkeep restore ID --disk DISK --format raw --to FOLDER, then "
-            f"virsh vol-upload --pool {name} VOLUME FILE",
+            f"{typed('virsh vol-upload --pool', name)} VOLUME FILE",
         )
     if not pool.is_active():
-        raise HypervisorError(f"storage pool {name} is not active", f"Start it: virsh pool-start {name}")
+        raise HypervisorError(f"storage pool {name} is not active", f"Start it: {typed('virsh pool-start', name)}")
     folder = root.findtext("target/path", "")
     return Pool(name=name, kind=kind, folder=Path(folder) if kind in _FOLDERS else None)
 
@@ -54,7 +55,7 @@ def add_volume(pool: StoragePool, volume: str, size: int) -> Path:
         raise ConfigError(
             f"there is a volume {volume} already in storage pool {pool.name}",
             "Nothing is overwritten: choose another --name. If a restore that was killed has left it: "
-            f"virsh vol-delete {volume} --pool {pool.name}",
+            f"{typed('virsh vol-delete', volume, '--pool', pool.name)}",
         )
     root = Element("volume")
     SubElement(root, "name").text = volume

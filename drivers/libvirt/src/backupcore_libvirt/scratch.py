@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backupcore.errors import AccessDenied, HypervisorError, TargetFull
+from backupcore.typed import typed
 
 __all__ = ["Owner", "check_scratch", "require_room", "reserve", "scratch_room"]
 
@@ -73,7 +74,7 @@ def check_scratch(scratch: Path, owner: Owner) -> None:
         if not owner.may("x", folder):
             raise AccessDenied(
                 f"QEMU runs as {owner} and cannot pass {folder}, on the way to the scratch folder {scratch}",
-                f"Let it pass with 'chmod o+x {folder}', or set 'scratch' in the configuration to another folder.",
+                f"Let it pass: {typed('chmod o+x', folder)}; or set 'scratch' in the configuration to another folder.",
             )
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from backupcore.errors import BackupError, Busy, HypervisorError, NotFound, UnsupportedOperation, from_os_error
+from backupcore.typed import typed
 from backupcore_libvirt.disks import Bitmap, Node, SourceDisk
 from backupcore_libvirt.qemu_nbd import image_options, is_locked
 
@@ -68,7 +69,7 @@ def check_backing(vm: str, disks: Sequence[SourceDisk]) -> None:
             if shape not in ("qcow2", "raw"):
                 raise UnsupportedOperation(
                     f"VM {vm}: disk {disk.id}: {image.path} does not say which format its backing file {below} has",
-                    f"Now that it is off: qemu-img rebase -u -F FORMAT -b {below} {image.path}; or start it first.",
+                    f"Start it first, or, as it is off: {typed('qemu-img rebase -u -F FORMAT -b', below, image.path)}",
                 )
             if not below.startswith("/"):
                 raise UnsupportedOperation(

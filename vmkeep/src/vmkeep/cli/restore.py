@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from backupcore.model import Image
 from backupcore.restore import Form, Restored
+from backupcore.typed import typed
 from vmkeep import restore as work
 from vmkeep import restore_elsewhere as elsewhere
 from vmkeep.cli import output
@@ -183,12 +184,12 @@ def _show(files: work.Files) -> None:
     if files.vm:
         output.line(f"VM {files.vm.name} ({files.vm.uuid}) is defined; look it through: virsh dumpxml {files.vm.uuid}")
     elif files.definition:
-        output.line(f"Look it through, then: virsh define {shlex.quote(str(files.definition))}")
+        output.line(f"Look it through, then: {typed('virsh define', files.definition)}")
         if "tpm" in files.beside:
             output.line(
                 "The VM will have a new, empty TPM. To give it this state, before its first start: install -D -m 600 "
                 f"{shlex.quote(str(files.beside['tpm']))} /var/lib/libvirt/swtpm/"
-                f"$(virsh domuuid {shlex.quote(files.name)})/tpm2/tpm2-00.permall"
+                f"$({typed('virsh domuuid', files.name)})/tpm2/tpm2-00.permall"
             )
 
 
@@ -232,4 +233,4 @@ def _in_place(
         output.line(f"the old {'NVRAM' if name == 'nvram' else 'disk'} is kept: {path}")
     output.line("The next backup of this VM is a full in a new image.")
     if done.kept:
-        output.line(f"When all is well: rm {' '.join(shlex.quote(str(path)) for path in done.kept.values())}")
+        output.line(f"When all is well: {typed('rm', *done.kept.values())}")

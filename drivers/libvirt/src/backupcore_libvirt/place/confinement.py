@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+from backupcore.typed import typed
+
 __all__ = ["described", "enforcing", "remedy"]
 
 _APPARMOR = Path("/etc/apparmor.d")
@@ -36,7 +38,8 @@ def remedy(models: Collection[str], scratch: Path) -> str:
     if "selinux" in models:
         return (
             "SELinux confines QEMU: 'ausearch -m avc -ts recent' shows what was refused. Let libvirt label what lies "
-            f"there: semanage fcontext -a -t virt_image_t '{scratch}(/.*)?' && restorecon -R {scratch}"
+            f"there: {typed('semanage fcontext -a -t virt_image_t', f'{scratch}(/.*)?')} && "
+            f"{typed('restorecon -R', scratch)}"
         )
     return f"Let QEMU's user pass every folder on the way to {scratch}, or set 'scratch' to another folder."
 
