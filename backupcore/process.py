@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Hang", "children", "dying", "hang", "hangs", "held_by_the_dying", "holders"]
+__all__ = ["Hang", "children", "dying", "hang", "hangs", "held_by_the_dying", "holders", "locks_are_shown"]
 
 _PROC = Path("/proc")
 _EXITING = 0x4  # PF_EXITING of the flags in /proc/PID/stat
@@ -60,7 +60,8 @@ def dying(process: int) -> bool:
 def holders(handle: int) -> set[int]:
     """The processes that hold flocks on the file of this descriptor, as far as this PID namespace shows them.
 
-    They are those that asked for the lock; a child that has inherited it keeps it after them.
+    They are those that asked for the lock; a child that has inherited it keeps it after them. None where the locks are
+    not shown.
     """
     device, inode = _identity(handle)
     found = set()
@@ -74,8 +75,16 @@ def holders(handle: int) -> set[int]:
     return found
 
 
+def locks_are_shown() -> bool:
+    """Whether ``/proc/locks`` is there: in a unit with ProcSubset=pid it is not, and nobody tells who holds a lock."""
+    return os.access(_PROC / "locks", os.R_OK)
+
+
 def held_by_the_dying(handle: int) -> bool:
-    """Whether all that hold a flock on this file are `dying`: nothing of them can change any more what it protects."""
+    """Whether all that hold a flock on this file are `dying`: nothing of them can change any more what it protects.
+
+    False where that cannot be told.
+    """
     found = holders(handle)
     return bool(found) and all(dying(process) for process in found)
 

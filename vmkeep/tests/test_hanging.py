@@ -192,6 +192,27 @@ def test_kill_9_of_a_run_that_waits_in_the_kernel_leaves_no_lock_and_no_guest(ha
     assert process.dying(child.pid), "still in its write"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+def test_a_lock_whose_holder_cannot_be_told_is_not_taken_over(hanging):
+    """As in a unit with ProcSubset=pid: /proc/locks is not there, and nothing of /proc but the processes."""
+    child, _ = in_the_kernel(hanging)
+    child.kill()
+    hanging.until_dying(child.pid)
+    hanging.target.block("nothing")
+    mount = 'mount -t proc -o subset=pid lab /proc; exec "$0" -m vmkeep backup web1'
+    told = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", mount, sys.executable],
+        env={**os.environ, "PYTHONPATH": hanging.paths, "VMKEEP_CONFIG": str(hanging.config)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told.returncode == 10, told.stderr
+    assert f"the lock of VM web1 is held by a dead run: process {child.pid} (" in told.stderr
+    assert "without ProcSubset=pid" in told.stderr
+    the_next_backup_works(hanging)
+
+
 def test_recover_of_a_killed_run_that_cannot_end(hanging):
     child, run = in_the_kernel(hanging)
     child.kill()

@@ -18,6 +18,14 @@ from pathlib import Path
 from backupcore_libvirt.release.clients import connected
 print(connected(Path(sys.argv[1])))
 """
+FREEZE = """
+from backupcore.errors import HypervisorError
+from backupcore_libvirt.freeze_record import FreezeRecord
+try:
+    FreezeRecord.now("SUSPEND", "the VM", 1)
+except HypervisorError as error:
+    print(error.in_full)
+"""
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -35,3 +43,11 @@ def test_a_client_is_seen(tmp_path: Path, unit: list[str]):
         client.connect(str(path))
         command = [*unit, sys.executable, "-c", ASK, str(path)]
         assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "1\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_a_freeze_is_refused_in_words_where_the_boot_of_the_host_cannot_be_told():
+    """As with ProcSubset=pid."""
+    unit = ["unshare", "--mount", "sh", "-c", 'mount -t proc -o subset=pid p /proc; "$0" "$@"']
+    done = subprocess.run([*unit, sys.executable, "-c", FREEZE], check=True, capture_output=True, text=True)
+    assert "a freeze of the guest cannot be put down" in done.stdout

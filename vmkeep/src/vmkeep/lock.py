@@ -75,7 +75,7 @@ def _alone(folder: Path) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     others = process.holders(handle)
-                    who = ", ".join(str(hung) for hung in process.hangs(others)) or f"processes {sorted(others)}"
+                    who = ", ".join(map(str, process.hangs(others) or sorted(others))) or "which one is not shown here"
                     raise Busy(
                         f"the locks in {folder} are held by another vmkeep: {who}", "End it, then run this again."
                     ) from None
@@ -222,6 +222,11 @@ def _busy(vm: VM, other: Holder | None) -> Busy:
     if other is None:
         return Busy(f"a backup of VM {vm.name} is already running", "Wait for its end, then run it again.")
     hung = process.hang(other.process)
+    if process.dying(other.process) and not process.locks_are_shown():
+        return Busy(
+            f"the lock of VM {vm.name} is held by a dead run: {hung or f'process {other.process} was killed'}",
+            "It would be taken over where /proc/locks can be read: run this without ProcSubset=pid.",
+        )
     what = f"{other.doing} of VM {vm.name} is already running"
     who = f"process {other.process}, since {other.since:%Y-%m-%d %H:%M:%S}"
     stop = f"stop it: {typed('vmkeep cancel', vm.name)}"

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
-from backupcore.errors import from_os_error
+from backupcore.errors import HypervisorError, from_os_error
 from backupcore_libvirt.folder import RunFolder
 
 __all__ = ["FreezeRecord", "How", "read", "remove", "write"]
 
 How = Literal["AGENT", "SUSPEND"]
 _LIMIT = 4096
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +36,15 @@ class FreezeRecord:
 
     @classmethod
     def now(cls, how: How, vm: str, number: int) -> FreezeRecord:
-        """A record of this boot of the host."""
-        return cls(how, vm, number, Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        """A record of this boot of the host. HypervisorError where that cannot be told from another one."""
+        try:
+            boot = _BOOT.read_text().strip()
+        except OSError as error:
+            raise HypervisorError(
+                f"a freeze of the guest cannot be put down: {_BOOT} cannot be read ({error.strerror})",
+                "In a unit with ProcSubset=pid it is not there: take that line out, or choose FS_FREEZE=NONE.",
+            ) from error
+        return cls(how, vm, number, boot)
 
 
 def _path(folder: RunFolder) -> Path:
