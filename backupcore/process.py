@@ -60,8 +60,8 @@ def dying(process: int) -> bool:
 def holders(handle: int) -> set[int]:
     """The processes that hold flocks on the file of this descriptor, as far as this PID namespace shows them.
 
-    They are those that asked for the lock; a child that has inherited it keeps it after them. None where the locks are
-    not shown.
+    They are those that asked for the lock; a child that has inherited it keeps it after them. Empty where the locks
+    are not shown.
     """
     device, inode = _identity(handle)
     found = set()

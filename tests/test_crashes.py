@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from lab import graft
 from lab.boot_sector import boot_sector
 from lab.domain_xml import DiskSpec
 from lab.host import RUNNING, Host, stopped, wait_until
-from lab.troubles import guard_of
+from lab.troubles import free, guard_of
 from tests.test_killed import STEPS
 
 MIB = 1 << 20
@@ -67,6 +68,24 @@ def test_qemu_dies_in_the_middle_and_bitmaps_are_missing_then_in_use(host: Host)
     assert host.backup()["type"] == "INCREMENT"
     for one, truth in zip(host.recorded(), truths, strict=True):
         assert host.differing(one.image, one.id, truth) == [], one
+
+
+def test_a_plugin_that_closes_every_file_ends_the_run_at_once(host: Host):
+    """libvirt's own close of a connection whose descriptor is another's by now waits for ever."""
+    for step, code, told, recorded in (
+        ("backup after", 1, "a plugin closes files that are not its own", 0),
+        ("postbackup before", 3, "a plugin has closed files that are not its own", 1),
+    ):
+        host.configure(host='plugins = ["lab.closing:faults"]')
+        began = time.monotonic()
+        done = host.run("backup", host.vm.name, LAB_CLOSE=step)
+        assert time.monotonic() - began < 30, f"{step}: {done.err}"
+        assert (done.code, told in done.err, len(host.recorded())) == (code, True, recorded), done.err
+        wait_until(partial(free, host), "the guest to run", 10)
+        host.configure()
+        assert host.run("recover", host.vm.name).code == 0
+        assert (host.left(), len(host.recorded())) == ([], recorded), step
+    assert host.backup()["type"] == "INCREMENT"
 
 
 def test_somebody_ends_the_job_before_the_disks_are_read(host: Host):

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from backupcore import process
-from vmkeep import interrupt
+from vmkeep import interrupt, lock
 
 if TYPE_CHECKING:
     from backupcore.context import Context
@@ -96,7 +96,8 @@ def attended(work: Callable[[], T], abandoned: Callable[[], T], under_way: Under
     """What `work` returns or raises, which runs in a thread of its own that lives as long as the work.
 
     After a signal, or once its context was cancelled, it is waited for no longer than `LIMIT` seconds, or until a
-    second Ctrl-C: then the result is what `abandoned` returns or raises. The thread stays behind, and the process must
+    second Ctrl-C, and not at all once something has closed its files: each call on them may wait for ever. Then the
+    result is what `abandoned` returns or raises. The thread stays behind, and the process must
     be ended without waiting for it (`left_behind`). Where the caller is not the main thread, it does the work itself.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -157,6 +158,9 @@ def _ended(events: queue.SimpleQueue[int], stop: interrupt.Stop, under_way: Unde
             wishes += event == signal.SIGINT
             if not stop.asked:
                 stop.ask()
+        if under_way.vm is not None and lock.is_lost(under_way.vm):
+            end_at_once()
+            return False
         if stopped is None:
             if not stop.asked and not (under_way.ctx is not None and under_way.ctx.cancelled):
                 continue

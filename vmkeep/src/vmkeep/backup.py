@@ -6,7 +6,7 @@ import logging
 import socket
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -180,6 +180,8 @@ def _abandoned(place: Workplace, under_way: UnderWay) -> Taken:
     now = typed("vmkeep recover", *([name] if under_way.vm else []))
     run, ctx = under_way.run, under_way.ctx
     if under_way.recorded is not None:
+        if spoilt():
+            standing = "a plugin has closed files that are not its own"
         cut_off = f"what was to follow was cut off: {standing}. Done by the next backup, or: {now}"
         return replace(under_way.recorded, warnings=(*under_way.recorded.warnings, cut_off))
     hint = (
@@ -188,7 +190,12 @@ def _abandoned(place: Workplace, under_way: UnderWay) -> Taken:
     )
     if run is None or ctx is None:
         raise Cancelled(f"cancelled; {standing}", "No backup had begun.")
-    _require_lock(place, run.vm)
+    try:
+        _require_lock(place, run.vm)
+    except ContractViolation as lost:
+        with suppress(OSError):  # what was read or written under wrong numbers must not be adopted later
+            verdict.give_up(ctx.folder, lost)
+        raise
     error = ctx.failure or Cancelled("cancelled")
     try:
         late = not verdict.give_up(ctx.folder, error)

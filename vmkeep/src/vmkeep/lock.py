@@ -29,11 +29,13 @@ from backupcore.model import VM, Image
 from backupcore.typed import typed
 from vmkeep import full_state
 
-__all__ = ["Holder", "holder", "image_exclusive", "image_shared", "still_held", "vm_run"]
+__all__ = ["Holder", "holder", "image_exclusive", "image_shared", "is_lost", "still_held", "vm_run"]
 
 log = logging.getLogger("vmkeep.lock")
 
 _LENGTH = 4096  # bytes; the name of a VM has 200 at most, and JSON writes one letter in twelve
+_own: dict[str, tuple[int, Path]] = {}
+"""The descriptor and the file of each VM's lock that this process has, by the VM's UUID."""
 _ALONE_LIMIT = 5.0  # seconds; whoever is alone with the locks is so for less than a millisecond
 
 
@@ -178,11 +180,20 @@ def vm_run(state: Path, vm: VM, doing: str = "a backup") -> Iterator[None]:
         if not got:
             raise _busy(vm, _read(handle, state / "locks" / name))
         _enter(handle, state, doing, vm={"uuid": vm.uuid, "name": vm.name})
+        _own[vm.uuid] = handle, state / "locks" / name
         yield
         if _is(handle, state / "locks" / name):
             os.ftruncate(handle, 0)
     finally:
+        _own.pop(vm.uuid, None)
         _close(handle, state / "locks" / name)
+
+
+def is_lost(vm: VM) -> bool:
+    """Whether somebody has closed the descriptor of the lock that `vm_run` holds in this process; opens nothing."""
+    held = _own.get(vm.uuid)
+    # Asked again: it may have been given back between the two.
+    return held is not None and not _is(*held) and _own.get(vm.uuid) is held
 
 
 def still_held(state: Path, vm: VM) -> None:
