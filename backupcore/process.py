@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Hang", "children", "dying", "hang", "hangs", "held_by_the_dying", "holders", "locks_are_shown"]
+__all__ = ["Hang", "children", "dying", "hang", "hangs", "held_by_the_dying", "holders", "locks_are_shown", "stopped"]
 
 _PROC = Path("/proc")
 _EXITING = 0x4  # PF_EXITING of the flags in /proc/PID/stat
@@ -55,6 +55,11 @@ def dying(process: int) -> bool:
     """Whether a process is there and will run none of its program any more: a zombie, or killed and not yet gone."""
     threads = _threads(process)
     return bool(threads) and all(_thread_dying(thread) for thread in threads)
+
+
+def stopped(process: int) -> bool:
+    """Whether a process was stopped, by SIGSTOP or Ctrl-Z, or is held by a debugger."""
+    return _stat(_PROC / str(process))[:1] in (["T"], ["t"])
 
 
 def holders(handle: int) -> set[int]:

@@ -28,8 +28,8 @@ STEPS = {
     "it hears its owner": "backupcore_libvirt.release.process:_Guard._told call",
     "it watches": "backupcore_libvirt.release.process:_Guard._told return",
     "it looks at scratch": "backupcore_libvirt.scratch:scratch_room return",
-    "before a client is admitted": "backupcore_libvirt.release.process:_Guard._admit call",
-    "a client is admitted": "backupcore_libvirt.release.process:_Guard._admit return",
+    "before a client is admitted": "backupcore_libvirt.release.control:Control._admit call",
+    "a client is admitted": "backupcore_libvirt.release.control:Control._admit return",
     "before the owner's turn": "backupcore_libvirt.release.process:_Guard._turn call",
 }
 """Of a backup that goes well."""

@@ -22,6 +22,7 @@ from backupcore import verdict
 from backupcore.context import Context
 from backupcore.disk.nbd.admission import leaves
 from backupcore.errors import BackupError, Cancelled, HypervisorError, TargetFull, dump_error, load_error
+from backupcore.process import stopped
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.image_lock import keep_closed
 from backupcore_libvirt.libvirt_errors import is_away
@@ -186,7 +187,7 @@ class Guard:
         """Listen until the process ends. Runs in a thread of its own."""
         assert self._child.stdout is not None
         pipe, said = self._child.stdout.fileno(), b""
-        stopped = 0
+        looks = 0  # at which it was stopped, one after the other
         while True:
             try:
                 readable, _, _ = select.select([pipe], [], [], LOOK_EVERY)
@@ -196,8 +197,8 @@ class Guard:
                 break
             if not readable:
                 # One that is stopped does not notice when the guest stands: better none than that.
-                stopped = stopped + 1 if _is_stopped(self._child.pid) else 0
-                if stopped == 2:
+                looks = looks + 1 if stopped(self._child.pid) else 0
+                if looks == 2:
                     self._child.kill()
                 continue
             if not piece:
@@ -411,10 +412,3 @@ def _is_handle_of(handle: int, process: int) -> bool:
     except OSError:
         return False
     return any(line.split() in (["Pid:", str(process)], ["Pid:", "-1"]) for line in lines)
-
-
-def _is_stopped(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
-    except (OSError, IndexError):
-        return False
