@@ -31,8 +31,10 @@ from backupcore.model import Outcome, RunState
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.plugin import Libvirt
 from backupcore_libvirt.release.clients import connected
+from backupcore_libvirt.release.giving_up import Run as GuardedRun
 from backupcore_libvirt.release.guard import Guard
 from backupcore_libvirt.release.own_unit import OwnUnit
+from backupcore_libvirt.release.watching import Watch
 from backupcore_libvirt.scratch import Owner
 from lab.boot_sector import boot_sector
 
@@ -427,6 +429,22 @@ def test_it_cannot_be_started_where_libvirt_does_not_answer(small, runs, tmp_pat
         guard = Guard(away, small.uuid, small.name, RunFolder(runs.hypervisor.scratch, run.id), ctx)
         with pytest.raises(HypervisorError, match="guards the guest of VM .* could not be started: connect to"):
             guard.require_ready()
+
+
+def test_a_look_that_breaks_is_a_reason_to_give_the_run_up(tmp_path):
+    """Whatever broke it: nobody would look at the guest any more."""
+
+    class Broken(Watch):
+        def _look(self):
+            raise MemoryError("no room for a thought")
+
+    told = []
+    Broken(
+        GuardedRun("test:///default", "", "web1", RunFolder(tmp_path, "0" * 32), tmp_path, 0), told.append, print
+    ).run()
+    (error,) = told
+    assert isinstance(error, HypervisorError)
+    assert error.message == "VM web1 cannot be watched any more: MemoryError: no room for a thought"
 
 
 def test_it_says_so_where_its_socket_finds_no_room(small, runs, tmp_path, needs_root):

@@ -57,6 +57,10 @@ class Watch(threading.Thread):
             error = HypervisorError(f"scratch folder {self._run.scratch.scratch} cannot be watched: {problem}")
         except BackupError as problem:
             error = problem
+        except Exception as problem:  # noqa: BLE001 - whatever it is: nobody would look any more
+            error = HypervisorError(
+                f"VM {self._run.name} cannot be watched any more: {type(problem).__name__}: {problem}", "Run it again."
+            )
         if error is not None and not self.stop_asked.is_set():
             self._trouble(error)
 
