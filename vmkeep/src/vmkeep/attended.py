@@ -23,7 +23,7 @@ from vmkeep import interrupt, lock
 if TYPE_CHECKING:
     from backupcore.context import Context
     from backupcore.model import VM, BackupRun
-    from vmkeep.backup import Taken
+    from vmkeep.taken import Taken
 
 __all__ = ["RELEASED", "UnderWay", "attended", "end_at_once", "left_behind", "spoilt"]
 

@@ -22,24 +22,12 @@ from vmkeep import adoption, flatten, folders, interrupt, lock, recovery, retent
 from vmkeep.attended import UnderWay, attended, end_at_once, spoilt
 from vmkeep.catalog import flattens, images, points, runs
 from vmkeep.catalog.database import Catalog
+from vmkeep.taken import Taken
 from vmkeep.workplace import Workplace
 
 __all__ = ["Planned", "Taken", "newest_locked", "plan", "recover_first", "take"]
 
 log = logging.getLogger("vmkeep.backup")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Taken:
-    """A backup that was taken and recorded; `image` is its image's number.
-
-    `retention` is what was let go for it, `warnings` what went wrong after the record.
-    """
-
-    recorded: Recorded
-    image: int
-    retention: tuple[retention.Action, ...] = ()
-    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

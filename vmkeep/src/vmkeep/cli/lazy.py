@@ -10,7 +10,7 @@ from types import ModuleType
 
 import click
 
-from vmkeep import start
+from vmkeep import ctrl_c
 
 __all__ = ["LazyGroup"]
 
@@ -48,7 +48,7 @@ def _imported(module: str) -> ModuleType:
         return sys.modules[module]
     gc.disable()  # modules stay: to look through them again and again while they come is a fifth of the start
     try:
-        with start.interrupted_at_once():
+        with ctrl_c.interrupted_at_once():
             return import_module(module)
     finally:
         gc.freeze()

@@ -11,7 +11,7 @@ from contextlib import suppress
 import click
 
 from backupcore.errors import BackupError
-from vmkeep import start
+from vmkeep import ctrl_c
 from vmkeep.cli import exits
 from vmkeep.cli.asked import Asked, common
 from vmkeep.cli.lazy import LazyGroup
@@ -127,7 +127,7 @@ def main() -> None:
     except KeyboardInterrupt:  # while the first was being told
         pass
     finally:
-        start.ends_at_once(code)  # what was done stays done, and was told
+        ctrl_c.ends_at_once(code)  # what was done stays done, and was told
     attended = sys.modules.get("vmkeep.attended")  # loaded by those commands alone that have such a run
     if attended is not None and attended.left_behind():
         # A run that hangs was left behind, and Python would wait for the threads that it has begun.
