@@ -192,6 +192,30 @@ def test_kill_9_of_a_run_that_waits_in_the_kernel_leaves_no_lock_and_no_guest(ha
     assert process.dying(child.pid), "still in its write"
 
 
+def without_locks(site, *arguments):
+    mount = 'mount -t proc -o subset=pid lab /proc; exec "$0" -m vmkeep "$@"'
+    return subprocess.run(
+        ["unshare", "--mount", "sh", "-c", mount, sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": site.paths, "VMKEEP_CONFIG": str(site.config)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+def test_cancel_where_the_holder_of_a_lock_cannot_be_told(hanging):
+    """The guard lets the guest go. The process, which lives, does not count as ended."""
+    child, run = in_the_kernel(hanging)
+    Guard(hanging, run)
+    told = without_locks(hanging, "cancel", "web1")
+    assert told.returncode == 3, told.stderr
+    assert f"process {child.pid} was not told" in told.stdout
+    assert f"not ended: process {child.pid} (" in told.stderr
+    assert not hanging.guest(WEB).busy
+    child.kill()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
 def test_a_lock_whose_holder_cannot_be_told_is_not_taken_over(hanging):
     """As in a unit with ProcSubset=pid: /proc/locks is not there, and nothing of /proc but the processes."""
@@ -199,14 +223,7 @@ def test_a_lock_whose_holder_cannot_be_told_is_not_taken_over(hanging):
     child.kill()
     hanging.until_dying(child.pid)
     hanging.target.block("nothing")
-    mount = 'mount -t proc -o subset=pid lab /proc; exec "$0" -m vmkeep backup web1'
-    told = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", mount, sys.executable],
-        env={**os.environ, "PYTHONPATH": hanging.paths, "VMKEEP_CONFIG": str(hanging.config)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    told = without_locks(hanging, "backup", "web1")
     assert told.returncode == 10, told.stderr
     assert f"the lock of VM web1 is held by a dead run: process {child.pid} (" in told.stderr
     assert "without ProcSubset=pid" in told.stderr

@@ -166,6 +166,12 @@ def _signalled(holder: lock.Holder, waiting: Callable[[lock.Holder], None], did:
         return
     try:
         # From here on the number cannot go to another process unnoticed.
+        if not process.locks_are_shown():
+            did.append(
+                f"process {holder.process} was not told: whether it is that run cannot be seen without /proc/locks"
+            )
+            yield _Owner(holder.process, handle)
+            return
         if not _holds(holder):
             yield _Owner(holder.process, None)
             return
