@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -114,6 +115,10 @@ def _attempt(
             seconds=time.monotonic() - started,
         )
         ctx.progress.phase("record")
+        if ctx.cancelled:
+            with suppress(OSError):  # whoever stopped it may not have come to say so on disk
+                verdict.give_up(ctx.folder, ctx.failure or Cancelled("cancelled"))
+            ctx.check()
         verdict.claim(ctx.folder)  # whoever watches over the guest may have given the run up
         record(recorded)
         outcome = replace(outcome, state=RunState.RECORDED)

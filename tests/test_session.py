@@ -440,6 +440,23 @@ def test_a_cancelled_run_stops_at_the_next_read(site: Site):
     assert not site.driver.kept
 
 
+def test_a_run_that_was_cancelled_after_its_last_read_is_not_recorded(site: Site):
+    """Nor is what its datastore has published kept, though nobody else could say on disk that it was given up."""
+    recorded = []
+
+    class Late:
+        @hookimpl(wrapper=True)
+        def backup(self, ctx):
+            stored = yield
+            ctx.cancel()
+            return stored
+
+    driver = MemoryDriver()
+    with pytest.raises(Cancelled):
+        site.backup(driver, Late(), record=recorded.append)
+    assert (recorded, driver.kept) == ([], {})
+
+
 def test_a_cancel_during_the_very_last_read_stops_the_run(site: Site):
     class Stopping(BytesArtifact):
         def read_at(self, offset, length):

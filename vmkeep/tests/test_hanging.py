@@ -110,6 +110,15 @@ def the_next_backup_works(site):
     return told
 
 
+def test_on_a_network_file_system_the_folders_of_runs_do_not_pile_up(site, tmp_path):
+    """A file that is removed while it is open, as a run's lock is, keeps another name there, and the folder with it."""
+    with blocking(tmp_path) as target:
+        site.state.symlink_to(target.path)
+        told = site.process("backup", "web1")
+        assert (told.code, "could not be removed" in told.err) == (0, False), told.err
+        assert not list((site.state / "runs").iterdir())
+
+
 def test_cancel_of_an_owner_that_waits_in_the_kernel_frees_the_guest_and_names_what_hangs(hanging):
     child, run = in_the_kernel(hanging)
     guarding = Guard(hanging, run)

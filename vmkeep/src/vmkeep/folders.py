@@ -56,11 +56,15 @@ def own(state: Path, run: BackupRun | None = None) -> Iterator[Path]:
             keep(folder, "run.json", dump_run(run))
         yield folder
     finally:
-        _remove(folder)
+        # Before the lock is given back: whoever sweeps must not find it dead. But NFS and FUSE keep an open file,
+        # under another name, and with it the folder.
+        removed = _remove(folder, again=True)
         inherited.let_go(handle)
         with suppress(OSError):  # a plugin may have closed it, and the number may be another file's by now
             if os.path.samestat(os.fstat(handle), opened):
                 os.close(handle)
+        if not removed:
+            _remove(folder)
 
 
 def keep(folder: Path, name: str, text: str) -> None:
@@ -200,7 +204,8 @@ def _old(folder: Path) -> bool:
         return False  # its run has ended meanwhile
 
 
-def _remove(folder: Path) -> bool:
+def _remove(folder: Path, *, again: bool = False) -> bool:
+    """Whether it was removed by this call. Why it could not be is logged, unless it is tried `again`."""
     # A view's process that was killed leaves a dead mount behind, and one that hangs a live one.
     for place in _mounts_below(folder):
         unmount = ["umount", "-l", place] if os.geteuid() == 0 else ["fusermount3", "-u", "-z", place]
@@ -214,7 +219,8 @@ def _remove(folder: Path) -> bool:
     except FileNotFoundError:
         return False
     except OSError as error:
-        log.warning("the folder of a run could not be removed: %s", error)
+        if not again:
+            log.warning("the folder of a run could not be removed: %s", error)
         return False
     return True
 
