@@ -34,8 +34,8 @@ __all__ = ["Holder", "holder", "image_exclusive", "image_shared", "is_lost", "st
 log = logging.getLogger("vmkeep.lock")
 
 _LENGTH = 4096  # bytes; the name of a VM has 200 at most, and JSON writes one letter in twelve
-_own: dict[str, tuple[int, Path]] = {}
-"""The descriptor and the file of each VM's lock that this process has, by the VM's UUID."""
+_own: dict[str, tuple[int, str]] = {}
+"""The descriptor of each VM's lock that this process has, and what it is open to, by the VM's UUID."""
 _ALONE_LIMIT = 5.0  # seconds; whoever is alone with the locks is so for less than a millisecond
 
 
@@ -180,7 +180,7 @@ def vm_run(state: Path, vm: VM, doing: str = "a backup") -> Iterator[None]:
         if not got:
             raise _busy(vm, _read(handle, state / "locks" / name))
         _enter(handle, state, doing, vm={"uuid": vm.uuid, "name": vm.name})
-        _own[vm.uuid] = handle, state / "locks" / name
+        _own[vm.uuid] = handle, _opened(handle)
         yield
         if _is(handle, state / "locks" / name):
             os.ftruncate(handle, 0)
@@ -190,10 +190,22 @@ def vm_run(state: Path, vm: VM, doing: str = "a backup") -> Iterator[None]:
 
 
 def is_lost(vm: VM) -> bool:
-    """Whether somebody has closed the descriptor of the lock that `vm_run` holds in this process; opens nothing."""
+    """Whether somebody has closed the descriptor of the lock that `vm_run` holds in this process.
+
+    Opens nothing, and asks no file system, which may hang.
+    """
     held = _own.get(vm.uuid)
     # Asked again: it may have been given back between the two.
-    return held is not None and not _is(*held) and _own.get(vm.uuid) is held
+    return held is not None and _opened(held[0]) != held[1] and _own.get(vm.uuid) is held
+
+
+def _opened(handle: int) -> str:
+    """What a descriptor is open to, as the kernel knows it by itself: mount and, since Linux 5.14, inode."""
+    try:
+        info = Path(f"/proc/self/fdinfo/{handle}").read_text()
+    except OSError:
+        return ""
+    return " ".join(line for line in info.splitlines() if line.startswith(("mnt_id:", "ino:")))
 
 
 def still_held(state: Path, vm: VM) -> None:
