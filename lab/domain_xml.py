@@ -18,7 +18,7 @@ class DiskSpec:
 
     `size` is in bytes. `content` is a raw image that the disk starts as; without it the disk is empty. `compat` is the
     qcow2 version: 0.10 holds no bitmaps. `driver` are further attributes of libvirt's <driver>, such as
-    ``error_policy='report'``.
+    ``error_policy='report'``. With `device` it lies on that block device, which has this size or a larger one.
     """
 
     target: str
@@ -28,6 +28,7 @@ class DiskSpec:
     content: Path | None = None
     compat: Literal["0.10", "1.1"] = "1.1"
     driver: str = ""
+    device: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,9 @@ def domain_xml(
 
 def _disk_xml(disk: DiskSpec, path: Path) -> str:
     # libvirt keeps an alias of the user's only if it starts with ua-; QEMU's monitor finds the device by it.
+    kind, place = ("file", "file") if disk.device is None else ("block", "dev")
     return (
-        f"<disk type='file' device='disk'><driver name='qemu' type='{disk.format}' discard='unmap' {disk.driver}/>"
-        f"<source file={quoteattr(str(path))}/><target dev='{disk.target}' bus='{disk.bus}'/>"
+        f"<disk type='{kind}' device='disk'><driver name='qemu' type='{disk.format}' discard='unmap' {disk.driver}/>"
+        f"<source {place}={quoteattr(str(path))}/><target dev='{disk.target}' bus='{disk.bus}'/>"
         f"<alias name='ua-{disk.target}'/></disk>"
     )

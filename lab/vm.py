@@ -143,12 +143,15 @@ class VM:
         self.connection.close()
 
     def disk(self, target: str) -> Path:
-        """The file that holds a disk now: its newest layer, where snapshots were taken."""
+        """The file or device that holds a disk now: its newest layer, where snapshots were taken."""
         root = ElementTree.fromstring(self.domain.XMLDesc())
         for disk in root.iterfind("devices/disk"):
             found, source = disk.find("target"), disk.find("source")
             if found is not None and source is not None and found.get("dev") == target:
-                return Path(source.get("file", ""))
+                if pool := source.get("pool"):
+                    volumes = self.connection.storagePoolLookupByName(pool)
+                    return Path(volumes.storageVolLookupByName(source.get("volume", "")).path())
+                return Path(source.get("file") or source.get("dev") or "")
         raise KeyError(f"{self.name} has no disk {target}")
 
     def targets(self) -> list[str]:
@@ -301,7 +304,9 @@ def same(first: Path, second: Path) -> bool:
 
 
 def _make_disk(disk: DiskSpec, folder: Path) -> Path:
-    path = folder / f"{disk.target}.{disk.format}"
+    path = disk.device or folder / f"{disk.target}.{disk.format}"
+    if disk.device is not None and disk.format == "raw":
+        return path
     options = ["-o", f"compat={disk.compat}"] if disk.format == "qcow2" else []
     if disk.content is None:
         _run("qemu-img", "create", "-q", "-f", disk.format, *options, str(path), str(disk.size))

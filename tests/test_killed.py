@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import signal
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from backupcore_libvirt.connection import Connection
 from backupcore_libvirt.versions import survives_clients_of_iothreads
 from lab.domain_xml import DiskSpec
 from lab.host import RUNNING, Host, processes, wait_until
+from lab.loop import loop_device
 
 MIB = 1 << 20
 pytestmark = pytest.mark.timeout(600)  # several backups each; on a loaded machine they take their time
@@ -105,18 +106,19 @@ SNAPSHOT_OFF = {"an overlay is dropped": "backupcore_libvirt.overlay.merge:Merge
 
 _OVERLAY = "backupcore_libvirt.overlay"
 TEMPORARY = {
+    "the overlays are noted": f"{_OVERLAY}.folder:OverlayFolder.note return",
     "an overlay is made": "backupcore_libvirt.premade.image:make_overlay return",
     "all overlays are made": f"{_OVERLAY}.temporary:make return",
     "a checkpoint is made": "backupcore_libvirt.connection:Domain.create_checkpoint return",
     "before the overlays come onto the disks": "backupcore_libvirt.connection:Domain.snapshot call",
     "the instant of the temporary overlays": "backupcore_libvirt.connection:Domain.snapshot return",
     "a file below is served": "backupcore_libvirt.qemu_nbd:QemuNbd.__enter__ return",
-    "before the merge": f"{_OVERLAY}.temporary:settle call",
+    "before the merge": f"{_OVERLAY}.left:settle call",
     "a merge has begun": "backupcore_libvirt.connection:Domain.begin_commit return",
     "before the pivot": "backupcore_libvirt.connection:Domain.pivot call",
     "after the pivot": "backupcore_libvirt.connection:Domain.pivot return",
     "one disk is merged": f"{_OVERLAY}.merge:Merger.merge return",
-    "all is merged": f"{_OVERLAY}.temporary:settle return",
+    "all is merged": f"{_OVERLAY}.left:settle return",
     **{name: step for name, step in STEPS.items() if "Domain." not in step and name != "the job has ended"},
 }
 """Those of a running VM that is held by overlays for the time of a run."""
@@ -158,12 +160,17 @@ def host(make_vm, libvirt_uri: str, vm_folder: Path) -> Host:
 
 
 @pytest.fixture
-def threaded(make_vm, libvirt_uri: str, vm_folder: Path) -> Host:
-    """A host whose VM has its disks on an I/O thread."""
-    sizes = {"vda": 32 * MIB, "vdb": 16 * MIB + 512}
-    disks = [DiskSpec(target=target, size=size, driver="iothread='1'") for target, size in sizes.items()]
-    vm = make_vm(disks, label="threaded", iothreads=1)
-    return written(Host(vm_folder, vm, libvirt_uri, driver="lab"))
+def threaded(make_vm, libvirt_uri: str, vm_folder: Path) -> Iterator[Host]:
+    """A host whose VM has its disks on an I/O thread: a file, and a block device."""
+    size = 16 * MIB + 512
+    with loop_device(vm_folder / "loop", bytes(size)) as device:
+        disks = [
+            DiskSpec(target="vda", size=32 * MIB, driver="iothread='1'"),
+            DiskSpec(target="vdb", size=size, format="raw", device=device, driver="iothread='1'"),
+        ]
+        vm = make_vm(disks, label="threaded", iothreads=1)
+        yield written(Host(vm_folder, vm, libvirt_uri, driver="lab"))
+        vm.destroy()  # before its device goes
 
 
 def written(host: Host) -> Host:

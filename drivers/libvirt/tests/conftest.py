@@ -11,8 +11,9 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,9 @@ from backupcore.model import BackupRun, Image, Increment, Link, Outcome, Prepare
 from backupcore.restore import restore
 from backupcore.session import Recorded
 from backupcore.testing.memory import MemoryDriver
+from backupcore_libvirt.mechanisms import choice
 from backupcore_libvirt.plugin import Libvirt
+from backupcore_libvirt.release.guard import Guard
 from lab import graft, kernel
 from lab.domain_xml import DiskSpec, Firmware, domain_xml
 from lab.loop import loop_device
@@ -154,6 +157,43 @@ class SmallVM(VM):
         os.kill(int((run / f"{self.name}.pid").read_text()), signal.SIGKILL)
         wait_for(lambda: not self.active, "libvirt notices the death of QEMU")
 
+    def life(self) -> int:
+        """libvirt's number of the running VM: another one where its QEMU has died meanwhile."""
+        return int(self.domain.ID())
+
+    def overlays(self) -> list[Path]:
+        """The overlays of ours beside its disks."""
+        return sorted(path for path in self.folder.iterdir() if "backupcore" in path.name)
+
+    def plain(self) -> None:
+        """At rest: no overlay, no job, each disk on its own file, by both definitions, and the guest runs."""
+        assert self.overlays() == []
+        for disk in self.targets():
+            assert self.disk(disk).name in (f"{disk}.qcow2", f"{disk}.raw")
+            assert not self.active or self.domain.blockJobInfo(disk, 0) == {}
+            assert str(self.disk(disk)) in self.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+        assert not self.active or self.domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
+
+    def settled(self, disk: str) -> None:
+        """Wait until no block job works on the disk."""
+        wait_for(lambda: self.domain.blockJobInfo(disk, 0) == {}, "the end of the block job", 60)
+
+    def commit(self, disk: str) -> None:
+        """As `virsh blockcommit --active --shallow --pivot --delete`."""
+        flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE | libvirt.VIR_DOMAIN_BLOCK_COMMIT_SHALLOW
+        flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_DELETE
+        self.domain.blockCommit(disk, None, None, 0, flags)
+
+        def pivoted() -> bool:
+            found = self.domain.blockJobInfo(disk, 0)
+            with contextlib.suppress(libvirt.libvirtError):  # not ready yet
+                if found["cur"] == found["end"]:
+                    self.domain.blockJobAbort(disk, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
+                    return True
+            return False
+
+        wait_for(pivoted, "the commit", 60)
+
     def untouched(self) -> None:
         """No trace of a backup: the guest was not touched."""
         assert self.job() == 0
@@ -180,11 +220,12 @@ class Lab:
         firmware: Firmware | None = None,
         iothread: Literal["", "disk", "controller"] = "",
         folder: Path | None = None,
+        devices: Mapping[str, Path] | None = None,
     ) -> SmallVM:
         """A VM. `more` goes into its devices, `driver` into each disk's driver element, `content` onto its first disk.
 
-        `iothread` says what has an I/O thread: every disk, or the SCSI controller, on which they are then. `firmware`
-        and `folder` as in `lab.vm.VM.create`.
+        `iothread` says what has an I/O thread: every disk, or the SCSI controller, on which they are then. `devices`
+        are the block devices of those disks that lie on one. `firmware` and `folder` as in `lab.vm.VM.create`.
         """
         if iothread == "disk":
             driver = f"{driver} iothread='1'"
@@ -200,6 +241,7 @@ class Lab:
                     content=content if letter == "a" else None,
                     driver=driver,
                     bus="scsi" if iothread == "controller" else "virtio",
+                    device=(devices or {}).get(f"vd{letter}"),
                 )
             )
         name = f"{self.prefix}libvirt-{next(_numbers)}"
@@ -464,6 +506,27 @@ class Runs:
                 self.hypervisor.postbackup(run, outcome, ctx)
         assert not (self.hypervisor.scratch / run.id).exists()
 
+    @contextlib.contextmanager
+    def left_alone(self, run: BackupRun) -> Iterator[None]:
+        """A run whose process is killed, with its guard, while it holds the VM: no `postbackup`, its folder stays."""
+        with self.context(run) as ctx:
+            self.hypervisor.prebackup(run, ctx)
+            yield
+            guard = Guard.of(run.id)
+            assert guard is not None
+            os.kill(guard.process, signal.SIGKILL)
+            for thread in threading.enumerate():
+                if thread.name == f"guard-{run.id}":  # it does what the guard had to do
+                    thread.join(60)
+
+    def recover(self, vm: SmallVM) -> tuple[str, ...]:
+        """What `vmkeep recover` asks for: what was put right."""
+        folder = self.folder / new_id()
+        folder.mkdir()
+        with Context(folder) as ctx:
+            self.hypervisor.recover(vm.identity, (), ctx)
+            return ctx.put_right
+
     def keep(self, taken: Taken, folder: Path) -> dict[str, Path]:
         """Every disk artifact as a file, read as a driver reads it."""
         folder.mkdir(exist_ok=True)
@@ -514,6 +577,33 @@ def runs(hypervisor: Libvirt, tmp_path: Path) -> Runs:
     folder = tmp_path / "runs"
     folder.mkdir()
     return Runs(hypervisor, folder)
+
+
+@pytest.fixture
+def take(runs: Runs, tmp_path: Path) -> Callable[..., tuple[Taken, dict[str, Path]]]:
+    """One backup, held open for `during`, then kept in a folder: (taken, its layer)."""
+
+    def one(
+        vm: SmallVM, parent: Taken | None = None, during: Callable[[], None] = lambda: None, **more: object
+    ) -> tuple[Taken, dict[str, Path]]:
+        run = runs.run(vm, parent, **more)
+        with runs.take(run) as taken:
+            during()
+            return taken, runs.keep(taken, tmp_path / run.id)
+
+    return one
+
+
+@pytest.fixture
+def every_qemu_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This one counts as one that a backup job would kill, so that tests say the same on every host."""
+    monkeypatch.setattr(choice, "survives_clients_of_iothreads", lambda _: False)
+
+
+@pytest.fixture
+def every_vm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """VMs that other tests share count as ones with an I/O thread, too."""
+    monkeypatch.setattr(choice, "with_iothreads", lambda _, disks: dict.fromkeys(disks, "this test"))
 
 
 def restored(layers: Sequence[Path], target: Path) -> Path:

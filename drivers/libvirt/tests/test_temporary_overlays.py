@@ -7,78 +7,32 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from xml.etree import ElementTree
 
 import libvirt
 import pytest
 
-from backupcore.context import Context
 from backupcore.disk.nbd import ConnectionLost
-from backupcore.errors import BackupError, Busy, HypervisorError, IncrementImpossible, TargetFull, UnsupportedOperation
+from backupcore.errors import BackupError, Busy, HypervisorError, TargetFull, UnsupportedOperation
 from backupcore.model import RunState
 from backupcore_libvirt.apparmor import denies_merges
 from backupcore_libvirt.connection import Connection, Domain
-from backupcore_libvirt.image_lock import keep_closed
-from backupcore_libvirt.mechanisms import choice
 from backupcore_libvirt.mechanisms.temporary_overlays import TemporaryOverlays
 from backupcore_libvirt.overlay.merge import Merger
 from backupcore_libvirt.overlay.room import Growing, require_room, too_full
-from backupcore_libvirt.overlay.stack import overlay_path
-from backupcore_libvirt.premade.image import make_overlay
 from backupcore_libvirt.release.guard import Guard
 
+pytestmark = pytest.mark.usefixtures("every_qemu_dies")
+
 MiB = 1 << 20
-
-
-def overlays(vm) -> list[Path]:
-    """The overlays that lie beside its disks."""
-    return sorted(path for path in vm.folder.iterdir() if "backupcore" in path.name)
-
-
-def life(vm) -> int:
-    """libvirt's number of the running VM: another one where its QEMU has died meanwhile."""
-    return vm.domain.ID()
-
-
-@pytest.fixture(autouse=True)
-def every_qemu_dies(monkeypatch) -> None:
-    """This one counts as one that a backup job would kill, so that these tests say the same on every host."""
-    monkeypatch.setattr(choice, "survives_clients_of_iothreads", lambda _: False)
-
-
-@pytest.fixture
-def take(runs, tmp_path):
-    """One backup, held open for the block, then kept in a folder: (taken, its layer)."""
-
-    def one(vm, parent=None, during=lambda: None, **more):
-        run = runs.run(vm, parent, **more)
-        with runs.take(run) as taken:
-            during()
-            return taken, runs.keep(taken, tmp_path / run.id)
-
-    return one
-
-
-def plain(vm) -> None:
-    """At rest: no overlay, no job, each disk on its own file, by both definitions, and the guest runs."""
-    assert overlays(vm) == []
-    for disk in vm.targets():
-        assert vm.disk(disk).name in (f"{disk}.qcow2", f"{disk}.raw")
-        assert not vm.active or vm.domain.blockJobInfo(disk, 0) == {}
-        assert str(vm.disk(disk)) in vm.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
-    assert not vm.active or vm.domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING
 
 
 def test_full_and_increments(lab, take, same, tmp_path):
     vm = lab.vm(["qcow2:64", "raw:9"], iothread="disk")
     vm.io("vda", "write -P 0x11 0 8M", "write -P 0x12 30M 1M")
     vm.io("vdb", "write -P 0x13 1M 1M")
-    before, layers, parent = life(vm), [], None
+    before, layers, parent = vm.life(), [], None
     changes = [
         [],
         ["write -P 0x21 1M 64k", "write -z 2M 1M", "write -z -u 4M 1M", "discard 6M 1M", "write -P 0x22 40000k 512"],
@@ -87,7 +41,7 @@ def test_full_and_increments(lab, take, same, tmp_path):
 
     def during() -> None:
         # What the guest writes from here on is no part of the backup, and part of the next one.
-        assert [path.suffixes[-2:] for path in overlays(vm)] == [[".temporary", ".qcow2"]] * 2
+        assert [path.suffixes[-2:] for path in vm.overlays()] == [[".temporary", ".qcow2"]] * 2
         vm.io("vda", "write -P 0x77 0 64k", "discard 7M 64k", "write -z 20M 64k")
         vm.io("vdb", "write -P 0x78 0 64k")
 
@@ -102,8 +56,8 @@ def test_full_and_increments(lab, take, same, tmp_path):
             (number == 0, str(vm.folder / "vda.qcow2")),
             (True, str(vm.folder / "vdb.raw")),
         ]
-        plain(vm)
-    assert life(vm) == before
+        vm.plain()
+    assert vm.life() == before
     held = parent.prepared.artifacts[0].layout
     assert sum(extent.length for extent in held.extents()) <= 7 * 65536, "what changed, and no more"
 
@@ -136,7 +90,7 @@ def test_all_disks_show_one_instant_of_a_guest_that_writes(counting_vm, runs, re
         assert first - second in (0, 1), "the second disk is at most one write behind the first"
         assert second > seen
         seen = second
-    plain(vm)
+    vm.plain()
 
 
 def test_a_chain_goes_on_with_a_backup_job_and_while_the_vm_is_off(lab, take, same, monkeypatch, tmp_path):
@@ -177,7 +131,7 @@ def test_a_chain_goes_on_with_a_backup_job_and_while_the_vm_is_off(lab, take, sa
     increment(4, "off")
     vm.start()
     increment(5, "overlay")
-    plain(vm)
+    vm.plain()
 
 
 def test_a_comparison_with_the_last_backup(lab, take, runs, tmp_path):
@@ -186,127 +140,15 @@ def test_a_comparison_with_the_last_backup(lab, take, runs, tmp_path):
     vm.io("vda", "write -P 1 0 4M")
     parent, _ = take(vm)
     vm.io("vda", "write -P 2 1M 64k")
-    checkpoints, before = vm.checkpoints(), life(vm)
+    checkpoints, before = vm.checkpoints(), vm.life()
     run = runs.run(vm, parent)
     with runs.context(run) as ctx, runs.hypervisor.unchanged(run, ["vda", "vdb"], ctx) as (first, second):
-        assert len(overlays(vm)) == 1
+        assert len(vm.overlays()) == 1
         extents = [(e.offset, e.length) for e in first.extents if e.kind.name == "DATA"]
         assert extents == [(0, MiB), (MiB + 65536, 3 * MiB - 65536)]
         assert second.why_not.startswith("raw")
-    assert (vm.checkpoints(), life(vm)) == (checkpoints, before)
-    plain(vm)
-
-
-# What others do meanwhile
-
-
-def commit_by_hand(vm, disk: str) -> None:
-    """As `virsh blockcommit --active --shallow --pivot`."""
-    flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE | libvirt.VIR_DOMAIN_BLOCK_COMMIT_SHALLOW
-    vm.domain.blockCommit(disk, None, None, 0, flags)
-    deadline = time.monotonic() + 60
-    while True:
-        found = vm.domain.blockJobInfo(disk, 0)
-        with contextlib.suppress(libvirt.libvirtError):  # not ready yet
-            if found["cur"] == found["end"]:
-                vm.domain.blockJobAbort(disk, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
-                return
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def test_an_internal_snapshot_that_was_taken_meanwhile_is_not_destroyed(lab, runs, same, tmp_path):
-    vm = lab.vm(["qcow2:16"], iothread="disk")
-    with pytest.raises(HypervisorError, match=r"snapshots .*\(mine\)") as told, runs.take(runs.run(vm)):
-        vm.io("vda", "write -P 2 2M 1M")
-        vm.domain.snapshotCreateXML("<domainsnapshot><name>mine</name></domainsnapshot>", 0)
-        vm.io("vda", "write -P 3 2M 1M")
-    assert "virsh snapshot-delete" in told.value.hint
-    assert len(overlays(vm)) == 1
-    with pytest.raises(HypervisorError, match="mine"):
-        recover(runs, vm, tmp_path / "early")
-    with pytest.raises(HypervisorError, match="mine"), runs.take(runs.run(vm)) as taken:
-        truth = vm.copy_truth(tmp_path / "truth")
-        same([runs.keep(taken, tmp_path / "layer")], truth)
-    assert len(overlays(vm)) == 1
-    vm.domain.snapshotLookupByName("mine").delete()
-    truth = vm.copy_truth(tmp_path / "after")
-    recover(runs, vm, tmp_path / "recover")
-    plain(vm)
-    with runs.take(runs.run(vm)) as taken:
-        same([runs.keep(taken, tmp_path / "last")], truth)
-
-
-@pytest.mark.parametrize("managed", [True, False], ids=["managed", "to a file"])
-def test_a_vm_whose_memory_was_saved_meanwhile_finds_its_disks(lab, runs, same, tmp_path, managed):
-    vm = lab.vm(["qcow2:16"], iothread="disk")
-    file = vm.folder / "memory"
-    with pytest.raises(Busy, match="its memory is saved"), runs.take(runs.run(vm)):
-        vm.io("vda", "write -P 2 2M 1M")
-        truth = vm.copy_truth(tmp_path / "truth")
-        vm.domain.managedSave(0) if managed else vm.domain.save(str(file))
-    assert len(overlays(vm)) == 1
-    vm.start() if managed else vm.connection.restore(str(file))
-    recover(runs, vm, tmp_path / "recover")
-    plain(vm)
-    with runs.take(runs.run(vm)) as taken:
-        same([runs.keep(taken, tmp_path / "layer")], truth)
-
-
-def test_an_external_snapshot_that_was_taken_meanwhile_is_told(lab, runs, tmp_path):
-    vm = lab.vm(["qcow2:16"], iothread="disk")
-    xml = f"""<domainsnapshot><disks><disk name='vda' snapshot='external'><source file='{vm.folder / "mine.qcow2"}'/>
-        </disk></disks></domainsnapshot>"""
-    flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
-    with pytest.raises(HypervisorError, match="somebody's snapshot lies on it"), runs.take(runs.run(vm)):
-        vm.domain.snapshotCreateXML(xml, flags)
-        vm.io("vda", "write -P 3 2M 1M")
-    (path,) = overlays(vm)
-    assert runs.hypervisor.find(vm.name).remarks == (
-        f"somebody's snapshot lies on {path}, which a backup has left, so it is not merged",
-    )
-    with pytest.raises(HypervisorError, match="somebody's snapshot lies on it"):
-        recover(runs, vm, tmp_path / "early")
-    commit_by_hand(vm, "vda")
-    recover(runs, vm, tmp_path / "recover")
-    plain(vm)
-
-
-@pytest.mark.parametrize("first", ["qcow2", "raw"], ids=["with a checkpoint", "without"])
-def test_a_disk_that_was_detached_meanwhile_is_told(lab, runs, first):
-    """Its own file lacks what was written during the backup, and looks as if it were all of it."""
-    vm = lab.vm([f"{first}:16", "raw:8"], iothread="controller")
-    with pytest.raises(HypervisorError, match="a disk was detached during a backup") as told, runs.take(runs.run(vm)):
-        with vm.suspended():
-            vm.io("vdb", "write -P 5 0 1M")
-        root = ElementTree.fromstring(vm.domain.XMLDesc())
-        disk = next(one for one in root.iterfind("devices/disk") if one.find("target").get("dev") == "vdb")
-        flags = libvirt.VIR_DOMAIN_AFFECT_LIVE | libvirt.VIR_DOMAIN_AFFECT_CONFIG
-        vm.domain.detachDeviceFlags(ElementTree.tostring(disk, encoding="unicode"), flags)
-    (path,) = overlays(vm)
-    assert f"qemu-img commit -f qcow2 {path}" in told.value.hint
-    plain_disk = vm.folder / "vdb.raw"
-    assert plain_disk.read_bytes()[:MiB] == bytes(MiB)
-    subprocess.run(["qemu-img", "commit", "-q", "-f", "qcow2", path], check=True)
-    assert plain_disk.read_bytes()[:MiB] == b"\x05" * MiB
-    path.unlink()
-
-
-@pytest.mark.parametrize("what", ["cut off", "FIFO", "link", "folder"])
-def test_what_lies_in_the_place_of_an_overlay_hinders_no_backup(lab, runs, what):
-    vm = lab.vm(["qcow2:16"], iothread="disk")
-    path = Path(overlay_path(str(vm.disk("vda")), "0" * 32, "vda", temporary=True))
-    make = {
-        "cut off": path.touch,  # whoever made it was killed
-        "FIFO": lambda: os.mkfifo(path),
-        "link": lambda: path.symlink_to("/etc/passwd"),
-        "folder": path.mkdir,
-    }
-    make[what]()
-    assert runs.hypervisor.find(vm.name).remarks == ()
-    with runs.take(runs.run(vm)):
-        pass
-    assert overlays(vm) == ([] if what == "cut off" else [path])
+    assert (vm.checkpoints(), vm.life()) == (checkpoints, before)
+    vm.plain()
 
 
 # The end of something, in the middle of a run
@@ -325,7 +167,7 @@ def readers(folder: Path) -> list[int]:
 
 def test_the_reader_is_killed_and_the_guest_goes_on(lab, runs, take, same, tmp_path):
     vm = lab.vm(["qcow2:16"], iothread="disk")
-    before = life(vm)
+    before = vm.life()
     parent, layer = take(vm)
     vm.io("vda", "write -P 1 1M 1M")
     run = runs.run(vm, parent)
@@ -334,33 +176,12 @@ def test_the_reader_is_killed_and_the_guest_goes_on(lab, runs, take, same, tmp_p
             os.kill(process, signal.SIGKILL)
         vm.io("vda", "write -P 2 2M 1M")
         runs.keep(taken, tmp_path / "torn")
-    assert life(vm) == before
-    plain(vm)
+    assert vm.life() == before
+    vm.plain()
     truth = vm.copy_truth(tmp_path / "truth")
     taken, above = take(vm, parent)
     same([layer, above], truth)
     assert not taken.prepared.disks[0].whole
-
-
-@contextlib.contextmanager
-def left_alone(runs, run) -> Iterator[None]:
-    """A run whose process is killed, with its guard, while it holds the VM: no `postbackup`, and its folder stays."""
-    with runs.context(run) as ctx:
-        runs.hypervisor.prebackup(run, ctx)
-        yield
-        guard = Guard.of(run.id)
-        assert guard is not None
-        os.kill(guard.process, signal.SIGKILL)
-        for thread in threading.enumerate():
-            if thread.name == f"guard-{run.id}":  # it does what the guard had to do
-                thread.join(60)
-
-
-def recover(runs, vm, folder: Path) -> tuple[str, ...]:
-    folder.mkdir()
-    with Context(folder) as ctx:
-        runs.hypervisor.recover(vm.identity, (), ctx)
-        return ctx.put_right
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["off", "started-again"])
@@ -387,10 +208,10 @@ def test_the_vm_is_switched_off_meanwhile(lab, runs, take, same, tmp_path, again
         layer = runs.keep(parent, tmp_path / run.id)
     same([layer], truth)
     if closed:
-        assert len(overlays(vm)) == 2
+        assert len(vm.overlays()) == 2
         vm.destroy()
-        recover(runs, vm, tmp_path / "recover")
-    plain(vm)
+        runs.recover(vm)
+    vm.plain()
     truth = vm.copy(tmp_path / "2")
     taken, above = take(vm, parent)
     same([layer, above], truth)
@@ -418,7 +239,7 @@ def test_the_vm_ends_in_the_middle_of_a_merge(lab, runs, same, tmp_path, monkeyp
         vm.io("vda", "write -P 2 10M 30M", "flush")
         truth = vm.copy_truth(tmp_path / "truth")
     assert not vm.active
-    plain(vm)
+    vm.plain()
     same([{"vda": vm.disk("vda")}], truth)
 
 
@@ -433,174 +254,12 @@ def test_qemu_is_killed_meanwhile(lab, runs, take, same, tmp_path):
         vm.kill()
         above = runs.keep(taken, tmp_path / "above")
     same([layer, above], truth)
-    plain(vm)
+    vm.plain()
     vm.start()
     truth = vm.copy_truth(tmp_path / "2")
     last, top = take(vm, taken)
     same([layer, above, top], truth)
     assert not last.prepared.disks[0].whole, "the files below were closed in order"
-
-
-@pytest.mark.parametrize("on", [True, False], ids=["live", "off"])
-def test_what_a_dead_run_has_left_is_merged_by_a_recovery(lab, runs, take, same, tmp_path, on):
-    vm = lab.vm(["qcow2:16", "raw:8"], iothread="disk")
-    full, layer = take(vm)
-    with left_alone(runs, runs.run(vm, full)):
-        vm.io("vda", "write -P 2 2M 1M")
-        vm.io("vdb", "write -P 3 2M 1M")
-    (state,) = [one for one in runs.hypervisor.vms() if one.vm.uuid == vm.uuid]
-    assert len(state.remarks) == 2
-    assert f"'vmkeep recover {vm.name}' merges it" in state.remarks[0]
-    if not on:
-        vm.destroy()
-    done = recover(runs, vm, tmp_path / "recover")
-    assert sum("merged the overlay" in line for line in done) == 2
-    assert recover(runs, vm, tmp_path / "again") == ()
-    plain(vm)
-    truth = vm.copy(tmp_path / "truth")
-    taken, above = take(vm, full)
-    same([layer, above], truth)
-    assert not taken.prepared.disks[0].whole
-
-
-def test_what_a_dead_run_has_left_is_merged_by_the_next_run(lab, runs, take, same, tmp_path):
-    vm = lab.vm(["qcow2:16"], iothread="disk")
-    full, layer = take(vm)
-    for number in range(2):
-        with left_alone(runs, runs.run(vm, full)):
-            vm.io("vda", f"write -P {number + 2} {number + 2}M 1M")
-    assert len(overlays(vm)) == 1
-    truth = vm.copy_truth(tmp_path / "truth")
-    taken, above = take(vm, full)
-    same([layer, above], truth)
-    assert not taken.prepared.disks[0].whole
-    plain(vm)
-
-
-def test_a_disk_that_got_another_name_before_its_overlay_was_merged(lab, runs, take, same, tmp_path):
-    vm = lab.vm(["qcow2:16"], iothread="disk")
-    with left_alone(runs, runs.run(vm)):
-        vm.io("vda", "write -P 2 2M 1M")
-    vm.destroy()
-    vm.change(("<target dev='vda' bus='virtio'/>", "<target dev='vdb' bus='virtio'/>"))
-    truth = vm.copy(tmp_path / "truth")["vdb"]
-    assert len(runs.hypervisor.find(vm.name).remarks) == 1
-    recover(runs, vm, tmp_path / "recover")
-    assert overlays(vm) == []
-    assert vm.disk("vdb").name == "vda.qcow2"
-    same([{"vdb": vm.disk("vdb")}], {"vdb": truth})
-
-
-def test_a_vm_that_cannot_leave_its_overlay_has_no_second_one_at_rest(lab, runs, same, tmp_path):
-    """Where AppArmor (libvirt before 12.1) confines a VM that was started on it. Here a lock keeps the merge off."""
-    vm = lab.vm(["qcow2:16"], iothread="disk")
-    with left_alone(runs, runs.run(vm)):
-        vm.io("vda", "write -P 1 1M 1M")
-    parent, layers = None, []
-    with keep_closed([vm.folder / "vda.qcow2"]):
-        for number in range(3):
-            vm.io("vda", f"write -P {number + 2} {number + 2}M 1M")
-            truth = vm.copy_truth(tmp_path / f"truth{number}")
-            with pytest.raises(HypervisorError, match="lock"), runs.take(runs.run(vm, parent)) as taken:
-                layers.append(runs.keep(taken, tmp_path / f"layer{number}"))
-                assert len(overlays(vm)) == 2
-            same(layers, truth)
-            assert [disk.whole for disk in taken.prepared.disks] == [number == 0]
-            assert len(overlays(vm)) == 1
-            parent = taken
-    done = recover(runs, vm, tmp_path / "recover")
-    assert any("merged the overlay" in line for line in done)
-    plain(vm)
-    with pytest.raises(IncrementImpossible, match="at the last backup it was"), runs.take(runs.run(vm, parent)):
-        pass
-    truth = vm.copy_truth(tmp_path / "truth")
-    with runs.take(runs.run(vm)) as taken:
-        same([runs.keep(taken, tmp_path / "layer")], truth)
-
-
-def test_a_run_that_ends_before_the_instant_leaves_nothing(lab, runs, monkeypatch):
-    vm = lab.vm(["qcow2:16", "raw:8"], iothread="disk")
-    run = runs.run(vm)
-
-    def fails(*_: object, **__: object) -> None:
-        raise HypervisorError("no snapshot")
-
-    monkeypatch.setattr("backupcore_libvirt.connection.Domain.snapshot", fails)
-    with pytest.raises(HypervisorError, match="no snapshot"), runs.take(run):
-        pass
-    plain(vm)
-    vm.untouched()
-
-
-def test_overlays_that_nothing_uses_yet_are_removed(lab, runs, tmp_path):
-    """A run was killed between making them and the instant; a file that holds something is another matter."""
-    vm = lab.vm(["qcow2:16"], iothread="disk")
-    path = overlay_path(str(vm.disk("vda")), "0" * 32, "vda", temporary=True)
-    make_overlay(Path(path), 16 * MiB, str(vm.disk("vda")), "qcow2")
-    assert runs.hypervisor.find(vm.name).remarks == ()
-    recover(runs, vm, tmp_path / "recover")
-    plain(vm)
-
-
-def test_a_vm_that_was_defined_anew_meanwhile_and_started_on_its_old_disk(lab, runs, take, tmp_path):
-    """What it wrote during the backup lies in an overlay that nothing uses: told by every way, and never removed."""
-    vm = lab.vm(["qcow2:16"], iothread="disk")
-    full, _ = take(vm)
-    old = vm.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
-    run = runs.run(vm, full)
-    with pytest.raises(HypervisorError, match="the VM does not use it") as told, runs.take(run) as taken:
-        vm.io("vda", "write -P 2 2M 1M")
-        vm.destroy()
-        vm.connection.defineXML(old)
-        vm.start()
-        runs.keep(taken, tmp_path / "layer")
-    (path,) = overlays(vm)
-    assert str(path) in told.value.message
-    assert f"qemu-img convert -f qcow2 -O qcow2 {path} COPY" in told.value.hint
-    assert runs.hypervisor.find(vm.name).remarks == (
-        f"{path} holds what the VM has written, and the VM does not use it",
-    )
-    recover(runs, vm, tmp_path / "recover")
-    assert overlays(vm) == [path]
-    path.unlink()
-
-
-def test_a_running_vm_that_was_defined_anew_meanwhile(lab, runs, take, same, tmp_path):
-    vm = lab.vm(["qcow2:16"], iothread="disk")
-    old = vm.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
-
-    def during() -> None:
-        vm.io("vda", "write -P 2 2M 1M")
-        vm.connection.defineXML(old)
-
-    full, layer = take(vm, during=during)
-    plain(vm)
-    truth = vm.copy_truth(tmp_path / "truth")
-    _, above = take(vm, full)
-    same([layer, above], truth)
-
-
-def test_nobody_merges_an_overlay_under_the_reader(lab, runs, take, same, tmp_path):
-    """Neither by hand nor with another configuration: of raw files qemu-nbd itself keeps nobody away."""
-    vm = lab.vm(["raw:8"], iothread="disk")
-    vm.io("vda", "write -P 1 0 1M")
-    truth = vm.copy_truth(tmp_path / "truth")
-    refused = []
-
-    def during() -> None:
-        vm.io("vda", "write -P 2 0 1M")
-        flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE
-        with pytest.raises(libvirt.libvirtError, match="lock"):
-            vm.domain.blockCommit("vda", str(vm.folder / "vda.raw"), None, 0, flags)
-        (tmp_path / "other").mkdir()
-        with Context(tmp_path / "other") as ctx, pytest.raises(Busy, match="still read by a backup") as error:
-            runs.hypervisor.recover(vm.identity, (), ctx)
-        refused.append(error.value)
-
-    _, layer = take(vm, during=during)
-    same([layer], truth)
-    assert len(refused) == 1
-    plain(vm)
 
 
 def test_a_disk_that_grows_or_shrinks_meanwhile(lab, runs, take, same, tmp_path):
@@ -614,7 +273,7 @@ def test_a_disk_that_grows_or_shrinks_meanwhile(lab, runs, take, same, tmp_path)
 
     full, layer = take(vm, during=grow)
     same([layer], truth)
-    plain(vm)
+    vm.plain()
     truth = vm.copy_truth(tmp_path / "2")
     taken, above = take(vm, full)
     same([layer, above], truth)
@@ -638,16 +297,10 @@ def test_a_disk_that_is_resized_just_before_the_instant(lab, runs):
     finally:
         TemporaryOverlays.ready = ready
     assert vm.domain.blockInfo("vda")[0] == 20 * MiB
-    plain(vm)
+    vm.plain()
 
 
 # The guest at rest
-
-
-@pytest.fixture
-def every_vm(monkeypatch) -> None:
-    """VMs that other tests share count as ones with an I/O thread, too."""
-    monkeypatch.setattr(choice, "with_iothreads", lambda _, disks: dict.fromkeys(disks, "this test"))
 
 
 def test_a_guest_that_is_suspended_for_the_instant(lab, take, same, tmp_path):
@@ -658,15 +311,15 @@ def test_a_guest_that_is_suspended_for_the_instant(lab, take, same, tmp_path):
     assert taken.prepared.consistency == "paused"
     assert 0 < taken.prepared.frozen_seconds < 10
     same([layer], truth)
-    plain(vm)
+    vm.plain()
 
 
 def test_a_guest_whose_file_systems_are_frozen_for_the_instant(agent_guest, runs, every_vm):
     with runs.take(runs.run(agent_guest, settings={"FS_FREEZE": "AGENT"})) as taken:
         assert taken.prepared.consistency == "filesystem"
         assert agent_guest.status() == "thawed"
-        assert len(overlays(agent_guest)) == 1
-    assert overlays(agent_guest) == []
+        assert len(agent_guest.overlays()) == 1
+    assert agent_guest.overlays() == []
 
 
 def test_a_vm_that_was_paused_stays_so(lab, take, same, tmp_path):
@@ -678,95 +331,7 @@ def test_a_vm_that_was_paused_stays_so(lab, take, same, tmp_path):
     same([layer], truth)
     assert vm.domain.state() == [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_USER]
     vm.domain.resume()
-    plain(vm)
-
-
-# libvirtd
-
-
-def again(vm, daemon) -> None:
-    """Connect anew to a libvirtd that was killed."""
-    name = vm.name
-    daemon.kill()
-    daemon.start()
-    vm.connection = libvirt.open(daemon.uri)
-    vm.domain = vm.connection.lookupByName(name)
-
-
-def test_libvirtd_is_killed_while_the_disks_are_read(daemon, private, every_vm, same, tmp_path):
-    vm, runs = private
-    vm.io("vda", "write -P 1 0 1M")
-    truth = vm.copy_truth(tmp_path / "truth")
-    with runs.take(runs.run(vm)) as full:
-        again(vm, daemon)
-        vm.io("vda", "write -P 2 1M 1M")
-        layer = runs.keep(full, tmp_path / "layer")
-    same([layer], truth)
-    plain(vm)
-    truth = vm.copy_truth(tmp_path / "2")
-    with runs.take(runs.run(vm, full)) as taken:
-        same([layer, runs.keep(taken, tmp_path / "layer2")], truth)
-    assert not any(disk.whole for disk in taken.prepared.disks)
-
-
-def test_libvirtd_is_killed_before_a_merge_has_ended(daemon, private, every_vm, same, tmp_path, monkeypatch):
-    vm, runs = private
-    with runs.take(runs.run(vm)) as full:
-        layer = runs.keep(full, tmp_path / "layer")
-    pivot = Domain.pivot
-    killed = []
-
-    def away(domain: Domain, disk: str) -> None:
-        if not killed:
-            killed.append(disk)
-            again(vm, daemon)
-        pivot(domain, disk)
-
-    monkeypatch.setattr(Domain, "pivot", away)
-    with runs.take(runs.run(vm, full)) as taken:
-        vm.io("vda", "write -P 2 1M 1M")
-        above = runs.keep(taken, tmp_path / "above")
-    assert killed == ["vda"]
-    plain(vm)
-    truth = vm.copy_truth(tmp_path / "2")
-    with runs.take(runs.run(vm, taken)) as last:
-        same([layer, above, runs.keep(last, tmp_path / "last")], truth)
-    assert not any(disk.whole for disk in last.prepared.disks)
-
-
-@pytest.mark.soak
-def test_libvirtd_is_killed_within_the_call_that_puts_the_overlays_on(daemon, private, every_vm, tmp_path, monkeypatch):
-    """The guest goes on, and what lies where is known afterwards, or told: no write is lost, none is passed over."""
-    vm, runs = private
-    snapshot = Domain.snapshot
-    for number, delay in enumerate([0, 0.01, 0.02, 0.03, 0.05, 0.08] * 3):
-
-        def away(domain: Domain, xml: str, *, reuse: bool, delay: float = delay) -> None:
-            def begin() -> None:
-                with contextlib.suppress(BackupError):
-                    snapshot(domain, xml, reuse=reuse)
-
-            call = threading.Thread(target=begin)
-            call.start()
-            time.sleep(delay)
-            again(vm, daemon)
-            call.join()
-
-        monkeypatch.setattr(Domain, "snapshot", away)
-        before = vm.domain.ID()
-        with contextlib.suppress(BackupError), runs.take(runs.run(vm)):
-            pass
-        assert vm.domain.ID() == before
-        vm.io("vda", f"write -P {number + 1} {number}k 1k")
-        told = []
-        try:
-            recover(runs, vm, tmp_path / f"recover{number}")
-        except HypervisorError as error:
-            told.append(error.message)
-        if told:
-            assert "it is not clear what disk" in told[0]
-            return
-        plain(vm)
+    vm.plain()
 
 
 # Room
@@ -792,7 +357,7 @@ def narrow(lab, tmpfs):
 def test_a_guest_that_fills_the_file_system_ends_the_backup_and_goes_on(narrow, runs, wait_for):
     vm = narrow()
     run = runs.run(vm)
-    before = life(vm)
+    before = vm.life()
     with pytest.raises(TargetFull, match="given up so that the guest can go on"), runs.take(run) as taken:
         written = 0
         while not taken.ctx.cancelled and written < 60:
@@ -802,8 +367,8 @@ def test_a_guest_that_fills_the_file_system_ends_the_backup_and_goes_on(narrow, 
         wait_for(lambda: taken.ctx.cancelled, "the watch")
         taken.ctx.check()
     assert 20 < written < 40, "what is in the overlay has to fit once more into the file below"
-    assert life(vm) == before
-    plain(vm)
+    assert vm.life() == before
+    vm.plain()
     vm.io("vda", f"read -P 7 1M {written}M")
 
 
@@ -816,7 +381,7 @@ def test_too_little_room_is_told_before_the_guest_is_touched(narrow, runs):
         pass
     filler.unlink()
     vm.untouched()
-    plain(vm)
+    vm.plain()
 
 
 def test_a_disk_that_is_a_link_needs_room_where_its_file_lies(tmpfs, tmp_path):
@@ -851,7 +416,7 @@ def test_a_full_file_system_stops_the_guest_only_until_its_overlay_is_merged(nar
         wait_for(lambda: taken.ctx.cancelled, "the watch")
         filler.unlink()
         taken.ctx.check()
-    plain(vm)
+    vm.plain()
 
 
 def test_a_policy_that_loses_writes_needs_room_for_all_of_them(narrow, runs):
@@ -876,7 +441,7 @@ def refuse(runs):
             pass
         assert "has an I/O thread" in refused.value.message
         assert "QEMU 8.2.3, 9.0" in refused.value.hint
-        assert overlays(vm) == []
+        assert vm.overlays() == []
         vm.untouched()
         return refused.value
 
@@ -887,14 +452,6 @@ def test_a_transient_vm_is_refused(lab, refuse):
     vm = lab.vm(["qcow2:8"], iothread="disk")
     vm.domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA)
     refuse(vm, "the VM is transient")
-
-
-def test_a_block_device_is_refused(lab, loop, refuse):
-    disk = (
-        f"<disk type='block' device='disk'><driver name='qemu' type='raw' iothread='1'/><source dev='{loop}'/>"
-        "<target dev='vdb' bus='virtio'/></disk>"
-    )
-    refuse(lab.vm(["qcow2:8"], iothread="disk", more=disk), f"disk vdb \\({loop}\\) is no plain file")
 
 
 def test_a_disk_that_is_a_part_of_its_file_is_refused(lab, refuse):

@@ -1,4 +1,4 @@
-"""What a guest sees of an image, in bytes, by the image alone: no program is run, and no QEMU asked."""
+"""What an image itself says in its first bytes: no program is run, and no QEMU asked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import struct
 
 from backupcore.disk.geometry import MAGIC
 
-__all__ = ["by_header"]
+__all__ = ["by_header", "lies_on_another"]
 
 _SECTOR = 512
 _START = struct.Struct(">4sIQIIQ")  # docs/interop/qcow2.txt: magic, version, backing name, cluster bits, size
@@ -35,3 +35,13 @@ def by_header(path: str, shape: str) -> int | None:
     if len(start) < _START.size or not start.startswith(MAGIC):
         return None
     return int(_START.unpack(start)[5])
+
+
+def lies_on_another(path: str) -> bool:
+    """Whether a qcow2 image has another one below it, as far as that can be told."""
+    try:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            start = file.read(_START.size)
+    except OSError:
+        return False
+    return len(start) == _START.size and start.startswith(MAGIC) and bool(_START.unpack(start)[2])

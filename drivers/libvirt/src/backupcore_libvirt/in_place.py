@@ -17,7 +17,7 @@ from backupcore.hypervisor import DiskFile
 from backupcore.typed import typed
 from backupcore_libvirt.connection import OFF, Connection, Domain
 from backupcore_libvirt.disks import SourceDisk, source_disks
-from backupcore_libvirt.overlay.stack import any_overlay
+from backupcore_libvirt.overlay.stack import any_overlay, source_path
 from backupcore_libvirt.vm_files import VMFile, nvram_file
 from backupcore_libvirt.xml import parse
 
@@ -147,7 +147,7 @@ def _used(domain: Domain) -> Iterator[Path]:
             shape = driver.get("type", "raw") if driver is not None else "raw"
             # Those of a running VM's whole chain stand in its definition, an inactive one names the top only.
             for source in disk.iterfind(".//source"):
-                if name := source.get("file"):
+                if name := source_path(domain, source):
                     yield Path(name).resolve()
                     yield from (Path(image).resolve() for image in _chain(Path(name), shape))
                     shape = "raw"  # of the others it is the top that tells what lies below

@@ -149,7 +149,7 @@ class Libvirt:
             states = []
             for domain in connection.domains():
                 with contextlib.suppress(NotFound):  # one that ended, or was undefined, since it was listed
-                    states.append(state_of(domain, backed_up))
+                    states.append(state_of(domain, backed_up, self.scratch))
         return sorted(states, key=lambda state: state.vm.name)
 
     def find(self, vm: str, defaults: Mapping[str, str] | None = None) -> VMState:
@@ -158,10 +158,10 @@ class Libvirt:
             domains = connection.domains()
             for domain in domains:
                 if domain.name == vm:
-                    return state_of(domain, living_vms(self.scratch), choice_of(domain, defaults))
+                    return state_of(domain, living_vms(self.scratch), self.scratch, choice_of(domain, defaults))
             for domain in domains:
                 if domain.uuid == vm.lower():
-                    return state_of(domain, living_vms(self.scratch), choice_of(domain, defaults))
+                    return state_of(domain, living_vms(self.scratch), self.scratch, choice_of(domain, defaults))
             names = [domain.name for domain in domains]
         near = difflib.get_close_matches(vm, names, n=3, cutoff=0.5)
         hint = f"Did you mean: {', '.join(near)}?" if near else "List the VMs with: vmkeep vm list"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Literal
 
 from backupcore.errors import BackupError, NotFound
@@ -11,7 +12,7 @@ from backupcore.model import VM
 from backupcore_libvirt.connection import OFF, PAUSED, RUNNING, Domain
 from backupcore_libvirt.disks import BY_RULE, DiskChoice, SourceDisk, source_disks
 from backupcore_libvirt.image_size import by_header
-from backupcore_libvirt.overlay import temporary
+from backupcore_libvirt.overlay import left
 from backupcore_libvirt.overlay.stack import is_overlay
 from backupcore_libvirt.qemu_nbd import is_served
 from backupcore_libvirt.settings import read as read_settings
@@ -24,7 +25,7 @@ def choice_of(domain: Domain, defaults: Mapping[str, str] | None) -> DiskChoice:
     return BY_RULE if defaults is None else DiskChoice.of({**defaults, **read_settings(domain)})
 
 
-def state_of(domain: Domain, backed_up: Collection[str], choice: DiskChoice = BY_RULE) -> VMState:
+def state_of(domain: Domain, backed_up: Collection[str], scratch: Path, choice: DiskChoice = BY_RULE) -> VMState:
     """The VM; `backed_up` are the UUIDs of those that a run backs up now. NotFound if it has just gone."""
     number, _ = domain.state()
     state: Literal["running", "paused", "off", "saved", "other"] = "other"
@@ -47,14 +48,14 @@ def state_of(domain: Domain, backed_up: Collection[str], choice: DiskChoice = BY
     being_read = domain.uuid in backed_up
     if being_read and state in ("off", "saved") and any(is_overlay(disk.path) for disk in disks):
         being_read = any(is_served(disk.path) for disk in disks)  # what lies below an overlay keeps no VM from starting
-    remarks = () if domain.uuid in backed_up else _remarks(domain)
+    remarks = () if domain.uuid in backed_up else _remarks(domain, scratch)
     vm = VM(uuid=domain.uuid, name=domain.name)
     return VMState(vm=vm, state=state, disks=disks, being_read=being_read, remarks=remarks)
 
 
-def _remarks(domain: Domain) -> tuple[str, ...]:
+def _remarks(domain: Domain, scratch: Path) -> tuple[str, ...]:
     try:
-        return tuple(temporary.remarks(domain))
+        return tuple(left.remarks(domain, scratch))
     except NotFound:
         raise
     except BackupError as error:

@@ -19,11 +19,10 @@ from backupcore_libvirt.mechanisms.mechanism import Mechanism
 from backupcore_libvirt.mechanisms.off_nbd import OffNbd
 from backupcore_libvirt.mechanisms.overlays import Overlays
 from backupcore_libvirt.mechanisms.temporary_overlays import TemporaryOverlays
+from backupcore_libvirt.overlay import left, temporary
 from backupcore_libvirt.overlay import run as overlay_run
-from backupcore_libvirt.overlay import temporary
 from backupcore_libvirt.overlay.plan import plan, without_bitmaps
 from backupcore_libvirt.place.job_socket import job_socket
-from backupcore_libvirt.release.guard import Guard
 from backupcore_libvirt.scratch import require_room, scratch_room
 from backupcore_libvirt.versions import qemu_of, survives_clients_of_iothreads, text
 
@@ -36,7 +35,7 @@ def prepare(connection: Connection, domain: Domain, run: BackupRun, folder: RunF
     IncrementImpossible where the parent was taken in another way than this run shall be.
     """
     try:
-        temporary.merge_left(connection, domain, folder, ctx)
+        left.merge_left(connection, domain, folder, ctx)
     except BackupError as error:
         # Whatever way is chosen then reads through what stays, and takes that disk whole.
         ctx.check()
@@ -56,7 +55,7 @@ def choose(connection: Connection, domain: Domain, run: BackupRun, scratch: Path
     if not found.live:
         return OffNbd(connection, domain, run, folder, ctx, found)
     if why := _killing(domain, found):
-        held = _without_job(domain, run, found, why)
+        held = _without_job(domain, run, found, scratch, why)
         return TemporaryOverlays(connection, domain, run, folder, ctx, found, held)
     _require_room(domain, found, scratch)
     return LiveJob(connection, domain, run, folder, ctx, found, job_socket(domain, folder))
@@ -74,9 +73,9 @@ def _killing(domain: Domain, found: Look) -> str:
     return f"disk {disk} has an I/O thread ({told} says so), and QEMU {text(qemu)} would be killed by a backup job"
 
 
-def _without_job(domain: Domain, run: BackupRun, found: Look, why: str) -> tuple[temporary.Held, ...]:
+def _without_job(domain: Domain, run: BackupRun, found: Look, scratch: Path, why: str) -> tuple[temporary.Held, ...]:
     try:
-        return temporary.plan(domain, run, found)
+        return temporary.plan(domain, run, found, scratch)
     except UnsupportedOperation as error:
         raise UnsupportedOperation(
             f"VM {domain.name}: {why}. It can be backed up with an overlay on each disk, but {error.message}",
@@ -108,10 +107,8 @@ def settle(
     Finds out what is there: idempotent, also in a fresh process. What stays is the next run's to put right.
     """
     errors = []
-    guard = Guard.of(run.id)
-    made = guard.overlays if guard is not None else ()
     try:
-        temporary.settle(connection, domain, outcome, made, folder=folder, ctx=ctx)
+        left.settle(connection, domain, outcome, folder=folder, ctx=ctx)
     except BackupError as error:
         errors.append(error)
     try:
@@ -126,7 +123,7 @@ def finish(connection: Connection, domain: Domain, folder: RunFolder, ctx: Conte
     no more. BackupError where something stays.
     """
     try:
-        temporary.merge_left(connection, domain, folder, ctx)
+        left.merge_left(connection, domain, folder, ctx)
     finally:
         folder.remove()
 

@@ -43,7 +43,7 @@ def merge_overlays(uri: str, vm: str, folder: RunFolder, stop: Callable[[], bool
     """
     # Loaded only where it is needed: the guard of any other run starts without it.
     from backupcore.context import Context  # noqa: PLC0415
-    from backupcore_libvirt.overlay.temporary import merge_left  # noqa: PLC0415
+    from backupcore_libvirt.overlay.left import merge_left  # noqa: PLC0415
 
     deadline = time.monotonic() + MERGE_LIMIT
 

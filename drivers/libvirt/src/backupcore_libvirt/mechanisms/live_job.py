@@ -2,51 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Self
 
-from backupcore.context import Context
 from backupcore.disk.nbd import Address
 from backupcore.errors import BackupError, IncrementImpossible
-from backupcore.model import BackupRun, DiskEstimate
 from backupcore_libvirt.backup_job import backup_xml, bitmap_name
 from backupcore_libvirt.checkpoint import checkpoint_xml, make_known
-from backupcore_libvirt.connection import CHECKPOINT_INCONSISTENT, NO_CHECKPOINT, Connection, Domain
-from backupcore_libvirt.folder import RunFolder
+from backupcore_libvirt.connection import CHECKPOINT_INCONSISTENT, NO_CHECKPOINT
 from backupcore_libvirt.libvirt_errors import code_of
-from backupcore_libvirt.look import Look
+from backupcore_libvirt.mechanisms.mechanism import ByBitmaps
 from backupcore_libvirt.owner import confinement
 from backupcore_libvirt.place.job_socket import JobSocket
 from backupcore_libvirt.place.refusal import refused
 from backupcore_libvirt.premade.image import make_empty
 from backupcore_libvirt.reading.export import Export
-from backupcore_libvirt.reading.taken import estimate_of
 from backupcore_libvirt.release.guard import Guard
 
 __all__ = ["LiveJob"]
 
 
 @dataclass(frozen=True, slots=True)
-class LiveJob:
+class LiveJob(ByBitmaps):
     """The backup job of one run. QEMU copies what the guest overwrites to scratch meanwhile."""
 
-    connection: Connection
-    domain: Domain
-    run: BackupRun
-    folder: RunFolder
-    ctx: Context
-    look: Look
     socket: JobSocket
-
-    def narrowed(self, disks: Collection[str]) -> Self:
-        """The same for these disks alone."""
-        return replace(self, look=self.look.narrowed(disks))
-
-    def estimate(self) -> tuple[DiskEstimate, ...]:
-        """By the bitmaps, or by what the disks need on the host."""
-        return tuple(estimate_of(self.domain, disk, self.look) for disk in self.look.disks)
 
     def ready(self, guard: Guard) -> None:
         """Have libvirt know the checkpoint that an increment builds on, and make the scratch files."""

@@ -1,17 +1,22 @@
-"""What every way of holding a VM's disks does: `Mechanism`."""
+"""What every way of holding a VM's disks does (`Mechanism`), and what those share whose increments bitmaps tell."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Protocol, Self
 
-from backupcore.model import DiskEstimate
+from backupcore.context import Context
+from backupcore.model import BackupRun, DiskEstimate
+from backupcore_libvirt.connection import Connection, Domain
+from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.look import Look
 from backupcore_libvirt.reading.export import Export
+from backupcore_libvirt.reading.taken import estimate_of
 from backupcore_libvirt.release.guard import Guard
 
-__all__ = ["Mechanism"]
+__all__ = ["ByBitmaps", "Mechanism"]
 
 
 class Mechanism(Protocol):
@@ -49,3 +54,23 @@ class Mechanism(Protocol):
 
         An export that must not end beside a client of which nobody knows is read with the guard's leave.
         """
+
+
+@dataclass(frozen=True, slots=True)
+class ByBitmaps:
+    """One run of a VM whose increments are told by QEMU's bitmaps."""
+
+    connection: Connection
+    domain: Domain
+    run: BackupRun
+    folder: RunFolder
+    ctx: Context
+    look: Look
+
+    def narrowed(self, disks: Collection[str]) -> Self:
+        """The same for these disks alone."""
+        return replace(self, look=self.look.narrowed(disks))
+
+    def estimate(self) -> tuple[DiskEstimate, ...]:
+        """By the bitmaps, or by what the disks need on the host."""
+        return tuple(estimate_of(self.domain, disk, self.look) for disk in self.look.disks)

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Self
 
-from backupcore.context import Context
-from backupcore.model import BackupRun, DiskEstimate
 from backupcore_libvirt.checkpoint import checkpoint_name
-from backupcore_libvirt.connection import Connection, Domain
-from backupcore_libvirt.folder import RunFolder
-from backupcore_libvirt.look import Look
+from backupcore_libvirt.mechanisms.mechanism import ByBitmaps
 from backupcore_libvirt.qemu_nbd import QemuNbd
 from backupcore_libvirt.reading.export import Export
-from backupcore_libvirt.reading.taken import estimate_of
 from backupcore_libvirt.release.guard import Guard
 from backupcore_libvirt.stopped import add_bitmaps
 
@@ -23,27 +17,12 @@ __all__ = ["OffNbd"]
 
 
 @dataclass(frozen=True, slots=True)
-class OffNbd:
+class OffNbd(ByBitmaps):
     """The servers of one run: one per disk. They live until the end of the run's context, or `end_stray`.
 
     From the first server on QEMU's lock keeps the VM off, so all disks show one instant; where one is a block device
     the run is given up if the VM starts.
     """
-
-    connection: Connection
-    domain: Domain
-    run: BackupRun
-    folder: RunFolder
-    ctx: Context
-    look: Look
-
-    def narrowed(self, disks: Collection[str]) -> Self:
-        """The same for these disks alone."""
-        return replace(self, look=self.look.narrowed(disks))
-
-    def estimate(self) -> tuple[DiskEstimate, ...]:
-        """By the bitmaps, or by what the disks need on the host."""
-        return tuple(estimate_of(self.domain, disk, self.look) for disk in self.look.disks)
 
     def ready(self, guard: Guard) -> None:
         """Watch for a start of the VM, where no lock prevents it."""

@@ -21,7 +21,8 @@ from backupcore_libvirt.apparmor import MENDED, denies_merges
 from backupcore_libvirt.connection import ACTIVE_COMMIT, COMMIT, NOT_READY, Connection, Domain
 from backupcore_libvirt.image_lock import keep_closed
 from backupcore_libvirt.libvirt_errors import code_of, is_away
-from backupcore_libvirt.overlay.stack import Stack, is_overlay, opened, overlays_beside, stacks
+from backupcore_libvirt.overlay.folder import OverlayFolder
+from backupcore_libvirt.overlay.stack import Stack, is_overlay, opened, source_path, stacks
 from backupcore_libvirt.premade.image import is_untouched
 from backupcore_libvirt.qemu_nbd import QemuNbd
 from backupcore_libvirt.versions import text
@@ -41,7 +42,8 @@ GONE_LIMIT = 10.0  # for libvirt to write down the end of a job
 class Merger:
     """Merges the overlays of one VM.
 
-    `folder` is private to the run (a socket is made there); `check` is called while it waits, and raises to give up.
+    `folder` is private to the run (a socket is made there), and lies in scratch; `check` is called while it waits, and
+    raises to give up.
     """
 
     connection: Connection
@@ -89,7 +91,7 @@ class Merger:
             return None
         if high == len(stack.overlays) - 1:
             below, shape = stack.file(low - 1)
-            if _size(below, shape) > _size(stack.top):
+            if not _has_own_size(below, shape) and _size(below, shape) > _size(stack.top):
                 return UnsupportedOperation(
                     f"VM {self.domain.name}: disk {stack.disk} was made smaller, so {stack.top} can be merged into "
                     f"{below} only while the VM is off",
@@ -191,7 +193,7 @@ class Merger:
                 self._merge_top_off(stack, overlay, below, shape)
             else:
                 # libvirt writes the chain of files into the stored definition, and believes that more than the images.
-                set_source(self.domain, stack.disk, stack.top, stack.top_shape)
+                _unlist(self.domain, stack.disk)
                 qemu_img.commit(overlay, self.check)
                 if _cut_off(stack, index, index):
                     qemu_img.shrink(below, shape, _size(overlay))
@@ -212,7 +214,7 @@ class Merger:
                     "Run the backup again.",
                 )
             set_source(self.domain, stack.disk, below, shape)
-        if _size(below, shape) > size:
+        if not _has_own_size(below, shape) and _size(below, shape) > size:
             qemu_img.shrink(below, shape, size)  # the guest has seen it smaller since, and no less
 
     def sweep(self, stack: Stack) -> None:
@@ -221,8 +223,8 @@ class Merger:
 
         Any other that lies about may be all that is left of something, and stays.
         """
-        used = {overlay.path for overlay in stack.overlays}
-        for path in overlays_beside(stack.base, stack.disk):
+        used = {stack.base, *(overlay.path for overlay in stack.overlays)}
+        for path in OverlayFolder(self.folder.parent, self.domain.uuid).of(stack.base, stack.disk):
             if path in used or self._discard_untouched(stack, Path(path)) or qemu_img.is_open_elsewhere(path):
                 continue
             if qemu_img.is_empty(path):
@@ -293,6 +295,11 @@ def _size(path: str, shape: str = "qcow2") -> int:
     return qemu_img.info(path, shape).virtual_size
 
 
+def _has_own_size(path: str, shape: str) -> bool:
+    """Whether a disk in this file has the size of a device, whatever was written to an overlay on it."""
+    return shape == "raw" and Path(path).is_block_device()
+
+
 def _cut_off(stack: Stack, low: int, high: int) -> bool:
     """Whether the file below overlay `low` reaches beyond overlay `high` where the one above that does as well.
 
@@ -302,29 +309,73 @@ def _cut_off(stack: Stack, low: int, high: int) -> bool:
 
 
 def named(xml: str, *, whole: bool) -> set[str]:
-    """The files that a definition names: those of its disks, and with `whole` what it lists below them as well."""
+    """The files and devices that a definition names: those of its disks, and with `whole` what it lists below them as
+    well.
+    """
     disks = list(parse(xml).iterfind("./devices/disk"))
     sources = [source for disk in disks for source in (disk.iter("source") if whole else disk.findall("source"))]
-    return {source.get("file", "") for source in sources if source.get("file")}
+    return {path for source in sources if (path := source.get("file") or source.get("dev"))}
 
 
 def set_source(domain: Domain, disk: str, path: str, shape: str) -> None:
-    """Have the next start use this file for a disk, with what its own header says to lie below. Idempotent."""
-    for element in parse(domain.inactive_xml()).iterfind("./devices/disk"):
-        target, source, driver = element.find("target"), element.find("source"), element.find("driver")
-        if target is None or target.get("dev") != disk or source is None:
-            continue
-        below = element.find("backingStore")
-        if source.get("file") == path and _shape(driver) == shape and below is None:
-            return
-        source.set("file", path)
-        if driver is not None:
-            driver.set("type", shape)
-        if below is not None:
-            element.remove(below)
-        domain.redefine_disk(tostring(element, encoding="unicode"))
+    """Have the next start use this file or device for a disk. Idempotent.
+
+    Where the definition lists it below the disk's present file it is named as it is there: a volume as one of its pool.
+    """
+    element = _stored(domain, disk)
+    source, driver, below = element.find("source"), element.find("driver"), element.find("backingStore")
+    assert source is not None  # of an empty drive nothing is ever merged
+    if source_path(domain, source) == path and _shape(driver) == shape:
         return
+    if below is not None:
+        element.remove(below)
+    _put_source(element, source, _listed(domain, below, path), path)
+    if driver is not None:
+        driver.set("type", shape)
+    domain.redefine_disk(tostring(element, encoding="unicode"))
+
+
+def _unlist(domain: Domain, disk: str) -> None:
+    """Have the next start believe the images about what lies below a disk's file, not the definition. Idempotent."""
+    element = _stored(domain, disk)
+    if (below := element.find("backingStore")) is not None:
+        element.remove(below)
+        domain.redefine_disk(tostring(element, encoding="unicode"))
+
+
+def _stored(domain: Domain, disk: str) -> Element:
+    """A disk in the definition of the next start."""
+    for element in parse(domain.inactive_xml()).iterfind("./devices/disk"):
+        target = element.find("target")
+        if target is not None and target.get("dev") == disk:
+            return element
     raise HypervisorError(f"VM {domain.name}: the stored definition has no disk {disk} any more")
+
+
+def _listed(domain: Domain, below: Element | None, path: str) -> Element | None:
+    """What a definition lists below a disk's file as this file or device."""
+    for one in below.iter("backingStore") if below is not None else ():
+        source = one.find("source")
+        if source is not None and source_path(domain, source) == path:
+            return one
+    return None
+
+
+def _put_source(disk: Element, source: Element, listed: Element | None, path: str) -> None:
+    if listed is None:
+        kind, name = ("block", "dev") if Path(path).is_block_device() else ("file", "file")
+        disk.set("type", kind)
+        for key in ("file", "dev", "pool", "volume", "mode"):
+            source.attrib.pop(key, None)
+        source.set(name, path)
+        return
+    disk.set("type", listed.get("type", "file"))
+    place = list(disk).index(source)
+    disk.remove(source)
+    disk.insert(place, *listed.findall("source"))
+    # What is listed further below goes along: it may be a volume, too, which no header tells.
+    if (further := listed.find("backingStore")) is not None and further.find("source") is not None:
+        disk.append(further)
 
 
 def _shape(driver: Element | None) -> str:

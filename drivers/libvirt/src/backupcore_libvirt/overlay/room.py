@@ -1,4 +1,4 @@
-"""The room beside a VM's disks while it writes to overlays: what a run needs, and whether there is still enough."""
+"""The room where a VM's overlays grow: what a run needs, and whether there is still enough."""
 
 from __future__ import annotations
 
@@ -28,11 +28,18 @@ class Growing:
     @classmethod
     def of(cls, disk: str, overlay: str, below: str, size: int) -> Growing:
         """`size` is what the guest sees, in bytes."""
+        if Path(below).is_block_device():
+            return cls(disk, overlay, below, 0)
         try:
             held = Path(below).stat().st_blocks * 512
         except OSError as error:
             raise from_os_error(error, f"disk {disk}: {below}") from error
         return cls(disk, overlay, below, max(0, size - held))
+
+    @property
+    def on_device(self) -> bool:
+        """Whether what lies below is a block device."""
+        return Path(self.below).is_block_device()
 
     @property
     def beside(self) -> Path:
@@ -41,8 +48,10 @@ class Growing:
 
     @property
     def home(self) -> Path:
-        """That in which the file below grows by the merge: another one where the disk's path is a link."""
-        return Path(self.below).resolve().parent
+        """That in which the file below grows by the merge: another one where the disk's path is a link. A device does
+        not grow.
+        """
+        return self.beside if self.on_device else Path(self.below).resolve().parent
 
 
 def require_room(vm: str, growing: Iterable[Growing], losing: Mapping[str, int]) -> None:
@@ -73,13 +82,18 @@ def require_room(vm: str, growing: Iterable[Growing], losing: Mapping[str, int])
             )
 
 
+def _there(folder: Path) -> Path:
+    """The folder, or as much of its path as there is yet."""
+    return next(one for one in (folder, *folder.parents) if one.exists())
+
+
 def _device(folder: Path) -> int:
-    return folder.stat().st_dev
+    return _there(folder).stat().st_dev
 
 
 def _room(folder: Path) -> tuple[int, int]:
     """(bytes free, the reserve) of the file system that holds a folder."""
-    usage = shutil.disk_usage(folder)
+    usage = shutil.disk_usage(_there(folder))
     return usage.free, reserve(usage.total)
 
 

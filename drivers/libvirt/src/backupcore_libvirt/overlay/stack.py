@@ -6,7 +6,8 @@ files of a disk, its *stack*, say which points they reach back to; nothing else 
 the file below is the one that it says.
 
 One that is called ``….temporary.qcow2`` is there for a single run (`temporary`): no increment ever reads it, and
-whoever finds it after its run merges it.
+whoever finds it after its run merges it. That of a block device lies in scratch (`folder`), and its name holds the
+device's path: ``…/overlays/<UUID of the VM>/%2Fdev%2Fvg0%2Fweb1.backupcore-<point>-vda.temporary.qcow2``.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote, unquote_to_bytes
 
 from backupcore.errors import HypervisorError
 from backupcore_libvirt import qemu_img
 from backupcore_libvirt.connection import Domain
-from backupcore_libvirt.disks import SourceDisk, source_disks
+from backupcore_libvirt.disks import SourceDisk, located, source_disks
+from backupcore_libvirt.image_size import lies_on_another
 from backupcore_libvirt.xml import Element, parse
 
 __all__ = [
@@ -31,12 +34,17 @@ __all__ = [
     "Stack",
     "any_overlay",
     "base_of",
+    "disk_of",
+    "files_below",
     "is_overlay",
     "is_regular",
     "is_temporary",
+    "is_whole",
+    "lower_files",
     "opened",
     "overlay_path",
     "overlays_beside",
+    "source_path",
     "stacks",
 ]
 
@@ -44,6 +52,7 @@ _NAME = re.compile(
     r"(?P<base>/.+)\.backupcore-(?P<point>[0-9a-f]{32})-(?P<disk>[A-Za-z0-9]+)(?P<temporary>\.temporary)?\.qcow2",
     re.DOTALL,
 )
+_OF_DEVICE = re.compile(r"/(?:.+/)?overlays/[0-9a-f-]{36}/(?P<device>%2F[^/]+)", re.DOTALL)
 _NAME_LIMIT = 255  # bytes of one component of a path, on every file system that holds images
 SETTLED_LIMIT = 1.0
 _MOST = 200  # files of one chain: what libvirt takes
@@ -61,7 +70,7 @@ class Overlay:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """The files of one disk: `base`, of format `shape`, and our overlays on it, oldest first.
+    """The files of one disk: `base`, a file or device of format `shape`, and our overlays on it, oldest first.
 
     `foreign` is a file above an overlay of ours that is not ours (somebody's snapshot), `unsafe` says why we
     must not read one of the files ourselves; or "".
@@ -84,6 +93,11 @@ class Stack:
         """The format of that file."""
         return "qcow2" if self.overlays else self.shape
 
+    @property
+    def on_device(self) -> bool:
+        """Whether the disk is a block device, beside which no overlay can lie."""
+        return Path(self.base).is_block_device()
+
     def index(self, point: str) -> int | None:
         """The place of this disk's overlay of that point that stays between backups; None if it has none."""
         for index, overlay in enumerate(self.overlays):
@@ -100,12 +114,16 @@ class Stack:
         return (self.overlays[index].path, "qcow2") if index >= 0 else (self.base, self.shape)
 
 
-def overlay_path(base: str, point: str, disk: str, *, temporary: bool = False) -> str:
-    """Where the overlay of a point goes. HypervisorError if that name is too long."""
-    path = f"{base}.backupcore-{point}-{disk}{'.temporary' if temporary else ''}.qcow2"
+def overlay_path(base: str, point: str, disk: str, *, temporary: bool = False, folder: Path | None = None) -> str:
+    """Where the overlay of a point goes: beside the file, or into `folder` where that is a device.
+
+    HypervisorError if that name is too long.
+    """
+    start = base if folder is None else str(folder / quote(os.fsencode(base), safe=""))
+    path = f"{start}.backupcore-{point}-{disk}{'.temporary' if temporary else ''}.qcow2"
     if len(os.fsencode(Path(path).name)) > _NAME_LIMIT:
         raise HypervisorError(
-            f"disk {disk}: the name of an overlay beside {base} would be longer than {_NAME_LIMIT} bytes",
+            f"disk {disk}: the name of an overlay of {base} would be longer than {_NAME_LIMIT} bytes",
             "Give the disk's file a shorter name"
             + (": it needs an overlay for each backup." if temporary else ", or choose INCREMENT_MODE=CBT."),
         )
@@ -124,13 +142,23 @@ def is_temporary(path: str) -> bool:
 
 
 def base_of(path: str) -> str:
-    """The file that an overlay of this name lies on at the end; any other path itself."""
+    """The file or device that an overlay of this name lies on at the end; any other path itself."""
     name = _NAME.fullmatch(path)
-    return name["base"] if name else path
+    if name is None:
+        return path
+    device = _OF_DEVICE.fullmatch(name["base"])
+    return os.fsdecode(unquote_to_bytes(device["device"])) if device else name["base"]
+
+
+def disk_of(path: str) -> str:
+    """The disk that an overlay of this name was made for; "" for any other path."""
+    name = _NAME.fullmatch(path)
+    return name["disk"] if name else ""
 
 
 def stacks(domain: Domain) -> dict[str, Stack]:
-    """The stack of each disk of a VM that is a file, by ID, out of the images' own headers; also of disks left out.
+    """The stack of each disk of a VM that is a file or a device, by ID, out of the images' own headers; also of disks
+    left out.
 
     HypervisorError where a running VM has other files open than the headers say: somebody has changed them.
     """
@@ -148,14 +176,13 @@ def stacks(domain: Domain) -> dict[str, Stack]:
 def _read(domain: Domain) -> dict[str, Stack]:
     xml = domain.live_xml()
     elements = _elements(xml)
-    found = {}
-    for disk in source_disks(xml):
-        if disk.kind == "file" and disk.path.startswith("/"):
-            found[disk.id] = _stack(disk)
-    if domain.is_active() and any_overlay(domain):
+    disks = [located(domain, disk) for disk in source_disks(xml)]
+    found = {disk.id: _stack(disk) for disk in disks if disk.kind in ("file", "block") and disk.path.startswith("/")}
+    # Beside a device there is nothing that would tell of an overlay.
+    if domain.is_active() and (any_overlay(domain) or any(disk.kind == "block" for disk in disks)):
         files = opened(domain)
         for stack in found.values():
-            _hold_against(domain.name, stack, _backing_paths(elements[stack.disk]), files)
+            _hold_against(domain.name, stack, lower_files(domain, elements[stack.disk]), files)
     return found
 
 
@@ -164,17 +191,23 @@ def opened(domain: Domain) -> set[str]:
     return {str(node["file"]) for node in domain.query("query-named-block-nodes", flat=True)}
 
 
-def _hold_against(vm: str, stack: Stack, listed: Sequence[str], files_open: Collection[str]) -> None:
+def _hold_against(vm: str, stack: Stack, listed: Sequence[str | None], files_open: Collection[str]) -> None:
     files = [stack.base, *(overlay.path for overlay in stack.overlays)]
     below = files[-2::-1]
     # libvirt killed in the middle of a call does not know what QEMU has done.
-    astray = [path for path in overlays_beside(stack.base, stack.disk) if path in files_open and path not in files]
+    astray = [
+        path
+        for path in sorted(files_open)
+        if base_of(path) == stack.base != path and disk_of(path) == stack.disk and path not in files
+    ]
     unopened = [path for path in files if not any(path in name for name in files_open)] if stack.overlays else []
-    if list(listed[: len(below)]) == below and not astray and not unopened:
+    told = len(listed) >= len(below) and all(path in (None, file) for path, file in zip(listed, below, strict=False))
+    if told and not astray and not unopened:
         return
     raise HypervisorError(
         f"VM {vm}: it is not clear what disk {stack.disk} lies on: by the images {', '.join(reversed(files))}; below "
-        f"it, by libvirt, {', '.join(listed) or 'nothing'}; QEMU has {', '.join(astray) or 'others'} open",
+        f"it, by libvirt, {', '.join(path or 'a volume' for path in listed) or 'nothing'}; QEMU has "
+        f"{', '.join(astray) or 'others'} open",
         "Were files changed by hand, or was libvirtd killed? Save the disk from within the guest before anything else.",
     )
 
@@ -188,8 +221,7 @@ def _stack(disk: SourceDisk) -> Stack:
         below = image.backing
         if below is None or below.shape not in ("qcow2", "raw"):
             break
-        above = _NAME.fullmatch(below.path)
-        if below.path != name["base"] and (above is None or above["base"] != name["base"]):
+        if base_of(below.path) != base_of(path):
             break
         overlays.append(Overlay(path, name["point"], name["disk"], temporary=name["temporary"] is not None))
         elsewhere = elsewhere or image.data_elsewhere
@@ -225,8 +257,21 @@ def _below(path: str, shape: str) -> tuple[list[str], str]:
     return found, ""
 
 
+def files_below(path: str, shape: str) -> list[str]:
+    """Every file below an image, by the headers; no program is run where there is none."""
+    return _below(path, shape)[0] if shape == "qcow2" and lies_on_another(path) else []
+
+
+def is_whole(path: str) -> bool:
+    """Whether an overlay that a VM uses is all of its disk by now: somebody has pulled what lay below into it
+    (`virsh blockpull`), so there is nothing to merge it into.
+    """
+    below = qemu_img.info(path, "qcow2").backing
+    return below is None or base_of(below.path) != base_of(path)
+
+
 def overlays_beside(base: str, disk: str) -> list[str]:
-    """Every file that has the name of an overlay of this disk, used or not.
+    """Every file beside `base` that has the name of an overlay of this disk, used or not.
 
     Where QEMU's user can write, there may be a FIFO or a link of that name: none of ours.
     """
@@ -254,10 +299,19 @@ def _elements(xml: str) -> Mapping[str, Element]:
     return found
 
 
-def _backing_paths(disk: Element) -> list[str]:
-    """The files below a disk's top one, as a running VM's definition lists them."""
-    found = [source.get("file") or source.get("dev") or "" for source in disk.iter("source")]
-    return found[1:]
+def lower_files(domain: Domain, disk: Element) -> list[str | None]:
+    """What lies below a disk's top file, as a definition lists it; None for a volume of a pool that does not tell."""
+    return [source_path(domain, source) for source in disk.iter("source")][1:]
+
+
+def source_path(domain: Domain, source: Element) -> str | None:
+    """The file or device of a <source>, "" if it is neither; None for a volume of a pool that does not tell."""
+    if pool := source.get("pool"):
+        try:
+            return domain.volume(pool, source.get("volume", ""))[0]
+        except HypervisorError:
+            return None
+    return source.get("file") or source.get("dev") or ""
 
 
 def is_regular(path: str) -> bool:

@@ -45,9 +45,11 @@ def make_empty(path: Path, size: int, owner: Owner) -> None:
     _write(path, bytearray(_tables(size)), owner, 0o600)
 
 
-def make_overlay(path: Path, size: int, below: str, shape: str) -> None:
-    """Make an image of `size` bytes that holds nothing, on the file `below` of format `shape`, whose owner and mode it
-    gets; it is on the disk when this returns.
+def make_overlay(path: Path, size: int, below: str, shape: str, owner: Owner | None = None) -> None:
+    """Make an image of `size` bytes that holds nothing, on the file or device `below` of format `shape`; it is on the
+    disk when this returns.
+
+    It gets the owner and the mode of the file below; with `owner` it is that one's alone.
 
     AccessDenied, TargetFull, NotFound; HypervisorError where a header cannot hold the name of the file below.
     """
@@ -59,7 +61,10 @@ def make_overlay(path: Path, size: int, below: str, shape: str) -> None:
     except OSError as error:
         raise from_os_error(error, below) from error
     tables = _overlay_tables(size, name, shape.encode())
-    _write(path, tables, Owner(model.st_uid, model.st_gid), stat.S_IMODE(model.st_mode))
+    if owner is not None:
+        _write(path, tables, owner, 0o600)
+    else:
+        _write(path, tables, Owner(model.st_uid, model.st_gid), stat.S_IMODE(model.st_mode))
     try:
         # The definition will name it: a host that loses its power must not lose it.
         for written in (path, path.parent):

@@ -70,8 +70,6 @@ class Guard:
         self.control = serve[1] if serve is not None else None
         self.reader = 0
         """The number of the process that was forked to serve, once the guard is ready."""
-        self.overlays: list[str] = []
-        """Those that grow meanwhile, once something is held."""
         self._uri = uri
         self._vm = vm
         self._ctx = ctx
@@ -141,7 +139,6 @@ class Guard:
         self._held = True
         if self._gone:  # it ended while nothing was held, so nobody was told
             raise self._ended_early()
-        self.overlays = [disk.overlay for disk in room]
         self._say("hold", watch=watch, room=[asdict(disk) for disk in room])
 
     def keep_closed(self, files: Sequence[Path]) -> None:

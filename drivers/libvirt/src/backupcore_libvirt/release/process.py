@@ -32,7 +32,7 @@ from backupcore_libvirt.release.loop import Loop
 from backupcore_libvirt.release.own_unit import OwnUnit
 from backupcore_libvirt.release.owner_line import OwnerLine, say
 from backupcore_libvirt.release.rest import Rest
-from backupcore_libvirt.release.watching import WATCHES, Room, Watch
+from backupcore_libvirt.release.watching import WATCHES, Devices, Room, Watch
 
 __all__ = ["guard"]
 
@@ -157,6 +157,8 @@ class _Guard:
                 watches = [WATCHES[name](self._run, *told) for name in what["watch"]]
                 if self._growing:
                     watches.append(Room(self._run, *told, self._growing))
+                if any(disk.on_device for disk in self._growing):
+                    watches.append(Devices(self._run, *told, self._growing))
                 for watch in watches:
                     watch.start()
                 self._watches += watches
@@ -188,6 +190,9 @@ class _Guard:
             return
         self._turn_asked = False
         self._kept.close()
+        for watch in self._watches:
+            if isinstance(watch, Devices):  # the owner itself merges now
+                watch.stop_asked.set()
         self._phase = "the owner releases"
         clients = self._control.refuse_clients()
         if not clients:

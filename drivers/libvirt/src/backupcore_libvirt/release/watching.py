@@ -2,8 +2,9 @@
 
 - QEMU 7.2 stops the guest when a scratch file cannot grow. So a run is given up before the scratch file system is full
   (`scratch.reserve`), and at once where QEMU has stopped the guest all the same.
-- A file that is read keeps a VM that is off from starting, by QEMU's lock on it. A device does not: libvirt gives each
-  VM device nodes of its own, and locks are a node's. What the guest then writes would tear the backup.
+- A file that is read keeps a VM that is off from starting, by QEMU's lock on it, and whoever else from merging an
+  overlay on it. A device does not: libvirt gives each VM device nodes of its own, and locks are a node's. What is then
+  written would tear the backup.
 
 Each look has a thread of its own, since libvirt, or a file system, may not answer.
 """
@@ -15,13 +16,14 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from backupcore.errors import BackupError, Busy, HypervisorError, NotFound, TargetFull
-from backupcore_libvirt.connection import IO_ERROR, OFF, PAUSED, Connection, Domain
+from backupcore_libvirt.connection import ACTIVE_COMMIT, COMMIT, IO_ERROR, OFF, PAUSED, Connection, Domain
+from backupcore_libvirt.disks import located, source_disks
 from backupcore_libvirt.libvirt_errors import is_away
 from backupcore_libvirt.overlay.room import Growing, too_full
 from backupcore_libvirt.release.giving_up import Run
 from backupcore_libvirt.scratch import scratch_room
 
-__all__ = ["WATCHES", "Room", "Watch", "vm_ended"]
+__all__ = ["WATCHES", "Devices", "Room", "Watch", "vm_ended"]
 
 FREE_EVERY = 0.1  # seconds; a guest that overwrites 2 GB/s takes 200 MiB of the reserve in one interval
 STATE_EVERY = 0.5
@@ -201,6 +203,51 @@ class _Start(_Asking):
 
     def _gone(self) -> None:
         """It was undefined: nobody starts it."""
+
+
+class Devices(_Asking):
+    """Whether the devices below overlays stay as they are: `growing` are these. libvirt is not kept from a merge of
+    somebody else's, nor from a start of the VM on its devices.
+    """
+
+    every = START_EVERY
+
+    def __init__(
+        self,
+        run: Run,
+        trouble: Callable[[BackupError], None],
+        remark: Callable[[str], None],
+        growing: Sequence[Growing],
+    ) -> None:
+        super().__init__(run, trouble, remark)
+        self._overlays = {disk.disk: disk for disk in growing if disk.on_device}
+        self._used: set[str] = set()
+
+    def _ask(self, domain: Domain) -> BackupError | None:
+        if not self._overlays or not domain.is_active():
+            return None
+        now = {disk.id: located(domain, disk).path for disk in source_disks(domain.live_xml())}
+        for disk, held in self._overlays.items():
+            if now.get(disk) == held.overlay:
+                self._used.add(disk)  # before the instant it is not
+            if disk in self._used and (now.get(disk) == held.below or self._is_merged(domain, disk)):
+                return Busy(
+                    f"VM {self._run.name}: disk {disk} was merged, or the VM was started without its overlay, while a "
+                    f"backup read {held.below}; of block devices that is not prevented",
+                    "Leave its overlays alone while it is backed up (virsh blockcommit), and run the backup again.",
+                )
+        return None
+
+    def _is_merged(self, domain: Domain, disk: str) -> bool:
+        try:
+            return domain.block_job_progress(disk)[0] in (COMMIT, ACTIVE_COMMIT)
+        except HypervisorError as error:
+            if is_away(error):
+                raise
+            return False  # the VM has just ended, or the disk was detached
+
+    def _gone(self) -> None:
+        """It was undefined: nobody starts it. `_Guest` tells that."""
 
 
 WATCHES: dict[str, type[Watch]] = {"scratch": _Scratch, "state": _State, "start": _Start, "guest": _Guest}

@@ -1,0 +1,214 @@
+"""VMs that are held by overlays for the time of a run, and whose disks are block devices or volumes of a storage pool.
+
+Beside a device there is no room: its overlay lies in scratch. The bytes are compared with what QEMU's own tools copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from xml.etree import ElementTree
+
+import libvirt
+import pytest
+
+from backupcore.errors import Busy, HypervisorError, UnsupportedOperation
+from lab.loop import loop_device
+
+pytestmark = pytest.mark.usefixtures("every_qemu_dies")
+
+MiB = 1 << 20
+
+
+@pytest.fixture
+def loops(needs_root, lab) -> Iterator[dict[str, Path]]:
+    """Block devices for a raw disk and for a qcow2 one, of 8 MiB, by the disk's ID."""
+    with contextlib.ExitStack() as stack:
+        yield {
+            disk: stack.enter_context(loop_device(lab.folder / f"loop-{disk}", bytes(size * MiB)))
+            for disk, size in (("vdb", 8), ("vdc", 12))
+        }
+
+
+@pytest.fixture
+def pool(lab) -> Iterator[str]:
+    """A storage pool that is the lab's folder."""
+    connection = libvirt.open("qemu:///system" if os.geteuid() == 0 else "qemu:///session")
+    folder = lab.folder / "pool"
+    folder.mkdir(mode=0o755)
+    xml = f"<pool type='dir'><name>{lab.prefix}pool</name><target><path>{folder}</path></target></pool>"
+    made = connection.storagePoolCreateXML(xml, 0)
+    yield made.name()
+    with contextlib.suppress(libvirt.libvirtError):  # a test may have done so
+        made.destroy()
+    connection.close()
+
+
+@pytest.fixture
+def vm(lab, loops, pool):
+    """vda is a file, vdb a raw device, vdc qcow2 on a device, vdd a volume."""
+    made = lab.vm(["qcow2:16", "raw:8", "qcow2:8", "qcow2:8"], iothread="disk", devices=loops, start=False)
+    volumes = made.connection.storagePoolLookupByName(pool)
+    file = made.disk("vdd")
+    target = Path(ElementTree.fromstring(volumes.XMLDesc()).findtext("target/path"), "web1.qcow2")
+    file.rename(target)
+    volumes.refresh()
+    text = made.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+    head, _, tail = text.partition(f"<source file='{file}'/>")
+    begin, _, disk = head.rpartition("<disk type='file'")
+    source = f"<source pool='{pool}' volume='web1.qcow2'/>"
+    made.connection.defineXML(f"{begin}<disk type='volume'{disk}{source}{tail}")
+    made.start()
+    yield made
+    made.destroy()  # before its devices go
+
+
+def sources(vm) -> dict[str, list[tuple[str, dict[str, str], str, list[str]]]]:
+    """What both definitions say of each disk: its kind, source, format, and what lies below."""
+    found = {}
+    for name, flags in (("live", 0), ("stored", libvirt.VIR_DOMAIN_XML_INACTIVE)):
+        disks = ElementTree.fromstring(vm.domain.XMLDesc(flags)).iterfind("devices/disk")
+        found[name] = [
+            (
+                disk.get("type"),
+                {key: value for key, value in disk.find("source").attrib.items() if key != "index"},
+                disk.find("driver").get("type"),
+                [source.attrib for source in disk.iterfind("backingStore//source")],
+            )
+            for disk in disks
+        ]
+    return found
+
+
+def overlays(runs, vm) -> list[str]:
+    """All that lies in scratch and beside the disks for overlays."""
+    scratch = runs.hypervisor.scratch.rglob("*.temporary.qcow2")
+    return sorted(path.name for path in [*scratch, *vm.folder.glob("*.backupcore-*")])
+
+
+def plain(runs, vm, before) -> None:
+    """At rest, and defined as before."""
+    assert overlays(runs, vm) == []
+    assert list(runs.hypervisor.scratch.iterdir()) == []
+    assert sources(vm) == before if vm.active else sources(vm)["stored"] == before["stored"]
+
+
+def test_full_and_increments(vm, runs, same, tmp_path):
+    before, life = sources(vm), vm.domain.ID()
+    assert [kind for kind, *_ in before["live"]] == ["file", "block", "block", "volume"]
+    layers, parent = [], None
+    for number in range(3):
+        for disk in vm.targets():
+            vm.io(disk, f"write -P {number + 1} {number + 1}M 64k", f"write -z {number * 64}k 64k")
+        truth = vm.copy_truth(tmp_path / f"truth{number}")
+        with runs.take(runs.run(vm, parent)) as taken:
+            for disk in vm.targets():
+                vm.io(disk, "write -P 0x77 5M 64k")
+            assert all(kind == "file" for kind, *_ in sources(vm)["stored"])
+            layers.append(runs.keep(taken, tmp_path / f"layer{number}"))
+        same(layers, truth)
+        assert [disk.whole for disk in taken.prepared.disks] == [number == 0, True, number == 0, number == 0]
+        plain(runs, vm, before)
+        parent = taken
+    assert vm.domain.ID() == life, "its QEMU has not died"
+    vm.destroy()
+    vm.start()
+    for disk in vm.targets():
+        vm.io(disk, "read -P 0x77 5M 64k")
+
+
+@pytest.mark.parametrize("meanwhile", ["runs", "off", "started again"])
+def test_what_a_dead_run_has_left_is_merged_by_a_recovery(vm, runs, same, tmp_path, meanwhile):
+    before = sources(vm)
+    with runs.take(runs.run(vm)) as full:
+        layer = runs.keep(full, tmp_path / "layer")
+    with runs.left_alone(runs.run(vm, full)):
+        for disk in vm.targets():
+            vm.io(disk, "write -P 2 2M 1M")
+    assert len(runs.hypervisor.find(vm.name).remarks) == 4
+    if meanwhile != "runs":
+        vm.destroy()
+    if meanwhile == "started again":
+        vm.start()
+        for disk in vm.targets():
+            vm.io(disk, "read -P 2 2M 1M", "write -P 3 4M 1M")
+    done = runs.recover(vm)
+    assert sum("merged the overlay" in line for line in done) == 4
+    assert runs.recover(vm) == ()
+    plain(runs, vm, before)
+    truth = vm.copy(tmp_path / "truth")
+    with runs.take(runs.run(vm, full)) as taken:
+        same([layer, runs.keep(taken, tmp_path / "above")], truth)
+    assert [disk.whole for disk in taken.prepared.disks] == [False, True, False, False]
+
+
+def test_whoever_merges_into_a_device_that_is_being_read_ends_the_backup(vm, runs, wait_for):
+    """libvirt gives a VM device nodes of its own, so no lock keeps it from that."""
+    before = sources(vm)
+    with pytest.raises(Busy, match="disk vdb was merged"), runs.take(runs.run(vm)) as taken:
+        vm.io("vdb", "write -P 2 2M 1M")
+        vm.commit("vdb")
+        wait_for(lambda: taken.ctx.cancelled, "the watch")
+        taken.ctx.check()
+    plain(runs, vm, before)
+    vm.io("vdb", "read -P 2 2M 1M")
+
+
+def test_a_vm_that_is_started_on_its_device_while_that_is_read_ends_the_backup(vm, runs, wait_for, tmp_path):
+    """What it wrote before lies in an overlay that nothing uses, and is told."""
+    old = vm.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)
+    with pytest.raises((Busy, HypervisorError)) as told, runs.take(runs.run(vm)) as taken:
+        vm.io("vdb", "write -P 2 2M 1M")
+        vm.destroy()
+        vm.connection.defineXML(old)
+        vm.start()
+        wait_for(lambda: taken.ctx.cancelled, "the watch")
+        taken.ctx.check()
+    assert isinstance(told.value, HypervisorError)
+    assert "the VM does not use it" in told.value.message
+    assert isinstance(taken.ctx.failure, Busy)
+    (name,) = [name for name in overlays(runs, vm) if "vdb" in name]
+    (remark,) = [remark for remark in runs.hypervisor.find(vm.name).remarks if "vdb" in remark]
+    assert remark.endswith(f"{name} holds what the VM has written, and the VM does not use it")
+
+
+def test_a_device_that_grows_meanwhile(vm, runs, loops, same, tmp_path, lab):
+    """As by lvextend, and a resize of the guest's disk after it."""
+    before = sources(vm)
+    with runs.take(runs.run(vm)):
+        with (lab.folder / "loop-vdb").open("r+b") as file:
+            file.truncate(10 * MiB)
+        subprocess.run(["losetup", "--set-capacity", loops["vdb"]], check=True)
+        vm.domain.blockResize("vdb", 10 * MiB, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+        vm.io("vdb", "write -P 2 9M 64k")
+    plain(runs, vm, before)
+    vm.io("vdb", "read -P 2 9M 64k")
+    truth = vm.copy_truth(tmp_path / "truth")
+    with runs.take(runs.run(vm)) as taken:
+        same([runs.keep(taken, tmp_path / "layer")], truth)
+    assert taken.prepared.disks[1].virtual_size == 10 * MiB
+
+
+def test_scratch_in_memory_is_refused(vm, runs, tmpfs):
+    runs.hypervisor.scratch = tmpfs(64) / "scratch"
+    with pytest.raises(UnsupportedOperation, match="in memory"), runs.take(runs.run(vm)):
+        pass
+    vm.untouched()
+
+
+def test_a_pool_that_is_stopped(vm, runs, pool, same, tmp_path):
+    """While it is, nobody tells which file a volume is; a run that has begun ends well."""
+    before = sources(vm)
+    pools = vm.connection.storagePoolLookupByName(pool)
+    xml = pools.XMLDesc()
+    with runs.take(runs.run(vm)) as taken:
+        vm.io("vdd", "write -P 2 2M 1M")
+        pools.destroy()
+    plain(runs, vm, before)
+    with pytest.raises(UnsupportedOperation, match="is the storage pool of .* active"), runs.take(runs.run(vm, taken)):
+        pass
+    vm.connection.storagePoolCreateXML(xml, 0)
+    vm.io("vdd", "read -P 2 2M 1M")
