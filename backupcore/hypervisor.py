@@ -34,13 +34,17 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VMDisk:
-    """A disk of a VM as it is now. `left_out` says why a backup would not hold it, or "" if it would."""
+    """A disk of a VM as it is now. `left_out` says why a backup would not hold it, or "" if it would.
+
+    Where `path` is an overlay of ours, `lies_on` is the disk's own file or device below it.
+    """
 
     id: str
     path: str
     format: str
     virtual_size: int | None
     left_out: str = ""
+    lies_on: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

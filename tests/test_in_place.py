@@ -14,6 +14,8 @@ from xml.etree import ElementTree
 import libvirt
 import pytest
 
+from backupcore_libvirt.overlay.stack import overlay_path
+from backupcore_libvirt.premade.image import make_overlay
 from lab import kernel
 from lab.domain_xml import DiskSpec
 from lab.host import Host, size_of, stopped, wait_until
@@ -403,3 +405,13 @@ def test_a_block_device_of_a_vm_is_written_to_only_when_told_so(make_vm, libvirt
     assert host.run(*command, "--overwrite").code == 0
     assert loop.read_bytes() == bytes(MIB) + b"\x55" * 8 * MIB + bytes(7 * MIB)
     host.vm.start()
+    host.vm.destroy()
+    # A backup that was killed has left an overlay on it, and the guest's writes in that.
+    folder = host.scratch / "overlays" / host.vm.uuid
+    folder.mkdir(parents=True)
+    overlay = overlay_path(str(loop), "0" * 32, "vdb", temporary=True, folder=folder)
+    make_overlay(Path(overlay), 16 * MIB, str(loop), "raw")
+    text = host.vm.domain.XMLDesc().replace(f"dev='{loop}'", f"file='{overlay}'")
+    text = text.replace("type='block'", "type='file'").replace("type='raw'", "type='qcow2'")
+    host.vm.connection.defineXML(text)
+    refused(10, "writes to an overlay on it", "--overwrite")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,7 +126,7 @@ def _vms(place: Workplace) -> Sequence[VMState]:
 
 def _disks_at(one: VMState, device: Path) -> list[VMDisk]:
     there = os.path.realpath(device)
-    return [disk for disk in one.disks if os.path.realpath(disk.path) == there]
+    return [disk for disk in one.disks if there in map(os.path.realpath, filter(None, (disk.path, disk.lies_on)))]
 
 
 def _refuse(one: VMState, device: Path, *, overwrite: bool) -> None:
@@ -133,6 +134,12 @@ def _refuse(one: VMState, device: Path, *, overwrite: bool) -> None:
         what = f"{device} is disk {disk.id} of VM {one.vm.name}"
         if one.state != "off":
             raise Busy(f"{what}, which is {one.state}", "Power it off, or choose another device.")
+        if disk.lies_on:
+            raise Busy(
+                f"{what}, which writes to an overlay on it: {disk.path}",
+                f"Let it have its plain disk first: vmkeep recover {shlex.quote(one.vm.name)}. Or choose another "
+                "device.",
+            )
         if disk.format != "raw":
             raise UnsupportedOperation(
                 f"{what}, whose format is {disk.format}; --device writes raw disks",

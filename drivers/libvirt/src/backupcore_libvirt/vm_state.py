@@ -13,7 +13,7 @@ from backupcore_libvirt.connection import OFF, PAUSED, RUNNING, Domain
 from backupcore_libvirt.disks import BY_RULE, DiskChoice, SourceDisk, source_disks
 from backupcore_libvirt.image_size import by_header
 from backupcore_libvirt.overlay import left
-from backupcore_libvirt.overlay.stack import is_overlay
+from backupcore_libvirt.overlay.stack import base_of, is_overlay
 from backupcore_libvirt.qemu_nbd import is_served
 from backupcore_libvirt.settings import read as read_settings
 
@@ -42,6 +42,7 @@ def state_of(domain: Domain, backed_up: Collection[str], scratch: Path, choice: 
             format=disk.format,
             virtual_size=_virtual_size(domain, disk, live=number not in OFF) if not disk.left_out else None,
             left_out=disk.left_out,
+            lies_on=base_of(disk.path) if is_overlay(disk.path) else "",
         )
         for disk in source_disks(domain.live_xml(), choice)
     )

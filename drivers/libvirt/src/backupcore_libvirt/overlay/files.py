@@ -30,10 +30,11 @@ def snapshot_xml(every: Sequence[str], new: Mapping[str, str]) -> str:
 
 @contextmanager
 def working(folder: RunFolder, domain: Domain) -> Iterator[None]:
-    """With the run's folder, which may not be there yet, or not any more."""
+    """With the run's folder, which may not be there yet, or not any more: then it goes again afterwards."""
     lock = None if folder.path.exists() else folder.make(Owner(os.geteuid(), os.getegid()), domain.uuid)
     try:
         yield
     finally:
         if lock is not None:
+            folder.remove()
             os.close(lock)

@@ -63,7 +63,8 @@ def _find(domain: Domain, scratch: Path) -> _Left:
     covered = _covered(domain, xml, here)
     of_disks = [path for path in dict.fromkeys([*own, *beside, *covered]) if is_temporary(path)]
     whole = {path for path in own if is_whole(path)}
-    detached = [path for path in folder.noted() if path not in of_disks and path not in whole]
+    known = {*of_disks, *whole, *(base_of(path) for path in own), *named(xml, whole=True)}
+    detached = [path for path in folder.noted() if path not in known]
     return _Left([path for path in of_disks if path not in whole], covered, detached)
 
 

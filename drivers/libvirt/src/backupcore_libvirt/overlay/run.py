@@ -24,6 +24,7 @@ from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.disks import nodes, source_disks
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.overlay.files import snapshot_xml, working
+from backupcore_libvirt.overlay.folder import OverlayFolder
 from backupcore_libvirt.overlay.merge import Merger, set_source
 from backupcore_libvirt.overlay.plan import Plan, closed_below, wanted
 from backupcore_libvirt.overlay.stack import Stack, any_overlay, overlay_path, overlays_beside, stacks
@@ -76,6 +77,7 @@ def forget(connection: Connection, domain: Domain, folder: RunFolder) -> list[st
             gone += [overlay.path for overlay in stack.overlays]
             merger.merge_all(stack)
     folder.remove()
+    OverlayFolder(folder.scratch, domain.uuid).tidy()
     return gone
 
 

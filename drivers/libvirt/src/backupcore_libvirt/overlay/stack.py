@@ -221,7 +221,7 @@ def _stack(disk: SourceDisk) -> Stack:
         below = image.backing
         if below is None or below.shape not in ("qcow2", "raw"):
             break
-        if base_of(below.path) != base_of(path):
+        if not _lies_on(path, below.path):
             break
         overlays.append(Overlay(path, name["point"], name["disk"], temporary=name["temporary"] is not None))
         elsewhere = elsewhere or image.data_elsewhere
@@ -233,6 +233,11 @@ def _stack(disk: SourceDisk) -> Stack:
         unsafe = "an overlay keeps its data in another file"
     foreign = path if any(is_overlay(file) for file in deeper) else ""
     return Stack(disk.id, path, shape, tuple(reversed(overlays)), foreign, unsafe)
+
+
+def _lies_on(overlay: str, below: str) -> bool:
+    """Whether what lies below an overlay is what its name says: its base, or another overlay of that."""
+    return base_of(overlay) in (below, base_of(below))
 
 
 def _below(path: str, shape: str) -> tuple[list[str], str]:
@@ -267,7 +272,7 @@ def is_whole(path: str) -> bool:
     (`virsh blockpull`), so there is nothing to merge it into.
     """
     below = qemu_img.info(path, "qcow2").backing
-    return below is None or base_of(below.path) != base_of(path)
+    return below is None or not _lies_on(path, below.path)
 
 
 def overlays_beside(base: str, disk: str) -> list[str]:
