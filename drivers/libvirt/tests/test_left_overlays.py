@@ -97,9 +97,12 @@ def test_an_external_snapshot_that_was_taken_meanwhile_is_told(lab, runs, wait_f
     wait_for(lambda: runs.hypervisor.find(vm.name).remarks == remarks, "the remark")
     with pytest.raises(HypervisorError, match="somebody's snapshot lies on it"):
         runs.recover(vm)
-    if not on:
-        vm.start()
-    vm.commit("vda")
+    if on:
+        vm.commit("vda")
+    else:
+        mine = vm.folder / "mine.qcow2"
+        subprocess.run(["qemu-img", "commit", "-q", "-f", "qcow2", mine], check=True)
+        vm.change((str(mine), str(path)))
     runs.recover(vm)
     vm.plain()
 

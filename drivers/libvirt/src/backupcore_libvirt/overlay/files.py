@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from xml.etree.ElementTree import Element, SubElement, tostring
 
 from backupcore_libvirt.connection import Domain
@@ -36,5 +36,6 @@ def working(folder: RunFolder, domain: Domain) -> Iterator[None]:
         yield
     finally:
         if lock is not None:
-            folder.remove()
+            with suppress(OSError):  # else the next run removes it
+                folder.remove()
             os.close(lock)

@@ -35,9 +35,10 @@ class OverlayFolder:
         try:
             self._make()
             for overlay in overlays:
-                if Path(overlay).parent != self.path:
-                    (self.path / Path(overlay).name).symlink_to(overlay)
-            for folder in (self.path, self.path.parent):
+                link = self.path / Path(overlay).name
+                if str(link) != overlay and not link.is_symlink():
+                    link.symlink_to(overlay)
+            for folder in (self.path, *list(self.path.parents)[:2]):
                 _sync(folder)
         except OSError as error:
             raise from_os_error(error, f"scratch folder {self.path}") from error

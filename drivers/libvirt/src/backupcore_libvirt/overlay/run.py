@@ -21,7 +21,7 @@ from backupcore.errors import BackupError, Busy, Cancelled, HypervisorError, Inc
 from backupcore.model import BackupRun, Outcome, RunState
 from backupcore_libvirt import checkpoint
 from backupcore_libvirt.connection import Connection, Domain
-from backupcore_libvirt.disks import nodes, source_disks
+from backupcore_libvirt.disks import located, nodes, source_disks
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.overlay.files import snapshot_xml, working
 from backupcore_libvirt.overlay.folder import OverlayFolder
@@ -271,7 +271,7 @@ def _remove_unused(connection: Connection, domain: Domain, run: BackupRun, folde
     """Remove the overlays that were made for a run which then put none on any disk."""
     unused = [
         disk.id
-        for disk in source_disks(domain.live_xml())
+        for disk in (located(domain, one) for one in source_disks(domain.live_xml()))
         if disk.kind == "file"
         and disk.path.startswith("/")
         and any(Path(disk.path).parent.glob(f"*.backupcore-{run.point}-{disk.id}.qcow2"))

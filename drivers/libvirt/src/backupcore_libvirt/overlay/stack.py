@@ -290,7 +290,7 @@ def any_overlay(domain: Domain) -> bool:
     """Whether a VM runs on overlays of ours, or some lie beside its disks; by their names alone, so it is quick."""
     return any(
         is_overlay(disk.path) or overlays_beside(disk.path, disk.id)
-        for disk in source_disks(domain.live_xml())
+        for disk in (located(domain, one) for one in source_disks(domain.live_xml()))
         if disk.kind == "file"
     )
 

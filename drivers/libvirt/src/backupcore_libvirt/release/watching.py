@@ -91,7 +91,7 @@ class _Scratch(Watch):
 
 
 class Room(Watch):
-    """The room beside the disks of a VM that writes to overlays meanwhile; `growing` are these."""
+    """The room for the overlays that a VM writes to meanwhile; `growing` are these."""
 
     def __init__(
         self,
@@ -107,10 +107,10 @@ class Room(Watch):
         while not self.stop_asked.wait(FREE_EVERY):
             if why := too_full(self._growing):
                 return TargetFull(
-                    f"VM {self._run.name}: the file system of its disks is full: {why}; the backup was given up so "
+                    f"VM {self._run.name}: the file system of its overlays is full: {why}; the backup was given up so "
                     "that the guest can go on",
-                    "Make room there: beside the disks it must hold what the guest writes during a backup, twice where "
-                    "their files are sparse.",
+                    "Make room there: it must hold what the guest writes during a backup, twice where the files of its "
+                    "disks are sparse.",
                 )
         return None
 
@@ -181,7 +181,7 @@ class _Guest(_Asking):
         return TargetFull(
             f"VM {self._run.name}: QEMU has stopped the guest after an I/O error; the backup was given up so that it "
             "can go on",
-            "Is the file system of its disks full? What the guest writes during a backup needs room there.",
+            "Is the file system of its disks full, or scratch? What the guest writes during a backup needs room there.",
         )
 
     def _gone(self) -> BackupError:
