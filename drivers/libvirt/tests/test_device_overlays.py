@@ -18,6 +18,7 @@ import pytest
 from backupcore.errors import Busy, HypervisorError, TargetFull, UnsupportedOperation
 from backupcore_libvirt.apparmor import denies_merges
 from backupcore_libvirt.connection import Connection
+from backupcore_libvirt.image_lock import keep_closed
 from backupcore_libvirt.overlay.room import Growing, require_room
 from lab.loop import loop_device
 
@@ -127,7 +128,7 @@ def test_full_and_increments(vm, runs, same, tmp_path):
         vm.io(disk, "read -P 0x77 5M 64k")
 
 
-@pytest.mark.parametrize("meanwhile", ["off", "started again"])
+@pytest.mark.parametrize("meanwhile", ["off", "started-again"])
 def test_what_a_dead_run_has_left_is_merged_by_a_recovery(vm, runs, same, tmp_path, meanwhile):
     before = sources(vm)
     with runs.take(runs.run(vm)) as full:
@@ -251,6 +252,23 @@ def test_a_pool_that_is_stopped(vm, runs, pool, same, tmp_path):
         pass
     vm.connection.storagePoolCreateXML(xml, 0)
     vm.io("vdd", "read -P 2 2M 1M")
+
+
+def test_a_volume_below_two_overlays_keeps_its_name(lab, runs, pool):
+    """Where a merge was not possible, and the VM is off when it is."""
+    vm = lab.vm(["qcow2:8"], iothread="disk", start=False)
+    put_into_pool(vm, "vda", pool)
+    vm.start()
+    before, file = sources(vm), vm.disk("vda")
+    for number in range(2):
+        with keep_closed([file] if number else []), runs.left_alone(runs.run(vm)):
+            vm.io("vda", f"write -P {number + 1} {number + 1}M 1M")
+    assert len(list(file.parent.glob("*.temporary.qcow2"))) == 2
+    vm.destroy()
+    runs.recover(vm)
+    assert sources(vm)["stored"] == before["stored"]
+    vm.start()
+    vm.io("vda", "read -P 1 1M 1M", "read -P 2 2M 1M")
 
 
 def test_a_volume_in_snapshot_mode(lab, runs, pool, same, tmp_path):

@@ -127,7 +127,7 @@ def test_an_overlay_that_somebody_has_pulled_its_base_into_is_the_disk(lab, runs
     assert vm.overlays() == [path]
 
 
-@pytest.mark.parametrize("killed", [False, True], ids=["run ends", "run is killed"])
+@pytest.mark.parametrize("killed", [False, True], ids=["ends", "killed"])
 def test_a_disk_that_was_detached_meanwhile_is_told(lab, runs, wait_for, killed):
     """Its own file lacks what was written during the backup, and looks as if it were all of it."""
     vm = lab.vm(["raw:16", "raw:8"], iothread="controller")

@@ -324,7 +324,7 @@ def set_source(domain: Domain, disk: str, path: str, shape: str) -> None:
     """
     element = _stored(domain, disk)
     source, driver, below = element.find("source"), element.find("driver"), element.find("backingStore")
-    assert source is not None  # of an empty drive nothing is ever merged
+    assert source is not None  # see _stored
     if source_path(domain, source) == path and _shape(driver) == shape:
         return
     if below is not None:
@@ -344,10 +344,10 @@ def _unlist(domain: Domain, disk: str) -> None:
 
 
 def _stored(domain: Domain, disk: str) -> Element:
-    """A disk in the definition of the next start."""
+    """A disk in the definition of the next start, which has a source."""
     for element in parse(domain.inactive_xml()).iterfind("./devices/disk"):
         target = element.find("target")
-        if target is not None and target.get("dev") == disk:
+        if target is not None and target.get("dev") == disk and element.find("source") is not None:
             return element
     raise HypervisorError(f"VM {domain.name}: the stored definition has no disk {disk} any more")
 

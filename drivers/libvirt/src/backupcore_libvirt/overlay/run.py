@@ -116,7 +116,7 @@ def _mend_definition(domain: Domain, ctx: Context) -> None:
     """
     if not domain.is_active() or not domain.is_persistent():
         return
-    stored = {disk.id: disk.path for disk in source_disks(domain.inactive_xml())}
+    stored = {disk.id: located(domain, disk).path for disk in source_disks(domain.inactive_xml())}
     for stack in stacks(domain).values():
         below = [stack.base, *(overlay.path for overlay in stack.overlays[:-1])]
         if stack.overlays and stored.get(stack.disk) in below:
