@@ -57,7 +57,6 @@ SOAK = (
             "test_iothreads",
             "test_temporary_overlays",
             "test_left_overlays",
-            "test_device_overlays",
             "test_freeze",
             "test_release",
             "test_powered_off",

@@ -37,9 +37,20 @@ def loops(needs_root, lab) -> Iterator[dict[str, Path]]:
         }
 
 
+def confined() -> bool:
+    """Whether AppArmor confines VMs: libvirt (9.0) then starts none on a volume, which its profiles do not know."""
+    connection = libvirt.open("qemu:///system" if os.geteuid() == 0 else "qemu:///session")
+    try:
+        return "<model>apparmor</model>" in connection.getCapabilities()
+    finally:
+        connection.close()
+
+
 @pytest.fixture
 def pool(lab) -> Iterator[str]:
-    """A storage pool that is the lab's folder."""
+    """A storage pool in the lab's folder."""
+    if confined():
+        pytest.skip("AppArmor lets no VM use a volume")
     connection = libvirt.open("qemu:///system" if os.geteuid() == 0 else "qemu:///session")
     folder = lab.folder / "pool"
     folder.mkdir(mode=0o755)
@@ -65,10 +76,11 @@ def put_into_pool(vm, disk: str, pool: str) -> None:
 
 
 @pytest.fixture
-def vm(lab, loops, pool):
-    """vda is a file, vdb a raw device, vdc qcow2 on a device, vdd a volume."""
+def vm(lab, loops, request):
+    """vda is a file, vdb a raw device, vdc qcow2 on a device, vdd a volume where a VM may use one, else a file."""
     made = lab.vm(["qcow2:16", "raw:8", "qcow2:8", "qcow2:8"], iothread="disk", devices=loops, start=False)
-    put_into_pool(made, "vdd", pool)
+    if not confined():
+        put_into_pool(made, "vdd", request.getfixturevalue("pool"))
     made.start()
     yield made
     made.destroy()  # before its devices go
@@ -106,7 +118,7 @@ def plain(runs, vm, before) -> None:
 
 def test_full_and_increments(vm, runs, same, tmp_path):
     before, life = sources(vm), vm.domain.ID()
-    assert [kind for kind, *_ in before["live"]] == ["file", "block", "block", "volume"]
+    assert [kind for kind, *_ in before["live"]] == ["file", "block", "block", "file" if confined() else "volume"]
     layers, parent = [], None
     for number in range(3):
         for disk in vm.targets():
