@@ -212,7 +212,7 @@ def test_what_a_dead_run_has_left_is_merged_by_a_recovery(lab, runs, take, same,
         vm.io("vdb", "write -P 3 2M 1M")
     (state,) = [one for one in runs.hypervisor.vms() if one.vm.uuid == vm.uuid]
     assert len(state.remarks) == 2
-    assert f"'vmkeep recover {vm.name}' merges it" in state.remarks[0]
+    assert f"vmkeep recover {vm.name} merges it" in state.remarks[0]
     if not on:
         vm.destroy()
     done = runs.recover(vm)

@@ -39,7 +39,7 @@ def prepare(connection: Connection, domain: Domain, run: BackupRun, folder: RunF
     except BackupError as error:
         # Whatever way is chosen then reads through what stays, and takes that disk whole.
         ctx.check()
-        ctx.log.warning("VM %s: an overlay of a dead run stays for now: %s %s", domain.name, error.message, error.hint)
+        ctx.log.warning("VM %s: an overlay of a dead run stays for now: %s", domain.name, error.in_full)
     overlay_run.prepare(connection, domain, run, folder, ctx)
 
 

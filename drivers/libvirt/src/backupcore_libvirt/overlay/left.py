@@ -11,6 +11,7 @@ from typing import NamedTuple
 from backupcore.context import Context
 from backupcore.errors import BackupError, Busy, Cancelled, HypervisorError
 from backupcore.model import Outcome, RunState
+from backupcore.typed import typed
 from backupcore_libvirt import qemu_img
 from backupcore_libvirt.connection import IO_ERROR, PAUSED, Connection, Domain
 from backupcore_libvirt.disks import SourceDisk, located, source_disks
@@ -111,7 +112,7 @@ def remarks(domain: Domain, scratch: Path) -> list[str]:
         if path in lost
         else f"somebody's snapshot lies on {path}, which a backup has left, so it is not merged"
         if path in left.covered
-        else f"it writes to {path}, which a backup has left; 'vmkeep recover {domain.name}' merges it"
+        else f"it writes to {path}, which a backup has left; {typed('vmkeep recover', domain.name)} merges it"
         for path in left.of_disks
         if path in lost
         or path in used
@@ -141,16 +142,16 @@ def settle(connection: Connection, domain: Domain, outcome: Outcome, *, folder: 
             raise HypervisorError(
                 f"VM {domain.name}: a disk was detached during a backup, or moved; what was written meanwhile lies in "
                 f"{path}",
-                f"Before the disk's own file or device ({base_of(path)}) is used again: qemu-img commit -f qcow2 "
-                f"{path}; then remove {path}.",
+                f"Before the disk's own file or device ({base_of(path)}) is used again: "
+                f"{typed('qemu-img commit -f qcow2', path)}; then remove {path}.",
             )
     for path in _unused(domain, left):
         raise HypervisorError(
             f"{path} holds what VM {domain.name} has written, and the VM does not use it: was it defined anew, or were "
             "its disks exchanged, during a backup?",
             "No backup holds that, and nothing removes the file. If the VM has not run since, make its disk use it "
-            f"again (virsh edit); otherwise keep what it shows, 'qemu-img convert -f qcow2 -O qcow2 {path} COPY' while "
-            "the VM is off, and remove it.",
+            f"again (virsh edit); otherwise, while the VM is off, keep what it shows and then remove it: "
+            f"{typed('qemu-img convert -f qcow2 -O qcow2', path, 'COPY')}; {typed('rm', path)}",
         )
 
 
@@ -199,8 +200,8 @@ def _merge_all(
     errors += [
         HypervisorError(
             f"VM {domain.name}: {path} is not merged: somebody's snapshot lies on it",
-            f"The VM goes on as it is. Remove that snapshot (virsh snapshot-list {domain.name} may show it), then run "
-            f"'vmkeep recover {domain.name}'.",
+            f"The VM goes on as it is. Remove that snapshot ({typed('virsh snapshot-list', domain.name)} may show it), "
+            f"then run: {typed('vmkeep recover', domain.name)}",
         )
         for path in left.covered
     ]

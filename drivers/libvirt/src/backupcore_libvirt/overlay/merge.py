@@ -16,6 +16,7 @@ from xml.etree.ElementTree import tostring
 
 from backupcore.disk.nbd import DEPTH, Client, held
 from backupcore.errors import BackupError, Busy, HypervisorError, NotFound, UnsupportedOperation
+from backupcore.typed import typed
 from backupcore_libvirt import image_tail, qemu_img
 from backupcore_libvirt.apparmor import MENDED, denies_merges
 from backupcore_libvirt.connection import ACTIVE_COMMIT, COMMIT, NOT_READY, Connection, Domain
@@ -119,8 +120,8 @@ class Merger:
             if not is_away(refused) and denies_merges(self.connection, self.domain):
                 raise HypervisorError(
                     f"{refused.message} (AppArmor denies it while this VM runs, before libvirt {text(MENDED)})",
-                    f"Power the VM off once, then run 'vmkeep recover {self.domain.name}'. Until then it goes on in "
-                    "its overlay, and its backups are taken as before.",
+                    f"Power the VM off once, then run {typed('vmkeep recover', self.domain.name)}. Until then it goes "
+                    "on in its overlay, and its backups are taken as before.",
                 ) from refused
             raise
         self._follow(stack.disk)
@@ -277,8 +278,9 @@ class Merger:
             raise HypervisorError(
                 f"{path} stays: it holds snapshots of VM {self.domain.name} ({', '.join(names):.200}), which a merge "
                 "would destroy",
-                f"The VM goes on with it. Once they are not needed any more (virsh snapshot-delete {self.domain.name} "
-                f"NAME), run 'vmkeep recover {self.domain.name}'.",
+                f"The VM goes on with it. Once they are not needed any more ("
+                f"{typed('virsh snapshot-delete', self.domain.name, 'NAME')}), run: "
+                f"{typed('vmkeep recover', self.domain.name)}",
             )
 
     def _discard(self, path: str) -> None:
