@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from lab.hosts import readme, selection
-from lab.hosts.root import HostNotBuilt, sources
+from lab.hosts.root import HostNotBuilt, of_one_run, remove_older, sources
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,3 +65,35 @@ def test_every_chosen_test_is_there_and_nothing_is_denied_comes_last():
     for suite in selection.BOTH:
         for soak in (False, True):
             assert selection.chosen(suite, soak=soak)[-1] == "lab/hosts/checks/test_denied.py"
+
+
+def test_the_folder_of_a_run_that_was_killed_goes_with_the_next_run(tmp_path: Path):
+    run = (
+        "import sys, pathlib; from lab.hosts.root import of_one_run\n"
+        "with of_one_run('layer', pathlib.Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'upper').mkdir(); print(folder, flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", run, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        theirs = Path(process.stdout.readline().strip())
+        with of_one_run("layer", tmp_path) as ours:
+            assert theirs.is_dir(), "it is still at work"
+        assert not ours.exists()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert theirs.is_dir()
+    with of_one_run("sources", tmp_path) as ours:
+        assert list(ours.parent.iterdir()) == [ours]
+
+
+def test_what_is_made_anew_takes_the_place_of_what_was_made_of_something_else(tmp_path: Path):
+    for name in (
+        "root-trixie-host-aaaa",
+        "root-trixie-host-bbbb.new",
+        "root-trixie-suite-aaaa",
+        "root-bookworm-host-aaaa",
+    ):
+        (tmp_path / name / "usr").mkdir(parents=True)
+    remove_older(tmp_path / "root-trixie-host-cccc")
+    assert {folder.name for folder in tmp_path.iterdir()} == {"root-trixie-suite-aaaa", "root-bookworm-host-aaaa"}

@@ -10,14 +10,13 @@ import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from lab.hosts import readme
 from lab.hosts.host import Built, Host
-from lab.hosts.root import FOLDER, Bind, HostNotBuilt, entering, layer
+from lab.hosts.root import FOLDER, Bind, HostNotBuilt, entering, layer, of_one_run, remove_older
 from lab.hosts.wheels import wheels
 from lab.places import ROOT, locked
 
@@ -33,14 +32,13 @@ def run(host: Host, built: Built, names: Sequence[str], *, options: Sequence[str
 
     True where all have passed. It is ended after `seconds`. Raises `HostNotBuilt` where what it needs cannot be made.
     """
-    with tempfile.TemporaryDirectory(prefix=f"run-{host.suite}-", dir=FOLDER) as made:
-        folder = Path(made)
+    with of_one_run(host.suite) as folder:
         disk = _disk(host, built, folder, names, options)
         log = folder / "said"
         log.touch()
         started = time.monotonic()
         process = subprocess.Popen(
-            _command(host, built, disk, folder), stdin=subprocess.DEVNULL, env={**os.environ, "TMPDIR": made}
+            _command(host, built, disk, folder), stdin=subprocess.DEVNULL, env={**os.environ, "TMPDIR": str(folder)}
         )
         try:
             with log.open(errors="replace") as said:
@@ -95,7 +93,7 @@ def _disk(host: Host, built: Built, folder: Path, names: Sequence[str], options:
     (tests / "names").write_text("\n".join(names) + "\n")
     (tests / "options").write_text("\n".join(options) + "\n")
     _run(["git", "clone", "--quiet", "--bare", "--no-hardlinks", str(ROOT), str(whole / "vmkeep.git")])
-    found = wheels(host.suite, built.root)
+    found = wheels(host.suite, built.root, purpose="host")
     aids = _aids(host, built, found)
     for name, source in (("wheels", found), ("tools", aids / "tools"), ("guest", aids / "guest")):
         _run(["cp", "-a", "--reflink=auto", str(source), str(whole / name)])
@@ -115,8 +113,7 @@ def _aids(host: Host, built: Built, found: Path) -> Path:
     with locked(f"hosts-aids-{host.suite}"):
         if folder.exists():
             return folder
-        for old in FOLDER.glob(f"aids-{host.suite}-*"):
-            shutil.rmtree(old)
+        remove_older(folder)
         fresh = folder.with_name(f"{folder.name}.new")
         (fresh / "guest").mkdir(parents=True)
         (fresh / "tools").mkdir()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab.hosts import readme
-from lab.hosts.root import FOLDER, HostNotBuilt, changed, entering, root
+from lab.hosts.root import FOLDER, HostNotBuilt, changed, entering, remove_older, root
 from lab.places import locked
 
 _INSIDE = Path(__file__).with_name("inside")
@@ -52,7 +52,7 @@ class Built:
 
 def build(host: Host) -> Built:
     """The host's disk, kernel and initramfs; made where they are missing. Raises `HostNotBuilt`."""
-    base = root(host.suite, [*_MACHINE, *(_SYSTEMD if host.systemd else ())])
+    base = root(host.suite, [*_MACHINE, *(_SYSTEMD if host.systemd else ())], purpose="host")
     packages = readme.first_backup().packages
     digest = hashlib.sha256(f"{base.name}\n{packages}\n{host}\n{_DISK_SIZE}\n".encode())
     # The rest of `inside` comes with each run.
@@ -61,8 +61,7 @@ def build(host: Host) -> Built:
     folder = FOLDER / f"host-{host.suite}-{digest.hexdigest()[:12]}"
     with locked(f"hosts-{host.suite}"):
         if not folder.exists():
-            for old in FOLDER.glob(f"host-{host.suite}-*"):
-                shutil.rmtree(old)
+            remove_older(folder)
             fresh = folder.with_name(f"{folder.name}.new")
             fresh.mkdir(parents=True)
             _install(host, base, fresh, packages)

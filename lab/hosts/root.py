@@ -1,14 +1,16 @@
 """The root of a Debian release, built of packages alone, and programs that run in it as if it were this machine.
 
 A root is made by mmdebstrap from the Debian sources of this machine's apt, with the name of the other release in
-them. It lies in .lab/hosts, named by what it is made of, and is never written to again: each run has a layer over it.
-Programs run in it in namespaces of their own, whose end takes whatever they started or mounted.
+them. It lies in .lab/hosts, named by what it is for and made of, and is never written to again: each run has a layer
+over it. Once it would be made of something else, that takes its place. Programs run in it in namespaces of their own,
+whose end takes whatever they started or mounted.
 
     python -m lab.hosts.root trixie uname -a
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +30,9 @@ _ENTER = Path(__file__).with_name("enter.sh")
 _MMDEBSTRAP = ("--mode=root", "--variant=apt")
 # What every root needs beside the packages that it is for: to be entered, and to install more.
 _BASE = ("ca-certificates", "iproute2", "mount", "procps", "sudo")
+_RUNS = "runs"
+# Should this process be killed, what it started in namespaces ends as well, and with it all that runs in them.
+_WITH_US = ("setpriv", "--pdeathsig", "KILL", "unshare", "--fork", "--kill-child", "--propagation", "private")
 _PROXIES = ("http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 
 
@@ -74,10 +79,10 @@ def sources(suite: str, own: str | None = None, folder: Path = Path("/etc/apt"))
     return "\n".join("".join(lines) for lines in kept)
 
 
-def root(suite: str, packages: Sequence[str]) -> Path:
+def root(suite: str, packages: Sequence[str], *, purpose: str) -> Path:
     """A root of this release with these packages and what they depend on, without what they recommend; made if missing.
 
-    Raises `HostNotBuilt`.
+    One of the same `purpose` (a word) that is made of something else is removed. Raises `HostNotBuilt`.
     """
     if suite not in SUITES:
         raise HostNotBuilt(f"no root is made of {suite}: known are {', '.join(SUITES)}")
@@ -88,12 +93,21 @@ def root(suite: str, packages: Sequence[str]) -> Path:
     apt = sources(suite)
     include = ",".join(sorted({*_BASE, *packages}))
     made_of = hashlib.sha256(f"{apt}\n{_MMDEBSTRAP}\n{include}\n".encode()).hexdigest()[:12]
-    folder = FOLDER / f"root-{suite}-{made_of}"
-    with locked(f"hosts-{folder.name}"):
+    folder = FOLDER / f"root-{suite}-{purpose}-{made_of}"
+    with locked(f"hosts-root-{suite}-{purpose}"):
         if not folder.exists():
             FOLDER.mkdir(exist_ok=True)
+            remove_older(folder)
             _build(suite, apt, include, folder)
     return folder
+
+
+def remove_older(folder: Path) -> None:
+    """Remove what was made for the same as `folder`, of something else: its name but for the digest at the end."""
+    kind, _, digest = folder.name.rpartition("-")
+    for old in folder.parent.glob(f"{kind}-{'?' * len(digest)}*"):
+        if old != folder:
+            shutil.rmtree(old)
 
 
 def entering(
@@ -112,9 +126,8 @@ def entering(
     The command sees its own processes only, the folder /sys of this machine, and a /dev without its disks. Its network
     is a loopback of its own unless `network`; its environment is `environment` and what any program needs.
     """
-    own = ["unshare", "--mount", "--pid", "--ipc", "--uts", *([] if network else ["--net"])]
     # Propagation: what is mounted in here must not appear on the machine.
-    own += ["--fork", "--kill-child", "--propagation", "private"]
+    own = [*_WITH_US, "--mount", "--pid", "--ipc", "--uts", *([] if network else ["--net"])]
     known = {
         "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "HOME": "/root",
@@ -142,19 +155,47 @@ def changed(layer: Path) -> Path:
 @contextmanager
 def layer() -> Iterator[Path]:
     """A layer for one run, removed afterwards."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="layer-", dir=FOLDER) as folder:
-        yield Path(folder)
+    with of_one_run("layer") as folder:
+        yield folder
+
+
+@contextmanager
+def of_one_run(kind: str, base: Path = FOLDER) -> Iterator[Path]:
+    """A folder that is removed at the end of the block; those whose processes were killed are removed before."""
+    runs = base / _RUNS
+    with ExitStack() as stack:
+        with locked("hosts-runs"):
+            runs.mkdir(parents=True, exist_ok=True)
+            for old in runs.iterdir():
+                with suppress(OSError), _alone_in(old):
+                    shutil.rmtree(old)
+            folder = Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=runs))
+            stack.enter_context(_alone_in(folder))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which ends with this process. BlockingIOError where another one holds it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _build(suite: str, apt: str, include: str, folder: Path) -> None:
     fresh = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix="sources-", dir=FOLDER) as made:
-        listed = Path(made, "debian.sources")
+    with of_one_run("sources") as made:
+        listed = made / "debian.sources"
         listed.write_text(apt)
         # In namespaces as well: mmdebstrap mounts proc and sys in the new root, and may be killed.
-        own = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--propagation", "private"]
+        own = [*_WITH_US, "--mount", "--pid"]
         build = ["mmdebstrap", "--quiet", *_MMDEBSTRAP, f"--include={include}"]
         sys.stderr.write(f"Building a root of Debian {suite}\n")
         done = subprocess.run([*own, *build, suite, str(fresh), str(listed)], check=False)
@@ -220,7 +261,7 @@ def _stanzas(text: str) -> list[dict[str, str]]:
 def main() -> int:
     suite, *command = sys.argv[1:]
     try:
-        made = root(suite, ())
+        made = root(suite, (), purpose="bare")
     except HostNotBuilt as error:
         sys.stderr.write(f"{error}\n")
         return 1

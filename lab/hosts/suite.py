@@ -11,13 +11,13 @@ command runs, no network but its loopback: whatever it needs is fetched before.
 from __future__ import annotations
 
 import os
-import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lab.hosts.root import FOLDER, Bind, HostNotBuilt, entering, layer, root
+from lab.hosts.root import FOLDER, Bind, HostNotBuilt, entering, layer, remove_older, root
 from lab.hosts.wheels import wheels
 from lab.places import ROOT, locked
 from lab.setup import DEBIAN_PYTHON_PACKAGES, SYSTEM_PACKAGES
@@ -30,15 +30,13 @@ _PASSED_ON = ("CI", "SECONDS", "PYTEST_ADDOPTS", "PYTEST_WORKERS", "PYTEST_TIMEO
 
 def run(suite: str, command: Sequence[str]) -> int:
     """Run a command in the checkout on this release; its exit code. Raises `HostNotBuilt`."""
-    made = root(suite, [*SYSTEM_PACKAGES, *DEBIAN_PYTHON_PACKAGES, *_MORE])
-    pure = wheels(suite, made)
-    kept = FOLDER / f"suite-{made.name}"
+    made = root(suite, [*SYSTEM_PACKAGES, *DEBIAN_PYTHON_PACKAGES, *_MORE], purpose="suite")
+    pure = wheels(suite, made, purpose="suite")
+    kept = FOLDER / made.name.replace("root-", "checkout-", 1)
     fetched = kept / "fetched"
     environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     with locked(f"hosts-suite-{suite}"), layer() as own:
-        for old in FOLDER.glob(f"suite-root-{suite}-*"):
-            if old != kept:
-                shutil.rmtree(old)
+        remove_older(kept)
         binds = [Bind(ROOT, writable=True)]
         for source, inside in (
             (kept / "venv", ROOT / ".venv"),
@@ -80,6 +78,7 @@ def half() -> list[str]:
 
 def main() -> int:
     """Run what the command line says."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended, and its layer removed
     suite, *command = sys.argv[1:]
     if command[:1] == ["--half"]:
         command = [*command[1:], *half()]

@@ -7,13 +7,12 @@ source: it is built in a root of that release, without a network.
 from __future__ import annotations
 
 import hashlib
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lab.hosts.root import FOLDER, Bind, HostNotBuilt, entering, layer
+from lab.hosts.root import FOLDER, Bind, HostNotBuilt, entering, layer, remove_older
 from lab.places import ROOT, locked
 
 PYTHON = {"bookworm": "3.11", "trixie": "3.13"}
@@ -23,18 +22,18 @@ _BUILD = ("setuptools",)
 _SOURCE_ONLY = "libvirt-python"
 
 
-def wheels(suite: str, root: Path | Sequence[Path]) -> Path:
+def wheels(suite: str, root: Path | Sequence[Path], *, purpose: str) -> Path:
     """A folder of wheels for the Python of this release; made where it is missing.
 
-    `root` has python3-dev, python3-venv, gcc, pkg-config and libvirt-dev. Raises `HostNotBuilt`.
+    `root` has python3-dev, python3-venv, gcc, pkg-config and libvirt-dev; `purpose` is its own. Raises `HostNotBuilt`.
     """
     folders = [root] if isinstance(root, Path) else list(root)
     made_of = f"{_PINS.read_text()}\n{_BUILD}\n{PYTHON[suite]}\n{[folder.parent.name for folder in folders]}"
-    folder = FOLDER / f"wheels-{suite}-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
-    with locked(f"hosts-{folder.name}"):
+    folder = FOLDER / f"wheels-{suite}-{purpose}-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
+    with locked(f"hosts-wheels-{suite}-{purpose}"):
         if not folder.exists():
+            remove_older(folder)
             fresh = folder.with_name(f"{folder.name}.new")
-            shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir(parents=True)
             _fetch(suite, fresh)
             _build(folders, fresh)
