@@ -19,6 +19,7 @@ import pytest
 from backupcore.errors import Busy, HypervisorError, TargetFull
 from backupcore.model import Outcome, RunState
 from backupcore_libvirt import backup_job
+from backupcore_libvirt.connection import Domain
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.plugin import Libvirt
 from backupcore_libvirt.release.clients import connected
@@ -169,6 +170,33 @@ def test_the_job_is_not_aborted_while_somebody_is_connected(small, runs, monkeyp
             assert small.job() != 0
         runs.hypervisor.postbackup(run, Outcome(state=RunState.FAILED), ctx)
     assert small.monitor("query-status")["running"]
+    small.untouched()
+
+
+class Occupied(Domain):
+    """A VM that libvirt keeps to itself for a while once a job was told to end, as it does where AppArmor is on."""
+
+    waits = 0
+
+    def abort_job(self) -> None:
+        super().abort_job()
+        self.waits = 2
+
+    def job_type(self) -> int:
+        if self.waits:
+            self.waits -= 1
+            raise Busy("VM occupied: job: Timed out during operation: cannot acquire state change lock")
+        return super().job_type()
+
+
+def test_a_job_that_libvirt_takes_long_to_clear_away_has_ended(small, runs):
+    run = runs.run(small)
+    with runs.context(run) as ctx:
+        runs.hypervisor.prebackup(run, ctx)
+        domain = Occupied(small.domain)
+        assert backup_job.end(domain, RunFolder(runs.hypervisor.scratch, run.id)) == ["ended a backup job"]
+        assert (domain.waits, small.job()) == (0, 0)
+        runs.hypervisor.postbackup(run, Outcome(state=RunState.FAILED), ctx)
     small.untouched()
 
 

@@ -21,7 +21,7 @@ __all__ = ["Job", "backup_xml", "bitmap_name", "end", "left_behind", "running"]
 BEGIN_LIMIT = 10.0
 ORPHANS_LIMIT = 3.0
 CLIENTS_LIMIT = 10.0
-END_LIMIT = 60.0
+END_LIMIT = 120.0
 _OPERATIONS = ("", "start", "save", "restore", "migration", "migration", "snapshot", "revert", "dump", "backup")
 
 
@@ -170,6 +170,10 @@ def _wait_for_end(domain: Domain) -> None:
                 return
         except NotFound:
             return  # a transient VM that ended
+        except Busy:
+            # libvirt has waited 30 s for itself. QEMU's job has ended by then, and libvirt takes the scratch files out
+            # of the VM's AppArmor profile, one by one; it compiles that anew for each, and answers nobody meanwhile.
+            pass
         except HypervisorError:
             if not domain.is_active():
                 return
