@@ -74,18 +74,23 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     seconds: collections.Counter[str] = collections.Counter()
+    measured: list[str] = []
     for outcome, reports in terminalreporter.stats.items():
         for report in reports:
             if not isinstance(report, pytest.TestReport):
                 continue
             file = report.nodeid.partition("::")[0]
             seconds[file] += report.duration  # type: ignore[assignment]  # a float; Counter's type says int
+            if report.when == "teardown":  # once of each test
+                measured += [f"{report.nodeid}: {name}: {value}" for name, value in report.user_properties]
             if outcome:  # set-up and clean-up that went well have none
                 counts[file][outcome] += 1
     terminalreporter.section(f"{platform.node()}: by file")
     for file, found in counts.items():
         text = ", ".join(f"{count} {outcome}" for outcome, count in sorted(found.items(), reverse=True))
         terminalreporter.line(f"{file}: {text} in {seconds[file]:.0f} s")
+    for line in measured:
+        terminalreporter.line(line)
 
 
 def _changed(since: float) -> list[Path]:

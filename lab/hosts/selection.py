@@ -60,6 +60,18 @@ CHOSEN = (
         TRIXIE,
     ),
     Chosen(
+        "tests/test_in_place.py::test_disks_are_replaced_and_a_new_image_says_why",
+        "restore in place: owner and label of files that QEMU's user and its profile must be able to open",
+        BOOKWORM,
+    ),
+    Chosen(
+        "tests/test_crashes.py::test_recover_lets_a_guest_go_on_that_full_scratch_has_stopped",
+        "kills of vmkeep and its guard, full scratch, and recover",
+        BOOKWORM,
+    ),
+    Chosen("lab/hosts/checks/test_unit.py", "a unit that systemd stops or kills: only where systemd runs", TRIXIE),
+    # These share a VM, which stays until the end.
+    Chosen(
         f"{_PLUGIN}/test_freeze.py::test_a_suspended_guest_stands_still_for_the_call",
         "freeze: libvirt compiles the profile anew while the guest stands still. Without an agent: that needs a Linux, "
         "which takes three minutes to boot here",
@@ -74,17 +86,6 @@ CHOSEN = (
         "kills: what a dead run has left in the VM's own folder, which the profile allows, goes",
         BOOKWORM,
     ),
-    Chosen(
-        "tests/test_in_place.py::test_disks_are_replaced_and_a_new_image_says_why",
-        "restore in place: owner and label of files that QEMU's user and its profile must be able to open",
-        BOOKWORM,
-    ),
-    Chosen(
-        "tests/test_crashes.py::test_recover_lets_a_guest_go_on_that_full_scratch_has_stopped",
-        "kills of vmkeep and its guard, full scratch, and recover",
-        BOOKWORM,
-    ),
-    Chosen("lab/hosts/checks/test_unit.py", "a unit that systemd stops or kills: only where systemd runs", TRIXIE),
 )
 """What `make test-hosts` runs beside the first backup, within a quarter of an hour, a third of which the hosts need to
 be built, to boot and to install the product."""
@@ -106,6 +107,7 @@ SOAK = (
             "test_temporary_overlays",
             "test_left_overlays",
             "test_freeze",
+            "test_guard",
             "test_release",
             "test_powered_off",
         )

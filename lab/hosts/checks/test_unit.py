@@ -68,13 +68,18 @@ def start_unit(host: Host) -> Callable[..., list[str]]:
     [["systemctl", "stop", _UNIT], ["systemctl", "kill", "--kill-whom=all", "--signal=KILL", _UNIT]],
     ids=["stopped", "killed"],
 )
-def test_the_guest_goes_on(host: Host, start_unit: Callable[..., list[str]], ending: list[str]) -> None:
+def test_the_guest_goes_on(
+    host: Host,
+    start_unit: Callable[..., list[str]],
+    ending: list[str],
+    record_property: Callable[[str, object], None],
+) -> None:
     _in_mid_backup(host, start_unit)
     ended = time.monotonic()
     subprocess.run(ending, check=True)
     wait_until(lambda: not host.vm.domain.jobInfo()[0], "the guest is released", _RELEASED_SECONDS)
     seconds = time.monotonic() - ended
-    print(f"released {seconds:.1f} s after {' '.join(ending)}")
+    record_property(f"released after {' '.join(ending)}", f"{seconds:.1f} s")
     assert seconds < _RELEASED_SECONDS
     wait_until(lambda: not _guards(), "the guard has ended")
     assert host.vm.domain.state()[0] == RUNNING
