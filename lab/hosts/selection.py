@@ -7,7 +7,7 @@ suite has seen. Each runs on the host where it may differ most, since the time d
 
 - Debian 12 has the QEMU that dies of a client of an I/O thread (7.2), and the older libvirt, for which AppArmor keeps
   other rules: ways to hold a VM, to let it go, and what a restore in place does to files that a profile names;
-- Debian 13 has systemd as process 1, the newer restic, QEMU and Python: the whole path, SNAPSHOT, and units.
+- Debian 13 has systemd as process 1, the newer restic, QEMU and Python: the whole path, and units.
 
 `make soak` runs the whole files on both.
 """
@@ -57,7 +57,6 @@ CHOSEN = (
     Chosen(
         f"{_PLUGIN}/test_snapshot_mode.py::test_overlays_at_rest_do_not_pile_up",
         "SNAPSHOT, five nights: AppArmor forbids the merge that a machine without it allows (libvirt 9.0 and 11.3)",
-        TRIXIE,
     ),
     Chosen(
         "tests/test_in_place.py::test_disks_are_replaced_and_a_new_image_says_why",
