@@ -12,6 +12,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -150,18 +151,10 @@ class _Guard:
             case "hold":
                 self._held = True
                 self._growing = [Growing(**disk) for disk in what["room"]]
-                told = (
-                    lambda error: self._loop.tell(partial(self._let_go, error)),
-                    lambda line: self._loop.tell(partial(say, {"said": "warning", "message": line})),
-                )
-                watches = [WATCHES[name](self._run, *told) for name in what["watch"]]
+                watches = [WATCHES[name](self._run, *self._telling) for name in what["watch"]]
                 if self._growing:
-                    watches.append(Room(self._run, *told, self._growing))
-                if any(disk.on_device for disk in self._growing):
-                    watches.append(Devices(self._run, *told, self._growing))
-                for watch in watches:
-                    watch.start()
-                self._watches += watches
+                    watches.append(Room(self._run, *self._telling, self._growing))
+                self._watch(watches)
             case "keep":
                 self._keep([Path(file) for file in what["files"]])
             case "freeze":
@@ -182,7 +175,22 @@ class _Guard:
         except BackupError as error:
             say({"said": "failed", **dump_error(error)})
         else:
+            if any(disk.on_device for disk in self._growing):
+                self._watch([Devices(self._run, *self._telling, self._growing)])
             say({"said": "kept"})
+
+    @property
+    def _telling(self) -> tuple[Callable[[BackupError], None], Callable[[str], None]]:
+        """What a watch calls: with the trouble that ends the run, and with a remark."""
+        return (
+            lambda error: self._loop.tell(partial(self._let_go, error)),
+            lambda line: self._loop.tell(partial(say, {"said": "warning", "message": line})),
+        )
+
+    def _watch(self, watches: Sequence[Watch]) -> None:
+        for watch in watches:
+            watch.start()
+        self._watches += watches
 
     def _turn(self) -> None:
         """Leave the release to the owner, which waits for this: never are two at work on it."""

@@ -206,8 +206,8 @@ class _Start(_Asking):
 
 
 class Devices(_Asking):
-    """Whether the devices below overlays stay as they are: `growing` are these. libvirt is not kept from a merge of
-    somebody else's, nor from a start of the VM on its devices.
+    """Whether the devices below overlays stay as they are, once the VM uses these (`growing`). libvirt is not kept from
+    a merge of somebody else's, nor from a start of the VM on its devices.
     """
 
     every = START_EVERY
@@ -221,16 +221,13 @@ class Devices(_Asking):
     ) -> None:
         super().__init__(run, trouble, remark)
         self._overlays = {disk.disk: disk for disk in growing if disk.on_device}
-        self._used: set[str] = set()
 
     def _ask(self, domain: Domain) -> BackupError | None:
         if not self._overlays or not domain.is_active():
             return None
         now = {disk.id: located(domain, disk).path for disk in source_disks(domain.live_xml())}
         for disk, held in self._overlays.items():
-            if now.get(disk) == held.overlay:
-                self._used.add(disk)  # before the instant it is not
-            if disk in self._used and (now.get(disk) == held.below or self._is_merged(domain, disk)):
+            if now.get(disk) == held.below or self._is_merged(domain, disk):
                 return Busy(
                     f"VM {self._run.name}: disk {disk} was merged, or the VM was started without its overlay, while a "
                     f"backup read {held.below}; of block devices that is not prevented",
