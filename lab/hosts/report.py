@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Generator
@@ -19,10 +20,15 @@ _LINES = 40
 _started = pytest.StashKey[float]()
 
 
+# At each start of a VM on a block device virt-aa-helper tries to read that, to see what lies below a qcow2 image on it,
+# and its own profile forbids it for loop devices. The VM's profile gets the device all the same.
+_PROBED = re.compile(r'profile="virt-aa-helper" name="/dev/loop\d+" .*requested_mask="r"')
+
+
 def denials() -> list[str]:
-    """The lines of the kernel's log that tell what AppArmor has refused."""
+    """The lines of the kernel's log that tell what AppArmor has refused, but for what libvirt itself does in vain."""
     log = subprocess.run(["dmesg"], capture_output=True, text=True, check=True).stdout
-    return [line for line in log.splitlines() if 'apparmor="DENIED"' in line]
+    return [line for line in log.splitlines() if 'apparmor="DENIED"' in line and not _PROBED.search(line)]
 
 
 def pytest_report_header() -> list[str]:
