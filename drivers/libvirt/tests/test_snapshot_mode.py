@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from xml.etree import ElementTree
@@ -12,7 +13,7 @@ import pytest
 
 from backupcore.context import Context
 from backupcore.disk.extents import Kind
-from backupcore.errors import HypervisorError, IncrementImpossible, UnsupportedOperation
+from backupcore.errors import HypervisorError, IncrementImpossible, TargetFull, UnsupportedOperation
 from backupcore.model import Outcome, RunState
 from backupcore_libvirt import image_tail
 from backupcore_libvirt.apparmor import denies_merges
@@ -348,6 +349,36 @@ def test_a_commit_that_was_cut_off_is_done_again(lab, chain, wait_for):
     vm.domain.blockCommit("vda", files(vm, "vda")[1], None, 0, libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE)
     held.backup(truth=truth)
     assert len(files(vm, "vda")) == 2
+
+
+@pytest.mark.parametrize("under_way", [False, True], ids=["before", "under-way"])
+def test_the_guest_outlives_a_merge_where_its_file_system_is_full(lab, chain, tmpfs, under_way):
+    folder, owner = tmpfs(80), lab.folder.stat()
+    os.chown(folder, owner.st_uid, owner.st_gid)
+    vm = lab.vm(["raw:32"], folder=folder)
+    vm.io("vda", "write -P 1 0 8M")
+    held = chain(vm)
+    held.backup()
+    vm.io("vda", "write -P 2 0 8M")
+    killed(held, recorded=True)
+    top, middle, base = files(vm, "vda")
+    if under_way:
+        vm.domain.blockCommit("vda", base, middle, 2, libvirt.VIR_DOMAIN_BLOCK_COMMIT_DELETE)
+    filler = vm.folder / "filler"
+    with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        while file.write(bytes(4096)):
+            pass
+    with pytest.raises(OSError, match="No space left"):
+        vm.io("vda", "write -P 3 8M 4M")  # QEMU now has tables in its memory that find no room
+    with pytest.raises(TargetFull, match="the overlay of disk vda is not merged"):
+        settle(held, held.parent.run, RunState.RECORDED)
+    assert vm.active
+    assert files(vm, "vda") == [top, middle, base]
+    assert vm.domain.blockJobInfo("vda", 0) == {}
+    filler.unlink()
+    settle(held, held.parent.run, RunState.RECORDED)
+    assert files(vm, "vda") == [top, base]
+    held.backup()
 
 
 def test_a_merge_of_a_vm_that_is_off_cut_off_at_each_step(lab, chain):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from pathlib import Path
 from xml.etree.ElementTree import tostring
 
 from backupcore.disk.nbd import DEPTH, Client, held
-from backupcore.errors import BackupError, Busy, HypervisorError, NotFound, UnsupportedOperation
+from backupcore.errors import BackupError, Busy, HypervisorError, NotFound, TargetFull, UnsupportedOperation
 from backupcore.typed import typed
 from backupcore_libvirt import image_tail, qemu_img
 from backupcore_libvirt.apparmor import MENDED, denies_merges
@@ -26,6 +27,7 @@ from backupcore_libvirt.overlay.folder import OverlayFolder
 from backupcore_libvirt.overlay.stack import Stack, is_overlay, opened, source_path, stacks
 from backupcore_libvirt.premade.image import is_untouched
 from backupcore_libvirt.qemu_nbd import QemuNbd
+from backupcore_libvirt.scratch import reserve
 from backupcore_libvirt.versions import text
 from backupcore_libvirt.xml import Element, parse
 
@@ -84,7 +86,7 @@ class Merger:
         """Wait for a commit that a dead run, or a killed one's libvirt, has left behind on this disk."""
         kind, _, _ = self.domain.block_job_progress(stack.disk)
         if stack.overlays and kind in (COMMIT, ACTIVE_COMMIT):
-            self._follow(stack.disk)
+            self._follow(stack)
 
     def hindrance(self, stack: Stack, low: int, high: int) -> UnsupportedOperation | None:
         """Why the disk's size forbids this merge while the VM runs; None where it does not, or the VM is off."""
@@ -112,6 +114,8 @@ class Merger:
             raise error
         below, shape = stack.file(low - 1)
         last = high == len(stack.overlays) - 1
+        if not last:
+            _require_header_room(self.domain.name, stack)
         if _size(stack.overlays[high].path) > _size(below, shape):
             image_tail.clear(below, shape)
         try:
@@ -124,7 +128,7 @@ class Merger:
                     "on in its overlay, and its backups are taken as before.",
                 ) from refused
             raise
-        self._follow(stack.disk)
+        self._follow(stack)
         merged = {overlay.path for overlay in stack.overlays[low : high + 1]}
         deadline = time.monotonic() + GONE_LIMIT
         while merged & set(self._files(stack.disk)):
@@ -144,8 +148,9 @@ class Merger:
                 return [source.get("file", "") for source in element.iter("source")]
         return []
 
-    def _follow(self, disk: str) -> None:
+    def _follow(self, stack: Stack) -> None:
         """Until the block job has ended; that of the last overlay is brought to its end."""
+        disk = stack.disk
         least, deadline = -1, time.monotonic() + STALL_LIMIT
         while True:
             kind, done, size = self.domain.block_job_progress(disk)
@@ -160,6 +165,12 @@ class Merger:
                 if kind == ACTIVE_COMMIT:
                     self._give_up(disk)
                 raise
+            if kind == COMMIT:
+                try:
+                    _require_header_room(self.domain.name, stack)
+                except TargetFull:
+                    self._give_up(disk)
+                    raise
             if kind == ACTIVE_COMMIT and done == size:
                 try:
                     self.domain.pivot(disk)
@@ -290,6 +301,22 @@ class Merger:
         if qemu_img.is_open_elsewhere(path):
             raise Busy(f"{path} stays: a process still has it open", "It holds nothing any more: remove it by hand.")
         Path(path).unlink()
+
+
+def _require_header_room(vm: str, stack: Stack) -> None:
+    """TargetFull where a commit below the disk's last overlay must not end: the file system of that is almost full.
+
+    QEMU then writes into its header what lies below it now, and dies where it cannot (QEMU 7.2: "Could not update
+    backing file link: No space left on device").
+    """
+    usage = shutil.disk_usage(stack.top)
+    needed = reserve(usage.total) // 4
+    if usage.free < needed:
+        raise TargetFull(
+            f"VM {vm}: the overlay of disk {stack.disk} is not merged: {usage.free >> 20} MiB are free beside "
+            f"{stack.top}, {needed >> 20} MiB are needed, or QEMU could die of it",
+            "Make room there; the next backup merges it.",
+        )
 
 
 def _size(path: str, shape: str = "qcow2") -> int:
