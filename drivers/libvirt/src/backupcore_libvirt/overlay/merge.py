@@ -26,7 +26,7 @@ from backupcore_libvirt.libvirt_errors import code_of, is_away
 from backupcore_libvirt.overlay.folder import OverlayFolder
 from backupcore_libvirt.overlay.stack import Stack, is_overlay, opened, source_path, stacks
 from backupcore_libvirt.premade.image import is_untouched
-from backupcore_libvirt.qemu_nbd import QemuNbd
+from backupcore_libvirt.qemu_nbd import QemuNbd, is_locked
 from backupcore_libvirt.scratch import reserve
 from backupcore_libvirt.versions import text
 from backupcore_libvirt.xml import Element, parse
@@ -38,6 +38,7 @@ log = logging.getLogger("backupcore")
 EVERY = 0.02  # seconds between two looks at a block job
 GUARD = "nbd.guard.sock"
 STALL_LIMIT = 600.0
+READER_LIMIT = 1.0  # for others who look at the files to be done
 GONE_LIMIT = 10.0  # for libvirt to write down the end of a job
 
 
@@ -119,7 +120,7 @@ class Merger:
         if _size(stack.overlays[high].path) > _size(below, shape):
             image_tail.clear(below, shape)
         try:
-            self.domain.begin_commit(stack.disk, below, None if last else stack.overlays[high].path)
+            self._begin(stack, below, None if last else stack.overlays[high].path)
         except HypervisorError as refused:
             if not is_away(refused) and denies_merges(self.connection, self.domain):
                 raise HypervisorError(
@@ -138,6 +139,27 @@ class Merger:
                     f"Is its file system full? QEMU's log (/var/log/libvirt/qemu/{self.domain.name}.log) may say more. "
                     "Nothing is lost; the next backup does it again.",
                 )
+            time.sleep(EVERY)
+
+    def _begin(self, stack: Stack, below: str, top: str | None) -> None:
+        """Begin the commit once nobody else reads the files: of a `qemu-img info` the lock is there for a moment."""
+        deadline = time.monotonic() + READER_LIMIT
+        while True:
+            try:
+                self.domain.begin_commit(stack.disk, below, top)
+            except HypervisorError as refused:
+                if not is_locked(refused.message):
+                    raise
+                if time.monotonic() > deadline:
+                    raise HypervisorError(
+                        f"VM {self.domain.name}: the overlay of disk {stack.disk} is not merged: another process has "
+                        f"a lock on {below} or a file above it",
+                        f"The VM goes on in it. See which one with: {typed('lsof', below)}; then run: "
+                        f"{typed('vmkeep recover', self.domain.name)}",
+                    ) from refused
+            else:
+                return
+            self.check()
             time.sleep(EVERY)
 
     def _files(self, disk: str) -> list[str]:
