@@ -13,7 +13,7 @@ import pluggy
 
 from backupcore import hookspecs
 from backupcore.context import Context
-from backupcore.errors import BackupError, Cancelled, ContractViolation, IntegrityError, from_os_error
+from backupcore.errors import BackupError, Cancelled, ContractViolation, IntegrityError, from_os_error, text_of
 from backupcore.model import (
     Artifact,
     BackupRun,
@@ -210,9 +210,11 @@ class Datastore:
             raise from_os_error(error, f"datastore {self.name}, {hook}") from error
         except KeyboardInterrupt as error:
             raise Cancelled("cancelled") from error
-        except (Exception, SystemExit) as error:  # a plugin, or its library, that ends the program ends nothing here
+        # Whatever it is: a plugin, or its library, that ends the program (SystemExit), or lets a task of asyncio be
+        # cancelled (CancelledError, no Exception), ends nothing here.
+        except BaseException as error:
             raise ContractViolation(
-                f"datastore {self.name}: {hook} failed with {type(error).__name__}: {error}",
+                f"datastore {self.name}: {hook} failed with {type(error).__name__}: {text_of(error)}",
                 "This is a bug of a plugin or of this program; -v shows where.",
             ) from error
 

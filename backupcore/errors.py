@@ -46,6 +46,8 @@ __all__ = [
     "from_os_error",
     "load_error",
     "sentences",
+    "storable",
+    "text_of",
 ]
 
 
@@ -56,8 +58,8 @@ class BackupError(Exception):
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message, hint)
-        self.message = message
-        self.hint = hint
+        self.message = storable(message)
+        self.hint = storable(hint)
 
     def __str__(self) -> str:
         return self.message
@@ -127,13 +129,14 @@ class ContractViolation(BackupError):
     """A driver or plugin broke the contract of `backupcore.hookspecs`."""
 
 
+LONGEST = 2000
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def from_os_error(error: OSError, what: str) -> BackupError:
     """The member of the taxonomy that an `OSError` stands for; `what` names the thing that was worked on."""
-    reason = error.strerror or str(error) or type(error).__name__
+    reason = error.strerror or text_of(error) or type(error).__name__
     where = f" ({error.filename})" if isinstance(error.filename, str) else ""
     message = f"{what}: {reason}{where}"
     if error.errno in _FULL:
@@ -141,6 +144,20 @@ def from_os_error(error: OSError, what: str) -> BackupError:
     if error.errno in _DENIED:
         return AccessDenied(message, "Check the owner and the permissions of the path.")
     return TargetUnavailable(message)
+
+
+def text_of(error: BaseException) -> str:
+    """What an error of somebody else's says, cut to `LONGEST` letters; that it says nothing, where that fails too."""
+    try:
+        text = str(error)
+    except Exception as problem:  # noqa: BLE001 - its author's bug, which must not take the place of the error
+        return f"(its text cannot be had: {type(problem).__name__})"
+    return storable(text[:LONGEST])
+
+
+def storable(text: str) -> str:
+    """A text as the catalog takes it: names of files that are no UTF-8 come as surrogates, which it does not."""
+    return str(text).encode(errors="backslashreplace").decode()
 
 
 def sentences(message: str, hint: str) -> str:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
 from backupcore.errors import ConfigError, ContractViolation
+from backupcore.plugins import loading
 
 __all__ = ["build", "checked", "driver", "option"]
 
@@ -69,7 +70,8 @@ def build(cls: type[T], options: Mapping[str, object], *, where: str = "") -> T:
     if wrong:
         raise ConfigError("; ".join(wrong), known)
     try:
-        return cls(**values)
+        with loading(f"driver {cls.__name__}" + (f" of {where}" if where else "")):
+            return cls(**values)
     except ValueError as error:  # a driver's own check of its options
         raise ConfigError(f"{where}: {error}" if where else str(error), known) from None
 

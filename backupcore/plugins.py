@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points, version
 from typing import Any
 
-from backupcore.errors import ConfigError
+from backupcore.errors import BackupError, ConfigError, ContractViolation, text_of
 
-__all__ = ["load", "names"]
+__all__ = ["load", "loading", "names"]
 
 DRIVERS = "backupcore.drivers"
 HYPERVISORS = "backupcore.hypervisors"
@@ -49,7 +51,10 @@ def _check_core(point: EntryPoint) -> None:
 
 
 def load(group: str, name: str) -> Any:
-    """The object behind one entry point. ConfigError if it is not installed or cannot be imported."""
+    """The object behind one entry point.
+
+    ConfigError if it is not installed or cannot be imported; ContractViolation if its code fails then.
+    """
     found = [point for point in entry_points(group=group) if point.name == name]
     if not found:
         installed = ", ".join(names(group)) or "none"
@@ -59,6 +64,25 @@ def load(group: str, name: str) -> Any:
         )
     try:
         _check_core(found[0])
-        return found[0].load()
+        with loading(f"plugin {name!r}"):
+            return found[0].load()
     except ImportError as error:
         raise ConfigError(f"plugin {name!r} cannot be loaded: {error}", "Reinstall its package.") from error
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """In this block code of `what` is imported or built. ContractViolation where it fails; ImportError,
+    AttributeError and ValueError pass.
+
+    Also where it ends the program: a backup would end as one that went well, and nothing would be stored.
+    """
+    try:
+        yield
+    except (BackupError, ImportError, AttributeError, ValueError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise ContractViolation(
+            f"{what} cannot be loaded: it failed with {type(error).__name__}: {text_of(error)}",
+            "This is a bug of its code; -v shows where.",
+        ) from error

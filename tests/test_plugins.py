@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from backupcore import plugins
-from backupcore.errors import ConfigError
+from backupcore.errors import ConfigError, ContractViolation
+from backupcore.options import build, driver
 
 Install = Callable[..., None]
 
@@ -46,6 +47,32 @@ def test_what_is_satisfied_or_meant_for_others_does_not_matter(install: Install,
     install(*needs)
     with pytest.raises(ConfigError, match="cannot be loaded: No module named 'no_such_module'"):
         plugins.load(plugins.DRIVERS, "newer")
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("import sys; sys.exit(0)", "SystemExit: 0"),
+        ("import asyncio; raise asyncio.CancelledError", "CancelledError"),
+        ("def (", "SyntaxError"),
+    ],
+)
+def test_a_driver_that_ends_the_program_as_it_is_imported_is_named(install: Install, tmp_path, code: str, told: str):
+    """A backup would end with exit code 0, and nothing would be stored."""
+    install()
+    (tmp_path / "no_such_module.py").write_text(code)
+    with pytest.raises(ContractViolation, match=f"plugin 'newer' cannot be loaded: it failed with {told}"):
+        plugins.load(plugins.DRIVERS, "newer")
+
+
+def test_a_driver_that_ends_the_program_as_it_is_built_is_named():
+    @driver
+    class Leaving:
+        def __post_init__(self) -> None:
+            sys.exit(0)
+
+    with pytest.raises(ContractViolation, match=r"driver Leaving of datastores.nas cannot be loaded: .*SystemExit"):
+        build(Leaving, {}, where="datastores.nas")
 
 
 def test_a_driver_that_is_not_installed_is_named_with_those_that_are():

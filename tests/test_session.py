@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import pickle
 import subprocess
@@ -298,7 +299,18 @@ def test_an_error_of_the_release_is_a_warning_and_does_not_spare_the_driver(site
     assert set(caplog.messages) == {f"after the backup of {site.guest.vm.name}: job does not end. End it."}
 
 
-@pytest.mark.parametrize("problem", [ZeroDivisionError("bug"), SystemExit(0), TargetFull("full")], ids=repr)
+class Unspeakable(OSError):
+    """An error of a library whose text cannot be had."""
+
+    def __str__(self) -> str:
+        raise TypeError("no text")
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [ZeroDivisionError("bug"), SystemExit(0), TargetFull("full"), asyncio.CancelledError(), Unspeakable()],
+    ids=lambda problem: type(problem).__name__,
+)
 @pytest.mark.parametrize("before", [True, False])
 def test_a_wrapper_that_raises_does_not_keep_the_guest_nor_the_driver(site: Site, problem: BaseException, before: bool):
     called = []
@@ -338,6 +350,20 @@ def test_a_driver_that_ends_the_program_ends_nothing(site: Site):
     with pytest.raises(ContractViolation, match="backup failed with SystemExit"):
         site.backup(Leaving())
     assert site.outcomes[-1].state is RunState.FAILED
+
+
+def test_an_error_that_nobody_can_print_or_keep_is_told_all_the_same(site: Site):
+    """Names of files that are no UTF-8 come as surrogates, which SQLite refuses; a text of megabytes fills a log."""
+
+    class Broken(MemoryDriver):
+        @hookimpl
+        def backup(self):
+            raise RuntimeError("\udcff" + "x" * 10_000)
+
+    with pytest.raises(ContractViolation, match=r"failed with RuntimeError: \\udcffx") as told:
+        site.backup(Broken())
+    assert len(told.value.message.encode()) < 3000
+    assert BackupError("\udcff", "\udcfe").in_full == r"\udcff. \udcfe"
 
 
 def test_a_driver_that_skips_bytes_is_found_out(site: Site):

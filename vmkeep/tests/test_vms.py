@@ -159,3 +159,13 @@ def test_site_plugins_are_loaded_and_a_bad_one_is_named(site):
     site.configure(extra='plugins = ["kept_in_files:Nothing"]')
     told = site.run("backup", "web1")
     assert (told.code, "the site plugin 'kept_in_files:Nothing' cannot be loaded" in told.err) == (2, True)
+
+
+@pytest.mark.parametrize("what", ["sys.exit(0)", "raise asyncio.CancelledError"])
+def test_a_site_plugin_that_ends_the_program_does_not_end_a_backup_with_success(site, monkeypatch, what):
+    (site.folder / "leaving.py").write_text(f"import asyncio, sys\n{what}\n")
+    monkeypatch.syspath_prepend(str(site.folder))
+    site.configure(extra='plugins = ["leaving:anything"]')
+    told = site.run("backup", "web1")
+    assert told.code == 1
+    assert "the site plugin 'leaving:anything' cannot be loaded: it failed with" in told.err

@@ -243,6 +243,26 @@ def test_what_a_dead_run_has_left_is_merged_by_a_recovery(lab, runs, take, same,
     assert not taken.prepared.disks[0].whole
 
 
+@pytest.mark.parametrize("which", ["overlay", "base"])
+def test_what_qemus_user_has_put_into_a_header_is_not_followed_by_root(lab, runs, which):
+    """The files are QEMU's user's: a header that names another file would have us read it, or write to it."""
+    vm = lab.vm(["qcow2:16"], iothread="disk")
+    with runs.left_alone(runs.run(vm)):
+        pass
+    vm.destroy()
+    (overlay,) = vm.overlays()
+    base, other = vm.folder / "vda.qcow2", vm.folder / "other"
+    changed, *below = (overlay, "-F", "qcow2", "-b", base) if which == "overlay" else (base,)
+    options = ["-o", f"data_file={other}"]
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *options, *below, changed, "16M"], check=True)
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 0x41 0 64k", overlay], check=True, capture_output=True)
+    before = base.read_bytes(), other.read_bytes()
+    with pytest.raises(HypervisorError, match=r"vda is not merged while the VM is off: .*its data in another file"):
+        runs.recover(vm)
+    assert (base.read_bytes(), other.read_bytes()) == before
+    assert overlay.exists()
+
+
 def test_what_a_dead_run_has_left_is_merged_by_the_next_run(lab, runs, take, same, tmp_path):
     vm = lab.vm(["qcow2:16"], iothread="disk")
     full, layer = take(vm)

@@ -13,7 +13,7 @@ from functools import partial
 from backupcore import chain, verdict
 from backupcore.context import Context, Progress
 from backupcore.datastore import Datastore
-from backupcore.errors import BackupError, Cancelled, ContractViolation, IncrementImpossible, sentences
+from backupcore.errors import BackupError, Cancelled, ContractViolation, IncrementImpossible, sentences, text_of
 from backupcore.hypervisor import VMState
 from backupcore.model import VM, BackupRun, Estimate, Image, RunState, Type
 from backupcore.session import Recorded, run_backup
@@ -236,7 +236,7 @@ def _written_down(place: Workplace, run: BackupRun) -> Iterator[None]:
         raise
     except BaseException as error:
         trace = "".join(traceback.format_exception(error))
-        _write_down(place, run, error, str(error), trace)
+        _write_down(place, run, error, text_of(error), trace)
         raise
 
 

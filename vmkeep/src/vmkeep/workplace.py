@@ -12,6 +12,7 @@ from backupcore.context import Context, Progress
 from backupcore.datastore import Datastore
 from backupcore.errors import ConfigError
 from backupcore.hypervisor import Hypervisor, open_hypervisor
+from backupcore.plugins import loading
 from vmkeep import folders, interrupt
 from vmkeep.catalog.database import Catalog
 from vmkeep.config import Config
@@ -67,12 +68,15 @@ class Workplace:
 
 def _site_plugin(name: str) -> object:
     module, _, attribute = name.partition(":")
+    what = f"the site plugin {name!r}"
     try:
-        found: object = import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
+        with loading(what):
+            found: object = import_module(module)
+            for part in attribute.split("."):
+                found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"the site plugin {name!r} cannot be loaded: {error}", "It must be importable: install it, or PYTHONPATH."
+            f"{what} cannot be loaded: {error}", "It must be importable: install it, or PYTHONPATH."
         ) from error
-    return found() if isinstance(found, type) else found
+    with loading(what):
+        return found() if isinstance(found, type) else found

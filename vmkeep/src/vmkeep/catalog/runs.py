@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from backupcore.errors import storable
 from backupcore.model import BackupRun, Image, Increment, RunState
 from backupcore.session import Recorded
 from vmkeep.catalog import images
@@ -61,7 +62,7 @@ def fail(catalog: Catalog, run: str, state: RunState, *, kind: str, error: str, 
         connection.execute(
             "UPDATE runs SET ended = ?, state = ?, error_class = ?, error = ?, traceback = ?"
             " WHERE id = ? AND state = 'running'",
-            (_now(), state.value, kind, error, traceback or None, run),
+            (_now(), state.value, kind, storable(error), storable(traceback) or None, run),
         )
 
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import click
 
-from backupcore.errors import BackupError
+from backupcore.errors import BackupError, text_of
 from vmkeep import ctrl_c
 from vmkeep.cli import exits
 from vmkeep.cli.asked import Asked, common
@@ -71,12 +71,18 @@ def run(arguments: Sequence[str]) -> int:
         return exits.UNEXPECTED
     except KeyboardInterrupt:  # not in click's hands, or the second in them
         return _told(click.Abort(), asked)
-    except Exception as error:  # noqa: BLE001 - the last resort: whatever it is, a line instead of a traceback
+    except SystemExit as error:
+        # click ends so where nobody reads our output, and after a shell's completion. Whoever else says that all went
+        # well is a plugin: the command did not come to its end.
+        if error.code or "_VMKEEP_COMPLETE" in os.environ:
+            raise
+        return _told(error, asked)
+    except BaseException as error:  # noqa: BLE001 - the last resort: whatever it is, a line instead of a traceback
         return _told(error, asked)
     return answer if isinstance(answer, int) else 0
 
 
-def _told(error: Exception, asked: Asked) -> int:
+def _told(error: BaseException, asked: Asked) -> int:
     kind, hint, code = type(error).__name__, "", exits.code(error)
     match error:
         case BackupError():
@@ -89,7 +95,7 @@ def _told(error: Exception, asked: Asked) -> int:
         case click.Abort():
             kind, message, code = "Cancelled", "cancelled", exits.CANCELLED
         case _:
-            message = f"unexpected {kind}: {error}"
+            message = f"unexpected {kind}: {text_of(error)}"
             hint = "" if asked.verbose else "This is a bug. -v shows where it happened."
     if asked.verbose and not isinstance(error, click.ClickException | click.Abort):
         import traceback  # noqa: PLC0415 - for -v only

@@ -72,6 +72,7 @@ class Merger:
                 "Start the VM ('virsh restore' where it was saved to a file); the next backup merges them.",
             )
         else:
+            self._refuse_unsafe(stack)
             self._merge_off(stack, low, high)
 
     def merge_all(self, stack: Stack) -> None:
@@ -303,6 +304,19 @@ class Merger:
             raise HypervisorError(
                 f"{path} of VM {self.domain.name} cannot be merged: it is used by {', '.join(users)}",
                 "See: virsh dumpxml --inactive; give that VM a disk of its own.",
+            )
+
+    def _refuse_unsafe(self, stack: Stack) -> None:
+        """HypervisorError where a header names other files than when the overlay was put on the disk.
+
+        The files belong to QEMU's user. What they name QEMU opens itself, while the VM runs; here root would.
+        """
+        if stack.unsafe:
+            raise HypervisorError(
+                f"VM {self.domain.name}: disk {stack.disk} is not merged while the VM is off: {stack.unsafe}",
+                f"Somebody has changed it since the backup began. Look at it first: "
+                f"{typed('qemu-img info --backing-chain', stack.top)}; once the VM runs, its QEMU merges it: "
+                f"{typed('vmkeep recover', self.domain.name)}",
             )
 
     def _refuse_snapshots(self, path: str) -> None:
