@@ -111,3 +111,18 @@ def test_children_are_found_through_their_parents():
         assert child.pid in process.children(os.getpid())
         assert only in process.children(os.getpid())
         child.communicate(b"\n")
+
+
+def test_what_no_thread_can_be_had_for_is_done_all_the_same():
+    code = """
+import resource, threading
+from pathlib import Path
+from backupcore.thread import aside
+aside(lambda: print("aside", threading.current_thread().name), "one").join()
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 20), used + (4 << 20)))
+threading.stack_size(64 << 20)  # none of those that are kept for the next thread
+print(aside(lambda: print("here", threading.current_thread().name), "two"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["aside one", "here MainThread", "None"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -210,6 +211,23 @@ def without_locks(site, *arguments):
         text=True,
         check=False,
     )
+
+
+def test_cancel_returns_though_the_state_folder_does_not_answer(hanging):
+    hanging.process("backup", "web1")
+    locks = hanging.state / "locks"
+    there = hanging.target.path / "locks"
+    shutil.copytree(locks, there)
+    shutil.rmtree(locks)
+    locks.symlink_to(there)
+    hanging.target.block("getattr", "readdir", "open", "read")
+    with quick():
+        told = hanging.process("cancel", "web1")
+    assert told.code == 5, told.err
+    assert f"the state folder {hanging.state} does not answer" in told.err
+    assert "SIGTERM" in told.err
+    hanging.target.unblock()
+    assert hanging.process("cancel", "web1").code == 4
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")

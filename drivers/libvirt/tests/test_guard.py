@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import stat
@@ -351,6 +352,21 @@ def test_a_state_folder_that_is_full_does_not_keep_the_guest(lab, small, runs, o
         goes_on(small, wait_for)
     finally:
         subprocess.run(["umount", str(owned.folder)], check=True)
+    put_right(small, runs, owned)
+
+
+@pytest.mark.parametrize("cause", ["given up", "its owner dies"])
+def test_a_guard_that_gets_no_thread_any_more_lets_the_guest_go(small, runs, owner, wait_for, cause):
+    """Its memory is used up, or the number of processes that its container may have."""
+    owned = owner(small)
+    used = int(Path(f"/proc/{owned.guard}/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.prlimit(owned.guard, resource.RLIMIT_AS, (used + 4 * MiB, used + 4 * MiB))  # a thread's stack has 8
+    if cause == "given up":
+        assert core.give_up(owned.folder, Cancelled("enough"), LIMIT).released
+        assert isinstance(verdict.given_up(owned.folder), Cancelled)
+    else:
+        owned.process.kill()
+    goes_on(small, wait_for)
     put_right(small, runs, owned)
 
 

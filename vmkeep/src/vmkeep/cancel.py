@@ -21,7 +21,16 @@ from pathlib import Path
 from typing import TypeVar
 
 from backupcore import guard, process, verdict
-from backupcore.errors import AccessDenied, BackupError, Busy, Cancelled, HypervisorError, NotFound, sentences
+from backupcore.errors import (
+    AccessDenied,
+    BackupError,
+    Busy,
+    Cancelled,
+    HypervisorError,
+    NotFound,
+    TargetUnavailable,
+    sentences,
+)
 from backupcore.model import VM
 from backupcore.typed import typed
 from vmkeep import folders, lock, recovery
@@ -35,6 +44,7 @@ T = TypeVar("T")
 
 LIMIT = 7.0
 """Seconds in which all is told and waited for; what has not ended by then is named. Python's start is not in them."""
+_ANSWER = 3.0  # seconds that the file system of the state folder has to answer
 _TIDY = 3.0  # seconds that the owner has to tidy up at its datastore, once the guest is let go of
 _RECOVERY = 1.0  # seconds that putting right what a killed run left gets in any case
 _LOOK = 0.05
@@ -76,11 +86,13 @@ class Stopped:
 def cancel(place: Workplace, vm: str, *, waiting: Callable[[lock.Holder], None] = lambda holder: None) -> Stopped:
     """Stop what works on `vm` (a name or a UUID) on this host, and wait until it has let go of the VM, or for `LIMIT`.
 
-    NotFound if nothing does. AccessDenied if it belongs to another user. Busy if the guest may still be held then.
+    NotFound if nothing does. TargetUnavailable if the state folder does not answer. AccessDenied if it belongs to
+    another user. Busy if the guest may still be held then.
     libvirt is not asked, unless nothing is found: a backup can be stopped while libvirt hangs.
     """
     started = time.monotonic()
     deadline = started + LIMIT
+    _require_answer(place.state)
     holder = lock.holder(place.state, vm)
     if holder is None:
         found = _within(LIMIT, lambda: place.hypervisor.find(vm))
@@ -122,6 +134,40 @@ def cancel(place: Workplace, vm: str, *, waiting: Callable[[lock.Holder], None] 
         did=tuple(did),
         left=tuple(left),
         next_step=next_step,
+    )
+
+
+def _require_answer(state: Path) -> None:
+    """TargetUnavailable where the file system of the state folder does not answer.
+
+    A process of its own looks: who waits there can neither go on nor end, not even one thread of many.
+    """
+    child = os.fork()
+    if not child:
+        try:
+            _leave_the_terminal()  # which would wait for it, too
+            for path in (state / "locks").glob("vm-*"):
+                path.read_bytes()
+            for path in (state / "runs").glob("*/*"):
+                path.lstat()
+        finally:
+            os._exit(0)
+    handle = os.pidfd_open(child)
+    try:
+        ended = select.poll()
+        ended.register(handle, select.POLLIN)
+        if ended.poll(_ANSWER * 1000):
+            os.waitpid(child, 0)
+            return
+        why = "; ".join(map(str, process.hangs([child])))
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+    finally:
+        os.close(handle)
+    raise TargetUnavailable(
+        f"the state folder {state} does not answer within {_ANSWER:.0f} s{f': {why}' if why else ''}",
+        "It tells which process backs up a VM. Look to its file system; or find that process (ps -ef | grep "
+        "'vmkeep.*backup') and end it with SIGTERM: the guest is let go of.",
     )
 
 
@@ -291,10 +337,7 @@ def _recovered(place: Workplace, vm: VM, limit: float, did: list[str]) -> Left |
 def _recover(place: Workplace, vm: VM, writer: int) -> None:
     """The process of a recovery; never returns."""
     try:
-        os.setsid()
-        nothing = os.open(os.devnull, os.O_RDWR)
-        for standard in (0, 1, 2):
-            os.dup2(nothing, standard)
+        _leave_the_terminal()
         try:
             did = [line for one in recovery.recover(place, vm.uuid) for line in one.did]
         except BackupError as error:
@@ -302,6 +345,14 @@ def _recover(place: Workplace, vm: VM, writer: int) -> None:
         os.write(writer, json.dumps(did).encode())
     finally:
         os._exit(0)
+
+
+def _leave_the_terminal() -> None:
+    """For a process that may outlive this one."""
+    os.setsid()
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(nothing, standard)
 
 
 def _within(seconds: float, ask: Callable[[], T]) -> T:

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 
 from backupcore.context import Context
 from backupcore.errors import BackupError, Cancelled
+from backupcore.thread import aside
 
 __all__ = ["Stop", "cancels", "check", "handled", "heard_by"]
 
@@ -58,9 +59,9 @@ class Stop:
     def _cancel(self, ctx: Context) -> None:
         # Two threads: a callback that hangs, as one that closes a file on a dead target, must not hold the guest.
         for work in (ctx.cancel, lambda: _release(ctx)):
-            thread = threading.Thread(target=work, name="vmkeep-cancel", daemon=True)
-            self._threads.setdefault(id(ctx), []).append(thread)
-            thread.start()
+            thread = aside(work, "vmkeep-cancel")
+            if thread is not None:
+                self._threads.setdefault(id(ctx), []).append(thread)
 
 
 def _release(ctx: Context) -> None:

@@ -13,7 +13,6 @@ What the datastore still owes comes later, and is the owner's affair, or the nex
 from __future__ import annotations
 
 import signal
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from backupcore import verdict
 from backupcore.errors import BackupError
+from backupcore.thread import aside
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.mechanisms.letting_go import let_go
 from backupcore_libvirt.release.admission import Admitted
@@ -65,9 +65,9 @@ def mark(folder: Path, error: BackupError) -> None:
         with suppress(OSError):  # nor can the owner claim the run there, or record it
             verdict.give_up(folder, error)
 
-    writer = threading.Thread(target=write, name="mark", daemon=True)
-    writer.start()
-    writer.join(MARK_LIMIT)
+    writer = aside(write, "mark")
+    if writer is not None:
+        writer.join(MARK_LIMIT)
 
 
 def end_clients(clients: Sequence[Admitted], owner: int, reader: int | None) -> None:

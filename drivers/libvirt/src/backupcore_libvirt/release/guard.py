@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from backupcore.context import Context
 from backupcore.disk.nbd.admission import leaves
 from backupcore.errors import BackupError, Cancelled, HypervisorError, TargetFull, dump_error, load_error
 from backupcore.process import stopped
+from backupcore.thread import aside
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.image_lock import keep_closed
 from backupcore_libvirt.libvirt_errors import is_away
@@ -241,7 +243,7 @@ class Guard:
 
     def _fail(self, error: BackupError) -> None:
         # Callbacks of the run are called for this, and one may hang; what else is said must be heard.
-        threading.Thread(target=self._ctx.fail, args=(error,), daemon=True).start()
+        aside(partial(self._ctx.fail, error), "fail")
         # What breaks because the readers are ended must not pass for the cause.
         deadline = time.monotonic() + FAIL_LIMIT
         while not self._ctx.cancelled and time.monotonic() < deadline:

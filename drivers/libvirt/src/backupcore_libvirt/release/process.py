@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -21,6 +20,7 @@ from typing import Any
 from backupcore.disk.unix_socket import listen_at
 from backupcore.errors import BackupError, HypervisorError, TargetFull, dump_error, from_os_error, load_error
 from backupcore.guard import SOCKET
+from backupcore.thread import aside
 from backupcore_libvirt.connection import Connection
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.image_lock import keep_closed
@@ -214,7 +214,7 @@ class _Guard:
                 client.close()
             self._loop.tell(partial(say, {"said": "yours"}))
 
-        threading.Thread(target=end, name="end clients", daemon=True).start()
+        aside(end, "end clients")
 
     def _owner_left(self) -> None:
         """It has closed its pipe without a word: it has ended, or all its descriptors were closed."""
@@ -262,7 +262,7 @@ class _Guard:
             self._error = error
             say({"said": "given up", **dump_error(error)})
             if self._trying or self._phase == "released":
-                threading.Thread(target=mark, args=(self._run.folder, error), daemon=True).start()
+                aside(partial(mark, self._run.folder, error), "mark late")
         if self._trying or self._phase == "released":
             return
         if self._phase == "the owner releases" and self._owner.works:
@@ -277,7 +277,7 @@ class _Guard:
     def _try(self, error: BackupError | None) -> None:
         self._trying = True
         clients = self._control.refuse_clients()
-        threading.Thread(target=self._work_off, args=(error, clients), name="giving up", daemon=True).start()
+        aside(partial(self._work_off, error, clients), "giving up")
 
     def _work_off(self, error: BackupError | None, clients: list[Admitted]) -> None:
         deadline = time.monotonic() + LET_GO_LIMIT

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 import time
 
 from backupcore.errors import BackupError, HypervisorError
+from backupcore.thread import aside
 from backupcore_libvirt.connection import Connection
 from backupcore_libvirt.freeze import release
 from backupcore_libvirt.libvirt_errors import is_away
@@ -34,7 +34,7 @@ class Rest:
         if self.at_work or not (self._run.scratch.path / "freeze").exists():
             return
         self.at_work = True
-        threading.Thread(target=self._end, name="thaw", daemon=True).start()
+        aside(self._end, "thaw")
 
     def _end(self) -> None:
         deadline = time.monotonic() + LIMIT
