@@ -19,7 +19,9 @@ from backupcore.errors import Busy, HypervisorError, TargetFull, UnsupportedOper
 from backupcore_libvirt.apparmor import denies_merges
 from backupcore_libvirt.connection import Connection
 from backupcore_libvirt.image_lock import keep_closed
+from backupcore_libvirt.overlay.merge import Merger
 from backupcore_libvirt.overlay.room import Growing, require_room
+from backupcore_libvirt.overlay.stack import stacks
 from lab.loop import loop_device
 
 pytestmark = pytest.mark.usefixtures("every_qemu_dies")
@@ -183,6 +185,16 @@ def test_whoever_merges_into_a_device_that_is_being_read_ends_the_backup(vm, run
         taken.ctx.check()
     plain(runs, vm, before)
     vm.io("vdb", "read -P 2 2M 1M")
+
+
+def test_another_configuration_does_not_merge_into_a_device_that_is_being_read(vm, runs, tmp_path):
+    """No lock keeps it off, so the backup would have been given up for it."""
+    with runs.take(runs.run(vm)) as taken, Connection(runs.hypervisor.uri) as connection:
+        domain = connection.domain(vm.uuid)
+        for disk in ("vdb", "vdc"):
+            with pytest.raises(Busy, match="is still read by a backup"):
+                Merger(connection, domain, tmp_path, lambda: None).merge_all(stacks(domain)[disk])
+        runs.keep(taken, tmp_path / "layer")
 
 
 def test_a_vm_that_is_started_on_its_device_while_that_is_read_ends_the_backup(lab, loops, runs, wait_for):

@@ -26,7 +26,7 @@ from backupcore_libvirt.libvirt_errors import code_of, is_away
 from backupcore_libvirt.overlay.folder import OverlayFolder
 from backupcore_libvirt.overlay.stack import Stack, is_overlay, opened, source_path, stacks
 from backupcore_libvirt.premade.image import is_untouched
-from backupcore_libvirt.qemu_nbd import QemuNbd, is_locked
+from backupcore_libvirt.qemu_nbd import QemuNbd, is_locked, is_served
 from backupcore_libvirt.scratch import reserve
 from backupcore_libvirt.versions import text
 from backupcore_libvirt.xml import Element, parse
@@ -61,6 +61,12 @@ class Merger:
         With `high` the last of them, the VM writes to that file afterwards. HypervisorError, Busy; what `check` raises:
         then a merge below the last overlay goes on in QEMU, and any other is given up.
         """
+        below, _ = stack.file(low - 1)
+        if is_served(below):  # of files QEMU's lock says so too, and of devices nothing does
+            raise Busy(
+                f"VM {self.domain.name}: {below} is still read by a backup, so the overlay on it is not merged",
+                "Wait until that backup has ended; the next one merges it.",
+            )
         for overlay in stack.overlays[low : high + 1]:
             self._refuse_used(stack, overlay.path)
             self._refuse_snapshots(overlay.path)
