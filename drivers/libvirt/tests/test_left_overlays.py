@@ -23,7 +23,6 @@ from backupcore_libvirt.image_lock import keep_closed
 from backupcore_libvirt.overlay.merge import Merger
 from backupcore_libvirt.overlay.stack import overlay_path, stacks
 from backupcore_libvirt.premade.image import make_overlay
-from backupcore_libvirt.qemu_nbd import QemuNbd
 
 pytestmark = pytest.mark.usefixtures("every_qemu_dies")
 
@@ -75,13 +74,11 @@ def test_a_merge_waits_for_somebody_who_reads_the_disk_for_a_moment(lab, runs, t
     vm = lab.vm(["qcow2:16"], iothread="disk")
     with runs.left_alone(runs.run(vm)):
         vm.io("vda", "write -P 2 2M 1M")
-    with (
-        Connection(runs.hypervisor.uri) as connection,
-        QemuNbd(tmp_path / "socket", str(vm.folder / "vda.qcow2"), "qcow2") as reader,
-    ):
+    with Connection(runs.hypervisor.uri) as connection, contextlib.ExitStack() as reader:
+        reader.enter_context(keep_closed([vm.folder / "vda.qcow2"]))
         domain = connection.domain(vm.uuid)
         # Asked between two attempts, `check` ends what forbids the first one.
-        Merger(connection, domain, tmp_path, reader.stop).merge_all(stacks(domain)["vda"])
+        Merger(connection, domain, tmp_path, reader.close).merge_all(stacks(domain)["vda"])
     runs.recover(vm)
     vm.plain()
     vm.io("vda", "read -P 2 2M 1M")
@@ -301,7 +298,7 @@ def test_a_vm_that_cannot_leave_its_overlay_has_no_second_one_at_rest(lab, runs,
         for number in range(3):
             vm.io("vda", f"write -P {number + 2} {number + 2}M 1M")
             truth = vm.copy_truth(tmp_path / f"truth{number}")
-            with pytest.raises(HypervisorError, match="lock"), runs.take(runs.run(vm, parent)) as taken:
+            with pytest.raises(Busy, match="lock"), runs.take(runs.run(vm, parent)) as taken:
                 layers.append(runs.keep(taken, tmp_path / f"layer{number}"))
                 assert len(vm.overlays()) == 2
             same(layers, truth)

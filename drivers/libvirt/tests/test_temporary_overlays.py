@@ -227,11 +227,11 @@ def test_the_vm_ends_in_the_middle_of_a_merge(lab, runs, same, tmp_path, monkeyp
         begin(self, disk, base, top)
         vm.domain.blockJobSetSpeed(disk, 1, 0)  # MiB/s
 
-    def follow_to_the_end(self, disk) -> None:
+    def follow_to_the_end(self, stack) -> None:
         if vm.active:
-            assert vm.domain.blockJobInfo(disk, 0)["cur"] < 30 * MiB
+            assert vm.domain.blockJobInfo(stack.disk, 0)["cur"] < 30 * MiB
             getattr(vm, end)()
-        follow(self, disk)
+        follow(self, stack)
 
     monkeypatch.setattr(Domain, "begin_commit", slow)
     monkeypatch.setattr(Merger, "_follow", follow_to_the_end)

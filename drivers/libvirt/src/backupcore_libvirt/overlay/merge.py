@@ -149,7 +149,10 @@ class Merger:
             time.sleep(EVERY)
 
     def _begin(self, stack: Stack, below: str, top: str | None) -> None:
-        """Begin the commit once nobody else reads the files: of a `qemu-img info` the lock is there for a moment."""
+        """Begin the commit once nobody else reads the files: of a `qemu-img info` the lock is there for a moment.
+
+        Busy where it stays.
+        """
         deadline = time.monotonic() + READER_LIMIT
         while True:
             try:
@@ -158,7 +161,7 @@ class Merger:
                 if not is_locked(refused.message):
                     raise
                 if time.monotonic() > deadline:
-                    raise HypervisorError(
+                    raise Busy(
                         f"VM {self.domain.name}: the overlay of disk {stack.disk} is not merged: another process has "
                         f"a lock on {below} or a file above it",
                         f"The VM goes on in it. See which one with: {typed('lsof', below)}; then run: "
