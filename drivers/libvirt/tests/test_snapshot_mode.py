@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -378,6 +379,28 @@ def test_the_guest_outlives_a_merge_where_its_file_system_is_full(lab, chain, tm
     filler.unlink()
     settle(held, held.parent.run, RunState.RECORDED)
     assert files(vm, "vda") == [top, base]
+    held.backup()
+
+
+def test_a_guest_that_fills_the_file_system_ends_the_backup_and_goes_on(lab, chain, tmpfs, wait_for):
+    folder, owner = tmpfs(64), lab.folder.stat()
+    os.chown(folder, owner.st_uid, owner.st_gid)
+    vm = lab.vm(["raw:200"], folder=folder)
+    held = chain(vm)
+    held.backup()
+    before, life = files(vm, "vda"), vm.life()
+    run = held.runs.run(vm, held.parent, settings=SNAPSHOT)
+    with pytest.raises(TargetFull, match="given up so that the guest can go on"), held.runs.take(run) as taken:
+        written = 0
+        while not taken.ctx.cancelled and written < 60:
+            written += 1
+            vm.io("vda", f"write -P 7 {written}M 1M")
+            time.sleep(0.05)  # as in test_temporary_overlays.py
+        wait_for(lambda: taken.ctx.cancelled, "the watch")
+        taken.ctx.check()
+    assert (vm.life(), files(vm, "vda")) == (life, before)
+    vm.io("vda", f"read -P 7 1M {written}M")
+    vm.io("vda", "write -P 8 1M 1M")
     held.backup()
 
 

@@ -42,7 +42,10 @@ class Overlays:
 
     def ready(self, guard: Guard) -> None:
         """Remove what would hinder overlays, the checkpoints of changed block tracking, and make those of a live VM."""
-        guard.hold()
+        if self.look.live:
+            guard.hold("guest", room=overlay_run.growing(self.run, self.plan, self._sizes))
+        else:
+            guard.hold()
         overlay_run.clear(self.domain, live=self.look.live)
         if self.look.live:
             overlay_run.make(self.run, self.plan, self._sizes)

@@ -20,19 +20,20 @@ from backupcore.context import Context
 from backupcore.errors import BackupError, Busy, Cancelled, HypervisorError, IncrementImpossible, from_os_error
 from backupcore.model import BackupRun, Outcome, RunState
 from backupcore_libvirt import checkpoint
-from backupcore_libvirt.connection import Connection, Domain
+from backupcore_libvirt.connection import IO_ERROR, PAUSED, Connection, Domain
 from backupcore_libvirt.disks import located, nodes, source_disks
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.overlay.files import snapshot_xml, working
 from backupcore_libvirt.overlay.folder import OverlayFolder
 from backupcore_libvirt.overlay.merge import Merger, set_source
 from backupcore_libvirt.overlay.plan import Plan, closed_below, wanted
+from backupcore_libvirt.overlay.room import Growing
 from backupcore_libvirt.overlay.stack import Stack, any_overlay, overlay_path, overlays_beside, stacks
 from backupcore_libvirt.premade.image import make_overlay
 from backupcore_libvirt.qemu_nbd import QemuNbd
 from backupcore_libvirt.reading.export import Export
 
-__all__ = ["begin", "clear", "forget", "make", "prepare", "serve", "settle"]
+__all__ = ["begin", "clear", "forget", "growing", "make", "prepare", "serve", "settle"]
 
 log = logging.getLogger("backupcore")
 
@@ -128,6 +129,12 @@ def _mend_definition(domain: Domain, ctx: Context) -> None:
                 stack.disk,
                 stack.top,
             )
+
+
+def growing(run: BackupRun, plan: Plan, sizes: Mapping[str, int]) -> list[Growing]:
+    """What the guest's writes take beside the disks during a run of a VM that runs, whose disks have these sizes."""
+    new = _new(run, plan)
+    return [Growing.of(part.disk.id, new[part.disk.id], part.stack.top, sizes[part.disk.id]) for part in plan.parts]
 
 
 def make(run: BackupRun, plan: Plan, sizes: Mapping[str, int]) -> None:
@@ -265,6 +272,10 @@ def settle(
                 errors.append(error)
     if errors:
         raise errors[0]
+    if domain.state() == (PAUSED, IO_ERROR):
+        # QEMU stopped it when an overlay could not grow; by the merge there is room again.
+        domain.resume()
+        ctx.did("let the guest go on, which QEMU had stopped after an I/O error")
 
 
 def _remove_unused(connection: Connection, domain: Domain, run: BackupRun, folder: RunFolder) -> None:

@@ -34,7 +34,7 @@ def vm_ended(name: str) -> HypervisorError:
     """The error of a run whose VM of this name has ended, and with it what QEMU served of its disks."""
     return HypervisorError(
         f"VM {name} ended while its backup ran; its disks cannot be read any further",
-        "Start the VM, then run it again.",
+        "Run the backup again: it takes the VM running or off.",
     )
 
 
