@@ -151,7 +151,7 @@ def settle(connection: Connection, domain: Domain, outcome: Outcome, *, folder: 
             "its disks exchanged, during a backup?",
             "No backup holds that, and nothing removes the file. If the VM has not run since, make its disk use it "
             f"again (virsh edit); otherwise, while the VM is off, keep what it shows and then remove it: "
-            f"{typed('qemu-img convert -f qcow2 -O qcow2', path, 'COPY')}; {typed('rm', path)}",
+            f"{typed('qemu-img convert -f qcow2 -O qcow2', path, 'COPY')} && {typed('rm', path)}",
         )
 
 
