@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from backupcore.context import Context
-from backupcore.errors import BackupError, Busy, Cancelled, HypervisorError
+from backupcore.errors import BackupError, Cancelled, HypervisorError
 from backupcore.model import Outcome, RunState
 from backupcore.typed import typed
 from backupcore_libvirt import qemu_img
@@ -29,7 +29,6 @@ from backupcore_libvirt.overlay.stack import (
     stacks,
 )
 from backupcore_libvirt.premade.image import is_untouched
-from backupcore_libvirt.qemu_nbd import is_served
 from backupcore_libvirt.xml import parse
 
 __all__ = ["merge_left", "remarks", "settle"]
@@ -225,11 +224,6 @@ def _merge_one(merger: Merger, stack: Stack) -> bool:
         # The upper ones first, one by one: where AppArmor keeps the lowest from being merged they do not pile up.
         high = places[-1]
         below, _ = stack.file(high - 1)
-        if is_served(below):
-            raise Busy(
-                f"VM {domain.name}: {below} is still read by a backup, so the overlay on it is not merged",
-                "Wait until that backup has ended; the next one merges it.",
-            )
         log.info("VM %s: merging the overlay of disk %s back into %s", domain.name, stack.disk, below)
         live = domain.is_active()
         try:
