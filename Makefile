@@ -29,11 +29,11 @@ demo: setup ## Back up a running Linux guest three times, restore each backup, c
 	@$(RUN) -m lab.demo $(ARGS)
 
 test: setup ## Run all tests, with real VMs
-	@$(RUN) -m pytest -n $(PYTEST_WORKERS) --dist loadfile --timeout $(PYTEST_TIMEOUT) -m "not soak" --durations 60 --durations-min 3 $(ARGS)
+	@$(RUN) -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder --timeout $(PYTEST_TIMEOUT) -m "not soak" --durations 60 --durations-min 3 $(ARGS)
 
 test-on: ## Run the tests on another Debian release, in a root of its own, as root (SUITE=trixie, HALF=1, ARGS)
 	@$(PYTHON) lab/setup.py hosts
-	@$(RUN) -m lab.hosts.suite $(SUITE) $(if $(HALF),--half) .venv/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --timeout $(PYTEST_TIMEOUT) -m "not soak" --durations 60 --durations-min 3 $(ARGS)
+	@$(RUN) -m lab.hosts.suite $(SUITE) $(if $(HALF),--half) .venv/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder --timeout $(PYTEST_TIMEOUT) -m "not soak" --durations 60 --durations-min 3 $(ARGS)
 
 test-hosts: ## Run chosen tests on a Debian 12 and a Debian 13 host, each with its own kernel and AppArmor (needs root)
 	@$(PYTHON) lab/setup.py hosts

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import kernel, leftovers
+from lab import kernel, leftovers, order
 from lab.domain_xml import DiskSpec, Kernel
 from lab.fixtures import MakeVM
 from lab.vm import VM, same
@@ -181,3 +181,9 @@ def test_setup_installs_when_told_to(tmp_path: Path, environment: dict[str, str]
     assert calls[0].startswith("apt-get install -y --no-install-recommends ")
     assert calls[1] == "apt-get update"  # old package lists are the usual cause
     assert calls[2] == calls[0]
+
+
+def test_the_files_that_go_first_are_there_and_named_once() -> None:
+    named = order.longest()
+    assert len(set(named)) == len(named)
+    assert [name for name in named if not (ROOT / name).is_file()] == []

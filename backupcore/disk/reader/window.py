@@ -14,6 +14,8 @@ PLACES = SLOT // PIECE
 """Pieces of a slot: one is copied from while the others come."""
 
 _STRAIGHT = -1  # the place of a piece that comes into the reader's buffer by itself
+_KEPT_AT_WORK = 2 * PIECE
+"""Bytes asked for ahead of reads that the reader itself fills: with one piece it waits for us between two reads."""
 _PER_AHEAD = 2
 """Of so many bytes that were read forwards one is asked for ahead: somebody may want no more than a part."""
 
@@ -72,7 +74,7 @@ class Window:
         """
         ahead = SLOT if forwards else self._forwards // _PER_AHEAD
         if target is not None:
-            ahead = min(ahead, PIECE)  # enough to keep the reader at work until the next read; more would be copied
+            ahead = min(ahead, _KEPT_AT_WORK)  # more would be copied
         start, end = self._position, self._position + len(buffer)
         through = min(-(-(end + ahead) // PIECE) * PIECE if ahead >= PIECE else end, size)
         try:
