@@ -15,6 +15,8 @@ from backupcore.errors import BackupError, Cancelled
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
 
+    from backupcore.model import SourceRef
+
 __all__ = ["Context", "Progress", "Silent"]
 
 
@@ -51,6 +53,7 @@ class Context:
     - `cancelled`, `check`, `on_cancel`: the user may stop the work at any time, from another thread.
     - `release`: say that nothing more is read of the guest's disks, before a clean-up that may take long.
     - `released`: true once the guest is let go of.
+    - `unrecorded`: what the datastore holds whole of a run that could not be recorded; None otherwise.
     - `owes`: say what the datastore still holds of this run, and should not.
     - `did`: say what you put right of a dead run.
     - `fail`: a watcher of yours (scratch is filling up, the guest is gone) stops the work with its error.
@@ -67,6 +70,7 @@ class Context:
         self._failure: BackupError | None = None
         self._put_right: list[str] = []
         self._owed: list[str] = []
+        self.unrecorded: SourceRef | None = None
         self.released = False
         self._releases: list[Callable[[], None]] = []
         self._making = threading.Lock()

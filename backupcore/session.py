@@ -76,6 +76,7 @@ def _attempt(
 ) -> Recorded:
     started = time.monotonic()
     outcome = Outcome(state=RunState.FAILED)
+    complete = False
     try:
         ctx.check()
         ctx.progress.phase("prepare")
@@ -114,6 +115,7 @@ def _attempt(
             left_out=prepared.left_out,
             seconds=time.monotonic() - started,
         )
+        complete = True
         ctx.progress.phase("record")
         if ctx.cancelled:
             with suppress(OSError):  # whoever stopped it may not have come to say so on disk
@@ -136,7 +138,10 @@ def _attempt(
         if outcome.state is not RunState.RECORDED:
             _tell(errors, run, ctx)
         if outcome.stored is not None and outcome.state is not RunState.RECORDED:
-            _withdraw(datastore, outcome.stored, run, ctx)
+            if _is_given_up(ctx):
+                _withdraw(datastore, outcome.stored, run, ctx)
+            elif complete:
+                ctx.unrecorded = outcome.stored.source
     return replace(
         recorded,
         seconds=time.monotonic() - started,
@@ -151,6 +156,13 @@ def _tell(errors: Sequence[BackupError], run: BackupRun, ctx: Context) -> None:
             ctx.log.warning("after the backup of %s: %s", run.vm.name, error.in_full)
 
 
+def _is_given_up(ctx: Context) -> bool:
+    try:
+        return verdict.given_up(ctx.folder) is not None
+    except OSError:  # it cannot be told that it was not
+        return True
+
+
 def _withdraw(datastore: Datastore, stored: Stored, run: BackupRun, ctx: Context) -> None:
     """Remove what the driver had published of a run that was given up before it could be recorded.
 
@@ -158,7 +170,7 @@ def _withdraw(datastore: Datastore, stored: Stored, run: BackupRun, ctx: Context
     second time must not lose another backup by it. The run's own context says that it is cancelled, which would end
     this, too: the driver gets one of its own.
     """
-    if verdict.given_up(ctx.folder) is None or stored.source in run.builds_on:
+    if stored.source in run.builds_on:
         return
     try:
         with Context(ctx.folder, log=ctx.log) as own:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from backupcore.errors import BackupError, dump_error, from_os_error, load_error
 
-__all__ = ["FILE", "claim", "give_up", "given_up"]
+__all__ = ["FILE", "ROOM", "claim", "give_up", "given_up"]
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 """What file systems without hard links say (link(2)): exFAT, some of FUSE."""
@@ -27,6 +27,12 @@ _WRITTEN_WITHIN = 0.5
 
 FILE = "verdict"
 """Its name in the run's folder (`Context.folder`). JSON: null for a claimed run, else the error that ended it."""
+
+
+ROOM = "room"
+"""A file in the run's folder that keeps room there; it goes where the verdict finds none."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def give_up(folder: Path, error: BackupError) -> bool:
@@ -65,11 +71,22 @@ def given_up(folder: Path) -> BackupError | None:
 
 
 def _say(folder: Path, said: object) -> bool:
+    """`_say_once`, in the room that was kept for it where there is no other."""
+    try:
+        return _say_once(folder, said)
+    except OSError as error:
+        if error.errno not in _FULL or not (folder / ROOM).exists():
+            raise
+    (folder / ROOM).unlink(missing_ok=True)
+    return _say_once(folder, said)
+
+
+def _say_once(folder: Path, said: object) -> bool:
     """Make the file; False if there is one. A link makes it appear whole, and only once."""
     own = folder / f"{FILE}.{os.getpid()}.{threading.get_native_id()}"
     own.unlink(missing_ok=True)
-    _write(own, said)
     try:
+        _write(own, said)
         os.link(own, folder / FILE)
     except FileExistsError:
         return False

@@ -1,4 +1,6 @@
-"""A backup that was stored and never recorded, because its process was killed in between: the next run records it.
+"""A backup that was stored and never recorded, because its process was killed in between, or the catalog had no room.
+
+The next run records it.
 
 One whose run was given up (`backupcore.verdict`) is never recorded, however complete it is: it is removed instead.
 """
@@ -119,7 +121,7 @@ def _adopt(place: Workplace, run: BackupRun, disks: tuple[Disk, ...], store: Dat
         recorded = _recorded(run, disks, look_at(store, listed.source, ctx))
         number = runs.record(place.catalog, recorded)
         log.warning(
-            "run %s was killed after it had stored increment %d of image %d; it is recorded now",
+            "run %s had stored increment %d of image %d, and ended before it could record that; it is recorded now",
             run.id,
             run.number,
             number,

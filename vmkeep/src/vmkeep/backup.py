@@ -18,7 +18,7 @@ from backupcore.hypervisor import VMState
 from backupcore.model import VM, BackupRun, Estimate, Image, RunState, Type
 from backupcore.session import Recorded, run_backup
 from backupcore.typed import typed
-from vmkeep import adoption, flatten, folders, interrupt, lock, recovery, retention, settings
+from vmkeep import adoption, flatten, folders, full_state, interrupt, lock, recovery, retention, settings
 from vmkeep.attended import UnderWay, attended, end_at_once, spoilt
 from vmkeep.catalog import flattens, images, points, runs
 from vmkeep.catalog.database import Catalog
@@ -123,21 +123,30 @@ def _take(place: Workplace, vm: str, under_way: UnderWay, *, reset: bool, progre
         runs.begin(place.catalog, run)
         numbers: list[int] = []
         with _written_down(place, run):
-            folder = stack.enter_context(folders.own(place.state, run))
+            ended: list[Context] = []  # with something stored that could not be recorded: the next run does
+            folder = stack.enter_context(folders.own(place.state, run, stays=lambda: bool(ended)))
+            room = stack.enter_context(full_state.room_for_the_record(folder, place.state))
             ctx = Context(folder, progress=progress)
             under_way.run, under_way.ctx = run, ctx
 
             def record(done: Recorded) -> None:
                 _require_lock(place, found.vm)
+                room.unlink(missing_ok=True)
                 numbers.append(runs.record(place.catalog, done))
                 under_way.recorded = Taken(recorded=done, image=numbers[0])
 
             try:
                 with interrupt.cancels(ctx), ctx:
                     recorded = run_backup(store, run, ctx, record=record, note=partial(adoption.note, folder))
-            except (OSError, BackupError):  # what breaks because of a closed file says anything
+            except (OSError, BackupError) as error:  # what breaks because of a closed file says anything
                 _require_lock(place, found.vm)
-                raise
+                if ctx.unrecorded is None or not isinstance(error, BackupError):
+                    raise
+                ended.append(ctx)
+                later = f"It is complete in datastore {name}; the next backup of {found.vm.name} records it."
+                raise type(error)(
+                    f"the backup could not be recorded: {error.message}", sentences(error.hint, later)
+                ) from error
             finally:
                 under_way.folder_goes()
                 for line in ctx.owed:

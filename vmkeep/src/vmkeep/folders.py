@@ -6,6 +6,7 @@ in a fresh process what that run held.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -13,6 +14,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -35,8 +37,42 @@ _GRACE = 600  # seconds; a folder without a lock file is being made, unless it i
 
 
 @contextmanager
-def own(state: Path, run: BackupRun | None = None) -> Iterator[Path]:
-    """A new private folder for `run`, or for another verb that needs one. Removed at the end, whatever happens."""
+def own(state: Path, run: BackupRun | None = None, *, stays: Callable[[], bool] = lambda: False) -> Iterator[Path]:
+    """A new private folder for `run`, or for another verb that needs one. Removed at the end, whatever happens.
+
+    Where it `stays`, it is a dead run's for whoever comes next: what that run has stored is recorded then. A verb that
+    is no backup gets one for temporary files instead where the state folder is full or cannot be written to.
+    """
+    try:
+        if run is None:
+            full_state.require_room(state)
+        folder, handle = _made(state, run)
+    except full_state.UNWRITABLE as error:
+        if run is not None:
+            raise
+        log.debug("a folder for temporary files stands in for one of the state folder: %s", error)
+        with _elsewhere(error) as folder:
+            yield folder
+        return
+    opened = os.fstat(handle)
+    try:
+        if run:
+            keep(folder, "run.json", dump_run(run))
+        yield folder
+    finally:
+        # Before the lock is given back: whoever sweeps must not find it dead. But NFS and FUSE keep an open file,
+        # under another name, and with it the folder.
+        removed = stays() or _remove(folder, again=True)
+        inherited.let_go(handle)
+        with suppress(OSError):  # a plugin may have closed it, and the number may be another file's by now
+            if os.path.samestat(os.fstat(handle), opened):
+                os.close(handle)
+        if not removed:
+            _remove(folder)
+
+
+def _made(state: Path, run: BackupRun | None) -> tuple[Path, int]:
+    """The folder, and the descriptor of its lock."""
     runs = state / "runs"
     folder = runs / (run.id if run else new_id())
     try:
@@ -46,25 +82,24 @@ def own(state: Path, run: BackupRun | None = None) -> Iterator[Path]:
         # It gets its name when it is locked: another process that sweeps must not find it free in between.
         handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         fcntl.flock(handle, fcntl.LOCK_EX)
-        opened = os.fstat(handle)
         (folder / ".lock").rename(folder / "lock")
-        inherited.keep_from_children(handle)
     except OSError as error:
+        with suppress(OSError):
+            shutil.rmtree(folder)
         raise full_state.from_os_error(error, f"the folder of runs {runs}", state) from error
+    return folder, inherited.keep_from_children(handle)
+
+
+@contextmanager
+def _elsewhere(why: BackupError) -> Iterator[Path]:
     try:
-        if run:
-            keep(folder, "run.json", dump_run(run))
-        yield folder
+        folder = tempfile.mkdtemp(prefix="vmkeep-")
+    except OSError as error:
+        raise type(why)(f"{why.message}; nor is there room for temporary files: {error}", why.hint) from error
+    try:
+        yield Path(folder)
     finally:
-        # Before the lock is given back: whoever sweeps must not find it dead. But NFS and FUSE keep an open file,
-        # under another name, and with it the folder.
-        removed = _remove(folder, again=True)
-        inherited.let_go(handle)
-        with suppress(OSError):  # a plugin may have closed it, and the number may be another file's by now
-            if os.path.samestat(os.fstat(handle), opened):
-                os.close(handle)
-        if not removed:
-            _remove(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def keep(folder: Path, name: str, text: str) -> None:
@@ -183,7 +218,12 @@ def _children(folder: Path) -> set[int]:
 
 def _dead(folder: Path) -> bool:
     try:
-        handle = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            handle = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)  # an NFS server locks what can be written to
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+            handle = os.open(folder / "lock", os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return _old(folder)
     except OSError:

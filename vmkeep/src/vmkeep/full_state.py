@@ -1,18 +1,32 @@
-"""A state folder without room: what is said of it, wherever a write to it meets that."""
+"""A state folder without room, or that cannot be written to: what is said of it, and what goes on all the same.
+
+On the day of a restore it may lie on a disk that is full, or mounted read-only by a rescue system. What only reads then
+does without what it would write there.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from backupcore import errors
-from backupcore.errors import BackupError, TargetFull
+from backupcore import errors, verdict
+from backupcore.errors import AccessDenied, BackupError, TargetFull
 
-__all__ = ["from_os_error", "full", "has_no_room"]
+__all__ = ["UNWRITABLE", "from_os_error", "full", "has_no_room", "require_room", "room_for_the_record"]
+
+UNWRITABLE = (TargetFull, AccessDenied)
+"""What a write to such a state folder raises."""
+
+RECORD_ROOM = 1 << 20
+"""Bytes that the record of a backup takes at most: the pages of the catalog that it changes, once in its log and once
+in the file, and what SQLite maps."""
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_LITTLE = 1 << 20  # bytes: the digests of 2 GiB
 _PROBE = 256 << 10  # bytes; more than SQLite wants at once for what it maps of a small catalog
 
 
@@ -32,6 +46,16 @@ def from_os_error(error: OSError, what: str, state: Path) -> BackupError:
     return errors.from_os_error(error, what)
 
 
+def require_room(state: Path) -> None:
+    """TargetFull where what a restore puts down besides (a disk's digests) would hardly find room, as statvfs tells."""
+    try:
+        found = os.statvfs(state)
+    except OSError:
+        return  # whoever makes something there says what is wrong
+    if found.f_bavail * found.f_frsize < _LITTLE:
+        raise full(state)
+
+
 def has_no_room(folder: Path) -> bool:
     """Whether not even a small file finds room there. By trying: a quota is seen in no other way."""
     try:
@@ -42,3 +66,27 @@ def has_no_room(folder: Path) -> bool:
     except OSError as error:
         return error.errno in _NO_ROOM
     return False
+
+
+@contextmanager
+def room_for_the_record(folder: Path, state: Path) -> Iterator[Path]:
+    """Hold `RECORD_ROOM` in a run's folder, for its verdict and its record; who records removes it. TargetFull at once.
+
+    Asked for before the guest is touched: a backup that is stored and cannot be recorded is no use to anybody.
+    """
+    room = folder / verdict.ROOM
+    try:
+        handle = os.open(room, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(handle, 0, RECORD_ROOM)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        with suppress(OSError):
+            room.unlink()
+        raise from_os_error(error, f"the run's folder {folder}", state) from error
+    try:
+        yield room
+    finally:
+        with suppress(OSError):
+            room.unlink(missing_ok=True)

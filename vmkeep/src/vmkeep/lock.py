@@ -24,12 +24,12 @@ from datetime import datetime
 from pathlib import Path
 
 from backupcore import inherited, process
-from backupcore.errors import Busy, ContractViolation, from_os_error
+from backupcore.errors import BackupError, Busy, ContractViolation, from_os_error
 from backupcore.model import VM, Image
 from backupcore.typed import typed
 from vmkeep import full_state
 
-__all__ = ["Holder", "holder", "image_exclusive", "image_shared", "is_lost", "still_held", "vm_run"]
+__all__ = ["Holder", "holder", "image_exclusive", "image_read", "image_shared", "is_lost", "still_held", "vm_run"]
 
 log = logging.getLogger("vmkeep.lock")
 
@@ -151,7 +151,7 @@ def holder(state: Path, reference: str) -> Holder | None:
             stack.enter_context(_alone(folder))
         for path in sorted(folder.glob("vm-*")):
             try:
-                handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # the state folder may be read-only
             except OSError as error:
                 raise from_os_error(error, "a lock") from error
             try:
@@ -313,6 +313,36 @@ def image_shared(state: Path, image: Image) -> Iterator[None]:
     """Keep an image as it is meanwhile, for a restore or while an increment is added. Busy at once, with a reason."""
     with _image(state, image, fcntl.LOCK_SH):
         yield
+
+
+@contextmanager
+def image_read(state: Path, image: Image) -> Iterator[None]:
+    """`image_shared` for what only reads; it goes on where the state folder is full or cannot be written to, too.
+
+    Whoever else could delete the image meanwhile would have to write there, too.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(image_shared(state, image))
+        except full_state.UNWRITABLE as error:
+            _share_as_it_lies(state / "locks" / f"image-{image.uuid}", image, stack, error)
+        yield
+
+
+def _share_as_it_lies(path: Path, image: Image, stack: ExitStack, why: BackupError) -> None:
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        log.debug("image %d is read without a lock: %s", image.number, why)
+        return
+    stack.callback(os.close, handle)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Busy(
+            f"image {image.number} is in use: {_doing(handle)}{_hanging(handle)}",
+            "Wait for its end, then run it again.",
+        ) from None
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def restore(
     on_devices = into is not None and into.folder is None
     if on_devices and form == "qcow2":
         raise ConfigError(f"the volumes of storage pool {pool} are devices, and get disks raw", "Leave out --format.")
-    with lock.image_shared(place.state, image), ExitStack() as stack:
+    with lock.image_read(place.state, image), ExitStack() as stack:
         image = images.find(place.catalog_if_any, image.uuid)  # what it was before the lock may be gone
         increment = chain.lineage(image, number)[-1]
         held = [disk.id for disk in increment.disks]

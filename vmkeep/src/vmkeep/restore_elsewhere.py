@@ -80,7 +80,7 @@ def pour(
 @contextmanager
 def _opened(place: Workplace, reference: str, progress: Progress | None) -> Iterator[tuple[Image, Datastore, Context]]:
     image = images.find(place.catalog_if_any, reference)
-    with lock.image_shared(place.state, image):
+    with lock.image_read(place.state, image):
         image = images.find(place.catalog_if_any, image.uuid)  # what it was before the lock may be gone
         with place.context(progress) as ctx:
             yield image, place.datastore(image.datastore), ctx

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 
 from backupcore import verify as core
 from backupcore.chain import lineage
 from backupcore.context import Progress
 from backupcore.model import Image
-from vmkeep import lock
+from vmkeep import full_state, lock
 from vmkeep.catalog import images
 from vmkeep.workplace import Workplace
 
 __all__ = ["Result", "verify"]
+
+log = logging.getLogger("vmkeep.verify")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,17 +43,26 @@ def verify(
     """Read the image `reference` back: all of its increments, or those that make up increment `number`.
 
     `sample` is the share of the data that is read. Where something is damaged the image is marked so: the next backup
-    begins a new one, and retention leaves it alone. The mark goes once all of it was read and is well.
+    begins a new one, and retention leaves it alone. The mark goes once all of it was read and is well. Where the state
+    folder is full or read-only nothing is marked, with a warning if something is damaged.
     """
     image = images.find(place.catalog_if_any, reference)
-    with lock.image_shared(place.state, image):
-        image = images.find(place.catalog, image.uuid)
+    with lock.image_read(place.state, image):
+        image = images.find(place.catalog_if_any, image.uuid)
         chain = image.increments if number is None else lineage(image, number)
         with place.context(progress) as ctx:
             found = core.verify(place.datastore(image.datastore), image, chain, ctx, sample=sample)
         result = Result(image=image, increments=tuple(found), sample=sample)
-        if not result.ok:
-            images.mark(place.catalog, image, damaged=True)
-        elif number is None and sample >= 1:
-            images.mark(place.catalog, image, damaged=False)
-    return Result(image=images.find(place.catalog, image.uuid), increments=result.increments, sample=sample)
+        try:
+            if not result.ok:
+                images.mark(place.catalog, image, damaged=True)
+            elif number is None and sample >= 1:
+                images.mark(place.catalog, image, damaged=False)
+        except full_state.UNWRITABLE as error:
+            log.log(
+                logging.DEBUG if result.ok else logging.WARNING,
+                "that image %d is damaged is not written down: %s",
+                image.number,
+                error.message,
+            )
+    return replace(result, image=images.find(place.catalog_if_any, image.uuid))

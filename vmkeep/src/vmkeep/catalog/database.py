@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import sqlite3
+import tempfile
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from sqlite3 import Connection
 
@@ -25,6 +27,10 @@ __all__ = ["Catalog"]
 
 BUSY_SECONDS = 30
 
+_COPIES = 5  # how often a catalog that changes meanwhile is copied anew
+
+log = logging.getLogger("vmkeep.catalog")
+
 
 class Catalog:
     """An open catalog. `reading` and `writing` give a connection within one transaction each; its rows go by name."""
@@ -38,16 +44,26 @@ class Catalog:
     def open(cls, path: Path, *, create: bool = True) -> Catalog:
         """The catalog at `path`, made if it does not exist; with `create` false, an empty one in memory instead.
 
-        UnsupportedOperation if a newer version wrote it; IntegrityError if it is no catalog.
+        With `create` false it is a copy in memory also where its folder is full or cannot be written to: SQLite makes
+        files beside a catalog even to read it. UnsupportedOperation if a newer version wrote it; IntegrityError if it
+        is no catalog.
         """
         if not create and not path.exists():
             memory = _connect(":memory:")
             schema.create(memory)
             return cls(path, memory)
         catalog = cls(path)
-        with _translated(path):
-            _create(path)
-            catalog._check_version()
+        try:
+            with _translated(path):
+                _create(path)
+                catalog._check_version()
+        except full_state.UNWRITABLE as error:
+            if create:
+                raise
+            log.debug("the catalog is read as it lies there: %s", error)
+            with _translated(path):
+                catalog = cls(path, _in_memory(path))
+                catalog._check_version()
         return catalog
 
     def _check_version(self) -> None:
@@ -102,6 +118,53 @@ def _connect(path: Path | str) -> Connection:
         connection.close()
         raise
     return connection
+
+
+def _in_memory(path: Path) -> Connection:
+    """A copy of the catalog and of the log beside it, brought up to date; what a writer adds meanwhile is not in it."""
+    memory = _connect(":memory:")
+    try:
+        with tempfile.TemporaryDirectory(prefix="vmkeep-") as folder:
+            copy = Path(folder) / path.name
+            _copied(path, copy)
+            with closing(_connect(copy)) as found:
+                found.backup(memory)
+        found_version = _version(memory)
+        if found_version < schema.VERSION:
+            memory.execute("BEGIN")
+            schema.migrate(memory, found_version) if found_version else schema.create(memory)
+            memory.execute("COMMIT")
+    except BaseException:
+        memory.close()
+        raise
+    return memory
+
+
+def _copied(path: Path, copy: Path) -> None:
+    """Both files as they were at one moment: a checkpoint between the two would leave a catalog of no moment."""
+    log_of = path.with_name(f"{path.name}-wal")
+    for _ in range(_COPIES):
+        before = _stamps(path, log_of)
+        copy.write_bytes(path.read_bytes())
+        beside = copy.with_name(f"{copy.name}-wal")
+        beside.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            beside.write_bytes(log_of.read_bytes())
+        if _stamps(path, log_of) == before:
+            return
+    raise Busy(f"the catalog {path} changes while it is copied", "Another vmkeep is writing to it; try again.")
+
+
+def _stamps(*paths: Path) -> list[tuple[int, int, int] | None]:
+    found: list[tuple[int, int, int] | None] = []
+    for path in paths:
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            found.append(None)
+        else:
+            found.append((stat.st_ino, stat.st_size, stat.st_mtime_ns))
+    return found
 
 
 def _version(connection: Connection) -> int:
