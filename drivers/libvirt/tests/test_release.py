@@ -20,7 +20,7 @@ from backupcore.errors import Busy, HypervisorError, TargetFull
 from backupcore.model import Outcome, RunState
 from backupcore_libvirt import backup_job
 from backupcore_libvirt.connection import Domain
-from backupcore_libvirt.folder import RunFolder
+from backupcore_libvirt.folder import RunFolder, dead_folders, living_vms
 from backupcore_libvirt.plugin import Libvirt
 from backupcore_libvirt.release.clients import connected
 from backupcore_libvirt.scratch import Owner
@@ -127,8 +127,28 @@ def test_the_folder_of_a_run_that_was_killed_before_it_had_a_job_goes(small, run
     lock = other.make(Owner(os.geteuid(), os.getegid()), small.uuid)  # of a run that lives
     with runs.take(runs.run(small)):
         assert not folder.path.exists()
+        assert not folder.lock.exists()
         assert other.path.exists()
     os.close(lock)
+
+
+def test_a_run_stays_alive_whatever_qemus_user_does_to_its_folder(small, runs, hypervisor):
+    folder = RunFolder(hypervisor.scratch, "1" * 32)
+    lock = folder.make(Owner(os.geteuid(), os.getegid()), small.uuid)
+    (folder.path / "lock").touch()
+    assert living_vms(hypervisor.scratch) == {small.uuid}
+    with runs.take(runs.run(small)):
+        assert folder.path.exists()
+    os.close(lock)
+
+
+def test_the_lock_of_an_older_versions_run_counts(small, hypervisor):
+    folder = RunFolder(hypervisor.scratch, "2" * 32)
+    lock = folder.make(Owner(os.geteuid(), os.getegid()), small.uuid)
+    folder.lock.rename(folder.path / "lock")
+    assert living_vms(hypervisor.scratch) == {small.uuid}
+    os.close(lock)
+    assert [one.run for one in dead_folders(hypervisor.scratch, small.uuid)] == [folder.run]
 
 
 @pytest.mark.parametrize("lock", [None, ""], ids=["no lock", "a lock that names no VM"])

@@ -67,7 +67,7 @@ def test_nobody_is_connected_to_qemu(lab, runs):
     vm = lab.vm(["qcow2:8"], iothread="disk")
     run = runs.run(vm)
     with runs.take(run):
-        assert {path.name for path in (runs.hypervisor.scratch / run.id).iterdir()} == {"lock", "nbd.vda.sock"}
+        assert {path.name for path in (runs.hypervisor.scratch / run.id).iterdir()} == {"nbd.vda.sock"}
         assert vm.job() == 0
         assert vm.monitor("query-block-exports") == []
 

@@ -1,9 +1,11 @@
 """The run's folder below the scratch folder: it holds QEMU's scratch files, and nobody else gets in.
 
-``SCRATCH/RUN/`` holds one ``DISK.scratch`` per disk, and ``lock``, which the process of the run keeps locked;
-``nbd.sock`` where the job's socket cannot lie in the VM's own folder (`backupcore_libvirt.place`), and for a VM that is
-off one ``nbd.DISK.sock`` per disk. It is 0700 and belongs to the user that QEMU runs as; the folders above only have to
-let that user pass (0711).
+``SCRATCH/RUN.lock`` the process of the run keeps locked. It lies outside of ``SCRATCH/RUN/``, which is QEMU's user's:
+taken away there, a run that lives would look dead. (Runs of older versions have theirs inside, as ``lock``.)
+
+``SCRATCH/RUN/`` holds one ``DISK.scratch`` per disk; ``nbd.sock`` where the job's socket cannot lie in the VM's own
+folder (`backupcore_libvirt.place`), and for a VM that is off one ``nbd.DISK.sock`` per disk. It is 0700 and belongs to
+the user that QEMU runs as; the folders above only have to let that user pass (0711).
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ class RunFolder:
         self.run = run
         self.scratch = scratch
         self.path = scratch / run
+        self.lock = scratch / f"{run}.lock"
         self.socket = self.path / "nbd.sock"
         self.socket_name = f"backupcore-{run}"
         """What the job's socket is called in a folder that is not ours alone."""
@@ -111,7 +114,7 @@ class RunFolder:
         return lock
 
     def _locked(self, vm: str) -> int:
-        lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        lock = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_EXCL | _CAREFULLY, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.write(lock, vm.encode())
@@ -126,7 +129,7 @@ class RunFolder:
         One that was killed and waits in the kernel before it can end keeps its lock, and does not live any more.
         """
         try:
-            lock = os.open(self.path / "lock", os.O_RDWR | _CAREFULLY)
+            lock = self._opened_lock(os.O_RDWR)
         except OSError:
             return False
         try:
@@ -136,6 +139,30 @@ class RunFolder:
         finally:
             os.close(lock)
         return False
+
+    def _opened_lock(self, how: int) -> int:
+        """A descriptor of its lock. FileNotFoundError, OSError."""
+        try:
+            return os.open(self.lock, how | _CAREFULLY)
+        except FileNotFoundError:
+            return os.open(self.path / "lock", how | _CAREFULLY)
+
+    def vm(self) -> str:
+        """The UUID of the VM that its lock names, "" if it names none. OSError where it may not be read.
+
+        One inside of the folder is QEMU's user's, who may put anything there: a link, or a pipe that nobody writes to.
+        """
+        try:
+            handle = self._opened_lock(os.O_RDONLY)
+        except FileNotFoundError:
+            return ""
+        try:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                return ""
+            of = os.read(handle, _LOCK_LIMIT).decode(errors="replace")
+        finally:
+            os.close(handle)
+        return of if _VM.fullmatch(of) else ""
 
     @contextmanager
     def sole(self, limit: float) -> Iterator[bool]:
@@ -170,7 +197,7 @@ class RunFolder:
 
     def remove(self) -> list[str]:
         """Remove what a run puts there, and the folder; the result names what was strange, and therefore stays."""
-        if not self.path.exists():
+        if not self.path.exists() and not self.lock.exists():
             return []
         with _changing(self.scratch):
             return self._remove()
@@ -192,6 +219,7 @@ class RunFolder:
         try:
             folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
+            self.lock.unlink(missing_ok=True)
             return []
         strange = []
         try:
@@ -205,6 +233,7 @@ class RunFolder:
             os.close(folder)
         if not strange:
             self.path.rmdir()
+            self.lock.unlink(missing_ok=True)
         return strange
 
 
@@ -231,32 +260,17 @@ def _folders(scratch: Path) -> list[tuple[RunFolder, str, bool]]:
     found = []
     with _changing(scratch):
         for path in scratch.iterdir():
+            if path.suffix == ".lock" and _RUN.fullmatch(path.stem) and not path.with_suffix("").exists():
+                path.unlink(missing_ok=True)  # of a run that was killed while it made or removed its folder
             if not _RUN.fullmatch(path.name):
                 continue
             folder = RunFolder(scratch, path.name)
             try:
-                of = _vm_of(path / "lock")
-            except FileNotFoundError:
-                of = ""
+                of = folder.vm()
             except OSError:
                 continue  # not ours to read
             found.append((folder, of, folder.is_in_use()))
     return found
-
-
-def _vm_of(lock: Path) -> str:
-    """The UUID that a lock names, "" if it is none.
-
-    The folder is QEMU's user's, which may put anything there: a link, or a pipe that nobody ever writes to.
-    """
-    handle = os.open(lock, os.O_RDONLY | _CAREFULLY)
-    try:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            return ""
-        of = os.read(handle, _LOCK_LIMIT).decode(errors="replace")
-    finally:
-        os.close(handle)
-    return of if _VM.fullmatch(of) else ""
 
 
 @contextmanager
