@@ -141,3 +141,15 @@ def test_what_was_stored_and_could_not_be_recorded_is_recorded_by_the_next_backu
     assert first["state"] == "closed"
     assert len(list(site.store.iterdir())) == 2
     assert not list((state / "runs").iterdir())
+
+
+def test_a_check_makes_no_state_folder(site):
+    told = site.run("check")
+    assert told.code == 0, told.out
+    assert f"{site.state} (the first backup makes it)" in told.out
+    assert not site.state.exists()
+    site.configure(extra="")
+    site.config.write_text(site.config.read_text().replace(str(site.state), "/proc/nowhere/state"))
+    told = site.run("check")
+    assert told.code == 7
+    assert "cannot be made in /proc" in told.out

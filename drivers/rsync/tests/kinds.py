@@ -32,11 +32,11 @@ class Kind:
         return self.root / source.token.replace(".", "/")
 
     def everything(self) -> list[str]:
-        """All that lies in the target, the empty folders of VMs left out."""
+        """All that lies in the target; at a daemon, which removes no folder of a VM, those are left out."""
         return sorted(
             str(path.relative_to(self.root))
             for path in self.root.rglob("*")
-            if path.parent != self.root or not path.is_dir()
+            if path.parent != self.root or not path.is_dir() or (self.name != "daemon" and not any(path.iterdir()))
         )
 
 

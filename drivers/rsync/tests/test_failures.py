@@ -112,6 +112,7 @@ def test_cancelled_midway_leaves_nothing(kind: Kind, ctx: Context, tmp_path: Pat
         run = new_run()
         kind.driver().prebackup(run, calm)
         assert processes.wait_for(lambda: not list(kind.driver().sources(calm)))
+    assert kind.everything() == []
     assert held.reached
 
 

@@ -142,6 +142,7 @@ def test_deleted_is_gone_and_the_others_stay(kind: Kind, ctx: Context) -> None:
     assert not kind.kept(absent).exists()
     assert not kind.kept(nowhere).parent.exists()
     assert (kind.kept(first).parent / "notes.txt").read_text() == "mine"
+    assert kind.kept(third).parent.exists() == (kind.name == "daemon")
     assert (kind.root / "photos" / "cat").exists()
     with pytest.raises(SourceNotFound):
         driver.restore(first, ctx)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from backupcore.errors import AccessDenied, BackupError, ConfigError, HypervisorError, from_os_error
+from backupcore.errors import AccessDenied, BackupError, ConfigError, HypervisorError
 from backupcore.hypervisor import Finding
 from vmkeep import config
 from vmkeep.workplace import Workplace
@@ -61,10 +61,14 @@ def _tried(subject: str, look: Callable[[], str]) -> Answer:
 
 
 def _state(place: Workplace) -> str:
-    try:
-        place.state.mkdir(mode=0o711, parents=True, exist_ok=True)
-    except OSError as error:
-        raise from_os_error(error, f"the state folder {place.state}") from error
+    if not place.state.exists():
+        above = next(folder for folder in place.state.absolute().parents if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            raise AccessDenied(
+                f"the state folder {place.state} is not there, and cannot be made in {above}",
+                "Run as the owner of that, make it, or set [host] state.",
+            )
+        return f"{place.state} (the first backup makes it)"
     if not os.access(place.state, os.W_OK | os.X_OK):
         raise AccessDenied(
             f"the state folder {place.state} cannot be written to", "Run as its owner, or set [host] state."

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from backupcore import inherited, process
-from backupcore.errors import BackupError, ContractViolation
+from backupcore.errors import BackupError, ContractViolation, from_os_error
 from backupcore.guard import SOCKET
 from backupcore.model import VM, BackupRun, Disk, Link, SourceRef, Type, new_id
 from vmkeep import full_state
@@ -41,13 +41,14 @@ def own(state: Path, run: BackupRun | None = None, *, stays: Callable[[], bool] 
     """A new private folder for `run`, or for another verb that needs one. Removed at the end, whatever happens.
 
     Where it `stays`, it is a dead run's for whoever comes next: what that run has stored is recorded then. A verb that
-    is no backup gets one for temporary files instead where the state folder is full or cannot be written to.
+    is no backup gets one for temporary files instead where the state folder is not there, full, or cannot be written
+    to.
     """
     try:
         if run is None:
             full_state.require_room(state)
         folder, handle = _made(state, run)
-    except full_state.UNWRITABLE as error:
+    except (*full_state.UNWRITABLE, FileNotFoundError) as error:
         if run is not None:
             raise
         log.debug("a folder for temporary files stands in for one of the state folder: %s", error)
@@ -91,11 +92,11 @@ def _made(state: Path, run: BackupRun | None) -> tuple[Path, int]:
 
 
 @contextmanager
-def _elsewhere(why: BackupError) -> Iterator[Path]:
+def _elsewhere(why: Exception) -> Iterator[Path]:
     try:
         folder = tempfile.mkdtemp(prefix="vmkeep-")
     except OSError as error:
-        raise type(why)(f"{why.message}; nor is there room for temporary files: {error}", why.hint) from error
+        raise from_os_error(error, f"a folder for temporary files, since {why}") from error
     try:
         yield Path(folder)
     finally:

@@ -47,9 +47,14 @@ def from_os_error(error: OSError, what: str, state: Path) -> BackupError:
 
 
 def require_room(state: Path) -> None:
-    """TargetFull where what a restore puts down besides (a disk's digests) would hardly find room, as statvfs tells."""
+    """TargetFull where what a restore puts down besides (a disk's digests) would hardly find room, as statvfs tells.
+
+    FileNotFoundError where there is no such folder yet.
+    """
     try:
         found = os.statvfs(state)
+    except FileNotFoundError:
+        raise
     except OSError:
         return  # whoever makes something there says what is wrong
     if found.f_bavail * found.f_frsize < _LITTLE:

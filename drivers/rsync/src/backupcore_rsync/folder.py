@@ -117,11 +117,13 @@ class Folder:
     def _publishing(self, token: Token, run: BackupRun, ctx: Context) -> Iterator[Path]:
         """A hidden folder to write to; then every file and folder of it goes to the disk; then one rename."""
         vm = self._path / token.vm
-        with suppress(FileExistsError):
-            vm.mkdir(mode=0o700)
-            _sync(self._path)
         folder = vm / part(token, run)
-        folder.mkdir(mode=0o700)
+        while not folder.exists():
+            with suppress(FileExistsError):
+                vm.mkdir(mode=0o700)
+                _sync(self._path)
+            with suppress(FileNotFoundError):  # whoever has removed the last backup takes the empty folder along
+                folder.mkdir(mode=0o700)
         yield folder
         for place, _, names in os.walk(folder):
             for file in names:
@@ -141,6 +143,7 @@ class Folder:
         self._remove(token)
         with suppress(FileNotFoundError):
             shutil.rmtree(self._path / token.vm / part(token, run))
+        self._remove_if_empty(token)
 
     def artifact(self, token: Token, name: str, size: int, ctx: Context) -> Artifact:
         """The file itself, read where it lies."""
@@ -153,6 +156,7 @@ class Folder:
         for token in tokens:
             ctx.check()
             self._remove(token)
+            self._remove_if_empty(token)
 
     def _remove(self, token: Token) -> None:
         if not self._is_ours(token.folder):
@@ -163,6 +167,10 @@ class Folder:
             _sync(folder)  # what is half deleted is no backup any more, also after a power cut
         with suppress(FileNotFoundError):
             shutil.rmtree(folder)
+
+    def _remove_if_empty(self, token: Token) -> None:
+        with suppress(OSError):  # the usual: there are other backups of this VM
+            (self._path / token.vm).rmdir()
 
     def room(self, ctx: Context) -> Usage:
         """Of the file system that the folder lies in."""

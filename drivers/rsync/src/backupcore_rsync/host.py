@@ -39,7 +39,10 @@ CHECK = (
 )
 PARTS = _ENTER + 'for one in ./"$2"/.*.part; do [ ! -d "$one" ] || [ -L "$one" ] || echo "$one"; done'
 SWEEP = _ENTER + 'vm=$2; shift 2; for one; do rm -rf -- "./$vm/$one" || exit 1; done'
-BEGIN = _ENTER + 'umask 077 && mkdir -p -- "$2" && mkdir -- "$2/$3"'
+# Twice: whoever removes the last backup of the VM takes the empty folder along.
+BEGIN = (
+    _ENTER + 'umask 077; mkdir -p -- "$2" && mkdir -- "$2/$3" 2>/dev/null || { mkdir -p -- "$2" && mkdir -- "$2/$3"; }'
+)
 PUBLISH = (
     _ENTER + 'cd -- "$2" && [ ! -e "$4" ] || { echo "$2: no such folder" >&2; exit 1; }; '
     # A sync that knows no arguments, or takes none, is told by its answer for the folder; it then syncs everything.
@@ -48,8 +51,10 @@ PUBLISH = (
 )
 # Not by way of a link in the place of either folder.
 REMOVE = (
-    _ENTER + 'shift; for one; do [ -d "$one" ] && [ ! -L "$one" ] && [ ! -L "${one%/*}" ] || continue; '
-    'rm -f -- "$one/manifest.json" || exit 1; rm -rf -- "$one" || exit 1; done'
+    _ENTER + 'shift; for one; do [ ! -L "${one%/*}" ] || continue; '
+    'if [ -d "$one" ] && [ ! -L "$one" ]; then '
+    'rm -f -- "$one/manifest.json" || exit 1; rm -rf -- "$one" || exit 1; fi; '
+    'rmdir -- "${one%/*}" 2>/dev/null; done; :'
 )
 ROOM = 'df -Pk -- "$1"'
 READ = 'exec cat -- "$1"'
