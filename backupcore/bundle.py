@@ -104,6 +104,7 @@ def draft(
         "image": run.image,
         "vm": {"uuid": run.vm.uuid, "name": run.vm.name},
         "host": run.host,
+        **({"installation": run.installation} if run.installation else {}),
         "point": run.point,
         "parent": {"point": run.parent.point, "digest": run.parent.digest} if run.parent else None,
         "number": run.number,

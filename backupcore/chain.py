@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from backupcore.errors import IntegrityError, NotFound
 from backupcore.model import VM, BackupRun, Image, Increment, Link, Type, new_id
 
-__all__ = ["Chain", "Flattening", "Passed", "Removal", "Retention", "full_is_due", "lineage", "plan", "retention"]
+__all__ = [
+    "AHEAD",
+    "Chain",
+    "Flattening",
+    "Passed",
+    "Removal",
+    "Retention",
+    "full_is_due",
+    "lineage",
+    "plan",
+    "retention",
+]
+
+AHEAD = timedelta(days=1)
+"""A date that is later than now by more than this is of a clock that was wrong; clocks of two hosts differ by less."""
 
 
 def plan(
@@ -21,8 +35,9 @@ def plan(
     settings: Mapping[str, str],
     reset: bool = False,
     now: datetime | None = None,
+    installation: str = "",
 ) -> BackupRun:
-    """The next run of `vm` in `datastore`, where `image` is its newest image there (None if it has none).
+    """The next run of `vm` in `datastore`, where `image` is the newest that `installation` has of it there, if any.
 
     An increment if the image is open and MODE is INCREMENT (the default); otherwise a full in a new image, with the
     reason. Whether the increment is really possible is for the hypervisor to say. `now` is for FULL_EVERY in days.
@@ -46,6 +61,7 @@ def plan(
             spent=points,
             settings=settings,
             tracked=tracked,
+            installation=installation,
         )
     last = image.increments[-1]
     return BackupRun(
@@ -61,6 +77,7 @@ def plan(
         builds_on=tuple(increment.source for increment in image.increments),
         spent=points[:-1],
         settings=settings,
+        installation=installation,
     )
 
 
@@ -79,13 +96,17 @@ def _why_full(image: Image | None, *, tracked: bool, reset: bool) -> str:
 def full_is_due(image: Image, every: str, now: datetime) -> str:
     """Why FULL_EVERY asks for a new image, or "". `every` is a number of increments, or of days (``30d``); 0: never.
 
-    Days are those of the calendar, in UTC: a nightly run that is a minute early must not wait for the next night.
+    Days are those of the calendar, in UTC: a nightly run that is a minute early must not wait for the next night. Of an
+    image that is dated ahead of `now` nobody knows how old it is, since a clock was wrong: a full is due.
     """
     count = int(every.removesuffix("d") or 0)
     if not count or not image.increments:
         return ""
     if every.endswith("d"):
         began = image.began or image.increments[0].date
+        if began > now + AHEAD:
+            date = began.astimezone(UTC).date()
+            return f"FULL_EVERY={every}: image {image.number} is dated {date}, ahead of the clock"
         days = (now.astimezone(UTC).date() - began.astimezone(UTC).date()).days
         return f"FULL_EVERY={every}: image {image.number} is {days} days old" if days >= count else ""
     taken = image.increments[-1].id + 1  # IDs are never renumbered, so those that were flattened count as well
@@ -118,8 +139,9 @@ def lineage(image: Image, number: int | None = None) -> tuple[Increment, ...]:
 class Chain:
     """What retention looks at of one image: `ids` are those of its increments, oldest first.
 
-    `ours` is false where another host's catalog, or nobody that is known, has written it. `began` is the date of its
-    first full as text that sorts: images that were found in a datastore have later numbers than younger ones.
+    `ours` is false where another installation, or nobody that is known, has written it; `owner` says who. `order` is
+    its place in the order in which images were recorded, where its number is not: one that was found in a datastore has
+    a later number than younger ones. `ahead` is the date of a point that lies in the future, "" where there is none.
     """
 
     number: int
@@ -127,7 +149,9 @@ class Chain:
     pinned: bool
     ours: bool
     ids: tuple[int, ...]
-    began: str = ""
+    order: int = 0
+    owner: str = ""
+    ahead: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,10 +173,14 @@ class Flattening:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Passed:
-    """An image that would go or be flattened, and why it stays as it is."""
+    """An image that would go or be flattened, and why it stays as it is.
+
+    `expected` is whether that is as somebody wanted it, or will pass: nobody has to see to it.
+    """
 
     number: int
     why: str
+    expected: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,52 +198,65 @@ def retention(chains: Sequence[Chain], settings: Mapping[str, str]) -> Retention
     - MODE=FULL keeps the last KEEP_LAST images.
     - MODE=INCREMENT keeps KEEP_LAST increments of the open image: the older ones are flattened into the oldest that is
       kept. Of the closed images it keeps KEEP_CHAINS, or as many as KEEP_LAST says where that is not set.
-    - 0 keeps all. Images that are pinned, damaged, another host's, or being flattened stay, and do not count.
+    - 0 keeps all. Images that are pinned, damaged, another installation's, or being flattened stay, and do not count.
+    - Order is that of the record, never of a date. An image with a point that is dated ahead stays, and does not count.
+      Within an image the increments have their own order, whatever their dates are.
     - The newest image stays whatever the numbers. Where it is not open, a delete of it has begun or a flatten was
       interrupted, and nothing goes: what is left of it may not be restorable.
     """
     keep = int(settings.get("KEEP_LAST") or 0)
     closed = keep if settings.get("KEEP_CHAINS", "") == "" else int(settings["KEEP_CHAINS"])
     full = settings.get("MODE") == "FULL"
-    limit = keep - 1 if full else closed  # how many images stay beside the open one
     by_age = sorted(
-        (chain for chain in chains if chain.ids), key=lambda chain: (chain.state == "open", chain.began, chain.number)
+        (chain for chain in chains if chain.ids), key=lambda chain: (chain.state == "open", chain.order, chain.number)
     )
     if not by_age or not (keep if full else keep or closed):
         return Retention()
     *others, newest = by_age
+    # How many images stay beside the newest; one that is dated ahead does not count for any of them.
+    limit = (keep if newest.ahead else keep - 1) if full else closed
     if newest.state != "open":
         why = f"it is {newest.state}, and may be all that is left: take a backup first"
-        return Retention(passed=(Passed(number=newest.number, why=why),))
+        return Retention(passed=(Passed(number=newest.number, why=why, expected=newest.state != "damaged"),))
     flattening: Flattening | None = None
     passed: list[Passed] = []
     if keep and not full and len(newest.ids) > keep:
         why = f"KEEP_LAST={keep}: it has {len(newest.ids)} increments"
-        if stays := _stays(newest):
-            passed.append(Passed(number=newest.number, why=f"{why}, but {stays}"))
+        if held := _held(newest):
+            passed.append(Passed(number=newest.number, why=f"{why}, but {held.why}", expected=held.expected))
         else:
             flattening = Flattening(number=newest.number, to=newest.ids[-keep], why=why)
-    counted = [chain for chain in others if not _stays(chain)]
+    counted = [chain for chain in others if not _held(chain) and not chain.ahead]
     going = counted[: max(0, len(counted) - limit)] if full or closed else []
     setting = "KEEP_LAST" if full or settings.get("KEEP_CHAINS", "") == "" else "KEEP_CHAINS"
     what = f"{keep} newer images stay" if full else f"{closed} newer closed images stay"
     why = f"{setting}={keep if full else closed}: {what}"
     removals = tuple(Removal(number=chain.number, why=why) for chain in going)
-    first_kept = next(iter(counted[len(going) :]), newest)
-    passed += [
-        Passed(number=chain.number, why=stays)
-        for chain in by_age[: by_age.index(first_kept)]
-        if (stays := _stays(chain))
-    ]
+    if full or closed:
+        first_kept = by_age.index(next(iter(counted[len(going) :]), newest))
+        for at, chain in enumerate(others):
+            held = _held(chain)
+            if held and at < first_kept and len(counted) >= limit:
+                passed.append(Passed(number=chain.number, why=held.why, expected=held.expected))
+            elif chain.ahead and not held:
+                why_ahead = f"a backup in it is dated {chain.ahead}, ahead of the clock"
+                passed.append(Passed(number=chain.number, why=why_ahead))
     return Retention(flattening=flattening, removals=removals, passed=tuple(passed))
 
 
-def _stays(chain: Chain) -> str:
-    """Why retention does not touch an image, or ""."""
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Why retention does not touch an image, and whether that is as somebody wanted it."""
+
+    why: str
+    expected: bool = False
+
+
+def _held(chain: Chain) -> _Held | None:
     if chain.pinned:
-        return "it is pinned"
+        return _Held("it is pinned", expected=True)
     if not chain.ours:
-        return "this host's catalog did not write it"
+        return _Held(f"{f'installation {chain.owner}' if chain.owner else 'nobody that is known'} has written it")
     if chain.state not in ("open", "closed"):
-        return f"it is {chain.state}"
-    return ""
+        return _Held(f"it is {chain.state}", expected=chain.state == "flattening")
+    return None

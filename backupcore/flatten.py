@@ -62,6 +62,7 @@ def flatten(
     ctx: Context,
     *,
     host: str,
+    installation: str = "",
     everything: bool = False,
     room: int | None = None,
     stored: Callable[[Stored], None] = lambda stored: None,
@@ -69,9 +70,9 @@ def flatten(
     """Merge the increments of `image` up to number `to` into a new full, and prove it. The old ones stay.
 
     Where the layers can only be read forward at most `MOST_STREAMS` of them are merged: the result then stands for an
-    earlier increment than `to`, and the caller goes on. `everything` reads all of the result back. `room` is what it
-    may take at most, as far as the caller knows. `stored` is told once the result is in the datastore, before the
-    proof: if that cannot be had then, `find` looks for it later.
+    earlier increment than `to`, and the caller goes on. `host` and `installation` say who does it. `everything` reads
+    all of the result back. `room` is what it may take at most, as far as the caller knows. `stored` is told once the
+    result is in the datastore, before the proof: if that cannot be had then, `find` looks for it later.
 
     ConfigError where there is nothing to merge; TargetFull where the datastore says that it has no room; IntegrityError
     where a layer is not what was written, or the result is not what was sent. Nothing is stored then.
@@ -82,7 +83,7 @@ def flatten(
     backups = open_chain(datastore, image, chain, ctx)
     backups = _limited(backups)
     began = image.began or chain[0].date
-    run = _run(datastore, image, backups, host)
+    run = _run(datastore, image, backups, host, installation)
     disks = [MergedDisk(backups, part, ctx) for part in backups[-1].manifest.disks]
     kept = None
     if datastore.flattens:
@@ -180,7 +181,7 @@ def _limited(backups: list[Opened]) -> list[Opened]:
     return backups[:limit]
 
 
-def _run(datastore: Datastore, image: Image, backups: Sequence[Opened], host: str) -> BackupRun:
+def _run(datastore: Datastore, image: Image, backups: Sequence[Opened], host: str, installation: str) -> BackupRun:
     """The run under which a driver stores the result."""
     first, last = backups[0].increment, backups[-1].increment
     return BackupRun(
@@ -196,6 +197,7 @@ def _run(datastore: Datastore, image: Image, backups: Sequence[Opened], host: st
         builds_on=tuple(backup.increment.source for backup in backups),
         tracked=False,
         date=last.date,
+        installation=installation,
     )
 
 

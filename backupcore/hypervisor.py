@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from backupcore.disk.qcow2 import Blocks
 
 __all__ = [
+    "Checkpoint",
     "Definition",
     "DiskFile",
     "Finding",
@@ -59,6 +60,18 @@ class VMState:
     disks: tuple[VMDisk, ...]
     being_read: bool = False
     remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint, or a bitmap, that backupcore has made on a VM: its name, its point, and who has made it.
+
+    `installation` is "" in one of a version that knew no installations.
+    """
+
+    name: str
+    point: str
+    installation: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,10 +154,15 @@ class Hypervisor(Protocol):
         reads has closed its connections by then.
         """
 
-    def forget(self, vm: VM) -> Sequence[str]:
-        """Remove what backupcore made on this VM to tell changes: checkpoints, bitmaps, overlays; their names.
+    def checkpoints(self, vm: VM) -> Sequence[Checkpoint]:
+        """What backupcore has made on this VM to tell changes from, whichever installation it was."""
 
-        The next backup of each of its chains is then a full.
+    def forget(self, vm: VM, installation: str = "", *, foreign: bool = False) -> Sequence[str]:
+        """Remove what `installation` made on this VM to tell changes: checkpoints, bitmaps, overlays; their names.
+
+        Checkpoints that say no installation are anybody's, and go, too. The next backup of each chain is then a full.
+        With `foreign` the checkpoints and bitmaps of all other installations go instead, and nothing else. Busy where a
+        job runs on the VM.
         """
 
     def settings(self, vm: VM) -> Mapping[str, str]:

@@ -16,6 +16,9 @@ A flattened full names the points that it `replaces`, the last of which is its o
 the manifest of the increment that had this point before: a child that was taken then holds it as its parent's. `began`
 is the date of the image's first full. Where a store made it by copying on its own side, the `order` of a disk is
 ``file``: its data clusters lie as they were copied, those that were replaced among them, and the sums cover all.
+
+`installation` is the ID of who took the backup, and stands where that has one; older versions wrote none. `host` is the
+name of the machine, for people.
 """
 
 from __future__ import annotations
@@ -111,6 +114,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     image: Hex32
     vm: VMPart
     host: str
+    installation: Hex32 | None = None
     point: Hex32
     parent: ParentPart | None
     number: Annotated[int, Meta(ge=0)]

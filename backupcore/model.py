@@ -249,6 +249,10 @@ class BackupRun:
     on, of this VM's chains in all datastores; checkpoints of any other point, made by us, are strays and may go. None
     says nothing of them. `settings` is the VM's backup configuration (upper-case keys). `date`, the instant, is set
     once `prebackup` has told it, so the driver sees it and the hypervisor does not.
+
+    `installation` says who takes it: 32 hex digits that the tooling's state folder has for good, "" where there are
+    none. Whoever decides what is one's own (an unfinished upload, a checkpoint) goes by that, never by `host`, the name
+    of the machine, which is for people: it may change, and another may have the same.
     """
 
     id: str
@@ -267,13 +271,16 @@ class BackupRun:
     tracked: bool = True
     date: datetime | None = None
     keep: tuple[str, ...] | None = None
+    installation: str = ""
 
     @property
     def labels(self) -> dict[str, str]:
         """Short ASCII labels that a driver stores beside a source and returns from `sources`.
 
-        ``vm``, ``image``, ``number``, ``point``, ``parent`` ("" for a full), ``type``, ``date`` (ISO 8601, UTC).
+        ``vm``, ``image``, ``number``, ``point``, ``parent`` ("" for a full), ``type``, ``date`` (ISO 8601, UTC), and
+        ``installation`` where the run has one. Later versions may add some.
         """
+        owner = {"installation": self.installation} if self.installation else {}
         return {
             "vm": self.vm.uuid,
             "image": self.image,
@@ -282,6 +289,7 @@ class BackupRun:
             "parent": self.parent.point if self.parent else "",
             "type": self.type.value,
             "date": self.date.strftime("%Y-%m-%dT%H:%M:%SZ") if self.date else "",
+            **owner,
         }
 
     def as_full(self, reason: str) -> BackupRun:
@@ -385,9 +393,10 @@ class Increment:
 class Image:
     """The chain of increments of one VM in one datastore, oldest first. `number` is its alias on this host.
 
-    `why_closed` says why no increment is added to it any more, "" where no reason was given. `host` is where its
-    backups were taken ("" where that is not known); `began` the date of its first full, which a flatten may have
-    replaced (None: that of the oldest increment).
+    `why_closed` says why no increment is added to it any more, "" where no reason was given. `host` is where its last
+    backup was taken ("" where that is not known), `installation` whose it is ("" in backups of versions that did not
+    write it down); `began` the date of its first full, which a flatten may have replaced (None: that of the oldest
+    increment).
     """
 
     uuid: str
@@ -400,6 +409,7 @@ class Image:
     why_closed: str = ""
     host: str = ""
     began: datetime | None = None
+    installation: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

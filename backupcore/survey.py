@@ -206,8 +206,10 @@ def _image(datastore: str, chain: Sequence[Found]) -> Image:
         datastore=datastore,
         state="closed",
         increments=tuple(rows),
-        host=first.manifest.host,
+        # Whoever has added to it last: an image may have been taken over, and a host may have got another name.
+        host=last.manifest.host,
         began=first.began,
+        installation=last.manifest.installation or "",
     )
 
 

@@ -18,7 +18,7 @@ import libvirt
 
 from backupcore.model import new_id
 from backupcore_libvirt.backup_job import backup_xml
-from backupcore_libvirt.checkpoint import checkpoint_xml
+from backupcore_libvirt.checkpoint import checkpoint_name, checkpoint_xml
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.premade.image import make_empty, make_overlay
 from backupcore_libvirt.scratch import Owner
@@ -91,7 +91,7 @@ def _job(vm: VM, targets: list[str], folder: RunFolder, made: bool) -> tuple[flo
     ready = time.monotonic()
     vm.domain.backupBegin(
         backup_xml(targets, folder, folder.socket, {}),
-        checkpoint_xml(point, targets, targets),
+        checkpoint_xml(checkpoint_name(point), targets, targets),
         libvirt.VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL if made else 0,
     )
     done = time.monotonic()

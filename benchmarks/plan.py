@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 from backupcore.chain import retention
@@ -17,7 +18,8 @@ from vmkeep.catalog.database import Catalog
 def main(catalog: str) -> None:
     """Print how many images would be flattened."""
     known = {"MODE": "INCREMENT", "KEEP_LAST": "7", "KEEP_CHAINS": ""}
-    plans = [retention(one.chains, known) for one in chains.chains(Catalog.open(Path(catalog)), many_images.HOST)]
+    found = chains.chains(Catalog.open(Path(catalog)), many_images.OWN, now=datetime.now(UTC))
+    plans = [retention(one.chains, known) for one in found]
     print(sum(plan.flattening is not None for plan in plans))
 
 

@@ -158,7 +158,8 @@ class Host:
             return []
         with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as catalog:
             rows = catalog.execute(
-                "SELECT image, id, point, state FROM increments JOIN images ON number = image ORDER BY date"
+                "SELECT image, id, point, state FROM increments JOIN images ON number = image"
+                " ORDER BY increments.sequence"
             )
             return [Recorded(*row) for row in rows]
 
@@ -196,9 +197,16 @@ class Host:
             found += [str(path) for path in folder.glob("*") if path.is_dir()]
         mounts = Path("/proc/self/mounts").read_text().splitlines()
         found += [line for line in mounts if "fuse" in line and "lab-" not in line and str(self.folder) in line]
-        known = {f"backupcore-{point}" for point in self.points()}
-        found += [f"checkpoint {name}" for name in self.checkpoints() if name not in known]
+        known = set(self.points())
+        mine = f"backupcore-{self.installation}-"
+        names = [name for name in self.checkpoints() if name.startswith(mine) or name.count("-") == 1]
+        found += [f"checkpoint {name}" for name in names if name.rpartition("-")[2] not in known]
         return [*found, *processes(str(self.folder))]
+
+    @property
+    def installation(self) -> str:
+        """The ID of this host's state folder."""
+        return str(json.loads((self.state / "installation").read_text())["installation"])
 
     def overlays(self) -> list[str]:
         """The overlays of ours beside the VM's disks."""

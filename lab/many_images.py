@@ -7,11 +7,12 @@ from datetime import UTC, datetime
 from backupcore.model import Disk, Increment, SourceRef, Type, new_id
 from vmkeep.catalog import images
 from vmkeep.catalog.database import Catalog
+from vmkeep.installation import Installation
 
-__all__ = ["HOST", "fill"]
+__all__ = ["OWN", "fill"]
 
-HOST = "here"
-"""The host that all of them are of."""
+OWN = Installation(id="c" * 32, host="here")
+"""Who has taken all of them."""
 
 
 def fill(catalog: Catalog, *, vms: int, increments: int) -> None:
@@ -20,9 +21,9 @@ def fill(catalog: Catalog, *, vms: int, increments: int) -> None:
     with catalog.writing() as connection:
         for number in range(1, vms + 1):
             connection.execute(
-                "INSERT INTO images (number, uuid, vm_uuid, vm_name, datastore, state, pinned, host)"
-                " VALUES (?, ?, ?, ?, 'nas', 'open', 0, ?)",
-                (number, new_id(), f"{number:036}", f"vm{number}", HOST),
+                "INSERT INTO images (number, uuid, vm_uuid, vm_name, datastore, state, pinned, host, installation,"
+                " sequence) VALUES (?, ?, ?, ?, 'nas', 'open', 0, ?, ?, ?)",
+                (number, new_id(), f"{number:036}", f"vm{number}", OWN.host, OWN.id, number),
             )
             for at in range(increments):
                 increment = Increment(
@@ -38,4 +39,5 @@ def fill(catalog: Catalog, *, vms: int, increments: int) -> None:
                     digest="0" * 64,
                     disks=(disk,),
                 )
-                images.insert(connection, number, increment, seconds=1.0)
+                sequence = (number - 1) * increments + at + 1
+                images.insert(connection, number, increment, seconds=1.0, sequence=sequence)

@@ -67,7 +67,7 @@ class Folder:
 
     @hookimpl
     def backup(self, artifacts: Sequence[Artifact], run: BackupRun, ctx: Context) -> Stored:
-        part = self.path / f".{run.host}.{run.vm.uuid}.{run.id}.part"
+        part = self.path / f".{run.installation}.{run.vm.uuid}.{run.id}.part"
         part.mkdir()
         size = 0
         for artifact in artifacts:
@@ -84,7 +84,7 @@ class Folder:
     @hookimpl
     def postbackup(self, run: BackupRun, outcome: Outcome, ctx: Context) -> None:
         # Of this VM and host no other run lives; an earlier one may have lost sight of the folder.
-        for part in self.path.glob(f".{run.host}.{run.vm.uuid}.*.part"):
+        for part in self.path.glob(f".{run.installation}.{run.vm.uuid}.*.part"):
             shutil.rmtree(part)
             ctx.did(f"removed an unfinished upload from {self.path}")
 

@@ -55,6 +55,7 @@ def test_what_is_not_known_is_passed_over_and_what_may_be_missing_has_its_value(
         None,
     )
     assert read({**WHOLE, "began": "2026-11-29T04:00:00Z"}).began == manifest.date
+    assert (manifest.installation, read({**WHOLE, "installation": "e" * 32}).installation) == (None, "e" * 32)
 
 
 @pytest.mark.parametrize("data", [{"format": 2}, {**WHOLE, "format": 2}, {"format": 1 << 70}])
@@ -115,6 +116,7 @@ def with_disk(**change: object) -> dict[str, Any]:
         {**WHOLE, "artifacts": [SUMS, {**SUMS, "name": "domain.xml", "size": -1}]},
         {**WHOLE, "replaces": ["2" * 31]},
         {**WHOLE, "stands_for": "d" * 63},
+        {**WHOLE, "installation": "../" + "e" * 29},
         with_disk(id="../vda"),
         with_disk(id="vda\n"),
         with_disk(artifact="disk.vdb.qcow2"),

@@ -153,6 +153,51 @@ def test_the_reasons_name_the_setting():
     assert (half.removals, half.passed[0].number) == ((), 4)
 
 
+def closed(number: int, **more: object) -> Chain:
+    return replace(Chain(number=number, state="closed", pinned=False, ours=True, ids=(0,)), **more)
+
+
+def test_the_oldest_is_what_was_recorded_first_whatever_its_number_is():
+    """A rebuild gives old images new numbers."""
+    chains = [closed(9, order=1), closed(1, order=2), closed(2, order=3), closed(3, order=4, state="open")]
+    due = retention(chains, {"MODE": "FULL", "KEEP_LAST": "2"})
+    assert [one.number for one in due.removals] == [9, 1]
+
+
+@pytest.mark.parametrize("settings", [{"MODE": "FULL", "KEEP_LAST": "3"}, {"MODE": "INCREMENT", "KEEP_CHAINS": "2"}])
+def test_what_is_dated_ahead_stays_and_displaces_nothing(settings: dict[str, str]):
+    nights = [closed(number) for number in range(1, 5)]
+    wrong = [closed(number, ahead="2099-01-01") for number in (5, 6)]
+    due = retention([*nights, *wrong, closed(7, state="open")], settings)
+    assert [one.number for one in due.removals] == [1, 2]
+    assert [(one.number, one.expected) for one in due.passed] == [(5, False), (6, False)]
+    assert all("2099-01-01, ahead of the clock" in one.why for one in due.passed)
+    # Nor does the newest, while the clock is still wrong for whoever looks.
+    due = retention([*nights, closed(7, state="open", ahead="2099-01-01")], settings)
+    assert [one.number for one in due.removals] == ([1] if settings["MODE"] == "FULL" else [1, 2])
+    pinned = retention([*nights, replace(wrong[0], pinned=True), closed(7, state="open")], settings)
+    assert pinned.passed == (), "nobody has to be told of what he pinned, before its turn comes"
+
+
+@pytest.mark.parametrize(
+    ("held", "expected"),
+    [
+        ({"pinned": True}, True),
+        ({"state": "flattening"}, True),
+        ({"state": "damaged"}, False),
+        ({"ours": False, "owner": "f" * 32}, False),
+        ({"ours": False}, False),
+    ],
+)
+def test_what_stays_though_its_turn_has_come_is_told(held: dict[str, object], expected: bool):
+    old = closed(1, **held)
+    later = [closed(2), closed(3), closed(4, state="open")]
+    (told,) = retention([old, *later], {"MODE": "FULL", "KEEP_LAST": "2"}).passed
+    assert (told.number, told.expected) == (1, expected)
+    assert str(held.get("owner", "")) in told.why
+    assert not retention([old, later[-1]], {"MODE": "FULL", "KEEP_LAST": "7"}).passed, "its turn has not come"
+
+
 def image(last: int, began: datetime, **more: object) -> Image:
     increment = Increment(
         id=last,
@@ -186,6 +231,9 @@ NIGHT = datetime(2026, 1, 1, 2, 30, tzinfo=UTC)
         (0, "7d", NIGHT + timedelta(days=6, hours=20), False),
         (0, "7d", NIGHT + timedelta(days=7, minutes=-25), True),
         (0, "0d", NIGHT + timedelta(days=70), False),
+        (0, "30d", NIGHT - timedelta(hours=23), False),
+        (0, "30d", NIGHT - timedelta(days=26_000), True),
+        (0, "7", NIGHT - timedelta(days=26_000), False),
     ],
 )
 def test_full_every(last: int, every: str, now: datetime, due: bool):

@@ -159,15 +159,19 @@ class Bench:
         self,
         vm: VM | None = None,
         *,
-        host: str = "kit-a",
+        installation: str = "a" * 32,
         parent: str = "",
         builds_on: Sequence[SourceRef] = (),
     ) -> BackupRun:
-        """A run of `vm` (of a new one) on `host`; an increment where `parent`, a point, is given."""
+        """A run of `vm` (of a new one) by `installation`; an increment where `parent`, a point, is given.
+
+        All have one host name, as clones and containers have: it tells nothing.
+        """
         return BackupRun(
             id=new_id(),
             vm=vm or self.vm(),
-            host=host,
+            host="kit",
+            installation=installation,
             datastore="kit",
             image=new_id(),
             number=len(builds_on),

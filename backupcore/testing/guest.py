@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -14,7 +14,7 @@ from backupcore.context import Context
 from backupcore.disk.extents import Extent, Kind
 from backupcore.disk.qcow2 import CLUSTER, DiskArtifact, Layout, MemoryBlocks
 from backupcore.errors import Busy, ConfigError, IncrementImpossible, NotFound
-from backupcore.hypervisor import Definition, DiskFile, Finding, Pool, Unchanged, VMDisk, VMState
+from backupcore.hypervisor import Checkpoint, Definition, DiskFile, Finding, Pool, Unchanged, VMDisk, VMState
 from backupcore.model import (
     VM,
     Artifact,
@@ -33,7 +33,10 @@ __all__ = ["MemoryGuest", "MemoryHypervisor"]
 
 @dataclass
 class MemoryGuest:
-    """One VM. `checkpoints` maps a point to the clusters written since, per disk; `files` are further artifacts."""
+    """One VM. `checkpoints` maps a point to the clusters written since, per disk; `files` are further artifacts.
+
+    `owners` says which installation has made a checkpoint, by its point.
+    """
 
     vm: VM
     disks: dict[str, bytearray]
@@ -41,6 +44,7 @@ class MemoryGuest:
     checkpoints: dict[str, dict[str, set[int]]] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
     busy: str = ""
+    owners: dict[str, str] = field(default_factory=dict)
 
     def write(self, disk: str, offset: int, data: bytes) -> None:
         """Write as the guest would; a disk grows if the data reach past its end."""
@@ -50,11 +54,16 @@ class MemoryGuest:
             dirty.setdefault(disk, set()).update(range(offset // CLUSTER, -(-(offset + len(data)) // CLUSTER)))
 
 
-class MemoryHypervisor:
-    """Keeps the contract of a hypervisor for the guests it is given."""
+def _now() -> datetime:
+    return datetime.now(UTC)
 
-    def __init__(self, guests: Iterable[MemoryGuest]) -> None:
+
+class MemoryHypervisor:
+    """Keeps the contract of a hypervisor for the guests it is given. `clock` says what the instants are dated."""
+
+    def __init__(self, guests: Iterable[MemoryGuest], clock: Callable[[], datetime] = _now) -> None:
         self.guests = {guest.vm.uuid: guest for guest in guests}
+        self.clock = clock
 
     def _extents(self, data: bytes, dirty: set[int] | None) -> Iterable[Extent]:
         for cluster in range(-(-len(data) // CLUSTER)):
@@ -91,9 +100,10 @@ class MemoryHypervisor:
             disks.append(Disk(id=name, artifact=artifact.name, virtual_size=len(data), whole=whole, reason=reason))
         if run.tracked:
             guest.checkpoints[run.point] = {}
+            guest.owners[run.point] = run.installation
         return Prepared(
             artifacts=tuple(artifacts),
-            date=datetime.now(UTC),
+            date=self.clock(),
             consistency="crash",
             frozen_seconds=0.0,
             disks=tuple(disks),
@@ -111,7 +121,7 @@ class MemoryHypervisor:
         gone = set(run.spent if recorded else (run.point,))
         if run.keep is not None:
             needed = {*run.keep, *((run.parent.point,) if run.parent else ()), *((run.point,) if recorded else ())}
-            gone |= set(guest.checkpoints) - needed
+            gone |= set(self._own(guest, run.installation)) - needed
         for point in gone:
             guest.checkpoints.pop(point, None)
 
@@ -176,10 +186,24 @@ class MemoryHypervisor:
         extents = tuple(self._extents(data, clean))
         return Unchanged(id=disk, virtual_size=len(data), extents=extents, blocks=MemoryBlocks(data))
 
-    def forget(self, vm: VM) -> Sequence[str]:
-        """Drop every checkpoint."""
-        gone = sorted(self.guests[vm.uuid].checkpoints)
-        self.guests[vm.uuid].checkpoints.clear()
+    def _own(self, guest: MemoryGuest, installation: str) -> list[str]:
+        return [point for point in guest.checkpoints if guest.owners.get(point, "") in ("", installation)]
+
+    def checkpoints(self, vm: VM) -> Sequence[Checkpoint]:
+        """Those of the guest; each has the name of its point."""
+        guest = self.guests[vm.uuid]
+        return [
+            Checkpoint(name=point, point=point, installation=guest.owners.get(point, ""))
+            for point in sorted(guest.checkpoints)
+        ]
+
+    def forget(self, vm: VM, installation: str = "", *, foreign: bool = False) -> Sequence[str]:
+        """Drop checkpoints."""
+        guest = self.guests[vm.uuid]
+        own = self._own(guest, installation)
+        gone = sorted(set(guest.checkpoints).difference(own) if foreign else own)
+        for point in gone:
+            del guest.checkpoints[point]
         return gone
 
     def settings(self, vm: VM) -> Mapping[str, str]:

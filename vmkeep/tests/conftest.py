@@ -168,6 +168,23 @@ class Site:
             time.sleep(0.01)
 
 
+@dataclass
+class Beside(Site):
+    """Another configuration: a state folder of its own, with the guests and the store of `first`."""
+
+    first: Site | None = None
+
+    @property
+    def store(self) -> Path:
+        assert self.first is not None
+        return self.first.store
+
+    @property
+    def guests(self) -> Path:
+        assert self.first is not None
+        return self.first.guests
+
+
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The test plugins as an installed distribution; returns the module path for other processes."""
@@ -203,6 +220,14 @@ def site(tmp_path: Path, installed: str, capsys: pytest.CaptureFixture[str]) -> 
         if child.poll() is None:
             child.kill()
         child.communicate()
+
+
+@pytest.fixture
+def beside(site: Site) -> Beside:
+    (site.folder / "beside").mkdir()
+    made = Beside(site.folder / "beside", site.capture, site.paths, first=site)
+    made.configure()
+    return made
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 
 import pytest
 
@@ -34,7 +35,7 @@ def _plan(catalog: Catalog) -> float:
     started = time.process_time()
     plans = [
         retention(one.chains, {"MODE": "INCREMENT", "KEEP_LAST": "7", "KEEP_CHAINS": ""})
-        for one in chains.chains(catalog, many_images.HOST)
+        for one in chains.chains(catalog, many_images.OWN, now=datetime.now(UTC))
     ]
     assert len(plans) == VMS
     assert all(one.flattening is not None and one.flattening.to == INCREMENTS - 7 for one in plans)

@@ -1,4 +1,4 @@
-"""Several at once: runs of one host, and hosts that know nothing of each other."""
+"""Several at once: runs of one host, and hosts of one name that know nothing of each other."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from concurrent.futures import Future
 from contextlib import suppress
 
 from backupcore.errors import BackupError, Busy, HypervisorError
-from backupcore.model import Outcome, RunState
+from backupcore.model import VM, Outcome, RunState
 from backupcore.testing import processes
 from backupcore.testing.bench import MIB, Bench, Failed, Kept
 from backupcore.testing.given import Failing, Held, Made
 
+_THEIRS = "b" * 32
 
-def _under_way(bench: Bench, *, host: str, vm_name: str = "kit", seed: int) -> tuple[Held, Callable[[], Kept]]:
+
+def _under_way(bench: Bench, *, vm: VM, installation: str = "a" * 32, seed: int) -> tuple[Held, Callable[[], Kept]]:
     made = Made("disk.vda.qcow2", MIB + seed, seed)
     held = Held(made, MIB // 2, bench.place())
-    run = bench.run(bench.vm(vm_name), host=host)
+    run = bench.run(vm, installation=installation)
     return held, lambda: bench.keep([held, *bench.artifacts(seed=seed)[1:]], run)
 
 
@@ -28,7 +30,7 @@ def _meet(readers: list[Held], jobs: list[Future[Kept]], what: str) -> None:
 
 def concurrent(bench: Bench) -> None:
     """Three backups at once, through one datastore object as through several, do not disturb each other."""
-    started = [_under_way(bench, host="kit-a", seed=seed) for seed in range(3)]
+    started = [_under_way(bench, vm=bench.vm(), seed=seed) for seed in range(3)]
     with bench.threads(3) as pool:
         jobs = [pool.submit(work) for _, work in started]
         try:
@@ -47,27 +49,30 @@ def concurrent(bench: Bench) -> None:
 
 
 def two_hosts(bench: Bench) -> None:
-    """What one host keeps, fails at, clears up and deletes leaves another's backups alone, also unfinished ones."""
-    theirs = bench.keep(run=bench.run(bench.vm("web"), host="kit-b"))
-    held, work = _under_way(bench, host="kit-b", vm_name="web", seed=7)
+    """What one host keeps, fails at, clears up and deletes leaves another's backups alone, also unfinished ones.
+
+    Both have the same name, and back up the same VM.
+    """
+    vm = bench.vm("web")
+    theirs = bench.keep(run=bench.run(vm, installation=_THEIRS))
+    held, work = _under_way(bench, vm=vm, installation=_THEIRS, seed=7)
     with bench.threads(1) as pool:
         job = pool.submit(work)
         try:
             _meet([held], [job], "a backup of another host")
-            mine = _busy_host(bench)
+            mine = _busy_host(bench, vm)
         finally:
             held.let_go()
         late = job.result()
     bench.same(theirs, late, mine)
 
 
-def _busy_host(bench: Bench) -> Kept:
+def _busy_host(bench: Bench, vm: VM) -> Kept:
     """A host that fails, clears up after itself, makes two backups and deletes one of them.
 
     That it must wait with deleting until the other one is done is a fair answer.
     """
-    vm = bench.vm("web")
-    failed = bench.run(vm, host="kit-a")
+    failed = bench.run(vm)
     try:
         bench.keep([Failing(Made("disk.vda.qcow2", MIB), MIB // 2), *bench.artifacts()[1:]], failed)
     except HypervisorError:
@@ -78,7 +83,7 @@ def _busy_host(bench: Bench) -> Kept:
         errors = bench.open().postbackup(failed, Outcome(state=RunState.FAILED), ctx)
     if errors:
         raise Failed(f"postbackup, called once more: {errors[0]}")
-    first, second = (bench.keep(run=bench.run(vm, host="kit-a")) for _ in range(2))
+    first, second = (bench.keep(run=bench.run(vm)) for _ in range(2))
     with bench.context() as ctx, suppress(Busy):
         bench.open().delete([first.source], ctx)
     return second

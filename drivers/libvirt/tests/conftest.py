@@ -639,7 +639,10 @@ def same(tmp_path: Path) -> Callable[[Sequence[dict[str, Path]], dict[str, Path]
 
 @dataclass
 class Chains:
-    """The chains of one VM in datastores "a" and "b", taken by the session; keeps what the disks held at each point."""
+    """The chains of one VM in datastores "a" and "b", taken by the session; keeps what the disks held at each point.
+
+    `installation` is who takes them, "" as before there were any.
+    """
 
     hypervisor: Libvirt
     folder: Path
@@ -647,6 +650,7 @@ class Chains:
     images: list[Image] = field(default_factory=list)
     truths: dict[str, dict[str, Path]] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=itertools.count)
+    installation: str = ""
 
     def __post_init__(self) -> None:
         for name in ("a", "b"):
@@ -662,7 +666,7 @@ class Chains:
 
     def plan(self, vm: SmallVM, store: str = "a", *, reset: bool = False) -> BackupRun:
         run = plan(self.newest(store), vm=vm.identity, host="here", datastore=store, settings={}, reset=reset)
-        return dataclasses.replace(run, keep=self.kept)
+        return dataclasses.replace(run, keep=self.kept, installation=self.installation)
 
     def context(self) -> Context:
         folder = self.folder / str(next(self.numbers))

@@ -173,8 +173,8 @@ def test_all_of_ours_can_be_removed(running, lab, chains, hypervisor):
         vm.destroy()
     names = sorted(f"backupcore-{point}" for point in chains.kept)
     with Connection(hypervisor.uri) as connection:
-        found = checkpoint.ours(connection.domain(vm.uuid))
-    assert [f"backupcore-{point}" for point in found] == names
+        found = checkpoint.found(connection.domain(vm.uuid))
+    assert [one.name for one in found] == names
     assert hypervisor.forget(vm.identity) == names
     assert hypervisor.forget(vm.identity) == []
     assert vm.bitmaps() == {"vda": ["somebody"]}

@@ -96,11 +96,11 @@ def test_killed_between_the_manifest_and_the_end(
 def test_who_is_dead(make_run: Callable[..., BackupRun]) -> None:
     run = make_run(host="here")
     alive = mark(run)
-    assert not is_dead(alive, "here")
+    assert not is_dead(alive, run)
     said = json.loads(alive)
 
     def dead(**other: object) -> bool:
-        return is_dead(json.dumps({**said, **other}).encode(), "here")
+        return is_dead(json.dumps({**said, **other}).encode(), run)
 
     assert dead(started="1"), "its number is another process's now"
     assert dead(pid=1 << 22)
@@ -109,5 +109,18 @@ def test_who_is_dead(make_run: Callable[..., BackupRun]) -> None:
     assert not dead(namespace="pid:[1]", pid=1 << 22), "a container's, which we cannot see"
     assert not dead(boot="")
     for nonsense in (b"", b"{}", b"[]", b"{", json.dumps({**said, "pid": "x"}).encode()):
-        assert not is_dead(nonsense, "here")
-    assert not is_dead(mark(replace(run, host="there")), "here")
+        assert not is_dead(nonsense, run)
+    assert not is_dead(mark(replace(run, host="there")), run)
+
+
+def test_who_is_dead_goes_by_the_installation_not_by_the_name(make_run: Callable[..., BackupRun]) -> None:
+    run = replace(make_run(host="here"), installation="a" * 32)
+    said = {**json.loads(mark(run)), "started": "1"}
+
+    def dead(**other: object) -> bool:
+        return is_dead(json.dumps({**said, **other}).encode(), run)
+
+    assert dead(host="as it was called then")
+    assert not dead(installation="b" * 32), "a clone has the same name"
+    assert dead(installation="")
+    assert not dead(installation="", host="there"), "an older version's: the name counts"

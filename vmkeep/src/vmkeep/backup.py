@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import logging
-import socket
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 
 from backupcore import chain, verdict
 from backupcore.context import Context, Progress
 from backupcore.datastore import Datastore
 from backupcore.errors import BackupError, Cancelled, ContractViolation, IncrementImpossible, sentences, text_of
 from backupcore.hypervisor import VMState
-from backupcore.model import VM, BackupRun, Estimate, Image, RunState, Type
+from backupcore.model import VM, BackupRun, Estimate, Image, Prepared, RunState, Type
 from backupcore.session import Recorded, run_backup
 from backupcore.typed import typed
 from vmkeep import adoption, flatten, folders, full_state, interrupt, lock, recovery, retention, settings
 from vmkeep.attended import UnderWay, attended, end_at_once, spoilt
 from vmkeep.catalog import flattens, images, points, runs
 from vmkeep.catalog.database import Catalog
+from vmkeep.installation import Installation
 from vmkeep.taken import Taken
 from vmkeep.workplace import Workplace
 
@@ -49,17 +48,19 @@ def _run(
     found: VMState,
     datastore: str,
     newest: Image | None,
-    catalog: Catalog,
     *,
+    catalog: Catalog,
+    own: Installation,
     reset: bool,
 ) -> BackupRun:
     run = chain.plan(
         newest,
         vm=found.vm,
-        host=socket.gethostname(),
+        host=own.host,
         datastore=datastore,
         settings=_settings(place, found),
         reset=reset,
+        installation=own.id,
     )
     spent = (*points.retired(catalog, found.vm), *run.spent)
     return replace(run, spent=spent, keep=points.kept(catalog, found.vm))
@@ -69,10 +70,11 @@ def plan(place: Workplace, vm: str, *, datastore: str | None = None, reset: bool
     """What `take` would do now, without touching anything. Raises what it would raise before the guest is touched."""
     name = place.config.datastore(datastore)
     found = place.hypervisor.find(vm)
-    newest = images.newest(place.catalog_if_any, found.vm, name)
+    own = place.installation_if_any
+    newest = images.newest(place.catalog_if_any, found.vm, name, own)
     if newest and (before := flattens.begun(place.catalog_if_any, newest)):
         newest = replace(newest, state=before)  # type: ignore[arg-type]  # a state that the catalog held
-    run = _run(place, found, name, newest, place.catalog_if_any, reset=reset)
+    run = _run(place, found, name, newest, catalog=place.catalog_if_any, own=own, reset=reset)
     try:
         estimate = place.hypervisor.estimate(run)
     except IncrementImpossible as error:
@@ -118,7 +120,7 @@ def _take(place: Workplace, vm: str, under_way: UnderWay, *, reset: bool, progre
         recover_first(place, found, store)
         shared = stack.enter_context(ExitStack())
         newest = newest_locked(place, found, name, shared)
-        run = _run(place, found, name, newest, place.catalog, reset=reset)
+        run = _run(place, found, name, newest, catalog=place.catalog, own=place.installation, reset=reset)
         interrupt.check()
         runs.begin(place.catalog, run)
         numbers: list[int] = []
@@ -129,6 +131,13 @@ def _take(place: Workplace, vm: str, under_way: UnderWay, *, reset: bool, progre
             ctx = Context(folder, progress=progress)
             under_way.run, under_way.ctx = run, ctx
 
+            def note(begun: BackupRun, prepared: Prepared) -> None:
+                adoption.note(folder, begun, prepared)
+                try:
+                    runs.reads(place.catalog, begun.id)
+                except BackupError as error:  # it is for whoever looks; the record will say what is wrong
+                    log.info("how far run %s is could not be written down: %s", begun.id, error)
+
             def record(done: Recorded) -> None:
                 _require_lock(place, found.vm)
                 room.unlink(missing_ok=True)
@@ -137,7 +146,7 @@ def _take(place: Workplace, vm: str, under_way: UnderWay, *, reset: bool, progre
 
             try:
                 with interrupt.cancels(ctx), ctx:
-                    recorded = run_backup(store, run, ctx, record=record, note=partial(adoption.note, folder))
+                    recorded = run_backup(store, run, ctx, record=record, note=note)
             except (OSError, BackupError) as error:  # what breaks because of a closed file says anything
                 _require_lock(place, found.vm)
                 if ctx.unrecorded is None or not isinstance(error, BackupError):
@@ -228,12 +237,12 @@ def newest_locked(place: Workplace, found: VMState, datastore: str, stack: ExitS
 
     A flatten of it that was interrupted is finished first.
     """
-    newest = images.newest(place.catalog, found.vm, datastore)
+    newest = images.newest(place.catalog, found.vm, datastore, place.installation)
     if newest:
         flatten.finish(place, newest)
         stack.enter_context(lock.image_shared(place.state, newest))
     # It may have been deleted between the two lines above; the lock keeps what is read now.
-    return images.newest(place.catalog, found.vm, datastore)
+    return images.newest(place.catalog, found.vm, datastore, place.installation)
 
 
 @contextmanager

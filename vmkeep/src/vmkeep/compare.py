@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -123,7 +122,7 @@ def _run(place: Workplace, found: VMState, datastore: str, image: Image) -> Back
     return chain.plan(
         image,
         vm=found.vm,
-        host=socket.gethostname(),
+        host=place.installation.host,
         datastore=datastore,
         settings={**values, "FULL_EVERY": "0"},
     )

@@ -43,7 +43,8 @@ class Host:
     """``[host]``: where the VMs are, and where this host keeps its own things.
 
     `hypervisor` is the entry-point name of the hypervisor plugin; `plugins` are site plugins, each ``module:attribute``
-    (an object with hookimpls, or a class of one). `scratch` defaults to a folder in `state`.
+    (an object with hookimpls, or a class of one). `scratch` defaults to a folder in `state`. `installation` is the ID
+    that the state folder has whatever machine it is on; "": its own.
     """
 
     uri: str = dataclasses.field(default_factory=lambda: "qemu:///system" if os.geteuid() == 0 else "qemu:///session")
@@ -51,6 +52,7 @@ class Host:
     scratch: Path = Path()
     hypervisor: str = "libvirt"
     plugins: tuple[str, ...] = ()
+    installation: Annotated[str, Meta(pattern=r"^([0-9a-f]{32})?\Z")] = ""
 
     def __post_init__(self) -> None:
         if self.scratch == Path():

@@ -35,5 +35,5 @@ def delete(
         with place.context(progress) as ctx:
             ctx.progress.phase("delete")
             store.delete(sources, ctx)
-        images.remove(place.catalog, image)
+        images.remove(place.catalog, image, place.installation)
     return image, sources

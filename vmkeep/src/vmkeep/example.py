@@ -22,6 +22,7 @@ _HEAD = """\
 # uri = "{uri}"
 # state = "{state}"           # catalog, locks, folders of runs
 # scratch = "{state}/scratch" # blocks that guests overwrite during a backup; QEMU's user writes here
+# installation = "ID"             # go on as this one, though the state folder comes from another machine
 # plugins = ["package.module:attribute"]      # site plugins: objects or classes with hooks
 
 [defaults]                        # for VMs that say nothing themselves (vmkeep vm updateconf)

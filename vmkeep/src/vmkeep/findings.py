@@ -36,6 +36,7 @@ def check(path: Path | None, *, try_vm: bool = True) -> Iterator[Answer]:
     yield _ok("configuration", str(found.path))
     place = Workplace(found)
     yield _tried("state", lambda: _state(place))
+    yield _tried("installation", lambda: f"{place.installation.id} (host {place.installation.host})")
     yield from _hypervisor(place, try_vm=try_vm)
     if not found.datastores:
         yield _failed(

@@ -8,7 +8,6 @@ leftovers that anybody may delete.
 from __future__ import annotations
 
 import logging
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -102,7 +101,8 @@ def _step(place: Workplace, image: Image, to: int, store: Datastore, ctx: Contex
             image,
             to,
             ctx,
-            host=socket.gethostname(),
+            host=place.installation.host,
+            installation=place.installation.id,
             everything=everything,
             room=flattens.room(place.catalog, image, to),
             stored=stored.append,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -22,7 +23,8 @@ class Rebuilt:
     """What a rebuild did: the images that are in the catalog now and were not before, by number.
 
     `known` counts the sources that it had already, `remarks` are those that belong to no image, `busy` the images that
-    wait for the end of a backup.
+    wait for the end of a backup. `foreign` says how many of those that were added are whose (an ID, or a host's name),
+    where they are not this installation's.
     """
 
     datastore: str
@@ -30,6 +32,7 @@ class Rebuilt:
     known: int
     remarks: tuple[Remark, ...]
     busy: tuple[str, ...]
+    foreign: Mapping[str, int]
 
 
 def rebuild(place: Workplace, name: str, *, progress: Progress | None = None) -> Rebuilt:
@@ -60,7 +63,15 @@ def rebuild(place: Workplace, name: str, *, progress: Progress | None = None) ->
                 added.append(replace(image, number=number))
             else:
                 remarks += _of_known(place.catalog, image)
-    return Rebuilt(datastore=name, added=tuple(added), known=len(known), remarks=tuple(remarks), busy=tuple(busy))
+    foreign = Counter(one.installation or one.host for one in added if not place.installation.owns(one))
+    return Rebuilt(
+        datastore=name,
+        added=tuple(added),
+        known=len(known),
+        remarks=tuple(remarks),
+        busy=tuple(busy),
+        foreign=foreign,
+    )
 
 
 def _in_known(catalog: Catalog, remark: Remark) -> Remark:

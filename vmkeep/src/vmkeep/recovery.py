@@ -94,11 +94,15 @@ def put_right(place: Workplace, vm: VM, did: list[str], other: Datastore | None 
         did.append(f"run {run[:8]}: written down as failed, its process was killed")
     with _context(place, did) as ctx:
         try:
-            place.hypervisor.recover(vm, points.spent(place.catalog, vm), ctx)
+            place.hypervisor.recover(vm, points.spent(place.catalog, vm, place.installation), ctx)
         except BackupError as error:
             errors.append(error)
 
     def release(run: BackupRun, folder: Path) -> None:
+        if run.installation not in ("", place.installation.id):
+            # The guest has been let go above. What the datastore holds of it is its owner's, who may be at work on it.
+            did.append(f"run {run.id[:8]}: removed its folder; it is of installation {run.installation}")
+            return
         with Context(folder) as ctx:
             try:
                 _release(place, run, ctx, other)
@@ -113,7 +117,7 @@ def put_right(place: Workplace, vm: VM, did: list[str], other: Datastore | None 
 
 def _finish_flattens(place: Workplace, vm: VM, did: list[str], errors: list[BackupError]) -> None:
     for image in images.where(place.catalog, vm=vm.uuid):
-        if image.state != "flattening":
+        if image.state != "flattening" or not place.installation.owns(image):
             continue
         try:
             flatten.finish(place, image)
@@ -150,7 +154,7 @@ def follow(place: Workplace, swaps: swap.Swaps) -> None:
         if image.state == "open":
             images.close(place.catalog, image, swaps.reason)
     with _context(place, []) as ctx:
-        place.hypervisor.recover(swaps.vm, points.spent(place.catalog, swaps.vm), ctx)
+        place.hypervisor.recover(swaps.vm, points.spent(place.catalog, swaps.vm, place.installation), ctx)
     swap.forget(place.state, swaps)
 
 

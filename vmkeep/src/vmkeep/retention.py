@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Literal
 
 from backupcore import chain
 from backupcore.context import Progress
 from backupcore.errors import BackupError, Cancelled
 from backupcore.model import VM
+from backupcore.typed import typed
 from vmkeep import deletion, flatten, settings
 from vmkeep.catalog import chains, flattens, images
 from vmkeep.workplace import Workplace
@@ -22,7 +23,8 @@ __all__ = ["Action", "Plan", "apply", "plan", "prune"]
 class Action:
     """What retention does, or would do, to one image, and why. `what` is ``keep`` where a rule holds it back.
 
-    `to` is the increment that a flatten ends with. `done` is true once it has happened; `error` says why it has not.
+    `to` is the increment that a flatten ends with. `done` is true once it has happened; `error` says why it has not,
+    or, of what stays, what somebody should do about it ("" where that is as somebody wanted it).
     """
 
     what: Literal["flatten", "remove", "keep"]
@@ -44,13 +46,29 @@ class Plan:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What was to go and has not."""
-        return tuple(f"retention, image {one.image}: {one.error}" for one in self.actions if one.error)
+        """What was to go and has not, without anybody having wanted that."""
+        return tuple(
+            f"retention, image {one.image}: {f'stays: {one.why}. ' if one.what == 'keep' else ''}{one.error}"
+            for one in self.actions
+            if one.error
+        )
 
 
-def plan(place: Workplace, *, vm: VM | None = None, datastore: str | None = None) -> list[Plan]:
-    """What retention would do now, for all VMs that have images or for one. Touches nothing."""
-    found = chains.chains(place.catalog_if_any, socket.gethostname(), vm=vm.uuid if vm else None, datastore=datastore)
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def plan(
+    place: Workplace, *, vm: VM | None = None, datastore: str | None = None, clock: Callable[[], datetime] = _now
+) -> list[Plan]:
+    """What retention would do now, for all VMs that have images or for one. Touches nothing. `clock` tells it."""
+    found = chains.chains(
+        place.catalog_if_any,
+        place.installation_if_any,
+        now=clock(),
+        vm=vm.uuid if vm else None,
+        datastore=datastore,
+    )
     known: dict[str, Mapping[str, str] | BackupError] = {}
     for one in found:
         if one.vm.uuid not in known:
@@ -74,8 +92,29 @@ def _plan(found: chains.Chains, known: Mapping[str, str] | BackupError) -> Plan:
     if due.flattening:
         one = due.flattening
         actions.append(Action(what="flatten", image=one.number, to=one.to, why=one.why))
-    actions += [Action(what="keep", image=one.number, why=one.why) for one in due.passed]
+    by_number = {one.number: one for one in found.chains}
+    actions += [
+        Action(
+            what="keep",
+            image=one.number,
+            why=one.why,
+            error="" if one.expected else _hint(by_number[one.number], found.datastore),
+        )
+        for one in due.passed
+    ]
     return Plan(vm=found.vm, datastore=found.datastore, actions=tuple(actions))
+
+
+def _hint(held: chain.Chain, datastore: str) -> str:
+    """What to do about an image that stays without anybody having wanted that."""
+    pinned = f"to keep it: {typed('vmkeep image pin', held.number)}"
+    if not held.ours:
+        whose = typed("vmkeep catalog take-over", datastore, "--from", held.owner) if held.owner else ""
+        taken = f"If that installation is gone, take its backups over: {whose}; " if whose else "If nobody needs it: "
+        return f"{taken}{typed('vmkeep image delete', held.number)}; {pinned}"
+    if held.ahead:
+        return f"The host's clock was wrong then. To let it go: {typed('vmkeep image delete', held.number)}; {pinned}"
+    return f"See: {typed('vmkeep image verify', held.number)}"
 
 
 def apply(place: Workplace, due: Plan, *, progress: Progress | None = None) -> Plan:
@@ -108,11 +147,12 @@ def prune(
     """
     one = place.hypervisor.find(vm).vm if vm is not None else None
     if dry_run:
-        return plan(place, vm=one), []
+        plans = plan(place, vm=one)
+        return plans, [warning for due in plans for warning in due.warnings]
     warnings = []
     for number in flattens.unfinished(place.catalog):
         for image in images.where(place.catalog, number=number):
-            if one is None or image.vm.uuid == one.uuid:
+            if place.installation.owns(image) and (one is None or image.vm.uuid == one.uuid):
                 try:
                     flatten.finish(place, image)
                 except BackupError as error:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from backupcore.errors import ConfigError
-from backupcore.hypervisor import VMState
+from backupcore.hypervisor import Checkpoint, VMState
 from backupcore.model import Image
 from vmkeep import lock, settings
 from vmkeep.catalog import images, runs
 from vmkeep.workplace import Workplace
 
-__all__ = ["Detail", "Listing", "configure", "detail", "forget", "listing"]
+__all__ = ["Detail", "Listing", "configure", "detail", "foreign", "forget", "listing"]
 
 _RUNS = 10
 
@@ -56,14 +56,23 @@ def detail(place: Workplace, vm: str) -> Detail:
     )
 
 
-def forget(place: Workplace, vm: str) -> tuple[VMState, Sequence[str]]:
+def foreign(place: Workplace, vm: str) -> tuple[VMState, Sequence[Checkpoint]]:
+    """The checkpoints (and bitmaps) on a VM that other installations have made."""
+    found = place.hypervisor.find(vm)
+    own = place.installation_if_any.id
+    there = place.hypervisor.checkpoints(found.vm)
+    return found, [one for one in there if one.installation not in ("", own)]
+
+
+def forget(place: Workplace, vm: str, *, foreign: bool = False) -> tuple[VMState, Sequence[str]]:
     """Remove every checkpoint, bitmap and overlay of a VM's backups; their names. Busy while it is being backed up.
 
-    The next backup of each of its chains is then a full in a new image.
+    The next backup of each of its chains is then a full in a new image. With `foreign` only the checkpoints and bitmaps
+    of other installations go, and this one's stay.
     """
     found = place.hypervisor.find(vm)
     with lock.vm_run(place.state, found.vm):
-        return found, place.hypervisor.forget(found.vm)
+        return found, place.hypervisor.forget(found.vm, place.installation.id, foreign=foreign)
 
 
 def configure(place: Workplace, vm: str, changes: Mapping[str, str]) -> Detail:

@@ -13,9 +13,11 @@ from backupcore.datastore import Datastore
 from backupcore.errors import ConfigError
 from backupcore.hypervisor import Hypervisor, open_hypervisor
 from backupcore.plugins import loading
-from vmkeep import folders, interrupt
+from vmkeep import folders, installation, interrupt
+from vmkeep.catalog import ownership
 from vmkeep.catalog.database import Catalog
 from vmkeep.config import Config
+from vmkeep.installation import Installation
 
 __all__ = ["Workplace"]
 
@@ -38,9 +40,25 @@ class Workplace:
         return open_hypervisor(host.hypervisor, uri=host.uri, scratch=host.scratch)
 
     @cached_property
+    def installation(self) -> Installation:
+        """Who works here; the state folder gets an ID if it has none, or is a copy of another machine's."""
+        host = self.config.host
+        return installation.establish(
+            self.state, here=installation.machine(), chosen=host.installation, config=self.config.path
+        )
+
+    @cached_property
+    def installation_if_any(self) -> Installation:
+        """Who works here as far as that is decided: for verbs that promise to touch nothing."""
+        return installation.known(self.state, here=installation.machine(), chosen=self.config.host.installation)
+
+    @cached_property
     def catalog(self) -> Catalog:
         """The catalog, made if it does not exist."""
-        return Catalog.open(self.state / "catalog.sqlite")
+        own = self.installation
+        found = Catalog.open(self.state / "catalog.sqlite")
+        ownership.settle(found, own)
+        return found
 
     @cached_property
     def catalog_if_any(self) -> Catalog:

@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,7 +21,7 @@ import backupcore
 from backupcore import hookimpl
 from backupcore.context import Context
 from backupcore.errors import HypervisorError, IncrementImpossible, SourceNotFound, TargetFull, TargetUnavailable
-from backupcore.hypervisor import VMState
+from backupcore.hypervisor import Checkpoint, VMState
 from backupcore.model import (
     VM,
     Artifact,
@@ -50,12 +51,16 @@ def save(path: Path, guests: Iterable[MemoryGuest]) -> None:
 
 
 class FileHypervisor(MemoryHypervisor):
-    """`uri` is ``file://`` and the path of the pickled guests."""
+    """`uri` is ``file://`` and the path of the pickled guests; a file ``clock`` beside them says what time it is."""
 
     def __init__(self, *, uri: str, scratch: Path) -> None:
         self.path = Path(uri.removeprefix("file://"))
         self.scratch = scratch
-        super().__init__([])
+        super().__init__([], self.now)
+
+    def now(self) -> datetime:
+        clock = self.path.with_name("clock")
+        return datetime.fromisoformat(clock.read_text()) if clock.exists() else datetime.now(UTC)
 
     def read(self) -> None:
         if not self.path.exists():
@@ -104,8 +109,12 @@ class FileHypervisor(MemoryHypervisor):
         self.read()
         return super().find(vm, defaults)
 
-    def forget(self, vm: VM) -> Sequence[str]:
-        gone = super().forget(vm)
+    def checkpoints(self, vm: VM) -> Sequence[Checkpoint]:
+        self.read()
+        return super().checkpoints(vm)
+
+    def forget(self, vm: VM, installation: str = "", *, foreign: bool = False) -> Sequence[str]:
+        gone = super().forget(vm, installation, foreign=foreign)
         save(self.path, self.guests.values())
         return gone
 

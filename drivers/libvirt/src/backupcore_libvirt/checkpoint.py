@@ -16,6 +16,7 @@ from pathlib import Path
 from xml.etree.ElementTree import Element, SubElement, tostring
 
 from backupcore.errors import BackupError, HypervisorError, IncrementImpossible
+from backupcore.hypervisor import Checkpoint
 from backupcore.model import BackupRun, Link, Outcome, RunState
 from backupcore_libvirt.connection import CHECKPOINT_INCONSISTENT, NO_CHECKPOINT, Domain
 from backupcore_libvirt.disks import Node, SourceDisk, located, nodes, source_disks
@@ -29,35 +30,47 @@ __all__ = [
     "checkpoint_xml",
     "delete",
     "forget",
+    "found",
     "is_ours",
     "make_known",
-    "ours",
+    "of_others",
     "recorded_paths",
     "since",
     "tidy",
 ]
 
-_OURS = re.compile(r"backupcore-[0-9a-f]{32}")
+_OURS = re.compile(r"backupcore-(?:(?P<installation>[0-9a-f]{32})-)?(?P<point>[0-9a-f]{32})")
 
 
-def checkpoint_name(point: str) -> str:
-    """The checkpoint of a point; bitmaps have its name too."""
-    return f"backupcore-{point}"
+def checkpoint_name(point: str, installation: str = "") -> str:
+    """The checkpoint of a point; bitmaps have its name too. Older versions wrote no installation into it."""
+    return f"backupcore-{installation}-{point}" if installation else f"backupcore-{point}"
 
 
 def is_ours(name: str) -> bool:
-    """Whether a checkpoint or bitmap of this name was made by backupcore."""
+    """Whether a checkpoint or bitmap of this name was made by backupcore, in whichever installation."""
     return _OURS.fullmatch(name) is not None
 
 
-def checkpoint_xml(point: str, vm_disks: Sequence[str], tracked: Collection[str]) -> str | None:
-    """The ``<domaincheckpoint>`` of a run, with a bitmap on each disk of `tracked`; None if there is none to make.
+def _is_of(name: str, installation: str) -> bool:
+    """Whether a checkpoint or bitmap of backupcore is this installation's; one that says none is anybody's."""
+    found = _OURS.fullmatch(name)
+    return found is not None and (found["installation"] or "") in ("", installation)
+
+
+def _point(name: str) -> str:
+    found = _OURS.fullmatch(name)
+    return found["point"] if found else ""
+
+
+def checkpoint_xml(name: str, vm_disks: Sequence[str], tracked: Collection[str]) -> str | None:
+    """The ``<domaincheckpoint>`` of that name, with a bitmap on each disk of `tracked`; None if there is none to make.
 
     Every disk of the VM is listed: for one that is not, libvirt decides, and it would accept a checkpoint of no disk.
     """
     if not tracked:
         return None
-    return tostring(_checkpoint(checkpoint_name(point), vm_disks, tracked), encoding="unicode")
+    return tostring(_checkpoint(name, vm_disks, tracked), encoding="unicode")
 
 
 def _checkpoint(name: str, vm_disks: Sequence[str], tracked: Collection[str]) -> Element:
@@ -84,7 +97,7 @@ class Since:
 
 def since(domain: Domain, parent: Link, disks: Sequence[SourceDisk], opened: Mapping[str, Node]) -> Since:
     """What can tell the changes of `disks` since `parent`. IncrementImpossible with the reasons if nothing can."""
-    name = checkpoint_name(parent.point)
+    name = _name_of(domain, parent.point, opened)
     held = {disk.id: disk for disk in parent.disks}
     recorded: Mapping[str, str] | None = None
     whole: dict[str, str] = {}
@@ -103,6 +116,16 @@ def since(domain: Domain, parent: Link, disks: Sequence[SourceDisk], opened: Map
     if not changed:
         raise IncrementImpossible("; ".join(f"disk {disk}: {reason}" for disk, reason in whole.items()))
     return Since(name, changed, whole)
+
+
+def _name_of(domain: Domain, point: str, opened: Mapping[str, Node]) -> str:
+    """The name that the checkpoint of a point has: an older version, or another installation, may have made it.
+
+    Nobody but its chain knows a point, so whoever's name stands beside it is of no importance.
+    """
+    bitmaps = {bitmap.name for node in opened.values() for bitmap in node.bitmaps if _point(bitmap.name) == point}
+    names = bitmaps or {name for name in domain.checkpoints() if _point(name) == point}
+    return min(names, default=checkpoint_name(point))
 
 
 def _why_whole(disk: SourceDisk, node: Node, name: str, path: str, size: int) -> str:  # noqa: PLR0911 - one return a rule
@@ -161,8 +184,8 @@ def tidy(domain: Domain, run: BackupRun, outcome: Outcome) -> None:
     """Delete the checkpoints and bitmaps that this run's end makes superfluous, whether the VM runs or not.
 
     Once it is recorded those are `run.spent`, otherwise its own; and, where `run.keep` is given, every other one that
-    backupcore made: a dead run's, or a deleted image's. Nobody else's is touched. Idempotent. HypervisorError where one
-    stays.
+    this installation made: a dead run's, or a deleted image's. Nobody else's is touched, nor another installation's.
+    Idempotent. HypervisorError where one stays.
     """
     kept = {run.parent.point} if run.parent else set()
     gone = {run.point}
@@ -170,17 +193,30 @@ def tidy(domain: Domain, run: BackupRun, outcome: Outcome) -> None:
         kept.add(run.point)
         gone = set(run.spent) - kept
     kept |= set(run.keep or ()) - gone
-    superfluous = {checkpoint_name(point) for point in gone}
-    needed = {checkpoint_name(point) for point in kept}
-    _remove(domain, lambda name: name in superfluous or (run.keep is not None and name not in needed))
+    strays = run.keep is not None
+
+    def superfluous(name: str) -> bool:
+        return _point(name) in gone or (strays and _point(name) not in kept and _is_of(name, run.installation))
+
+    _remove(domain, superfluous)
 
 
-def ours(domain: Domain) -> list[str]:
-    """The points of every checkpoint and bitmap that backupcore made on this VM, running or not."""
+def found(domain: Domain) -> list[Checkpoint]:
+    """Every checkpoint and bitmap that backupcore made on this VM, in whichever installation, running or not."""
     names = {name for name in domain.checkpoints() if _OURS.fullmatch(name)}
     for node in _trackable(domain).values():
         names.update(_ours(node, lambda _: True))
-    return sorted(name.removeprefix(checkpoint_name("")) for name in names)
+    return [
+        Checkpoint(name=name, point=match["point"], installation=match["installation"] or "")
+        for name in sorted(names)
+        if (match := _OURS.fullmatch(name))
+    ]
+
+
+def of_others(domain: Domain, opened: Mapping[str, Node], installation: str) -> list[str]:
+    """The names of the checkpoints, and of the bitmaps on these disks, that other installations have made."""
+    names = {*domain.checkpoints(), *(bitmap.name for node in opened.values() for bitmap in node.bitmaps)}
+    return sorted(name for name in names if is_ours(name) and not _is_of(name, installation))
 
 
 def delete(domain: Domain, points: Collection[str]) -> list[str]:
@@ -188,13 +224,15 @@ def delete(domain: Domain, points: Collection[str]) -> list[str]:
 
     HypervisorError where one stays.
     """
-    names = {checkpoint_name(point) for point in points}
-    return _remove(domain, names.__contains__)
+    return _remove(domain, lambda name: _point(name) in points)
 
 
-def forget(domain: Domain) -> list[str]:
-    """Delete every checkpoint and bitmap that backupcore made on this VM, running or not; their names."""
-    return _remove(domain, lambda _: True)
+def forget(domain: Domain, installation: str = "", *, foreign: bool = False) -> list[str]:
+    """Delete every checkpoint and bitmap that this installation made on this VM, running or not; their names.
+
+    Those that say no installation go with them. With `foreign` all others go instead.
+    """
+    return _remove(domain, lambda name: _is_of(name, installation) is not foreign)
 
 
 def _remove(domain: Domain, chosen: Callable[[str], bool]) -> list[str]:

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from backupcore import hookimpl
 from backupcore.context import Context
-from backupcore.errors import BackupError, HypervisorError, NotFound
-from backupcore.hypervisor import Definition, DiskFile, Finding, Pool, Unchanged, VMState
+from backupcore.errors import BackupError, Busy, HypervisorError, NotFound
+from backupcore.hypervisor import Checkpoint, Definition, DiskFile, Finding, Pool, Unchanged, VMState
 from backupcore.model import VM, Artifact, BackupRun, BytesArtifact, Estimate, Outcome, Prepared, RunState, new_id
 from backupcore_libvirt import __version__, checkpoint, freeze_record
 from backupcore_libvirt.backup_job import end, left_behind
-from backupcore_libvirt.connection import Connection
+from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.define import define, require_definable
 from backupcore_libvirt.definition import restored_definition
 from backupcore_libvirt.findings import findings
@@ -194,11 +194,22 @@ class Libvirt:
             raise
         self.postbackup(ended, outcome, ctx)
 
-    def forget(self, vm: VM) -> Sequence[str]:
-        """Delete every checkpoint, bitmap and overlay that backupcore made on this VM, and return their names."""
+    def checkpoints(self, vm: VM) -> Sequence[Checkpoint]:
+        """Every checkpoint and bitmap that backupcore made on this VM, in whichever installation."""
+        with Connection(self.uri) as connection:
+            return checkpoint.found(connection.domain(vm.uuid))
+
+    def forget(self, vm: VM, installation: str = "", *, foreign: bool = False) -> Sequence[str]:
+        """Delete the checkpoints, bitmaps and overlays that this installation made on this VM, and return their names.
+
+        With `foreign` all other installations' checkpoints and bitmaps, and nothing else. Busy where a job runs.
+        """
         with Connection(self.uri) as connection:
             domain = connection.domain(vm.uuid)
-            return forget(connection, domain, RunFolder(self.scratch, new_id()))
+            left_behind(domain, self.scratch)
+            if foreign:
+                return checkpoint.forget(domain, installation, foreign=True)
+            return forget(connection, domain, RunFolder(self.scratch, new_id()), installation)
 
     def settings(self, vm: VM) -> Mapping[str, str]:
         """The VM's backup configuration out of its own metadata: upper-case keys (``MODE``) and their values."""
@@ -306,7 +317,18 @@ def _release(connection: Connection, run: BackupRun, outcome: Outcome, folder: R
     strange = [name for name in folder.remove() if not resting or name != "freeze"]
     if strange:
         ctx.log.warning("%s holds what no run puts there, and stays: %s", folder.path, ", ".join(strange))
-    if domain is not None:
+    if domain is not None and not _occupied(domain, folder.scratch):
         checkpoint.tidy(domain, run, outcome)
     if problems:
         raise problems[0]
+
+
+def _occupied(domain: Domain, scratch: Path) -> bool:
+    """Whether a job runs on the VM that is no dead run's of ours: its checkpoint is in nobody's list as yet, and one of
+    an older version does not say whose it is. Whatever is superfluous goes after the next backup.
+    """
+    try:
+        left_behind(domain, scratch)
+    except Busy:
+        return True
+    return False

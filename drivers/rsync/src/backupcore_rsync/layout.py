@@ -5,8 +5,10 @@
     <VM uuid>/<32 hex>/disk.vda.qcow2      the artifacts, as plain files
                        manifest.json       there only when the backup is complete
                        .labels/number=0    one empty file per label: a listing of names is all that `sources` needs
-                       .part.<host>.<run>  at a daemon: who began this folder
-    <VM uuid>/.<32 hex>.<host>.<run>.part/ a backup under way, or what is left of one (a daemon cannot rename)
+                       .part.<who>.<run>   at a daemon: who began this folder
+    <VM uuid>/.<32 hex>.<who>.<run>.part/  a backup under way, or what is left of one (a daemon cannot rename)
+
+Who: the ID of the installation, or the host's name where a run has none, as before installations were known.
 """
 
 from __future__ import annotations
@@ -75,8 +77,17 @@ class Token:
 
 
 def _writer(run: BackupRun) -> str:
-    """This host and run, as part of a file name of at most 255 bytes."""
-    return f"{quote(run.host, safe='')[:120]}.{quote(run.id, safe='')[:40]}"
+    """Who stores this, and the run, as part of a file name of at most 255 bytes."""
+    return f"{_names(run)[0]}.{quote(run.id, safe='')[:40]}"
+
+
+def _names(run: BackupRun) -> list[str]:
+    """By which names what this run's installation has begun is known, today's first."""
+    return [quote(name, safe="")[:120] for name in (run.installation, run.host) if name]
+
+
+def _any_name(run: BackupRun) -> str:
+    return "|".join(re.escape(name) for name in _names(run))
 
 
 def part(token: Token, run: BackupRun) -> str:
@@ -85,8 +96,8 @@ def part(token: Token, run: BackupRun) -> str:
 
 
 def parts_of(run: BackupRun) -> re.Pattern[str]:
-    """The names of folders that a run of this host has begun, finished or not. Nobody else's match."""
-    return re.compile(rf"\.[0-9a-f]{{32}}\.{re.escape(quote(run.host, safe='')[:120])}\.[^./]{{1,40}}\.part")
+    """The names of folders that a run of this installation has begun, finished or not. Nobody else's match."""
+    return re.compile(rf"\.[0-9a-f]{{32}}\.(?:{_any_name(run)})\.[^./]{{1,40}}\.part")
 
 
 def mark(run: BackupRun) -> str:
@@ -95,8 +106,8 @@ def mark(run: BackupRun) -> str:
 
 
 def marks_of(run: BackupRun) -> re.Pattern[str]:
-    """The marks of all runs of this host."""
-    return re.compile(rf"\.part\.{re.escape(quote(run.host, safe='')[:120])}\.[^./]{{1,40}}")
+    """The marks of all runs of this installation."""
+    return re.compile(rf"\.part\.(?:{_any_name(run)})\.[^./]{{1,40}}")
 
 
 def label_names(run: BackupRun) -> list[str]:

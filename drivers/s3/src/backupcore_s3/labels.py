@@ -41,6 +41,7 @@ def from_manifest(manifest: bytes) -> dict[str, str]:
             "parent": str(said["parent"]["point"]) if said["parent"] else "",
             "type": str(said["type"]),
             "date": f"{str(said['date'])[:19]}Z",
+            **({"installation": str(said["installation"])} if said.get("installation") else {}),
         }
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         return {}

@@ -43,7 +43,7 @@ class Store:
     # The run
 
     def prepare(self, run: BackupRun, ctx: Context) -> None:
-        """The bucket answers and takes writes, and the chain is still there; what died on this host is swept."""
+        """The bucket answers and takes writes, the chain is still there; what died of this installation is swept."""
         bucket = self.bucket
         places = dict(self._places(f"{run.vm.uuid}/", ctx))
         for source in run.builds_on:
@@ -63,7 +63,7 @@ class Store:
             try:
                 marker = place.key(UNFINISHED)
                 marked = bytes(self.bucket.read(marker, 0, min(names[UNFINISHED], 1 << 16), ctx.check))
-                if not is_dead(marked, run.host):
+                if not is_dead(marked, run):
                     continue
                 if MANIFEST in names:  # it died between its last two requests, and is whole
                     self.bucket.delete(marker)

@@ -1,4 +1,4 @@
-"""Whose an upload under way is, and whether its process still lives: only what is dead and of this host is swept.
+"""Whose an upload under way is, and whether its process still lives: only what is dead and our own is swept.
 
 A backup begins by writing `keys.UNFINISHED` beside its artifacts and ends by removing it. A process that was killed
 leaves it, with parts that the store charges for and that no listing of objects shows.
@@ -18,17 +18,22 @@ __all__ = ["is_dead", "mark"]
 
 def mark(run: BackupRun) -> bytes:
     """The mark of an upload of this process."""
-    return json.dumps({"host": run.host, "run": run.id, **_life(os.getpid())}, indent=1).encode()
+    who = {"host": run.host, "installation": run.installation}
+    return json.dumps({**who, "run": run.id, **_life(os.getpid())}, indent=1).encode()
 
 
-def is_dead(marked: bytes, host: str) -> bool:
-    """True if this mark is of `host`, and of a process that is gone for certain."""
+def is_dead(marked: bytes, run: BackupRun) -> bool:
+    """True if this mark is of the installation that takes `run`, and of a process that is gone for certain.
+
+    A mark without an installation is of an older version; the host's name says whose it is.
+    """
     try:
         said: dict[str, Any] = json.loads(marked)
-        if said["host"] != host:
+        whose = said.get("installation")
+        if (whose != run.installation) if whose else (said["host"] != run.host):
             return False
         boot, namespace, pid, started = (said[key] for key in ("boot", "namespace", "pid", "started"))
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         return False
     here = _life(os.getpid())
     if not (boot and here["boot"]) or not isinstance(pid, int):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
-from backupcore.chain import Chain
+from backupcore.chain import AHEAD, Chain
 from backupcore.model import VM
 from vmkeep.catalog.database import Catalog
+from vmkeep.installation import Installation
 
 __all__ = ["Chains", "chains"]
 
@@ -20,15 +22,23 @@ class Chains:
     chains: tuple[Chain, ...]
 
 
-def chains(catalog: Catalog, host: str, *, vm: str | None = None, datastore: str | None = None) -> list[Chains]:
+def chains(
+    catalog: Catalog, own: Installation, *, now: datetime, vm: str | None = None, datastore: str | None = None
+) -> list[Chains]:
     """What there is for retention, of all VMs or of that one (UUID): without the increments' own data, so it is quick.
 
-    `host` is this host's name; images that another one wrote are not ours.
+    Images of another installation than `own` are not ours. `now` tells which dates are ahead.
     """
-    chosen = {"vm": vm, "datastore": datastore}
+    chosen = {"vm": vm, "datastore": datastore, "ahead": (now + AHEAD).astimezone(UTC).isoformat()}
     ids = """
         SELECT image, id FROM increments
         WHERE :vm IS NULL OR image IN (SELECT number FROM images WHERE vm_uuid = :vm) ORDER BY image, id
+    """
+    # Dates are text in UTC, all of one form, so they sort as dates do.
+    dated = """
+        SELECT image, max(date) FROM increments
+        WHERE date > :ahead AND (:vm IS NULL OR image IN (SELECT number FROM images WHERE vm_uuid = :vm))
+        GROUP BY image
     """
     images = """
         SELECT * FROM images
@@ -38,15 +48,18 @@ def chains(catalog: Catalog, host: str, *, vm: str | None = None, datastore: str
         of_image: dict[int, list[int]] = {}
         for number, increment in connection.execute(ids, chosen):
             of_image.setdefault(number, []).append(increment)
+        ahead = {number: date[:10] for number, date in connection.execute(dated, chosen)}
         found: dict[tuple[str, str], tuple[VM, list[Chain]]] = {}
         for row in connection.execute(images, chosen):
             chain = Chain(
                 number=row["number"],
                 state=row["state"],
                 pinned=bool(row["pinned"]),
-                ours=row["host"] == host,
+                ours=own.wrote(row["installation"], row["host"]),
                 ids=tuple(of_image.get(row["number"], ())),
-                began=row["began"] or "",
+                order=row["sequence"] or 0,
+                owner=row["installation"] or row["host"] or "",
+                ahead=ahead.get(row["number"], ""),
             )
             vm_ = VM(uuid=row["vm_uuid"], name=row["vm_name"])
             known = found.setdefault((row["vm_uuid"], row["datastore"]), (vm_, []))

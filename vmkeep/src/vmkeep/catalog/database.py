@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import socket
 import sqlite3
 import tempfile
 from collections.abc import Iterator
@@ -187,7 +188,7 @@ def _create(path: Path) -> None:
                 connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("BEGIN IMMEDIATE")
             if found:
-                schema.migrate(connection, found)
+                schema.migrate(connection, found, socket.gethostname())
             else:
                 schema.create(connection)
             connection.execute("COMMIT")

@@ -64,7 +64,7 @@ def record(catalog: Catalog, image: Image, done: Flattened) -> None:
     with catalog.writing() as connection:
         state = _state_before(connection, image)
         there = connection.execute(
-            "SELECT id, source, frozen_seconds FROM increments WHERE image = ? AND id <= ? ORDER BY id",
+            "SELECT id, source, frozen_seconds, sequence FROM increments WHERE image = ? AND id <= ? ORDER BY id",
             (image.number, done.increment.id),
         ).fetchall()
         if state is None or [(row["id"], row["source"]) for row in there] != [
@@ -81,6 +81,7 @@ def record(catalog: Catalog, image: Image, done: Flattened) -> None:
             stored=done.stored,
             frozen_seconds=there[-1]["frozen_seconds"],
             seconds=done.seconds,
+            sequence=there[-1]["sequence"],
         )
         points.retire(connection, image.vm, [one.point for one in done.replaces if one.point != done.increment.point])
         connection.execute(

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from sqlite3 import Connection, Row
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from backupcore.errors import ConfigError, IntegrityError, NotFound
 from backupcore.model import VM, Disk, Image, Increment, SourceRef, Type
 from vmkeep.catalog import points
 from vmkeep.catalog.database import Catalog
+from vmkeep.catalog.order import place
+from vmkeep.installation import Installation
 
 if TYPE_CHECKING:
     from backupcore.session import Recorded
@@ -74,6 +76,7 @@ def _image(row: Row, increments: tuple[Increment, ...]) -> Image:
         why_closed=row["why_closed"] or "",
         host=row["host"] or "",
         began=datetime.fromisoformat(row["began"]) if row["began"] else None,
+        installation=row["installation"] or "",
     )
 
 
@@ -89,7 +92,7 @@ def where(catalog: Catalog, *, vm: str | None = None, number: int | None = None)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listed:
-    """An image in a list: itself without its increments, how many there are, their bytes, the first and last date."""
+    """An image in a list: itself without its increments, their number, their bytes, the first's and the last's date."""
 
     image: Image
     count: int
@@ -101,8 +104,13 @@ class Listed:
 def listed(catalog: Catalog, *, vm: str | None = None) -> list[Listed]:
     """Every image, by number; with `vm` (a UUID or a name) only those of that VM. Quick, however many increments."""
     query = "SELECT * FROM images WHERE :vm IS NULL OR vm_uuid = :vm OR vm_name = :vm ORDER BY number"
-    # Dates are text in UTC, all of one form, so they sort as dates do.
-    sums = "SELECT image, count(*), sum(size), min(date), max(date) FROM increments GROUP BY image"
+    sums = """
+        SELECT of_one.image, count, bytes, first.date, last.date
+        FROM (SELECT image, count(*) count, sum(size) bytes, min(id) low, max(id) high FROM increments GROUP BY image)
+            of_one
+        JOIN increments first ON first.image = of_one.image AND first.id = low
+        JOIN increments last ON last.image = of_one.image AND last.id = high
+    """
     with catalog.reading() as connection:
         known = {number: rest for number, *rest in connection.execute(sums)}
         found = connection.execute(query, {"vm": vm}).fetchall()
@@ -121,15 +129,17 @@ def listed(catalog: Catalog, *, vm: str | None = None) -> list[Listed]:
     return made
 
 
-def newest(catalog: Catalog, vm: VM, datastore: str) -> Image | None:
-    """The newest image of a VM in a datastore: the open one, else the one that began last."""
-    # Not by number alone: a rebuild gives old images new numbers.
+def newest(catalog: Catalog, vm: VM, datastore: str, own: Installation) -> Image | None:
+    """The newest image that `own` has of a VM in a datastore: the open one, else the one that was recorded last."""
+    # Not by number: a rebuild gives old images new numbers. Nor by date: a host's clock may have been wrong.
     query = """
         SELECT * FROM images WHERE vm_uuid = :vm AND datastore = :datastore
-        ORDER BY state = 'open' DESC, began DESC, number DESC LIMIT 1
+        AND CASE WHEN installation IS NULL THEN host = :host ELSE installation = :own END
+        ORDER BY state = 'open' DESC, sequence DESC, number DESC LIMIT 1
     """
+    chosen = {"vm": vm.uuid, "datastore": datastore, "own": own.id, "host": own.host}
     with catalog.reading() as connection:
-        return next(iter(_load(connection, query, {"vm": vm.uuid, "datastore": datastore})), None)
+        return next(iter(_load(connection, query, chosen)), None)
 
 
 def find(catalog: Catalog, reference: str) -> Image:
@@ -175,6 +185,8 @@ def record(connection: Connection, recorded: Recorded) -> int:
             why_closed=None,
             host=run.host,
             began=increment.date.astimezone(UTC).isoformat(),
+            installation=run.installation or None,
+            sequence=_next(connection, "images"),
         )
     else:
         number = int(row["number"])
@@ -183,8 +195,8 @@ def record(connection: Connection, recorded: Recorded) -> int:
         ).fetchone()
         if row["state"] != "open" or not run.parent or not parent or parent["point"] != run.parent.point:
             raise IntegrityError(f"image {number} changed while an increment for it was taken")
-        # A VM that was renamed is shown by its name of today.
-        connection.execute("UPDATE images SET vm_name = ? WHERE number = ?", (run.vm.name, number))
+        # A VM or a host that was renamed is shown by its name of today.
+        connection.execute("UPDATE images SET vm_name = ?, host = ? WHERE number = ?", (run.vm.name, run.host, number))
     insert(
         connection,
         number,
@@ -193,6 +205,7 @@ def record(connection: Connection, recorded: Recorded) -> int:
         read=recorded.read,
         frozen_seconds=recorded.frozen_seconds,
         seconds=recorded.seconds,
+        sequence=_next(connection, "increments"),
     )
     connection.executemany("DELETE FROM retired WHERE point = ?", [(point,) for point in run.spent])
     return number
@@ -213,18 +226,48 @@ def add(catalog: Catalog, image: Image) -> int | None:
             pinned=image.pinned,
             why_closed=image.why_closed or None,
             host=image.host or None,
-            began=image.began.astimezone(UTC).isoformat() if image.began else None,
+            began=_began(image),
+            installation=image.installation or None,
+            sequence=_room(connection, image),
         )
         for increment in image.increments:
             insert(connection, number, increment)  # how its run went is not in the datastore
     return number
 
 
-def _insert_image(connection: Connection, **values: str | bool | None) -> int:
+def _began(image: Image) -> str | None:
+    return image.began.astimezone(UTC).isoformat() if image.began else None
+
+
+def _next(connection: Connection, table: Literal["images", "increments"]) -> int:
+    """The place of what is recorded now: behind all others."""
+    query = f"SELECT coalesce(max(sequence), 0) + 1 FROM {table}"  # noqa: S608 - one of two names, by its type
+    return int(connection.execute(query).fetchone()[0])
+
+
+def _room(connection: Connection, image: Image) -> int:
+    """The place of an image that was found in its datastore, among those that the catalog has of its VM there.
+
+    Those behind it move by one.
+    """
+    there = connection.execute(
+        "SELECT began, sequence FROM images WHERE vm_uuid = ? AND datastore = ? ORDER BY sequence, number",
+        (image.vm.uuid, image.datastore),
+    ).fetchall()
+    at = place([row["began"] or "" for row in there], _began(image) or "", datetime.now(UTC).isoformat())
+    if at == len(there) or there[at]["sequence"] is None:
+        return _next(connection, "images")
+    sequence = int(there[at]["sequence"])
+    connection.execute("UPDATE images SET sequence = sequence + 1 WHERE sequence >= ?", (sequence,))
+    return sequence
+
+
+def _insert_image(connection: Connection, **values: str | int | bool | None) -> int:
     """Write a new image down, without its increments; its number."""
     done = connection.execute(
-        "INSERT INTO images (uuid, vm_uuid, vm_name, datastore, state, pinned, why_closed, host, began)"
-        " VALUES (:uuid, :vm_uuid, :vm_name, :datastore, :state, :pinned, :why_closed, :host, :began)",
+        "INSERT INTO images (uuid, vm_uuid, vm_name, datastore, state, pinned, why_closed, host, began, installation,"
+        " sequence) VALUES (:uuid, :vm_uuid, :vm_name, :datastore, :state, :pinned, :why_closed, :host, :began,"
+        " :installation, :sequence)",
         values,
     )
     return int(done.lastrowid or 0)
@@ -239,25 +282,34 @@ def insert(
     read: int = 0,
     frozen_seconds: float = 0.0,
     seconds: float = 0.0,
+    sequence: int | None = None,
 ) -> None:
-    """Write one increment of the image of that number down; the rest is how its run went."""
+    """Write one increment of the image of that number down; the rest is how its run went.
+
+    `sequence` is its place among all that were recorded here, None for one that was found in its datastore.
+    """
     disks = [{key.name: getattr(disk, key.name) for key in fields(Disk)} for disk in increment.disks]
     row = (
         *(number, increment.id, increment.pid, increment.type.value, increment.point, increment.source.token),
         *(increment.size, increment.date.astimezone(UTC).isoformat(), increment.consistency, increment.reason),
-        *(increment.digest, json.dumps(disks), stored, read, frozen_seconds, seconds),
+        *(increment.digest, json.dumps(disks), stored, read, frozen_seconds, seconds, sequence),
     )
     connection.execute(
         "INSERT INTO increments (image, id, pid, type, point, source, size, date, consistency, reason, digest, disks,"
-        " stored, read, frozen_seconds, seconds) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        " stored, read, frozen_seconds, seconds, sequence)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         row,
     )
 
 
-def remove(catalog: Catalog, image: Image) -> None:
-    """Forget an image and its increments. Its points are kept as retired until the VM's next recorded run."""
+def remove(catalog: Catalog, image: Image, own: Installation) -> None:
+    """Forget an image and its increments.
+
+    The points of one of `own` are kept as retired until the VM's next recorded run: their checkpoints go with that.
+    """
     with catalog.writing() as connection:
-        points.retire(connection, image.vm, [increment.point for increment in image.increments])
+        if own.owns(image):
+            points.retire(connection, image.vm, [increment.point for increment in image.increments])
         connection.execute("DELETE FROM flattens WHERE image = ?", (image.number,))
         connection.execute("DELETE FROM increments WHERE image = ?", (image.number,))
         connection.execute("DELETE FROM images WHERE number = ?", (image.number,))
@@ -295,8 +347,13 @@ def tokens(catalog: Catalog) -> Sequence[str]:
 
 
 def last_dates(catalog: Catalog) -> dict[str, datetime]:
-    """VM UUID -> the date of its newest backup."""
-    query = "SELECT vm_uuid, max(date) FROM images JOIN increments ON image = number GROUP BY vm_uuid"
+    """VM UUID -> the date of the backup that was recorded last."""
+    query = """
+        SELECT vm_uuid, increments.date FROM images
+        JOIN (SELECT image, max(id) high FROM increments GROUP BY image) tips ON tips.image = number
+        JOIN increments ON increments.image = number AND increments.id = high
+        ORDER BY increments.sequence, images.sequence, number -- those that were not recorded here, NULL, come first
+    """
     with catalog.reading() as connection:
         rows = connection.execute(query).fetchall()
     return {uuid: datetime.fromisoformat(date) for uuid, date in rows}

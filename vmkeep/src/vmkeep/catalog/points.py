@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from sqlite3 import Connection
+from sqlite3 import Connection, Row
 
 from backupcore.model import VM
 from vmkeep.catalog.database import Catalog
+from vmkeep.installation import Installation
 
 __all__ = ["kept", "retire", "retired", "spent"]
 
@@ -29,23 +30,26 @@ def kept(catalog: Catalog, vm: VM) -> tuple[str, ...]:
     The last but one as well: a run may have to be taken again.
     """
     chains: dict[int, list[str]] = {}
-    for image, state, point in _points(catalog, vm):
-        if state != "closed":
-            chains.setdefault(image, []).append(point)
+    for row in _points(catalog, vm):
+        if row["state"] != "closed":
+            chains.setdefault(row["number"], []).append(row["point"])
     return tuple(point for points in chains.values() for point in points[-2:])
 
 
-def spent(catalog: Catalog, vm: VM) -> tuple[str, ...]:
-    """The points of this VM, of all that the catalog knows, that no next increment will build on."""
-    known = {point for _, _, point in _points(catalog, vm)}
+def spent(catalog: Catalog, vm: VM, own: Installation) -> tuple[str, ...]:
+    """The points of this VM, of all that the catalog knows of `own`, that no next increment will build on.
+
+    Another installation's points may be in the catalog, found by a rebuild: what it builds on is its own business.
+    """
+    known = {row["point"] for row in _points(catalog, vm) if own.wrote(row["installation"], row["host"])}
     return tuple(sorted(known.union(retired(catalog, vm)).difference(kept(catalog, vm))))
 
 
-def _points(catalog: Catalog, vm: VM) -> list[tuple[int, str, str]]:
-    """(image, its state, point) of every increment of this VM, in the order of images and increments."""
+def _points(catalog: Catalog, vm: VM) -> list[Row]:
+    """The point of every increment of this VM, with its image's number and state and whose it is, in their order."""
     query = """
-        SELECT number, state, point FROM images JOIN increments ON image = number
+        SELECT number, state, installation, host, point FROM images JOIN increments ON image = number
         WHERE vm_uuid = ? ORDER BY number, id
     """
     with catalog.reading() as connection:
-        return [tuple(row) for row in connection.execute(query, (vm.uuid,))]
+        return connection.execute(query, (vm.uuid,)).fetchall()

@@ -11,19 +11,24 @@ from backupcore.session import Recorded
 from vmkeep.catalog import images
 from vmkeep.catalog.database import Catalog
 
-__all__ = ["PastRun", "begin", "died", "fail", "increment_of", "last", "record"]
+__all__ = ["PastRun", "begin", "died", "fail", "increment_of", "last", "reads", "record"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PastRun:
-    """One run as it was. `state` is running, recorded, failed or cancelled; `error_class` and `error` say why."""
+    """One run as it was. `state` is running, recorded, failed or cancelled; `error_class` and `error` say why.
+
+    `type` is None for a run that is no backup; `phase` how far one came that was not recorded, where that is known.
+    """
 
     id: str
+    kind: str
     datastore: str
-    type: str
+    type: str | None
     started: datetime
     ended: datetime | None
     state: str
+    phase: str | None
     image: int | None
     increment: int | None
     error_class: str | None
@@ -38,10 +43,16 @@ def begin(catalog: Catalog, run: BackupRun) -> None:
     """Write down that a run begins."""
     with catalog.writing() as connection:
         connection.execute(
-            "INSERT INTO runs (id, vm_uuid, vm_name, datastore, type, started, state)"
-            " VALUES (?, ?, ?, ?, ?, ?, 'running')",
-            (run.id, run.vm.uuid, run.vm.name, run.datastore, run.type.value, _now()),
+            "INSERT INTO runs (id, vm_uuid, vm_name, datastore, type, started, state, installation, kind, phase)"
+            " VALUES (?, ?, ?, ?, ?, ?, 'running', ?, 'backup', 'prepare')",
+            (run.id, run.vm.uuid, run.vm.name, run.datastore, run.type.value, _now(), run.installation or None),
         )
+
+
+def reads(catalog: Catalog, run: str) -> None:
+    """Write down that a run has fixed its instant, and that its disks are read from now on."""
+    with catalog.writing() as connection:
+        connection.execute("UPDATE runs SET phase = 'backup' WHERE id = ? AND state = 'running'", (run,))
 
 
 def record(catalog: Catalog, recorded: Recorded) -> int:
@@ -50,7 +61,7 @@ def record(catalog: Catalog, recorded: Recorded) -> int:
         number = images.record(connection, recorded)
         increment = recorded.increment
         connection.execute(
-            "UPDATE runs SET ended = ?, state = ?, type = ?, image = ?, increment = ? WHERE id = ?",
+            "UPDATE runs SET ended = ?, state = ?, phase = NULL, type = ?, image = ?, increment = ? WHERE id = ?",
             (_now(), RunState.RECORDED.value, increment.type.value, number, increment.id, recorded.run.id),
         )
     return number
@@ -72,7 +83,7 @@ def died(catalog: Catalog, vm: str) -> list[str]:
     Returns their IDs.
     """
     with catalog.writing() as connection:
-        query = "SELECT id FROM runs WHERE vm_uuid = ? AND state = 'running' ORDER BY started"
+        query = "SELECT id FROM runs WHERE vm_uuid = ? AND state = 'running' ORDER BY rowid"
         found = [row["id"] for row in connection.execute(query, (vm,))]
         connection.execute(
             "UPDATE runs SET state = ?, error_class = 'Killed', error = 'the process was killed'"
@@ -97,16 +108,18 @@ def increment_of(catalog: Catalog, run: str) -> tuple[Image, Increment] | None:
 
 def last(catalog: Catalog, vm: str, limit: int) -> list[PastRun]:
     """The last runs of a VM (by UUID), newest first."""
-    query = "SELECT * FROM runs WHERE vm_uuid = ? ORDER BY started DESC LIMIT ?"
+    query = "SELECT * FROM runs WHERE vm_uuid = ? ORDER BY rowid DESC LIMIT ?"
     with catalog.reading() as connection:
         return [
             PastRun(
                 id=row["id"],
+                kind=row["kind"],
                 datastore=row["datastore"],
                 type=row["type"],
                 started=datetime.fromisoformat(row["started"]),
                 ended=datetime.fromisoformat(row["ended"]) if row["ended"] else None,
                 state=row["state"],
+                phase=row["phase"],
                 image=row["image"],
                 increment=row["increment"],
                 error_class=row["error_class"],

@@ -65,7 +65,7 @@ def _show(taken: work.Taken) -> None:
     for left in recorded.left_out:
         output.line(f"  not in it: {left.id}: {left.reason}")
     for action in taken.retention:
-        if action.done:
+        if action.done or (action.what == "keep" and not action.error):
             output.line(f"  {told(action)}")
 
 

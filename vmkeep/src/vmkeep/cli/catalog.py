@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+
 import click
 
-from backupcore.errors import IntegrityError
+from backupcore.errors import ConfigError, IntegrityError
+from backupcore.model import Image
+from backupcore.typed import typed
 from vmkeep import rebuild as work
+from vmkeep.catalog import ownership
 from vmkeep.cli import exits, output
 from vmkeep.cli.asked import Asked, common
 from vmkeep.cli.documents import catalogs as documents
+from vmkeep.cli.exits import one_line
 from vmkeep.cli.figures import date
 from vmkeep.cli.opening import workplace
 from vmkeep.cli.progress import shown
@@ -37,25 +44,73 @@ def rebuild(asked: Asked, datastore: str) -> int:
     if asked.json:
         output.document(documents.rebuild(done))
     elif not asked.quiet:
-        rows = [
-            (
-                str(one.number),
-                one.vm.name,
-                str(len(one.increments)),
-                date(one.increments[0].date),
-                date(one.increments[-1].date),
-                one.host,
-            )
-            for one in done.added
-        ]
-        if rows:
-            output.table(("ID", "VM", "INCREMENTS", "FIRST", "LAST", "HOST"), rows, right=("ID", "INCREMENTS"))
-        output.line(f"{len(rows)} images were added; the catalog knew {done.known} sources already")
+        if done.added:
+            _table(done.added)
+        output.line(f"{len(done.added)} images were added; the catalog knew {done.known} sources already")
+        for owner, count in done.foreign.items():
+            command = typed("vmkeep catalog take-over", done.datastore, "--from", owner)
+            output.line(f"{count} of them are another installation's, and stay untouched. If it is gone: {command}")
         for remark in done.remarks:
             output.line(f"{remark.kind}: {remark.source}: {remark.why}")
     for one in done.busy:
         output.remark(asked, f"{one}; run it again")
     return exits.WARNING if done.busy else 0
+
+
+@catalog.command(name="take-over", short_help="Make another installation's backups this one's own.")
+@click.argument("datastore")
+@click.option(
+    "--from", "who", required=True, metavar="ID", help="Whose: an installation, or a host where it had no ID."
+)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@common
+@click.pass_obj
+def take_over(asked: Asked, datastore: str, who: str, yes: bool) -> None:
+    """Make the images in DATASTORE that installation ID has written this one's own, once that one is gone for good.
+
+    Retention then lets go of them as of any other. What the catalog does not know yet, `vmkeep catalog rebuild` finds.
+    Nothing in the datastore is changed.
+    """
+    place = workplace(asked)
+    name = place.config.datastore(datastore)
+    found = ownership.written_by(place.catalog_if_any, name, who, place.installation_if_any)
+    if not asked.json and not asked.quiet:
+        _table(found)
+    if not yes:
+        _ask(found, name)
+    ownership.take_over(place.catalog, found, place.installation)
+    if asked.json:
+        output.document(documents.taken_over(name, found, place.installation.id))
+    elif not asked.quiet:
+        output.line(f"{len(found)} images are this installation's now")
+
+
+def _table(images: Sequence[Image]) -> None:
+    rows = [
+        (
+            str(one.number),
+            one.vm.name,
+            str(len(one.increments)),
+            date(one.increments[0].date if one.increments else None),
+            date(one.increments[-1].date if one.increments else None),
+            one.host,
+            one.installation,
+        )
+        for one in images
+    ]
+    columns = ("ID", "VM", "INCREMENTS", "FIRST", "LAST", "HOST", "INSTALLATION")
+    output.table(columns, rows, right=("ID", "INCREMENTS"))
+
+
+def _ask(found: Sequence[Image], datastore: str) -> None:
+    if not sys.stdin.isatty():
+        raise ConfigError("nothing was taken over: there is no terminal to ask on", "Say --yes.")
+    click.confirm(
+        f"Take over these {len(found)} images in {one_line(datastore)}? If their installation still works, both will "
+        "delete what their own settings let go",
+        abort=True,
+        err=True,
+    )
 
 
 @catalog.command(short_help="What do the datastores lack, and what do they hold unused?")

@@ -64,13 +64,17 @@ def list_(asked: Asked, vm: str | None) -> None:
 @click.pass_obj
 def show(asked: Asked, reference: str) -> None:
     """Show image ID and the table of its increments."""
-    catalog = workplace(asked).catalog_if_any
+    place = workplace(asked)
+    catalog = place.catalog_if_any
     found = images.find(catalog, reference)
     if asked.json:
         output.document(documents.image(found))
         return
     output.line(f"Image {found.number} ({found.uuid}), {found.state}{', pinned' if found.pinned else ''}")
     output.line(f"VM {found.vm.name} ({found.vm.uuid}) in datastore {found.datastore}")
+    if not place.installation_if_any.owns(found):
+        whose = f"installation {found.installation}" if found.installation else "an installation that is not known"
+        output.line(f"Written by {whose}{f' (host {found.host})' if found.host else ''}; retention leaves it alone")
     tokens = images.tokens(catalog)
     rows = [
         (
@@ -175,7 +179,8 @@ def flatten(asked: Asked, reference: str, to: int | None, verify_all: bool) -> i
 def prune(asked: Asked, vm: str | None, dry_run: bool) -> int:
     """Let go of what the settings of VM (without it: of all VMs) do not keep, as after a backup.
 
-    Nothing goes of a VM that this host does not have, and of images that another host wrote.
+    Nothing goes of a VM that this host does not have, and of images that another installation wrote. Where something
+    stays that should go, without anybody having wanted that, the exit code is 3.
     """
     from vmkeep import retention  # noqa: PLC0415 - as above
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import click
 
-from backupcore.hypervisor import VMState
+from backupcore.errors import ConfigError
+from backupcore.hypervisor import Checkpoint, VMState
+from backupcore.typed import typed
 from vmkeep import vms
 from vmkeep.cli import exits, output
 from vmkeep.cli.asked import Asked, common
 from vmkeep.cli.documents import vms as documents
+from vmkeep.cli.exits import one_line
 from vmkeep.cli.figures import age, date, size
 from vmkeep.cli.opening import workplace
 from vmkeep.cli.progress import shown
@@ -95,7 +100,7 @@ def show(asked: Asked, name: str) -> None:
             (
                 date(run.started),
                 run.datastore,
-                run.type,
+                run.type or run.kind,
                 run.state,
                 f"{run.image}/{run.increment}" if run.image else "-",
                 run.error or "",
@@ -167,21 +172,47 @@ def compare(asked: Asked, name: str, datastore: str | None, disks: tuple[str, ..
 
 @vm.command(short_help="Remove the checkpoints, bitmaps and overlays of a VM's backups.")
 @click.argument("name", metavar="VM")
+@click.option("--foreign", is_flag=True, help="Those of other installations instead, which are gone for good.")
+@click.option("--yes", is_flag=True, help="Do not ask (with --foreign).")
 @common
 @click.pass_obj
-def forget(asked: Asked, name: str) -> None:
+def forget(asked: Asked, name: str, foreign: bool, yes: bool) -> None:
     """Remove what backups made on VM to tell changes: checkpoints, bitmaps, overlays.
 
     QEMU reverts no disk to a snapshot that has bitmaps; overlays are merged into the VM's own disk files. No backup is
-    lost. The next one of each chain is a full in a new image.
+    lost. The next one of each chain is a full in a new image. What other installations have made stays, unless
+    --foreign is said: then theirs goes, and this one's stays.
     """
-    found, gone = vms.forget(workplace(asked), name)
+    place = workplace(asked)
+    if foreign and not yes:
+        state, there = vms.foreign(place, name)
+        _ask(state, there)
+    found, gone = vms.forget(place, name, foreign=foreign)
     if asked.json:
         output.document({"name": found.vm.name, "uuid": found.vm.uuid, "removed": list(gone)})
     elif not asked.quiet:
         output.line(f"VM {found.vm.name}: checkpoints and overlays removed: {len(gone)}")
         for name_or_file in gone:
             output.line(f"  {name_or_file}")
+        if not foreign and (there := vms.foreign(place, found.vm.uuid)[1]):
+            command = typed("vmkeep vm forget", found.vm.name, "--foreign")
+            output.line(f"{len(there)} of other installations stay; if those are gone: {command}")
+
+
+def _ask(found: VMState, there: Sequence[Checkpoint]) -> None:
+    if not there:
+        return
+    if not sys.stdin.isatty():
+        raise ConfigError("nothing was removed: there is no terminal to ask on", "Say --yes.")
+    for one in there:
+        click.echo(f"  {one.name}", err=True)
+    owners = ", ".join(sorted({one.installation for one in there}))
+    click.confirm(
+        f"Remove these from VM {one_line(found.vm.name)}? If installation {owners} still works, its next backup is a "
+        "full",
+        abort=True,
+        err=True,
+    )
 
 
 def _choice(key: str) -> click.Choice[str]:

@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from backupcore.context import Context
-from backupcore.errors import BackupError, TargetFull, UnsupportedOperation
+from backupcore.errors import BackupError, IncrementImpossible, TargetFull, UnsupportedOperation
 from backupcore.model import BackupRun, Outcome
+from backupcore.typed import typed
 from backupcore_libvirt import checkpoint
 from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.folder import RunFolder
@@ -21,7 +22,7 @@ from backupcore_libvirt.mechanisms.overlays import Overlays
 from backupcore_libvirt.mechanisms.temporary_overlays import TemporaryOverlays
 from backupcore_libvirt.overlay import left, temporary
 from backupcore_libvirt.overlay import run as overlay_run
-from backupcore_libvirt.overlay.plan import plan, without_bitmaps
+from backupcore_libvirt.overlay.plan import plan, wanted, without_bitmaps
 from backupcore_libvirt.place.job_socket import job_socket
 from backupcore_libvirt.scratch import require_room, scratch_room
 from backupcore_libvirt.versions import qemu_of, survives_clients_of_iothreads, text
@@ -50,7 +51,8 @@ def choose(connection: Connection, domain: Domain, run: BackupRun, scratch: Path
     """
     folder = RunFolder(scratch, run.id)
     found = look(connection, domain, without_bitmaps(run), scratch)
-    if overlays := plan(connection, domain, run, found.disks):
+    overlays = None if _shared(domain, run, found, ctx) else plan(connection, domain, run, found.disks)
+    if overlays:
         return Overlays(domain, run, folder, ctx, replace(found, since=overlays.since), overlays)
     if not found.live:
         return OffNbd(connection, domain, run, folder, ctx, found)
@@ -59,6 +61,25 @@ def choose(connection: Connection, domain: Domain, run: BackupRun, scratch: Path
         return TemporaryOverlays(connection, domain, run, folder, ctx, found, held)
     _require_room(domain, found, scratch)
     return LiveJob(connection, domain, run, folder, ctx, found, job_socket(domain, folder))
+
+
+def _shared(domain: Domain, run: BackupRun, found: Look, ctx: Context) -> bool:
+    """Whether overlays shall tell what changes, and other installations' bitmaps do, which overlays would break.
+
+    IncrementImpossible where that ends a chain.
+    """
+    others = checkpoint.of_others(domain, found.nodes, run.installation) if wanted(run) else []
+    if not others:
+        return False
+    why = (
+        f"the VM has checkpoints of another installation ({', '.join(others):.200}), which overlays would break (if "
+        f"that one is gone: {typed('vmkeep vm forget', domain.name, '--foreign')})"
+    )
+    if run.parent is not None:
+        raise IncrementImpossible(why)
+    if run.reason != why:
+        ctx.log.warning("VM %s: no increment can follow this full: %s", domain.name, why)
+    return True
 
 
 def _killing(domain: Domain, found: Look) -> str:
@@ -128,7 +149,7 @@ def finish(connection: Connection, domain: Domain, folder: RunFolder, ctx: Conte
         folder.remove()
 
 
-def forget(connection: Connection, domain: Domain, folder: RunFolder) -> Sequence[str]:
-    """Remove all that increments would build on; the names of the checkpoints, bitmaps and overlays."""
+def forget(connection: Connection, domain: Domain, folder: RunFolder, installation: str) -> Sequence[str]:
+    """Remove all that increments of this installation would build on: checkpoints, bitmaps, overlays; their names."""
     overlays = overlay_run.forget(connection, domain, folder)
-    return [*checkpoint.forget(domain), *overlays]
+    return [*checkpoint.forget(domain, installation), *overlays]

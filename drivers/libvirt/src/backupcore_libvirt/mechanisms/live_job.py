@@ -40,7 +40,7 @@ class LiveJob(ByBitmaps):
     def begin(self) -> datetime:
         """Begin the job and the checkpoint, in one call."""
         job = backup_xml([disk.id for disk in self.look.disks], self.folder, self.socket.path, self.look.bitmaps)
-        points = checkpoint_xml(self.run.point, self.look.all_disks, self.look.tracked)
+        points = checkpoint_xml(self.checkpoint, self.look.all_disks, self.look.tracked)
         date = datetime.now(UTC)
         try:
             self.domain.begin_backup(job, points)

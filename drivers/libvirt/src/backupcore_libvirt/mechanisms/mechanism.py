@@ -9,6 +9,7 @@ from typing import Protocol, Self
 
 from backupcore.context import Context
 from backupcore.model import BackupRun, DiskEstimate
+from backupcore_libvirt.checkpoint import checkpoint_name
 from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.look import Look
@@ -66,6 +67,11 @@ class ByBitmaps:
     folder: RunFolder
     ctx: Context
     look: Look
+
+    @property
+    def checkpoint(self) -> str:
+        """The name of the checkpoint, and of the bitmaps, that tell what changes after this run."""
+        return checkpoint_name(self.run.point, self.run.installation)
 
     def narrowed(self, disks: Collection[str]) -> Self:
         """The same for these disks alone."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from backupcore_libvirt.checkpoint import checkpoint_name
 from backupcore_libvirt.mechanisms.mechanism import ByBitmaps
 from backupcore_libvirt.qemu_nbd import QemuNbd
 from backupcore_libvirt.reading.export import Export
@@ -35,7 +34,7 @@ class OffNbd(ByBitmaps):
         the export and again in the next increment.
         """
         tracked = [disk for disk in self.look.disks if disk.id in self.look.tracked]
-        add_bitmaps(tracked, checkpoint_name(self.run.point))
+        add_bitmaps(tracked, self.checkpoint)
         return datetime.now(UTC)
 
     def serve(self, _guard: Guard) -> Mapping[str, Export]:

@@ -35,7 +35,7 @@ class TemporaryOverlays(ByBitmaps):
         """
         guard.hold("guest", room=[one.growing for one in self.held])
         temporary.make(self.domain, self.held, self.folder.scratch, self.look.owner)
-        points = checkpoint_xml(self.run.point, self.look.all_disks, self.look.tracked)
+        points = checkpoint_xml(self.checkpoint, self.look.all_disks, self.look.tracked)
         if points is not None:
             self.domain.create_checkpoint(points)
 

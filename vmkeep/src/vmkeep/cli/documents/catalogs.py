@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 from vmkeep.cli.figures import iso
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from backupcore.model import Image
     from vmkeep.cli.documents.parts import Document
     from vmkeep.rebuild import Checked, Rebuilt
 
-__all__ = ["checked", "rebuild"]
+__all__ = ["checked", "rebuild", "taken_over"]
 
 
 def rebuild(done: Rebuilt) -> Document:
@@ -24,6 +27,7 @@ def rebuild(done: Rebuilt) -> Document:
                 "vm": one.vm.name,
                 "uuid": one.vm.uuid,
                 "host": one.host,
+                "installation": one.installation or None,
                 "increments": [increment.id for increment in one.increments],
                 "date": iso(one.increments[-1].date),
             }
@@ -32,6 +36,25 @@ def rebuild(done: Rebuilt) -> Document:
         "known": done.known,
         "remarks": [{"source": one.source.token, "kind": one.kind, "why": one.why} for one in done.remarks],
         "busy": list(done.busy),
+    }
+
+
+def taken_over(datastore: str, taken: Sequence[Image], installation: str) -> Document:
+    """``vmkeep catalog take-over``."""
+    return {
+        "datastore": datastore,
+        "installation": installation,
+        "images": [
+            {
+                "id": one.number,
+                "image_uuid": one.uuid,
+                "vm": one.vm.name,
+                "uuid": one.vm.uuid,
+                "host": one.host,
+                "from": one.installation or None,
+            }
+            for one in taken
+        ],
     }
 
 

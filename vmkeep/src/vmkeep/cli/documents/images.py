@@ -67,6 +67,8 @@ def _image(found: Image, date: datetime | None, size: int) -> Document:
         "date": iso(date),
         "size": size,
         "pinned": found.pinned,
+        "host": found.host or None,
+        "installation": found.installation or None,
     }
 
 

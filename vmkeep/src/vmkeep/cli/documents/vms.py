@@ -76,9 +76,11 @@ def vm(detail: Detail) -> Document:
 def _run(run: PastRun) -> Document:
     return {
         "id": run.id,
+        "kind": run.kind,
         "datastore": run.datastore,
         "type": run.type,
         "state": run.state,
+        "phase": run.phase,
         "started": iso(run.started),
         "ended": iso(run.ended),
         "image": run.image,

@@ -1,0 +1,183 @@
+"""The installation: one state folder, by an ID of its own. Whose a backup, a checkpoint or a run is goes by that ID.
+
+``STATE/installation`` holds it, with a digest of the machine's own ID: a state folder that wakes up on another machine
+is a copy, and gets a new ID, since two that have one ID would delete each other's backups. The host's name is for
+people only: it may change, and two hosts may have the same.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from backupcore.errors import ConfigError
+from backupcore.model import Image, new_id
+from vmkeep import full_state
+
+__all__ = ["MACHINE_ID", "Installation", "establish", "known", "machine"]
+
+log = logging.getLogger("vmkeep.installation")
+
+MACHINE_ID = "VMKEEP_MACHINE_ID"
+"""The variable of the environment that says which machine this is, where ``/etc/machine-id`` is not to be believed."""
+
+_NAME = "installation"
+_ID = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Installation:
+    """Who works: the ID of its state folder ("" where it has none yet), and the host's name.
+
+    Backups of versions that knew no installations have the name alone.
+    """
+
+    id: str
+    host: str
+
+    def owns(self, image: Image) -> bool:
+        """Whether this installation has written the image, or has taken it over."""
+        return self.wrote(image.installation, image.host)
+
+    def wrote(self, installation: str | None, host: str | None) -> bool:
+        """Whether what has this ID, or in its absence this host's name, is this installation's."""
+        return installation == self.id if installation else host == self.host
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What the file says; `machine` is "" where that was not known."""
+
+    id: str
+    machine: str
+
+
+def machine() -> str:
+    """Which machine this is: a digest of its ID, "" where it has none. The ID itself is nobody else's business."""
+    said = os.environ.get(MACHINE_ID, "")
+    if not said:
+        with suppress(OSError, UnicodeDecodeError):
+            said = Path("/etc/machine-id").read_text("ascii").strip()
+    if said in ("", "uninitialized"):
+        return ""
+    return hashlib.sha256(f"vmkeep installation {said}".encode()).hexdigest()[:32]
+
+
+def known(state: Path, *, here: str, chosen: str = "") -> Installation:
+    """Who works in this state folder, as far as that is decided; nothing is written. `here` is what `machine` says.
+
+    `chosen` is the ID that the configuration demands. ConfigError if the file cannot be understood.
+    """
+    held = _read(state)
+    own = chosen or (held.id if held is not None and not _moved(held, here) else "")
+    return Installation(id=own, host=socket.gethostname())
+
+
+def establish(state: Path, *, here: str, chosen: str = "", config: Path | None = None) -> Installation:
+    """Who works in this state folder: the ID is made, and kept, where there is none, or where the folder is a copy.
+
+    `here` is what `machine` says, `chosen` the ID that the configuration `config` demands. ConfigError if the file
+    cannot be understood; TargetFull, AccessDenied.
+    """
+    try:
+        state.mkdir(mode=0o711, parents=True, exist_ok=True)
+        held = _read(state)
+        if held is None or held.machine != here or held.id != (chosen or held.id):
+            with _locked(state):
+                held = _decide(state, _read(state), here, chosen, config)
+    except OSError as error:
+        raise full_state.from_os_error(error, f"{state / _NAME}", state) from error
+    return Installation(id=held.id, host=socket.gethostname())
+
+
+def _decide(state: Path, held: _Held | None, here: str, chosen: str, config: Path | None) -> _Held:
+    if chosen:
+        due = _Held(chosen, here)
+    elif held is None:
+        due = _Held(new_id(), here)
+    elif not _moved(held, here):
+        # A machine that has no ID just now does not make one forget which it was.
+        due = _Held(held.id, here or held.machine)
+    else:
+        due = _Held(new_id(), here)
+        log.warning(
+            "the state folder %s comes from another machine, so it has a new identity now, %s: what %s has backed up "
+            'stays untouched (is it the same installation, on a new machine? Set [host] installation = "%s" in %s)',
+            state,
+            due.id,
+            held.id,
+            held.id,
+            config or "the configuration",
+        )
+    if due != held:
+        _write(state, due)
+    return due
+
+
+def _moved(held: _Held, here: str) -> bool:
+    return bool(held.machine and here) and held.machine != here
+
+
+def _read(state: Path) -> _Held | None:
+    path = state / _NAME
+    try:
+        held = _parse(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise full_state.from_os_error(error, f"{path}", state) from error
+    if held is None:
+        raise ConfigError(
+            f"{path} does not say which installation this is",
+            "Put it back as it was. Without a copy of it remove the file, and set [host] installation to the ID that "
+            "its backups have ('vmkeep image show'); with none the earlier backups are another installation's.",
+        )
+    return held
+
+
+def _parse(text: bytes) -> _Held | None:
+    try:
+        said = json.loads(text)
+        held = _Held(said["installation"], said["machine"])
+        known_form = _ID.fullmatch(held.id) and isinstance(held.machine, str)
+    except (ValueError, LookupError, TypeError):
+        return None
+    return held if known_form else None
+
+
+def _write(state: Path, held: _Held) -> None:
+    """The file, whole or not at all, and on the disk: an ID that is lost makes its backups another's."""
+    path = state / _NAME
+    temporary = path.with_name(f".{_NAME}")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(handle, "w") as file:
+        json.dump({"installation": held.id, "machine": held.machine}, file)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    folder = os.open(state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def _locked(state: Path) -> Iterator[None]:
+    """Two first commands at once must not both make an ID."""
+    handle = os.open(state / f"{_NAME}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
