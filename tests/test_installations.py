@@ -64,12 +64,14 @@ def test_nightly_in_turn_and_at_once(both: tuple[Host, Host]):
     vm.io("vda", "write -P 0x77 9M 1M")
     truth = first.note_truth("at once")
     process = first.start("--json", "backup", vm.name, at=STEPS["reading"], stop=True)
-    wait_until(partial(stopped, process.pid), "the middle of a backup")
-    before, kept = first.checkpoints(), stored(first)
-    refused = second.run("backup", vm.name)
-    assert (refused.code, "another backup of this VM is running" in refused.err) == (10, True), refused.err
-    assert (first.checkpoints(), stored(first)) == (before, kept)
-    process.send_signal(signal.SIGCONT)
+    try:
+        wait_until(partial(stopped, process.pid), "the middle of a backup")
+        before, kept = first.checkpoints(), stored(first)
+        refused = second.run("backup", vm.name)
+        assert (refused.code, "another job is running" in refused.err) == (10, True), refused.err
+        assert (first.checkpoints(), stored(first)) == (before, kept)
+    finally:
+        process.send_signal(signal.SIGCONT)
     done = first.end(process)
     assert done.code == 0, done.err
     truths[json.loads(done.out)["point"]] = truth

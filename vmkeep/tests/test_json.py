@@ -110,6 +110,9 @@ def printed(site):
             connection.execute(f"DELETE FROM {table}")
     next(site.store.glob("*/vm.xml")).unlink()
     found["catalog rebuild"] = site.run("catalog", "rebuild", "nas", "--json").json
+    with place.catalog.writing() as connection:
+        connection.execute("UPDATE images SET installation = ?", ("f" * 32,))
+    found["catalog take-over"] = site.run("catalog", "take-over", "nas", "--from", "ffff", "--yes", "--json").json
     number = found["catalog rebuild"]["added"][0]["id"]
     next(
         one for one in site.store.iterdir() if one.name in str(site.run("image", "show", str(number), "--json").json)

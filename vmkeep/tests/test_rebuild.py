@@ -91,7 +91,7 @@ def test_the_next_backup_after_a_rebuild_begins_an_image_and_says_why(site, nigh
     site.run("catalog", "rebuild", "nas")
     next_one = site.run("backup", "web1", "--json").json
     assert (next_one["type"], next_one["image"]) == ("FULL", 4)
-    assert next_one["reason"].startswith("the image was found by a rebuild of the catalog")
+    assert next_one["reason"].startswith("first backup by this installation: the backups of this VM")
     assert site.run("backup", "web1", "--json").json["image"] == 4
 
 
@@ -102,6 +102,8 @@ def test_images_that_are_found_later_do_not_come_before_the_open_one(site, night
     assert [one["increments"][0]["id"] for one in shown(site)] == [0] * 4
     second = site.run("backup", "web1", "--json").json
     assert (second["type"], second["image"]) == ("INCREMENT", 1)
+    gone = json.loads((site.folder / "lost" / "installation").read_text())["installation"]
+    assert site.run("catalog", "take-over", "nas", "--from", gone, "--yes").code == 0
     site.run("vm", "updateconf", "web1", "--keep-last", "1", "--keep-chains", "1")
     told = site.run("image", "prune", "--dry-run", "--json").json
     removed = [action["image"] for plan in told["plans"] for action in plan["actions"] if action["action"] == "remove"]

@@ -7,6 +7,8 @@ import sqlite3
 import subprocess
 import traceback
 from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 from kept_in_files import DB, WEB
@@ -395,20 +397,17 @@ def test_a_cancel_during_retention_is_a_warning_of_a_backup_that_is_done(site):
 
 def test_an_older_catalog_is_brought_up_to_date(site):
     night(site, 0)
-    with sqlite3.connect(site.state / "catalog.sqlite") as catalog:
-        catalog.executescript(
-            "ALTER TABLE images DROP COLUMN installation; ALTER TABLE images DROP COLUMN sequence;"
-            "ALTER TABLE images DROP COLUMN notes; ALTER TABLE images DROP COLUMN tags;"
-            "ALTER TABLE images DROP COLUMN owner; ALTER TABLE images DROP COLUMN holds;"
-            "DROP INDEX ix_increments_sequence; ALTER TABLE increments DROP COLUMN sequence;"
-            "ALTER TABLE increments DROP COLUMN proof; ALTER TABLE increments DROP COLUMN probes;"
-            "DROP INDEX one_run_per_caller_id; ALTER TABLE runs DROP COLUMN installation;"
-            "ALTER TABLE runs DROP COLUMN kind; ALTER TABLE runs DROP COLUMN phase;"
-            "ALTER TABLE runs DROP COLUMN caller_id; DROP TABLE identity;"
-            "ALTER TABLE images DROP COLUMN host; ALTER TABLE images DROP COLUMN began;"
-            "ALTER TABLE images DROP COLUMN why_closed;"
-            "DROP TABLE flattens; DROP TABLE leftovers; PRAGMA user_version = 1;"
-        )
+    new, old = site.state / "catalog.sqlite", site.state / "old.sqlite"
+    with closing(sqlite3.connect(old)) as catalog, catalog:
+        catalog.executescript((Path(__file__).parent / "catalogs" / "version1.sql").read_text())
+        catalog.execute("ATTACH ? AS new", (str(new),))
+        for table in ("increments", "images", "runs", "retired"):
+            columns = ", ".join(row[1] for row in catalog.execute(f"PRAGMA table_info({table})"))
+            catalog.execute(f"DELETE FROM {table}")
+            catalog.execute(f"INSERT INTO {table} ({columns}) SELECT {columns} FROM new.{table}")
+    for part in site.state.glob("catalog.sqlite*"):
+        part.unlink()
+    old.rename(new)
     configured(site, keep_last="1")
     night(site, 1)
     assert rows(site) == [(1, -1, "F")]

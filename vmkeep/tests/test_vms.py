@@ -143,6 +143,7 @@ def test_check_looks_at_everything_and_exits_with_the_first_failure(site):
     assert [line.split(":")[0] for line in told.out.splitlines() if not line.startswith("  ")] == [
         "ok      configuration",
         "ok      state",
+        "ok      installation",
         "ok      memory",
         "failed  datastore nas",
         "failed  datastore cloud",

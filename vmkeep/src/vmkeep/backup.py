@@ -18,7 +18,7 @@ from backupcore.session import Recorded, run_backup
 from backupcore.typed import typed
 from vmkeep import adoption, flatten, folders, full_state, interrupt, lock, recovery, retention, settings
 from vmkeep.attended import UnderWay, attended, end_at_once, spoilt
-from vmkeep.catalog import flattens, images, points, runs
+from vmkeep.catalog import flattens, images, ownership, points, runs
 from vmkeep.catalog.database import Catalog
 from vmkeep.installation import Installation
 from vmkeep.taken import Taken
@@ -63,7 +63,11 @@ def _run(
         installation=own.id,
     )
     spent = (*points.retired(catalog, found.vm), *run.spent)
-    return replace(run, spent=spent, keep=points.kept(catalog, found.vm))
+    run = replace(run, spent=spent, keep=points.kept(catalog, found.vm))
+    if newest is None and (owners := ownership.owners(catalog, found.vm, datastore)):
+        whose = f"the backups of this VM in this datastore are those of {', '.join(owners)}"
+        run = replace(run, reason=f"first backup by this installation: {whose}")
+    return run
 
 
 def plan(place: Workplace, vm: str, *, datastore: str | None = None, reset: bool = False) -> Planned:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from backupcore.errors import ConfigError, NotFound
-from backupcore.model import Image
+from backupcore.model import VM, Image
 from vmkeep.catalog import images
 from vmkeep.catalog.database import Catalog
 from vmkeep.installation import Installation
 
-__all__ = ["settle", "take_over", "written_by"]
+__all__ = ["owners", "settle", "take_over", "written_by"]
 
 _PREFIX = 4  # hex digits, as of an image
 
@@ -72,9 +72,15 @@ def written_by(catalog: Catalog, datastore: str, who: str, own: Installation) ->
     return begins
 
 
+def owners(catalog: Catalog, vm: VM, datastore: str) -> list[str]:
+    """Who has images of a VM in a datastore, for people to read."""
+    found = [image for image in images.where(catalog, vm=vm.uuid) if image.datastore == datastore]
+    return list(dict.fromkeys(_told(image) for image in found))
+
+
 def _told(image: Image) -> str:
     if not image.installation:
-        return image.host or "nobody that is known"
+        return f"host {image.host}" if image.host else "nobody that is known"
     return f"{image.installation} (host {image.host})" if image.host else image.installation
 
 
