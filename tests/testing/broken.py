@@ -548,6 +548,30 @@ class Sweeping(Folder):
 
 
 @backupcore.driver
+class ByHost(Folder):
+    """Takes an unfinished backup of a host of the same name for one of its own that was killed."""
+
+    @hookimpl
+    def prebackup(self, run):
+        for mark in self.path.glob(".*/host"):
+            if mark.read_text() == run.host:
+                shutil.rmtree(mark.parent)
+
+    @hookimpl
+    def backup(self, artifacts, run, ctx):
+        part = self.path / f".{new_id()}"
+        part.mkdir()
+        (part / "host").write_text(run.host)
+        for artifact in artifacts:
+            with artifact.open() as source, (part / artifact.name).open("wb") as target:
+                shutil.copyfileobj(source, target)
+        (part / "host").unlink()
+        (part / ".labels").write_text(json.dumps(run.labels))
+        part.rename(self.path / part.name[1:])
+        return Stored(source=SourceRef(part.name[1:]))
+
+
+@backupcore.driver
 class SameName(Folder):
     """Deletes by the VM's name, which another host uses as well."""
 

@@ -65,6 +65,7 @@ FAULTS = [
     ("concurrent", broken.OnePlace, "."),
     ("two-hosts", broken.Sweeping, "No such file"),
     ("two-hosts", broken.SameName, "no source"),
+    ("two-hosts", broken.ByHost, "No such file"),
     ("flatten", broken.InPlace, "the source of a backup that it merged|does not come back|comes back with"),
     ("flatten", broken.Impatient, "no source"),
     ("flatten", broken.PointIsMine, "no source"),

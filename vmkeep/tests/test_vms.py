@@ -133,6 +133,25 @@ def test_datastores_and_drivers(site):
     assert "broken" in drivers, "it is listed without being loaded"
 
 
+def test_a_run_tells_what_it_is_and_how_far_it_came(site):
+    site.run("backup", "web1")
+    site.store.rename(site.folder / "away")
+    assert site.run("backup", "web1").code == 5
+    (site.folder / "away").rename(site.store)
+    (site.store / "exit").write_text("9")  # before anything is stored
+    assert site.process("backup", "web1").code == 9
+    (site.store / "exit").unlink()
+    assert site.run("recover").code == 0
+    assert site.run("backup", "web1").code == 0
+    found = site.run("vm", "show", "web1", "--json").json["last_runs"]
+    assert [(run["kind"], run["type"], run["state"], run["phase"]) for run in reversed(found)] == [
+        ("backup", "FULL", "recorded", None),
+        ("backup", "INCREMENT", "failed", "prepare"),
+        ("backup", "INCREMENT", "failed", "backup"),
+        ("backup", "INCREMENT", "recorded", None),
+    ]
+
+
 def test_check_looks_at_everything_and_exits_with_the_first_failure(site):
     assert site.run("check", "--json").json["ok"] is True
     site.store.rename(site.folder / "away")

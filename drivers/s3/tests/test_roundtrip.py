@@ -218,14 +218,16 @@ def test_what_is_not_ours_or_not_complete_is_not_listed(
     assert [one.name for one in driver.restore(whole, ctx)] == [one.name for one in make_artifacts(1)]
 
 
+@pytest.mark.parametrize("installation", ["", "e" * 32])
 def test_labels_survive_a_copy_without_metadata(
-    driver: S3, ctx: Context, make_run: Runs, make_artifacts: Artifacts, client: Any, bucket: str
+    driver: S3, ctx: Context, make_run: Runs, make_artifacts: Artifacts, client: Any, bucket: str, installation: str
 ) -> None:
-    run = make_run()
+    run = replace(make_run(), installation=installation)
+    whose = f'"installation": "{installation}", ' if installation else ""
     source = driver.backup(make_artifacts(10), run, ctx).source
     labels = run.labels
     manifest = (
-        f'{{"vm": {{"uuid": "{labels["vm"]}"}}, "image": "{labels["image"]}", "number": 0,'
+        f'{{{whose}"vm": {{"uuid": "{labels["vm"]}"}}, "image": "{labels["image"]}", "number": 0,'
         f' "point": "{labels["point"]}", "parent": null, "type": "FULL", "date": "2026-01-02T03:04:05.000+00:00"}}'
     ).encode()
     key = f"backups/{source.token.replace('.', '/')}/manifest.json"
