@@ -161,7 +161,7 @@ def test_what_this_installation_left_is_swept_and_nothing_else(kind: Kind, ctx: 
     run, driver = replace(new_run(), installation="a" * 32), kind.driver()
     vm = kind.root / run.vm.uuid
     dead, other, foreign = (f"{digit * 32}" for digit in "def")
-    mine, clone = "1" * 32, "2" * 32
+    mine, clone = "7" * 32, "8" * 32
     for folder, who in ((mine, run.installation), (clone, "b" * 32)):
         part = vm / folder if kind.name == "daemon" else vm / f".{folder}.{who}.{'1' * 32}.part"
         part.mkdir(parents=True)
