@@ -351,6 +351,8 @@ def test_take_over(site, beside):
     for wrong, code in (("nobody", 4), ("0" * 32, 4)):
         told = beside.run("catalog", "take-over", "nas", "--from", wrong, "--yes")
         assert (told.code, gone in told.err) == (code, True)
+    refused = beside.run("image", "flatten", "1")
+    assert (refused.code, f"vmkeep catalog take-over nas --from {gone}" in refused.err) == (9, True)
     asked = beside.run("catalog", "take-over", "nas", "--from", gone)
     assert (asked.code, "--yes" in asked.err, gone in asked.out) == (2, True, True)
     assert beside.run("image", "show", "1", "--json").json["installation"] == gone

@@ -18,6 +18,7 @@ from backupcore.datastore import Datastore
 from backupcore.errors import BackupError, IntegrityError, UnsupportedOperation
 from backupcore.hypervisor import Hypervisor
 from backupcore.model import VM, Image, Increment
+from backupcore.typed import typed
 from vmkeep import lock, settings
 from vmkeep.catalog import flattens, images
 from vmkeep.workplace import Workplace
@@ -57,14 +58,22 @@ def flatten(
     """Merge the increments of the image `reference` up to `to` (None: all) into one full.
 
     `everything` reads all of the result back (None: as VERIFY_FLATTEN of the VM says). Busy while a backup, a restore
-    or another flatten works with it; UnsupportedOperation where the image is pinned; what the datastore raises leaves
-    everything as it was. Sources that the datastore does not delete are tried again after the VM's next backup.
+    or another flatten works with it; UnsupportedOperation where the image is pinned, or is another installation's; what
+    the datastore raises leaves everything as it was. Sources that the datastore does not delete are tried again after
+    the VM's next backup.
     """
     image = images.find(place.catalog_if_any, reference)
     with lock.image_exclusive(place.state, image, "it is being flattened"):
         image = finish_locked(place, images.find(place.catalog, image.uuid))
         if image.pinned:
             raise UnsupportedOperation(f"image {image.number} is pinned", f"vmkeep image unpin {image.number}")
+        if not place.installation.owns(image):
+            owner = image.installation or image.host
+            raise UnsupportedOperation(
+                f"image {image.number} is another installation's, whose catalog would miss what is merged",
+                "If that one is gone, take its backups over first: "
+                f"{typed('vmkeep catalog take-over', image.datastore, *(['--from', owner] if owner else []))}",
+            )
         target = lineage(image, to)[-1].id
         if everything is None:
             everything = _verify_all(place, image.vm)

@@ -114,7 +114,7 @@ def _hint(held: chain.Chain, datastore: str) -> str:
         return f"{taken}{typed('vmkeep image delete', held.number)}; {pinned}"
     if held.ahead:
         return f"The host's clock was wrong then. To let it go: {typed('vmkeep image delete', held.number)}; {pinned}"
-    return f"See: {typed('vmkeep image verify', held.number)}"
+    return f"To let it go: {typed('vmkeep image delete', held.number)}; {pinned}"
 
 
 def apply(place: Workplace, due: Plan, *, progress: Progress | None = None) -> Plan:
