@@ -140,3 +140,21 @@ def test_overlays_are_not_put_over_the_bitmaps_of_another(lab, both, runs):
     second.hypervisor.forget(vm.identity, A, foreign=True)
     with runs.take(runs.run(vm, installation=A, settings={"INCREMENT_MODE": "SNAPSHOT"})):
         assert list(vm.folder.glob("*.backupcore-*"))
+
+
+def test_a_vm_that_is_off_and_is_read_by_the_other_is_busy(lab, both, runs):
+    first, second = both
+    vm = lab.vm(["qcow2:8"])
+    for chains in both:
+        chains.backup(vm)
+    vm.destroy()
+    held = first.plan(vm)
+    with runs.take(held):
+        begun = vm.bitmaps()
+        assert f"backupcore-{A}-{held.point}" in begun["vda"]
+        with pytest.raises(Busy, match="open in another process"):
+            second.backup(vm)
+        assert vm.bitmaps() == begun
+    for chains in both:
+        assert chains.backup(vm).run.type is Type.INCREMENT
+        chains.check()
