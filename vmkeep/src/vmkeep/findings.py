@@ -36,7 +36,7 @@ def check(path: Path | None, *, try_vm: bool = True) -> Iterator[Answer]:
     yield _ok("configuration", str(found.path))
     place = Workplace(found)
     yield _tried("state", lambda: _state(place))
-    yield _tried("installation", lambda: f"{place.installation.id} (host {place.installation.host})")
+    yield _tried("installation", lambda: _installation(place))
     yield from _hypervisor(place, try_vm=try_vm)
     if not found.datastores:
         yield _failed(
@@ -76,6 +76,11 @@ def _state(place: Workplace) -> str:
         )
     place.catalog  # noqa: B018 - opening it is the check
     return str(place.state)
+
+
+def _installation(place: Workplace) -> str:
+    own = place.installation_if_any
+    return f"{own.id or 'gets its ID with the first backup'} (host {own.host})"
 
 
 def _hypervisor(place: Workplace, *, try_vm: bool) -> Iterator[Answer]:

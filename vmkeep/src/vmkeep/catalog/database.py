@@ -133,7 +133,7 @@ def _in_memory(path: Path) -> Connection:
         found_version = _version(memory)
         if found_version < schema.VERSION:
             memory.execute("BEGIN")
-            schema.migrate(memory, found_version) if found_version else schema.create(memory)
+            schema.migrate(memory, found_version, socket.gethostname()) if found_version else schema.create(memory)
             memory.execute("COMMIT")
     except BaseException:
         memory.close()
