@@ -224,10 +224,14 @@ class Disk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeftOut:
-    """A disk, or another part of the VM (``tpm``, ``kernel``), that the backup does not hold, and why."""
+    """A disk, or another part of the VM (``tpm``, ``kernel``), that the backup does not hold, and why.
+
+    `missed`: it holds data of the guest, and nobody chose to leave it out.
+    """
 
     id: str
     reason: str
+    missed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

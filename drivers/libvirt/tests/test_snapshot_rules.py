@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import libvirt
 import pytest
 
-from backupcore.errors import Busy, HypervisorError, IncrementImpossible, TargetFull
+from backupcore.errors import Busy, HypervisorError, IncrementImpossible, TargetFull, UnsupportedOperation
 
 MiB = 1 << 20
 CBT = {"MODE": "INCREMENT", "INCREMENT_MODE": "CBT"}
@@ -166,6 +166,10 @@ def test_disks_that_were_swapped_are_taken_whole(lab, take):
     vm.destroy()
     first, second = source(vm, "vda"), source(vm, "vdb")
     vm.change((first, "X"), (second, first), ("X", second))
+    with pytest.raises(UnsupportedOperation, match="its definition puts other files below disk vda"):
+        take(vm, parent)
+    first, second = (f"'{vm.folder}/{disk}.raw'" for disk in ("vda", "vdb"))
+    vm.change((first, "X"), (second, first), ("X", second))
     taken, _ = take(vm, parent)
     assert whole(taken) == {
         "vda": "no overlay has collected changes since the last backup",
@@ -260,6 +264,21 @@ def test_an_image_that_keeps_its_data_elsewhere_rules_overlays_out(lab, take, ca
     vm.start()
     take(vm)
     assert f"{disk} keeps its data in another file" in caplog.text
+    assert overlays(vm) == []
+
+
+@pytest.mark.parametrize("on", [True, False], ids=["live", "off"])
+def test_a_disk_that_is_a_part_of_its_file_rules_overlays_out(lab, take, caplog, on):
+    """An overlay lies on the whole file, as what is read through it and merged from it would."""
+    vm = lab.vm(["raw:8"], start=False)
+    source = f"<source file='{vm.folder}/vda.raw'/>"
+    piece = "<slices><slice type='storage' offset='1048576' size='4194304'/></slices>"
+    vm.change((source, f"<source file='{vm.folder}/vda.raw'>{piece}</source>"))
+    if on:
+        vm.start()
+    taken, _ = take(vm)
+    assert [disk.virtual_size for disk in taken.prepared.disks] == [4 * MiB]
+    assert "disk vda is not simply its file" in caplog.text
     assert overlays(vm) == []
 
 

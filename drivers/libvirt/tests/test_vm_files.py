@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from backupcore.disk.in_memory import as_qcow2
 from backupcore.errors import HypervisorError
 from backupcore_libvirt.vm_files import LIMIT, VMFile, read, vm_files
 from lab import kernel
@@ -120,7 +121,7 @@ class Described:
     ("xml", "left_out"),
     [
         ("<os><nvram type='block'><source dev='/dev/vg/nvram'/></nvram></os>", ("nvram", "do not lie in a file")),
-        ("<os><nvram format='qcow2'>/n</nvram></os>", ("nvram", "NVRAM /n has the format qcow2")),
+        ("<os><nvram format='vmdk'>/n</nvram></os>", ("nvram", "NVRAM /n has the format vmdk")),
         ("<devices><tpm><backend type='passthrough'/></tpm></devices>", ("tpm", "(passthrough)")),
         ("<devices><tpm><backend type='external'/></tpm></devices>", ("tpm", "(external)")),
         (
@@ -164,3 +165,19 @@ def test_a_file_that_is_replaced_while_it_is_read(tmp_path):
     assert read("web", VMFile("nvram", path), next_contents).data == b"c"
     with pytest.raises(HypervisorError, match="keeps changing while it is read"):
         read("web", VMFile("nvram", path), lambda _: path.write_bytes(path.read_bytes() + b"."))
+
+
+def test_variables_in_a_qcow2_file_are_kept_raw(tmp_path, qemu_tools):
+    held = bytes(range(256)) * 1024
+    (tmp_path / "raw").write_bytes(held)
+    path, above = tmp_path / "nvram.qcow2", tmp_path / "above.qcow2"
+    path.write_bytes(as_qcow2(held))
+    subprocess.run(["qemu-img", "compare", "-f", "raw", "-F", "qcow2", tmp_path / "raw", path], check=True)
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", path, above], check=True)
+    xml = "<os><loader format='qcow2'>/l</loader><nvram>{}</nvram></os>"
+    (file,), left_out = vm_files(Described(xml.format(path)), "qemu:///system")
+    assert (file, left_out) == (VMFile("nvram", path, "qcow2"), ())
+    again = read("web", file, lambda _: None).data == held
+    assert again, "bytes, of which pytest would make a very long text"
+    files, (left,) = vm_files(Described(xml.format(above)), "qemu:///system")
+    assert (files, left.missed, left.reason) == ((), True, f"{above} lies on another file")

@@ -8,6 +8,7 @@ from typing import Any
 
 from backupcore.errors import HypervisorError
 from backupcore_libvirt.connection import Domain
+from backupcore_libvirt.source import Source, source_of
 from backupcore_libvirt.xml import parse
 
 __all__ = ["BY_RULE", "Bitmap", "DiskChoice", "Node", "SourceDisk", "located", "nodes", "source_disks"]
@@ -37,6 +38,8 @@ class DiskChoice:
         )
 
 
+_KINDS = ("file", "block", "volume")
+
 BY_RULE = DiskChoice()
 """No settings: what is left out is left out by rule."""
 
@@ -47,7 +50,8 @@ class SourceDisk:
 
     `id` is its target name, `kind` libvirt's disk type (file, block, volume, network …), `path` the file or device
     (POOL/VOLUME for a volume, see `located`; "" where it has none), `index` libvirt's number of the source while the VM
-    runs ("" otherwise). `left_out` says why a backup does not hold it, or "".
+    runs ("" otherwise). `source` is what the definition says of that file besides. `left_out` says why a backup does
+    not hold it, or ""; `missed` is whether that is for want of a way, and nobody's choice.
     """
 
     id: str
@@ -58,6 +62,8 @@ class SourceDisk:
     error_policy: str
     encrypted: bool
     left_out: str
+    source: Source
+    missed: bool
 
 
 def source_disks(xml: str, choice: DiskChoice = BY_RULE) -> tuple[SourceDisk, ...]:
@@ -73,6 +79,9 @@ def source_disks(xml: str, choice: DiskChoice = BY_RULE) -> tuple[SourceDisk, ..
         path = place.get("file") or place.get("dev") or "/".join(filter(None, (place.get("pool"), place.get("volume"))))
         shape = options.get("type", "raw")
         name = target.get("dev", "") if target is not None else ""
+        by_rule = _left_out(disk, kind, place)
+        missed = "" if by_rule else _missed(disk, kind, shape, place)
+        not_chosen = _not_chosen(disk, name, choice, running="index" in place)
         found.append(
             SourceDisk(
                 id=name,
@@ -82,28 +91,38 @@ def source_disks(xml: str, choice: DiskChoice = BY_RULE) -> tuple[SourceDisk, ..
                 index=place.get("index", ""),
                 error_policy=options.get("error_policy", ""),
                 encrypted=disk.find(".//encryption") is not None,
-                left_out=_left_out(disk, kind, shape, place)
-                or _not_chosen(disk, name, choice, running="index" in place),
+                left_out=by_rule or (not_chosen if name in choice.excluded else missed or not_chosen),
+                source=source_of(disk),
+                missed=bool(missed) and name not in choice.excluded,
             )
         )
     return tuple(found)
 
 
-def _left_out(disk: Any, kind: str, shape: str, place: Mapping[str, str]) -> str:  # noqa: PLR0911 - one return a rule
+def _left_out(disk: Any, kind: str, place: Mapping[str, str]) -> str:
+    """Why a disk has nothing that a backup should hold, or ""."""
     device = disk.get("device", "disk")
     if device in ("cdrom", "floppy"):
         return {"cdrom": "a CD-ROM", "floppy": "a floppy"}[str(device)]
-    if device != "disk":
-        return f"a SCSI device passed through ({device})"
     if not place:
         return "empty"
-    if disk.find("readonly") is not None:
+    if disk.find("readonly") is not None and kind in _KINDS:
         return "read-only"
+    return ""
+
+
+def _missed(disk: Any, kind: str, shape: str, place: Mapping[str, str]) -> str:
+    """Why a disk with data of the guest cannot be held, or "". Whoever knows it says EXCLUDE_DISKS."""
+    device = disk.get("device", "disk")
+    if device != "disk":
+        return f"a SCSI device passed through ({device})"
     if disk.find("shareable") is not None:
         return "shareable: others write to it as well, so no instant of it can be held"
-    if kind not in ("file", "block", "volume"):
+    if kind not in _KINDS:
         protocol = place.get("protocol", "")
         return f"a {kind} disk{f' ({protocol})' if protocol else ''}; file and block disks are supported"
+    if disk.find("./source/reservations") is not None:
+        return "a device with SCSI reservations: other hosts write to it as well, so no instant of it can be held"
     if shape not in ("qcow2", "raw"):
         return f"format {shape}; qcow2 and raw are supported"
     return ""
@@ -170,8 +189,10 @@ def nodes(domain: Domain, disks: Sequence[SourceDisk]) -> dict[str, Node]:
     by_name = {node["node-name"]: node for node in domain.query("query-named-block-nodes", flat=True)}
     found = {}
     for disk in disks:
-        # libvirt names a disk's nodes by its source's index; for raw disks newer ones have no format node.
-        node = by_name.get(f"libvirt-{disk.index}-format") or by_name.get(f"libvirt-{disk.index}-storage")
+        # libvirt names a disk's nodes by its source's index; for raw disks newer ones (11.3) have no format node, and
+        # of a part of a file the node of the storage is the whole file.
+        names = (f"libvirt-{disk.index}-{layer}" for layer in ("format", "slice-sto", "storage"))
+        node = next((by_name[name] for name in names if name in by_name), None)
         if node is None:
             raise HypervisorError(
                 f"VM {domain.name}: disk {disk.id} is not found among QEMU's block nodes",

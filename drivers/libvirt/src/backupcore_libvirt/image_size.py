@@ -8,10 +8,12 @@ import struct
 
 from backupcore.disk.geometry import MAGIC
 
-__all__ = ["by_header", "lies_on_another"]
+__all__ = ["by_header", "keeps_data_elsewhere", "lies_on_another", "stands_alone"]
 
 _SECTOR = 512
 _START = struct.Struct(">4sIQIIQ")  # docs/interop/qcow2.txt: magic, version, backing name, cluster bits, size
+_FEATURES, _FEATURES_AT = struct.Struct(">Q"), 72  # those that a program must know; of version 3 only
+_DATA_FILE = 1 << 2
 
 
 def by_header(path: str, shape: str) -> int | None:
@@ -39,9 +41,32 @@ def by_header(path: str, shape: str) -> int | None:
 
 def lies_on_another(path: str) -> bool:
     """Whether a qcow2 image has another one below it, as far as that can be told."""
+    start = _start(path)
+    return start is not None and bool(_START.unpack_from(start)[2])
+
+
+def keeps_data_elsewhere(path: str) -> bool:
+    """Whether a qcow2 image keeps its data in another file, as far as that can be told."""
+    start = _start(path)
+    return start is not None and _has_data_file(start)
+
+
+def stands_alone(path: str) -> bool:
+    """Whether a qcow2 image is there that has nothing below it and keeps its own data."""
+    start = _start(path)
+    return start is not None and not _START.unpack_from(start)[2] and not _has_data_file(start)
+
+
+def _start(path: str) -> bytes | None:
+    """The fixed part of a qcow2 header; None where there is none."""
     try:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            start = file.read(_START.size)
+            start = file.read(_FEATURES_AT + _FEATURES.size)
     except OSError:
-        return False
-    return len(start) == _START.size and start.startswith(MAGIC) and bool(_START.unpack(start)[2])
+        return None
+    return start if len(start) == _FEATURES_AT + _FEATURES.size and start.startswith(MAGIC) else None
+
+
+def _has_data_file(start: bytes) -> bool:
+    version = int(_START.unpack_from(start)[1])
+    return version >= 3 and bool(_FEATURES.unpack_from(start, _FEATURES_AT)[0] & _DATA_FILE)

@@ -17,6 +17,7 @@ from backupcore.hypervisor import DiskFile
 from backupcore.typed import typed
 from backupcore_libvirt.connection import OFF, Connection, Domain
 from backupcore_libvirt.disks import SourceDisk, source_disks
+from backupcore_libvirt.image_size import keeps_data_elsewhere
 from backupcore_libvirt.overlay.stack import any_overlay, source_path
 from backupcore_libvirt.vm_files import VMFile, nvram_file
 from backupcore_libvirt.xml import parse
@@ -62,6 +63,7 @@ def require_replaceable(
         if disk.encrypted:
             raise UnsupportedOperation(f"VM {domain.name}: disk {name} is encrypted", "Restore it with --to.")
         found[name] = DiskFile(path=_regular(domain, name, Path(disk.path)), format=disk.format)
+        _require_whole(domain, disk)
     for element in parse(definition).iterfind("./devices/disk"):
         target = element.find("target")
         if element.find("./backingStore/source") is not None and target is not None and target.get("dev") in found:
@@ -72,7 +74,8 @@ def require_replaceable(
             )
     variables = nvram_file(definition) if nvram else None
     if isinstance(variables, VMFile):
-        found[NVRAM] = DiskFile(path=_regular(domain, NVRAM, variables.path), format="")
+        shape = "qcow2" if variables.format == "qcow2" else ""
+        found[NVRAM] = DiskFile(path=_regular(domain, NVRAM, variables.path), format=shape)
     _require_ours(connection, domain, found)
     for name, file in found.items():
         _require_closed(domain, name, file)
@@ -93,6 +96,23 @@ def _no_file(domain: Domain, disk: SourceDisk) -> UnsupportedOperation:
         "be kept; only files are replaced in place",
         hint,
     )
+
+
+def _require_whole(domain: Domain, disk: SourceDisk) -> None:
+    """That the disk is its file and nothing else: a new file in its place would be another disk."""
+    why = ""
+    if disk.source.part is not None:
+        why = f"is only a part of {disk.path} (<slices>), and that file would be replaced as a whole"
+    elif disk.source.data_file or (disk.format == "qcow2" and keeps_data_elsewhere(disk.path)):
+        why = f"keeps its data in another file than {disk.path}, which would be left over"
+    elif disk.source.unknown:
+        why = f"is more than its file {disk.path} (the definition has {', '.join(disk.source.unknown)})"
+    if why:
+        raise UnsupportedOperation(
+            f"VM {domain.name}: disk {disk.id} {why}",
+            "Restore it to a new file with --to, and the others with --disk; then write it there with the VM off "
+            "(qemu-img convert -n), or let the definition name the new file.",
+        )
 
 
 def _require_off(domain: Domain) -> None:

@@ -17,7 +17,7 @@ from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.freeze import Freeze, plan
 from backupcore_libvirt.owner import qemu_owner
 from backupcore_libvirt.scratch import Owner, check_scratch
-from backupcore_libvirt.stopped import check_backing, stopped_nodes
+from backupcore_libvirt.stopped import check_files, stopped_nodes
 from backupcore_libvirt.versions import require, require_stopped
 from backupcore_libvirt.vm_files import VMFile, vm_files
 
@@ -72,7 +72,7 @@ def look(connection: Connection, domain: Domain, run: BackupRun, scratch: Path) 
     _refuse(domain, every, disks, choice, live=live)
     opened = nodes(domain, disks) if live else stopped_nodes(domain.name, disks)
     if not live:
-        check_backing(domain.name, disks)
+        check_files(domain.name, disks, lambda: qemu_owner(xml, connection))
     snapshots = _snapshots(domain, opened)
     if snapshots and run.parent is not None:
         raise IncrementImpossible(
@@ -97,7 +97,7 @@ def look(connection: Connection, domain: Domain, run: BackupRun, scratch: Path) 
     # Of a VM that is off only we read, and nothing is written to scratch.
     owner = qemu_owner(xml, connection) if live else Owner(os.geteuid(), os.getegid())
     check_scratch(scratch, owner)
-    left_out = [LeftOut(id=disk.id, reason=disk.left_out) for disk in every if disk.left_out]
+    left_out = [LeftOut(id=disk.id, reason=disk.left_out, missed=disk.missed) for disk in every if disk.left_out]
     files, not_kept = vm_files(domain, connection.uri)
     return Look(
         disks=disks,

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from backupcore.errors import HypervisorError, from_os_error
+from backupcore_libvirt.backing import Backing, backing_of
 from backupcore_libvirt.qemu_nbd import is_locked
 
 __all__ = [
-    "Backing",
     "Extent",
     "Info",
     "commit",
@@ -24,17 +24,10 @@ __all__ = [
     "last_extent",
     "rebase",
     "shrink",
+    "to_raw",
 ]
 
 LOCK_LIMIT = 5.0  # a QEMU that ends holds its lock for a moment
-
-
-@dataclass(frozen=True, slots=True)
-class Backing:
-    """The file below an image: its path, and its format (None where the header does not say)."""
-
-    path: str
-    shape: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +74,11 @@ def info(path: str, shape: str) -> Info:
         raise _failed(f"read the header of {path}", done)
     found: Mapping[str, Any] = json.loads(done.stdout)
     special: Mapping[str, Any] = found.get("format-specific", {}).get("data", {})
-    below = found.get("full-backing-filename") or found.get("backing-filename")
     return Info(
         virtual_size=int(found["virtual-size"]),
         cluster_size=int(found.get("cluster-size", 1)),
         allocated=int(found.get("actual-size", 0)),
-        backing=Backing(str(below), found.get("backing-filename-format")) if below else None,
+        backing=backing_of(found),
         snapshots=tuple(str(snapshot["name"]) for snapshot in found.get("snapshots", ())),
         data_elsewhere="data-file" in special,
         subclusters=bool(special.get("extended-l2")),
@@ -111,6 +103,13 @@ def rebase(path: str, below: str, shape: str) -> None:
 def shrink(path: str, shape: str, size: int) -> None:
     """Cut an image to `size` bytes."""
     _changing(f"shrink {path}", ["qemu-img", "resize", "-q", "-f", shape, "--shrink", path, str(size)])
+
+
+def to_raw(path: str, shape: str, target: str) -> None:
+    """Copy what an image holds, in use or not, to a raw file. HypervisorError."""
+    done = _run(["qemu-img", "convert", "--force-share", "-f", shape, "-O", "raw", path, target])
+    if done.returncode != 0:
+        raise _failed(f"read {path}", done)
 
 
 def is_open_elsewhere(path: str) -> bool:

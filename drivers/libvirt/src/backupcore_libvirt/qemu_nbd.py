@@ -21,6 +21,7 @@ from typing import Self
 from backupcore.disk.nbd import Address, Client, ConnectionLost, NbdError
 from backupcore.errors import BackupError, Busy, HypervisorError, from_os_error
 from backupcore_libvirt.release.servers import processes
+from backupcore_libvirt.source import Part
 
 __all__ = ["QemuNbd", "image_options", "is_locked", "is_served"]
 
@@ -32,15 +33,22 @@ _CLIENTS = 16
 _forker = ThreadPoolExecutor(1, thread_name_prefix="fork-qemu-nbd")
 
 
-def image_options(path: str | os.PathLike[str], shape: str) -> str:
-    """The ``--image-opts`` of an image.
+def image_options(path: str | os.PathLike[str], shape: str, part: Part | None = None) -> str:
+    """The ``--image-opts`` of an image, which is `part` of the file where that is given.
 
     Its format and file are named, so that nothing is guessed from its contents, and no path is taken for an option or a
-    URL.
+    URL. The file's name comes last, see `is_served`.
     """
     name = os.fspath(path)
     driver = "host_device" if stat.S_ISBLK(Path(name).stat().st_mode) else "file"
-    return f"driver={shape},file.driver={driver},file.filename={name.replace(',', ',,')}"
+    file = f"file.driver={driver},file.filename={name.replace(',', ',,')}"
+    if part is None:
+        return f"driver={shape},{file}"
+    if shape == "raw":
+        return f"driver=raw,offset={part.offset},size={part.size},{file}"
+    return f"driver={shape},file.driver=raw,file.offset={part.offset},file.size={part.size}," + ",".join(
+        f"file.{option}" for option in file.split(",", 1)
+    )
 
 
 def is_locked(message: str) -> bool:
@@ -51,7 +59,8 @@ def is_locked(message: str) -> bool:
 class QemuNbd:
     """One image, served until `stop`, the end of the ``with`` block, or the end of this process.
 
-    `path` is a file or device of format `shape` (qcow2, raw), with its backing chain below it; `socket` must not exist.
+    `path` is a file or device of format `shape` (qcow2, raw), or `part` of it, with its backing chain below it;
+    `socket` must not exist.
     `bitmaps` become contexts ``qemu:dirty-bitmap:NAME``, `depth` adds `nbd.DEPTH`. Building it does nothing.
     """
 
@@ -61,6 +70,7 @@ class QemuNbd:
         path: str | os.PathLike[str],
         shape: str,
         *,
+        part: Part | None = None,
         bitmaps: Sequence[str] = (),
         depth: bool = False,
     ) -> None:
@@ -70,6 +80,7 @@ class QemuNbd:
         """
         self._path = os.fspath(path)
         self._shape = shape
+        self._part = part
         self._more = [f"--bitmap={name}" for name in bitmaps] + (["--allocation-depth"] if depth else [])
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -79,7 +90,7 @@ class QemuNbd:
         Busy where another process has the image open for writing (its VM runs); HypervisorError, AccessDenied.
         """
         try:
-            options = image_options(self._path, self._shape)
+            options = image_options(self._path, self._shape, self._part)
         except OSError as error:
             raise from_os_error(error, f"read {self._path}") from error
         # setpriv sets the death signal and becomes qemu-nbd; a function of ours between fork and exec could lock up.

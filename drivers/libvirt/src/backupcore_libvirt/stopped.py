@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from backupcore.errors import BackupError, Busy, HypervisorError, NotFound, UnsupportedOperation, from_os_error
 from backupcore.typed import typed
+from backupcore_libvirt.backing import backing_of
 from backupcore_libvirt.disks import Bitmap, Node, SourceDisk
 from backupcore_libvirt.qemu_nbd import image_options, is_locked
+from backupcore_libvirt.scratch import Owner
+from backupcore_libvirt.source import PLAIN
 
-__all__ = ["add_bitmaps", "check_backing", "remove_bitmap", "stopped_nodes"]
+__all__ = ["add_bitmaps", "check_files", "remove_bitmap", "stopped_nodes"]
 
 LOCK_LIMIT = 5.0
 """Seconds to wait for a lock: a QEMU that ends holds its own for a moment."""
@@ -48,36 +52,76 @@ def stopped_nodes(vm: str, disks: Sequence[SourceDisk]) -> dict[str, Node]:
     return found
 
 
-def check_backing(vm: str, disks: Sequence[SourceDisk]) -> None:
-    """That every file below the top of these disks is a local one of a recorded format. UnsupportedOperation.
+def check_files(vm: str, disks: Sequence[SourceDisk], owner: Callable[[], Owner]) -> None:
+    """That these disks consist of local files of recorded formats, all of which are known. UnsupportedOperation.
 
-    QEMU would guess it from the contents, and a guest that once wrote to that file as to a raw disk could have made it
-    look like an image which has a file of the host below. Nor may an image keep its data in another file: it could be
-    one that is closed to the VM's own QEMU, and we may be root.
+    Of a running VM QEMU knows what it has open. Here it is we who open, and may be root: QEMU would guess a format that
+    no header tells, from what a guest may have written, and a header may name any file of the host. `owner` is asked
+    for the user that QEMU runs as, if it has to be known.
     """
     for disk in disks:
-        image, info = disk, _info(disk)
-        while True:
-            if "data-file" in info.get("format-specific", {}).get("data", {}):
-                raise UnsupportedOperation(
-                    f"VM {vm} is off, and {image.path} (disk {disk.id}) keeps its data in another file: not read"
-                )
-            if "backing-filename" not in info:
-                break
-            below = str(info.get("full-backing-filename", info["backing-filename"]))
-            shape = info.get("backing-filename-format")
-            if shape not in ("qcow2", "raw"):
-                raise UnsupportedOperation(
-                    f"VM {vm}: disk {disk.id}: {image.path} does not say which format its backing file {below} has",
-                    f"Start it first, or, as it is off: {typed('qemu-img rebase -u -F FORMAT -b', below, image.path)}",
-                )
-            if not below.startswith("/"):
-                raise UnsupportedOperation(
-                    f"VM {vm} is off, and the backing file of disk {disk.id} is no local file ({below})",
-                    "Start the VM: it can be backed up while it runs.",
-                )
-            image = replace(image, path=below, format=shape)
-            info = _info(image)
+        if disk.source.unknown:
+            raise UnsupportedOperation(
+                f"VM {vm} is off, and the definition says of disk {disk.id} what only its QEMU can follow "
+                f"({', '.join(disk.source.unknown)})",
+                "Start the VM: it can be backed up while it runs.",
+            )
+        below = _files_below(vm, disk, owner)
+        if disk.source.contradicts(below):
+            raise UnsupportedOperation(
+                f"VM {vm} is off, and its definition puts other files below disk {disk.id} ({disk.path}) than the "
+                f"image itself does: {', '.join(disk.source.below) or 'none'} instead of {', '.join(below) or 'none'}",
+                f"Start the VM; or remove <backingStore> if the image is right: {typed('virsh edit', vm)}",
+            )
+
+
+def _files_below(vm: str, disk: SourceDisk, owner: Callable[[], Owner]) -> list[str]:
+    image, info = disk, _info(disk)
+    found: list[str] = []
+    while True:
+        _check_data_file(vm, disk.id, image, info, owner)
+        below = backing_of(info)
+        if below is None:
+            return found
+        if below.shape not in ("qcow2", "raw"):
+            raise UnsupportedOperation(
+                f"VM {vm}: disk {disk.id}: {image.path} does not say which format its backing file {below.path} has",
+                f"Start it first, or, as it is off: {typed('qemu-img rebase -u -F FORMAT -b', below.path, image.path)}",
+            )
+        if not below.path.startswith("/"):
+            raise UnsupportedOperation(
+                f"VM {vm} is off, and the backing file of disk {disk.id} is no local file ({below.path})",
+                "Start the VM: it can be backed up while it runs.",
+            )
+        found.append(below.path)
+        image = replace(image, path=below.path, format=below.shape, source=PLAIN)
+        info = _info(image)
+
+
+def _check_data_file(
+    vm: str, disk: str, image: SourceDisk, info: Mapping[str, Any], owner: Callable[[], Owner]
+) -> None:
+    """That the file in which an image keeps its data is one that the VM's own QEMU may read, by its definition or by
+    the file's mode.
+    """
+    name = str(info.get("format-specific", {}).get("data", {}).get("data-file", ""))
+    told = image.source.data_file
+    if not name and not told:
+        return
+    what = f"VM {vm} is off, and {image.path} (disk {disk}) keeps its data in another file"
+    if told and told != name:
+        raise UnsupportedOperation(
+            f"{what}: {told} by the definition, {name or 'none'} by the image",
+            "Start the VM, or put one of them right.",
+        )
+    if not name.startswith("/"):
+        # QEMU looks for it in the folder that it was started in.
+        raise UnsupportedOperation(f"{what}, which is not named by a whole path ({name})", "Start the VM.")
+    if not told and not owner().may("r", Path(name)):
+        raise UnsupportedOperation(
+            f"{what} ({name}), which QEMU, running as {owner()}, cannot read",
+            "Start the VM, or give that file to QEMU's user if it is the right one.",
+        )
 
 
 def add_bitmaps(disks: Sequence[SourceDisk], name: str) -> None:
@@ -115,7 +159,14 @@ def _qemu_img(command: str, *options: str, disk: SourceDisk, more: Sequence[str]
     deadline = time.monotonic() + LOCK_LIMIT
     while True:
         try:
-            call = ["qemu-img", command, *options, "--image-opts", image_options(disk.path, disk.format), *more]
+            call = [
+                "qemu-img",
+                command,
+                *options,
+                "--image-opts",
+                image_options(disk.path, disk.format, disk.source.part),
+                *more,
+            ]
             # In a session of its own: a Ctrl-C on our terminal must not end it in the middle of a change.
             done = subprocess.run(
                 call, capture_output=True, text=True, errors="replace", check=False, start_new_session=True

@@ -7,6 +7,7 @@ of the host. They are read beside the disks, so not of quite the same instant.
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from urllib.parse import urlsplit
 from backupcore.errors import HypervisorError, from_os_error
 from backupcore.model import BytesArtifact, LeftOut
 from backupcore_libvirt.connection import Domain
+from backupcore_libvirt.image_size import by_header, keeps_data_elsewhere, lies_on_another
+from backupcore_libvirt.qemu_img import to_raw
 from backupcore_libvirt.xml import Element, parse
 
 __all__ = ["VMFile", "nvram_file", "read", "vm_files"]
@@ -27,10 +30,14 @@ TRIES = 20
 
 @dataclass(frozen=True, slots=True)
 class VMFile:
-    """One file to keep, as the artifact of that name: ``nvram``, ``tpm``, ``kernel``, ``initrd``, ``dtb``."""
+    """One file to keep, as the artifact of that name: ``nvram``, ``tpm``, ``kernel``, ``initrd``, ``dtb``.
+
+    Of one that is an image of `format` qcow2 (``nvram``) what that holds is kept.
+    """
 
     artifact: str
     path: Path
+    format: str = "raw"
 
 
 def vm_files(domain: Domain, uri: str) -> tuple[tuple[VMFile, ...], tuple[LeftOut, ...]]:
@@ -58,10 +65,13 @@ def _nvram(root: Element) -> VMFile | LeftOut | None:
     source = nvram.find("source")
     name = (nvram.text or "").strip() or (source.get("file", "") if source is not None else "")
     if not name:
-        return LeftOut(id="nvram", reason="the firmware's variables (NVRAM) do not lie in a file")
-    if nvram.get("format", "raw") != "raw":
-        return LeftOut(id="nvram", reason=f"NVRAM {name} has the format {nvram.get('format')}; raw is supported")
-    return VMFile("nvram", Path(name))
+        return LeftOut(id="nvram", reason="the firmware's variables (NVRAM) do not lie in a file", missed=True)
+    loader = root.find("./os/loader")
+    shape = nvram.get("format") or (loader.get("format") if loader is not None else None) or "raw"
+    if shape not in ("raw", "qcow2"):
+        reason = f"NVRAM {name} has the format {shape}; raw and qcow2 are supported"
+        return LeftOut(id="nvram", reason=reason, missed=True)
+    return VMFile("nvram", Path(name), shape)
 
 
 def _tpm(root: Element, uuid: str, uri: str) -> VMFile | LeftOut | None:
@@ -92,6 +102,8 @@ def _looked_at(file: VMFile, domain: Domain) -> VMFile | LeftOut | None:
     try:
         with file.path.open("rb") as opened:
             size = os.fstat(opened.fileno()).st_size
+        if file.format == "qcow2":
+            size = max(size, by_header(str(file.path), "qcow2") or 0)
     except FileNotFoundError as error:
         if file.artifact in ("nvram", "tpm") and not domain.is_active():
             return None  # made at the first start
@@ -102,6 +114,8 @@ def _looked_at(file: VMFile, domain: Domain) -> VMFile | LeftOut | None:
         return LeftOut(id=file.artifact, reason=f"{file.path} is missing")
     except OSError as error:
         return LeftOut(id=file.artifact, reason=f"{file.path} cannot be read: {error.strerror}")
+    if file.format == "qcow2" and (lies_on_another(str(file.path)) or keeps_data_elsewhere(str(file.path))):
+        return LeftOut(id=file.artifact, reason=f"{file.path} lies on another file", missed=True)
     if size > LIMIT:
         reason = f"{file.path} has {size >> 20} MiB; files of up to {LIMIT >> 20} MiB are kept"
         return LeftOut(id=file.artifact, reason=reason)
@@ -122,8 +136,7 @@ def read(vm: str, file: VMFile, pause: Callable[[float], object] = time.sleep) -
 
 def _read(vm: str, file: VMFile) -> bytes | None:
     try:
-        with file.path.open("rb") as opened:
-            data = opened.read(LIMIT + 1)
+        data = _held(file)
     except FileNotFoundError:
         return None  # for a moment, where it is replaced
     except OSError as error:
@@ -131,3 +144,15 @@ def _read(vm: str, file: VMFile) -> bytes | None:
     if len(data) > LIMIT:
         raise HypervisorError(f"VM {vm}: {file.path} has grown beyond {LIMIT >> 20} MiB")
     return data
+
+
+def _held(file: VMFile) -> bytes:
+    if file.format == "raw":
+        with file.path.open("rb") as opened:
+            return opened.read(LIMIT + 1)
+    file.path.stat()  # for the error that says it is gone
+    with tempfile.TemporaryDirectory(prefix="vmkeep-nvram-") as folder:
+        held = Path(folder) / "nvram"
+        to_raw(str(file.path), file.format, str(held))
+        with held.open("rb") as opened:
+            return opened.read(LIMIT + 1)

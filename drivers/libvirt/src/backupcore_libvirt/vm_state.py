@@ -66,6 +66,8 @@ def _remarks(domain: Domain, scratch: Path) -> tuple[str, ...]:
 def _virtual_size(domain: Domain, disk: SourceDisk, *, live: bool) -> int | None:
     # libvirt asks the QEMU of a running VM for all of its block nodes, which kills QEMU 7.2 in the moment in which
     # another program's backup or snapshot begins. A listing must not.
+    if disk.format == "raw" and disk.source.part is not None:
+        return disk.source.part.size
     size = by_header(disk.path, disk.format) if live and not disk.encrypted else None
     if size is not None:
         return size

@@ -42,9 +42,11 @@ def backup(asked: Asked, vm: str, datastore: str | None, reset: bool, dry_run: b
         output.document(documents.backup(taken))
     elif not asked.quiet:
         _show(taken)
+    for line in taken.missed:
+        output.remark(asked, f"the backup is done, but {line}")
     for warning in taken.warnings:
         output.remark(asked, f"the backup is done, but afterwards: {warning}")
-    return exits.WARNING if taken.warnings else 0
+    return exits.WARNING if taken.warnings or taken.missed else 0
 
 
 def _show(taken: work.Taken) -> None:
@@ -63,7 +65,8 @@ def _show(taken: work.Taken) -> None:
         if disk.reason:
             output.line(f"  disk {disk.id} whole: {disk.reason}")
     for left in recorded.left_out:
-        output.line(f"  not in it: {left.id}: {left.reason}")
+        if not left.missed:
+            output.line(f"  not in it: {left.id}: {left.reason}")
     for action in taken.retention:
         if action.done or (action.what == "keep" and not action.error):
             output.line(f"  {told(action)}")

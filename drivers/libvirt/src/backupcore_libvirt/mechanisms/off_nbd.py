@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 from backupcore_libvirt.mechanisms.mechanism import ByBitmaps
 from backupcore_libvirt.qemu_nbd import QemuNbd
@@ -37,14 +38,16 @@ class OffNbd(ByBitmaps):
         add_bitmaps(tracked, self.checkpoint)
         return datetime.now(UTC)
 
-    def serve(self, _guard: Guard) -> Mapping[str, Export]:
+    def serve(self, guard: Guard) -> Mapping[str, Export]:
         """Start the servers. Busy where the VM has been started meanwhile."""
+        # qemu-nbd itself keeps nobody from writing to a raw file that it reads.
+        guard.keep_closed([Path(disk.path) for disk in self.look.disks if disk.kind == "file"])
         exports = {}
         for disk in self.look.disks:
             self.ctx.check()
             bitmap = self.look.bitmaps.get(disk.id)
             socket = self.folder.socket_of(disk.id)
-            server = QemuNbd(socket, disk.path, disk.format, bitmaps=[bitmap] if bitmap else [])
+            server = QemuNbd(socket, disk.path, disk.format, part=disk.source.part, bitmaps=[bitmap] if bitmap else [])
             self.ctx.stack.enter_context(server)
             exports[disk.id] = Export(server.address, bitmap)
         return exports

@@ -122,6 +122,8 @@ def _hindrance(domain: Domain, disks: Sequence[SourceDisk]) -> str:  # noqa: PLR
     for disk in disks:
         if disk.kind != "file" or not is_regular(disk.path):
             return f"disk {disk.id} ({disk.path}) is no plain file, beside which an overlay could lie"
+        if not disk.source.is_plain:
+            return f"disk {disk.id} is not simply its file ({disk.path}), which is all that an overlay can lie on"
         if disk.encrypted:
             return f"disk {disk.id} is encrypted; an overlay would hold what is written in plain text"
     return ""

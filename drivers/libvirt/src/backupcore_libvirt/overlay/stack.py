@@ -26,7 +26,7 @@ from backupcore.errors import HypervisorError
 from backupcore_libvirt import qemu_img
 from backupcore_libvirt.connection import Domain
 from backupcore_libvirt.disks import SourceDisk, located, source_disks
-from backupcore_libvirt.image_size import lies_on_another
+from backupcore_libvirt.image_size import lies_on_another, stands_alone
 from backupcore_libvirt.xml import Element, parse
 
 __all__ = [
@@ -177,7 +177,12 @@ def _read(domain: Domain) -> dict[str, Stack]:
     xml = domain.live_xml()
     elements = _elements(xml)
     disks = [located(domain, disk) for disk in source_disks(xml)]
-    found = {disk.id: _stack(disk) for disk in disks if disk.kind in ("file", "block") and disk.path.startswith("/")}
+    found = {
+        disk.id: _stack(disk)
+        for disk in disks
+        # What is a part of a file is no image by itself, and no overlay of ours ever lies on it.
+        if disk.kind in ("file", "block") and disk.path.startswith("/") and disk.source.part is None
+    }
     # Beside a device there is nothing that would tell of an overlay.
     if domain.is_active() and (any_overlay(domain) or any(disk.kind == "block" for disk in disks)):
         files = opened(domain)
@@ -249,6 +254,8 @@ def _below(path: str, shape: str) -> tuple[list[str], str]:
     found: list[str] = []
     # Raw ends it: what a guest writes there must never be taken for a header.
     while shape == "qcow2" and len(found) <= _MOST and Path(path).exists():
+        if stands_alone(path):
+            break
         image = qemu_img.info(path, shape)
         if image.data_elsewhere:
             return found, f"{path} keeps its data in another file"

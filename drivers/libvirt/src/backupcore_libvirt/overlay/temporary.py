@@ -99,12 +99,12 @@ def _hindrance(  # noqa: PLR0911 - one return a rule
     for disk in disks:
         if disk.kind == "volume":
             return f"which file disk {disk.id} is libvirt does not tell: is the storage pool of {disk.path} active?"
+        if unknown := parts[disk.id] - _KNOWN:
+            return f"disk {disk.id} is more than its file: its <source> has <{'>, <'.join(sorted(unknown))}>"
         if disk.id not in found or not (found[disk.id].on_device or is_regular(disk.path)):
             return f"disk {disk.id} ({disk.path}) is neither a plain file nor a block device"
         if disk.encrypted:
             return f"disk {disk.id} is encrypted; an overlay would hold what is written in plain text"
-        if unknown := parts[disk.id] - _KNOWN:
-            return f"disk {disk.id} is more than its file: its <source> has <{'>, <'.join(sorted(unknown))}>"
         stack = found[disk.id]
         if stack.foreign:
             return f"disk {disk.id} has a snapshot of somebody else ({stack.foreign}) above an overlay of ours"

@@ -1,0 +1,128 @@
+"""What a disk's definition says beyond its file, and the headers of its images: it is known, or refused while off."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from backupcore.errors import UnsupportedOperation
+from backupcore_libvirt.backing import Backing, backing_of
+from backupcore_libvirt.disks import SourceDisk, source_disks
+from backupcore_libvirt.scratch import Owner
+from backupcore_libvirt.source import PLAIN, Part, Source
+from backupcore_libvirt.stopped import check_files
+
+
+def disk_of(source: str, *, form: str = "qcow2", more: str = "") -> SourceDisk:
+    (found,) = source_disks(
+        f"<domain><devices><disk type='file' device='disk'><driver type='{form}'/>{source}"
+        f"<target dev='vda' bus='virtio'/>{more}</disk></devices></domain>"
+    )
+    return found
+
+
+SLICE = "<slices><slice type='storage' offset='10' size='20'/></slices>"
+STORE = "<dataStore type='file'><format type='raw'/><source file='/d'{}>{}</source></dataStore>"
+ON = "<backingStore type='file'><format type='qcow2'/><source file='{}'/>{}</backingStore>"
+
+
+@pytest.mark.parametrize(
+    ("inner", "more", "expected"),
+    [
+        ("<seclabel model='dac' relabel='no'/><privateData/>", "", PLAIN),
+        (SLICE, "", Source(part=Part(10, 20))),
+        (SLICE.replace("storage", "format"), "", Source(unknown=("slices",))),
+        (SLICE.replace("</slices>", "<slice/></slices>"), "", Source(unknown=("slices",))),
+        (STORE.format("", ""), "", Source(data_file="/d")),
+        (STORE.format("", SLICE), "", Source(unknown=("dataStore",))),
+        (STORE.format(" fdgroup='g'", ""), "", Source(unknown=("dataStore",))),
+        ("<cookies/>", "", Source(unknown=("cookies",))),
+        ("", "<backingStore/>", Source(ends=True)),
+        ("", ON.format("/b", ON.format("/c", "")), Source(below=("/b", "/c"))),
+        ("", ON.format("/b", "<backingStore/>"), Source(below=("/b",), ends=True)),
+        ("", ON.format("/b", "").replace("file='/b'", "pool='p' volume='v'"), Source(below=("",))),
+        ("", "<backingStore type='network'><source name='x'/></backingStore>", Source(unknown=("backingStore/name",))),
+        (
+            "",
+            "<backingStore><source file='/b'><slices/></source></backingStore>",
+            Source(unknown=("backingStore/slices",)),
+        ),
+    ],
+)
+def test_what_a_definition_says_of_a_source(inner, more, expected):
+    assert disk_of(f"<source file='/a' index='1'>{inner}</source>", more=more).source == expected
+
+
+def test_an_attribute_that_is_not_known():
+    assert disk_of("<source file='/a' fdgroup='g'/>").source.unknown == ("@fdgroup",)
+
+
+FILE = {"driver": "file", "filename": "/b"}
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "expected"),
+    [
+        ({"driver": "qcow2", "file": FILE}, "qcow2", Backing("/b", "qcow2")),
+        ({"driver": "raw", "file": FILE}, None, Backing("/b", "raw")),
+        ({"file.filename": "/b", "driver": "qcow2"}, "qcow2", Backing("/b", "qcow2")),
+        ({"file": FILE}, "raw", Backing("/b", "raw")),
+        ({"driver": "qcow2", "file": FILE}, "raw", None),  # which of the two?
+        ({"driver": "raw", "offset": 512, "file": FILE}, "raw", None),
+        ({"driver": "qcow2", "file": FILE, "backing": None}, "qcow2", None),
+        ({"driver": "qcow2", "file": {"driver": "nbd", "filename": "/b"}}, "qcow2", None),
+        ({"driver": "qcow2", "file": {"driver": "file", "filename": "b"}}, "qcow2", None),
+        ({"driver": "luks", "file": FILE}, None, None),
+        ([1], "raw", None),
+    ],
+)
+def test_backing_files_that_are_named_by_json(options, shape, expected):
+    name = "json:" + json.dumps(options)
+    assert backing_of({"full-backing-filename": name, "backing-filename-format": shape}) == (
+        expected or Backing(name, shape)
+    )
+
+
+def no_owner() -> Owner:
+    raise AssertionError("nobody's file is in question")
+
+
+def qcow2(path: Path, *options: str) -> Path:
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *options, path, "1M"], check=True)
+    return path
+
+
+def refused(disk: SourceDisk, match: str, owner=no_owner) -> None:
+    with pytest.raises(UnsupportedOperation, match=match) as error:
+        check_files("web", [disk], owner)
+    assert error.value.hint
+
+
+def test_what_is_not_read_while_the_vm_is_off(tmp_path, qemu_tools):
+    base, other = qcow2(tmp_path / "base"), qcow2(tmp_path / "other")
+    top = qcow2(tmp_path / "top", "-F", "qcow2", "-b", str(base))
+    source = f"<source file='{top}'/>"
+    check_files("web", [disk_of(source), disk_of(source, more=ON.format(base, "<backingStore/>"))], no_owner)
+    volume = ON.format("/b", "<backingStore/>").replace("file='/b'", "pool='p' volume='v'")
+    check_files("web", [disk_of(source, more=volume)], no_owner)
+    refused(disk_of(source, more="<backingStore/>"), f"none instead of {base}")
+    refused(disk_of(source, more=ON.format(other, "")), f"{other} instead of {base}")
+    refused(disk_of(f"<source file='{top}' fdgroup='g'/>"), r"only its QEMU can follow \(@fdgroup\)")
+
+
+def test_a_data_file_is_read_only_if_qemu_may_read_it(tmp_path, qemu_tools):
+    data = tmp_path / "data"
+    image = qcow2(tmp_path / "image", "-o", f"data_file={data}")
+    here, nobody = Owner(os.geteuid(), os.getegid()), Owner(65534, 65534)
+    data.chmod(0o600)
+    source = f"<source file='{image}'/>"
+    check_files("web", [disk_of(source)], lambda: here)
+    refused(disk_of(source), "keeps its data in another file .* cannot read", lambda: nobody)
+    store = STORE.format("", "").replace("'/d'", f"'{data}'")
+    named = f"<source file='{image}'>{store}</source>"
+    check_files("web", [disk_of(named)], no_owner)
+    refused(disk_of(named.replace(str(data), "/elsewhere")), "/elsewhere by the definition")
