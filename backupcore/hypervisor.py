@@ -86,17 +86,21 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Definition:
-    """A restored VM's definition, and what of the stored one it does not hold: paths such as ``devices/hostdev``."""
+    """A restored VM's definition, and what of the stored one it does not hold: paths such as ``devices/hostdev``.
+
+    `nvram_format` is what it says of the file of the firmware's variables: raw or qcow2.
+    """
 
     xml: bytes
     left_out: tuple[str, ...] = ()
+    nvram_format: Literal["raw", "qcow2"] = "raw"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskFile:
     """The file that a disk of a powered-off VM consists of: its path without symbolic links, and its format.
 
-    The format is "" for a file that is no disk: the variables of the VM's firmware.
+    The variables of the VM's firmware are no disk: their format is qcow2, or "" for a file that holds nothing else.
     """
 
     path: Path

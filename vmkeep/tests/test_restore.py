@@ -167,6 +167,14 @@ def test_an_odd_vm_name_gives_safe_files(site, chain):
     assert "\x1b" not in site.run("image", "list").out
 
 
+def test_a_long_vm_name_is_cut(site, chain):
+    site.rename(WEB, "ü" * 100)
+    source = site.run("backup", WEB.uuid, "--json").json["source"]
+    made = site.run("restore", "1", "--to", str(site.folder / "to"), "--json").json
+    assert made["name"] == f"{'ü' * 70}-{source[:8]}"
+    assert len(made["name"].encode()) <= 150, "as of a name that is given"
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("web1", "web1"), ("-x", "_x"), ("..", "_."), (".", "_"), ("", "_"), ("a/b", "a_b"), ("ü" * 200, "ü" * 75)],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from backupcore_libvirt.definition import restored_definition
 
 PAGE = Path(__file__).parents[3] / "docs" / "restored-definition.md"
@@ -69,14 +71,19 @@ def test_what_is_taken_over_is_not_named_as_left_out():
         "<domain type='kvm'><name>old</name><memory unit='MiB'>64</memory><vcpu>1</vcpu><cpu mode='host-passthrough'/>"
         "<os firmware='efi'><type arch='x86_64' machine='q35'>hvm</type><boot dev='hd'/></os>"
         "<features><acpi/></features>"
-        "<devices><disk type='file' device='disk'><driver name='qemu' type='raw' discard='unmap'/><source file='/a'/>"
-        "<target dev='vda' bus='virtio'/>"
+        "<devices><disk type='file' device='disk' model='virtio-transitional'>"
+        "<driver name='qemu' type='raw' discard='unmap' queues='2'/><source file='/a'/>"
+        "<target dev='vda' bus='virtio' removable='on' rotation_rate='7200'/><geometry cyls='2' heads='16' secs='63'/>"
+        "<blockio logical_block_size='4096' physical_block_size='4096'/>"
         "<address type='pci' domain='0x0000' bus='0x04' slot='0x00' function='0x0'/></disk>"
         "<interface type='network'><mac address='52:54:00:00:00:01'/><source network='default'/></interface>"
         "<graphics type='vnc' autoport='yes'/></devices></domain>"
     )
     more = {"name": "again", "disks": {"vda": Path("/r/a")}, "nvram": None, "no_ip": False}
-    assert restored_definition(stored.encode(), no_nic=False, **more).left_out == ()
+    whole = restored_definition(stored.encode(), no_nic=False, **more)
+    assert (whole.left_out, whole.nvram_format) == ((), "raw")
+    for piece in ("4096", "transitional", "queues", "removable", "rotation_rate", "cyls"):
+        assert piece in whole.xml.decode()
     assert restored_definition(stored.encode(), no_nic=True, **more).left_out == ("devices/interface",)
     made = restored_definition(stored.encode(), no_nic=False, new_mac=True, **more)
     assert made.left_out == ("devices/interface/mac",)
@@ -88,3 +95,25 @@ def test_a_uuid_is_kept_where_asked_for():
     made = restored_definition(EVERYTHING.encode(), keep_uuid=True, **more)
     assert b"<uuid>9fe0c1a6-0000-4000-8000-000000000001</uuid>" in made.xml
     assert "uuid" not in made.left_out
+
+
+@pytest.mark.parametrize(
+    ("loader", "nvram", "expected"),
+    [
+        ("format='qcow2'>/usr/share/edk2/ovmf/CODE.qcow2", "", "qcow2"),
+        ("format='qcow2'>/usr/share/edk2/ovmf/CODE.qcow2", "format='qcow2'", "qcow2"),
+        (">/usr/share/OVMF/CODE.fd", "", "raw"),
+        (">/mine/CODE.fd", "format='qcow2'", "qcow2"),
+    ],
+)
+def test_firmware_variables_keep_their_format(loader, nvram, expected):
+    stored = (
+        "<domain type='kvm'><name>old</name><memory unit='MiB'>64</memory>"
+        "<os><type arch='x86_64' machine='q35'>hvm</type>"
+        f"<loader readonly='yes' type='pflash' {loader}</loader><nvram {nvram}>/n</nvram></os></domain>"
+    )
+    more = {"name": "again", "disks": {}, "nvram": Path("/r/n"), "no_ip": False, "no_nic": False}
+    made = restored_definition(stored.encode(), **more)
+    assert made.nvram_format == expected
+    assert (b'<nvram format="qcow2">/r/n' in made.xml) is (expected == "qcow2")
+    assert (b'format="qcow2">/usr/share' in made.xml) is ("format" in loader)

@@ -16,6 +16,7 @@ from pathlib import Path
 from backupcore import chain
 from backupcore import restore as core
 from backupcore.context import Progress
+from backupcore.disk.in_memory import as_qcow2
 from backupcore.errors import BackupError, Busy, ConfigError, NotFound, from_os_error
 from backupcore.hypervisor import DiskFile
 from backupcore.model import VM, Image
@@ -91,7 +92,9 @@ def restore_in_place(
             ctx.check()
             place.hypervisor.fit(disk.path, files[disk.id])
         if _NVRAM in made.files and _NVRAM in new:
-            write_new(new[_NVRAM], made.files[_NVRAM], files[_NVRAM].path)
+            variables = made.files[_NVRAM]
+            variables = as_qcow2(variables) if files[_NVRAM].format == "qcow2" else variables
+            write_new(new[_NVRAM], variables, files[_NVRAM].path)
             place.hypervisor.fit(new[_NVRAM], files[_NVRAM])
         elif _NVRAM in made.files and not disks:
             ctx.log.warning("VM %s has no NVRAM now, so that of the backup was left out", vm.name)

@@ -27,10 +27,10 @@ def short(token: str, tokens: Iterable[str]) -> str:
     return token
 
 
-def file_name(name: str) -> str:
-    """`name` as a part of a path: no slash, nothing unprintable, no leading dot or dash."""
+def file_name(name: str, room: int = 0) -> str:
+    """`name` as a part of a path: no slash, nothing unprintable, no leading dot or dash; `room` bytes can follow it."""
     safe = "".join(letter if letter.isprintable() and letter != "/" else "_" for letter in name)
-    safe = safe.encode("utf-8", "replace")[:_BYTES].decode("utf-8", "ignore")
+    safe = safe.encode("utf-8", "replace")[: _BYTES - room].decode("utf-8", "ignore")
     return f"_{safe[1:]}" if safe[:1] in ("", ".", "-") else safe
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from backupcore import chain
 from backupcore import restore as core
 from backupcore.context import Progress
+from backupcore.disk.in_memory import as_qcow2
 from backupcore.errors import ConfigError, IntegrityError, NotFound, from_os_error
 from backupcore.hypervisor import Definition
 from backupcore.model import VM, Image
@@ -102,7 +103,7 @@ def restore(
                 f"It holds: {', '.join(held)}.",
             )
         source = short(increment.source.token, images.tokens(place.catalog_if_any))
-        base = f"{file_name(image.vm.name)}-{source}" if name is None else name
+        base = f"{file_name(image.vm.name, len(source) + 1)}-{source}" if name is None else name
         names = Names.given(folder.absolute(), base, form or "qcow2", into.folder if into else None)
         wanted = [] if on_devices else [names.disk(disk) for disk in disks or held]
         others = () if disks else (names.definition, names.nvram, *map(names.file, BESIDE))
@@ -206,10 +207,9 @@ def _publish(
     finished = [] if staged.on_devices else [(staged.used / disk.path.name, disk.path) for disk in made.disks]
     nvram = names.nvram if whole and "nvram" in made.files else None
     definition: Path | None = None
+    nvram_format = "raw"
     why_not = ""
     left_out: tuple[str, ...] = ()
-    if nvram:
-        finished.append(_write(staged.used, nvram, made.files["nvram"]))
     beside = {name: names.file(name) for name in BESIDE if whole and name in made.files}
     finished += [_write(staged.used, path, made.files[name]) for name, path in beside.items()]
     if whole:
@@ -231,8 +231,11 @@ def _publish(
             made_definition, why_not = None, "the backup holds none"
         if made_definition is not None:
             definition = names.definition
-            left_out = made_definition.left_out
+            left_out, nvram_format = made_definition.left_out, made_definition.nvram_format
             finished.append(_write(staged.definition, definition, made_definition.xml))
+    if nvram:
+        variables = made.files["nvram"]
+        finished.insert(0, _write(staged.used, nvram, as_qcow2(variables) if nvram_format == "qcow2" else variables))
     core.publish(finished)
     return Files(
         name=names.base,

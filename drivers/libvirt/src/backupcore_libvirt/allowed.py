@@ -122,7 +122,11 @@ OS = _of(
 """``<os>``. Its loader and NVRAM are files, see `definition`."""
 
 DISK = _of(
-    target=_of("dev bus"),
+    "model",
+    target=_of("dev bus tray removable rotation_rate"),
+    # A guest that finds sectors of another size finds no partitions.
+    blockio=_of("logical_block_size physical_block_size discard_granularity"),
+    geometry=_of("cyls heads secs trans"),
     serial=_text(),
     wwn=_text(),
     vendor=_text(),

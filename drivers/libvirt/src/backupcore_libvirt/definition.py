@@ -29,6 +29,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Literal
 from uuid import UUID
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
@@ -91,7 +92,8 @@ def restored_definition(
     result.append(_os(root, nvram, boot or {}, left))
     result.append(_devices(root, disks, left, no_ip=no_ip, no_nic=no_nic, new_mac=new_mac))
     indent(result)
-    return Definition(xml=tostring(result, encoding="unicode").encode() + b"\n", left_out=tuple(_counted(left)))
+    xml = tostring(result, encoding="unicode").encode() + b"\n"
+    return Definition(xml=xml, left_out=tuple(_counted(left)), nvram_format=_nvram_format(root))
 
 
 def _counted(left: list[str]) -> list[str]:
@@ -154,6 +156,12 @@ def _carry_settings(root: Element, result: Element, left: list[str]) -> None:
         SubElement(result, "metadata").append(kept)
 
 
+def _nvram_format(root: Element) -> Literal["raw", "qcow2"]:
+    """The format of the variables' file: that of the firmware itself, if nothing is said."""
+    told = (element.get("format") for path in ("os/nvram", "os/loader") if (element := root.find(path)) is not None)
+    return "qcow2" if next(filter(None, told), "raw") == "qcow2" else "raw"
+
+
 def _os(root: Element, nvram: Path | None, boot: Mapping[str, Path], left: list[str]) -> Element:
     stored = root.find("os")
     if stored is None or stored.find("type") is None:
@@ -169,13 +177,16 @@ def _os(root: Element, nvram: Path | None, boot: Mapping[str, Path], left: list[
             flags = {"readonly": "yes", "type": "pflash"}
             if loader.get("secure") in ("yes", "no"):
                 flags["secure"] = loader.get("secure", "")
+            if loader.get("format") == "qcow2":  # a libvirt before 9.2 knows no format here
+                flags["format"] = "qcow2"
             SubElement(result, "loader", flags).text = path
             for firmware in result.findall("firmware"):
                 result.remove(firmware)  # features for libvirt's own choice; with a path there is none
         else:
             result.set("firmware", "efi")
         if nvram is not None:
-            SubElement(result, "nvram").text = str(nvram.absolute())
+            shape = {"format": "qcow2"} if _nvram_format(root) == "qcow2" else {}
+            SubElement(result, "nvram", shape).text = str(nvram.absolute())
     if "kernel" in boot:  # the others mean nothing without it
         for part in ("kernel", "initrd", "dtb"):
             if part in boot:
@@ -246,7 +257,7 @@ def _disk(stored: Element, path: Path, left: list[str]) -> Element:
     result = _on(path)
     driver = stored.find("driver")
     options = {"name": "qemu", "type": _format(path)}
-    for option in ("discard", "detect_zeroes"):
+    for option in ("discard", "detect_zeroes", "queues", "queue_size"):
         if driver is not None and option in driver.attrib:
             options[option] = driver.attrib[option]
     SubElement(result, "driver", options)
@@ -254,6 +265,7 @@ def _disk(stored: Element, path: Path, left: list[str]) -> Element:
     dropped: list[str] = []
     carried = _carry(stored, DISK, "devices/disk", dropped)
     assert carried is not None  # DISK rules nothing out
+    result.attrib.update(carried.attrib)
     result.extend(carried)
     made_anew = [f"devices/disk/{part}" for part in ("@type", "@device", "source", "driver")]
     left += [part for part in dropped if part not in made_anew]
