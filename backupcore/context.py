@@ -51,6 +51,8 @@ class Context:
     - `folder`: private to this run (0700); what lies in it is removed afterwards.
     - `progress`, `log`: for the user; neither ever gets a secret.
     - `cancelled`, `check`, `on_cancel`: the user may stop the work at any time, from another thread.
+    - `on_touch`: what you have begun, and must have gone well before the guest is touched.
+    - `touch`: the hypervisor says that it is about to touch the guest.
     - `release`: say that nothing more is read of the guest's disks, before a clean-up that may take long.
     - `released`: true once the guest is let go of.
     - `unrecorded`: what the datastore holds whole of a run that could not be recorded; None otherwise.
@@ -73,6 +75,7 @@ class Context:
         self.unrecorded: SourceRef | None = None
         self.released = False
         self._releases: list[Callable[[], None]] = []
+        self._touches: list[Callable[[], object]] = []
         self._making = threading.Lock()
         self._made: dict[Hashable, object] = {}
 
@@ -139,6 +142,26 @@ class Context:
         finally:
             with self._lock:
                 self._callbacks.pop(key, None)
+
+    def on_touch(self, callback: Callable[[], object]) -> None:
+        """Have `touch` call this, once: a question to the datastore that is under way may be answered meanwhile.
+
+        What it raises ends the run before anything of the guest is touched.
+        """
+        with self._lock:
+            self._touches.append(callback)
+
+    def touch(self) -> None:
+        """Say that the guest is about to be touched: a hypervisor calls it once all has been looked at.
+
+        Raises what hinders the run by then; then nothing of the guest may be touched. The core calls it too, after
+        `prebackup`, for a hypervisor that does not.
+        """
+        with self._lock:
+            callbacks, self._touches = self._touches, []
+        for callback in callbacks:
+            callback()
+        self.check()
 
     def on_release(self, callback: Callable[[], None]) -> None:
         """Have `release` call this, once, from whichever thread: the hypervisor lets the guest go there.

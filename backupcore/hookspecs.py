@@ -62,13 +62,15 @@ def prebackup(run: BackupRun, ctx: Context) -> Prepared | None:
 
     The driver returns None. It checks that its target answers and takes writes (TargetUnavailable, AccessDenied,
     TargetFull, ConfigError) and, in one cheap listing, that every source in `run.builds_on` still exists; one that does
-    not is IncrementImpossible. It may wait, so nothing of the guest is touched yet.
+    not is IncrementImpossible. It may wait, so nothing of the guest is touched yet. What the first byte would find out,
+    as a wrong password, is found out here; where that takes long it is begun here, and `ctx.on_touch` is told.
 
     The hypervisor returns Prepared: artifacts that show one instant of all disks, readable until `postbackup`. All that
     can fail or wait is looked at before the guest is touched; what rules out an increment but not a full is
-    IncrementImpossible, raised before as well. A disk of which nothing can tell what changed is whole within the
-    increment, with the reason; where that is so of every disk, the increment is impossible. If it fails halfway it may
-    leave the rest to `postbackup`, which always follows. Exactly one plugin returns a Prepared.
+    IncrementImpossible, raised before as well. It calls `ctx.touch` right before it touches the guest. A disk of which
+    nothing can tell what changed is whole within the increment, with the reason; where that is so of every disk, the
+    increment is impossible. If it fails halfway it may leave the rest to `postbackup`, which always follows. Exactly
+    one plugin returns a Prepared.
     """
 
 

@@ -26,11 +26,16 @@ __all__ = [
     "Finding",
     "Hypervisor",
     "Pool",
+    "StateName",
     "Unchanged",
     "VMDisk",
     "VMState",
     "open_hypervisor",
 ]
+
+StateName = Literal["running", "paused", "asleep", "crashed", "shutting down", "off", "saved", "other"]
+"""What a VM does: `asleep` is one that its guest has suspended, `crashed` one that is kept as it was when it crashed
+(libvirt's ``<on_crash>preserve``), `other` what the hypervisor plugin does not know."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,14 +57,21 @@ class VMDisk:
 class VMState:
     """A VM as it is now. `being_read` is whether a backup reads its disks: if it is off, it cannot start until then.
 
-    `remarks` are what somebody should see to, a line each: what a backup has left on its disks.
+    `remarks` are what somebody should see to, a line each: what a backup has left on its disks. `state_reason` says why
+    it is in its state, where that is worth a word, or "".
     """
 
     vm: VM
-    state: Literal["running", "paused", "off", "saved", "other"]
+    state: StateName
     disks: tuple[VMDisk, ...]
     being_read: bool = False
     remarks: tuple[str, ...] = ()
+    state_reason: str = ""
+
+    @property
+    def state_in_full(self) -> str:
+        """The state, and its reason."""
+        return f"{self.state} ({self.state_reason})" if self.state_reason else self.state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -81,6 +81,7 @@ def _attempt(
         ctx.check()
         ctx.progress.phase("prepare")
         prepared = datastore.prebackup(run, ctx)
+        ctx.touch()
         run = replace(run, date=prepared.date)
         note(run, prepared)
         bundle = Bundle(prepared, run, ctx)

@@ -26,6 +26,7 @@ from backupcore.datastore import Datastore
 from backupcore.disk.qcow2 import DiskArtifact
 from backupcore.disk.reader import start
 from backupcore.errors import (
+    AccessDenied,
     BackupError,
     Cancelled,
     ContractViolation,
@@ -339,6 +340,21 @@ def test_a_wrapper_that_raises_does_not_keep_the_guest_nor_the_driver(site: Site
     assert called == ["guest", RunState.RECORDED], "each of them once"
     assert len(recorded.warnings) == 2
     assert site.guest.busy == ""
+
+
+def test_what_a_driver_has_begun_must_have_gone_well_before_the_guest_is_touched(site: Site):
+    class Asking(MemoryDriver):
+        @hookimpl
+        def prebackup(self, ctx):
+            def wrong():
+                assert site.guest.busy == "", "the guest was touched"
+                raise AccessDenied("wrong password")
+
+            ctx.on_touch(wrong)
+
+    with pytest.raises(AccessDenied, match="wrong password"):
+        site.backup(Asking())
+    assert site.guest.checkpoints == {}
 
 
 def test_a_driver_that_ends_the_program_ends_nothing(site: Site):

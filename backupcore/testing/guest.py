@@ -78,7 +78,6 @@ class MemoryHypervisor:
     @hookimpl
     def prebackup(self, run: BackupRun, ctx: Context) -> Prepared | None:
         """A copy of every disk as it is now, and a checkpoint for the next increment."""
-        del ctx
         guest = self.guests[run.vm.uuid]
         dirty: Mapping[str, set[int]] | None = None
         if run.parent:
@@ -86,6 +85,7 @@ class MemoryHypervisor:
                 raise IncrementImpossible(f"checkpoint of point {run.parent.point} is gone")
             dirty = guest.checkpoints[run.parent.point]
         held = {disk.id for disk in run.parent.disks} if run.parent else set()
+        ctx.touch()
         guest.busy = run.id
         artifacts: list[Artifact] = [BytesArtifact("vm.xml", f"<domain><name>{run.vm.name}</name></domain>".encode())]
         artifacts += [BytesArtifact(name, data) for name, data in guest.files.items()]

@@ -7,9 +7,13 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import threading
 
 import pytest
 from kept_in_files import DB, WEB
+
+from backupcore.context import Context
+from vmkeep import interrupt
 
 
 def test_the_first_is_a_full_and_the_next_an_increment(site):
@@ -91,6 +95,13 @@ def test_a_signal_cancels_the_run_and_releases_the_guest(site, number):
     assert site.run("vm", "show", "web1", "--json").json["last_runs"][0]["state"] == "cancelled"
 
 
+def test_a_stop_that_was_asked_for_before_there_was_a_context_reaches_it(tmp_path):
+    stop, ctx, heard = interrupt.Stop(), Context(tmp_path), threading.Event()
+    stop.ask()
+    with ctx.on_cancel(heard.set), stop.reaches(ctx):
+        assert heard.wait(60)
+
+
 def test_a_second_backup_of_the_same_vm_is_busy_and_another_vm_is_not(site):
     (site.store / "wait").touch()
     child = site.start("backup", "web1")
@@ -143,7 +154,7 @@ def test_a_killed_full_that_was_planned_as_an_increment_is_released_too(site):
 def test_a_run_that_was_killed_after_its_record_keeps_its_checkpoint(site):
     site.run("backup", "web1")
     (site.guests.parent / "die-in-release").touch()
-    assert site.process("backup", "web1").code == 9
+    assert site.process("backup", "web1").code == -9
     (site.guests.parent / "die-in-release").unlink()
     assert len(list((site.state / "runs").iterdir())) == 1
     third = site.run("backup", "web1", "--json").json
@@ -153,7 +164,7 @@ def test_a_run_that_was_killed_after_its_record_keeps_its_checkpoint(site):
 
 def killed_after_storing(site, *arguments):
     (site.store / "die").touch()
-    assert site.process("backup", "web1", *arguments).code == 9
+    assert site.process("backup", "web1", *arguments).code == -9
     (site.store / "die").unlink()
 
 
@@ -221,6 +232,16 @@ def test_a_release_that_fails_is_a_warning_and_the_backup_is_done(site):
     assert "the backup is done, but afterwards: the guest could not be released" in told.err
     assert told.err.count("could not be released") == 1
     assert len(site.run("image", "list", "--json").json) == 1
+
+
+def test_a_part_of_the_vm_that_is_away_is_a_warning_and_the_backup_is_done(site):
+    (site.guests.parent / "nvram-is-away").touch()
+    told = site.run("backup", "web1")
+    assert told.code == 3
+    assert "vmkeep: the backup is done, but nvram is not in it: /nvram is missing\n" in told.err
+    told = site.run("backup", "web1", "--json")
+    assert (told.code, json.loads(told.out)["warnings"]) == (3, ["nvram is not in it: /nvram is missing"])
+    assert [one["state"] for one in site.run("vm", "show", "web1", "--json").json["last_runs"]] == ["recorded"] * 2
 
 
 def test_settings_come_from_the_vm_then_from_the_defaults(site):

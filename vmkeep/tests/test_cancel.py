@@ -136,7 +136,7 @@ def test_recover_puts_right_what_a_killed_backup_left_and_the_second_time_nothin
     assert site.guest(WEB).busy == run
     (told,) = site.run("recover", "--json").json
     assert (told["vm"], told["uuid"], told["errors"]) == ("web1", WEB.uuid, [])
-    assert told["did"][0] == f"run {run[:8]}: written down as failed, its process was killed"
+    assert told["did"][0] == f"run {run[:8]}: written down as failed, its process was killed or found no room to do so"
     assert f"let go of the guest, held by run {run}" in told["did"]
     assert told["did"][-1] == f"run {run[:8]}: released what it held, of VM web1 and in datastore nas"
     assert not site.guest(WEB).busy

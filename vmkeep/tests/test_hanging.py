@@ -366,7 +366,7 @@ def test_a_driver_that_closes_every_file_is_named_and_nothing_is_recorded(site):
 def test_a_process_that_a_driver_has_forked_does_not_keep_the_locks_of_a_run_that_was_killed(site):
     (site.store / "fork").touch()
     told = site.process("backup", "web1")
-    assert told.code == 9
+    assert told.code == -9
     child = int((site.store / "forked").read_text())
     try:
         (site.store / "fork").unlink()
@@ -446,7 +446,7 @@ def test_of_many_that_want_the_lock_of_a_dying_process_one_gets_it(hanging, tmp_
 
 def test_what_a_run_that_was_given_up_had_stored_is_never_recorded_and_is_removed(site):
     (site.store / "die").touch()  # after it was published
-    assert site.process("backup", "web1").code == 9
+    assert site.process("backup", "web1").code == -9
     (site.store / "die").unlink()
     (folder,) = (site.state / "runs").iterdir()
     (source,) = [path.name for path in site.store.glob("[!.]*") if path.is_dir()]
@@ -462,7 +462,7 @@ def test_what_a_run_that_was_given_up_had_stored_is_never_recorded_and_is_remove
 
 def test_what_a_run_that_was_given_up_had_stored_is_named_where_it_cannot_be_removed(site):
     (site.store / "die").touch()
-    assert site.process("backup", "web1").code == 9
+    assert site.process("backup", "web1").code == -9
     (site.store / "die").unlink()
     (folder,) = (site.state / "runs").iterdir()
     assert verdict.give_up(folder, TargetFull("scratch is full"))
@@ -474,7 +474,7 @@ def test_what_a_run_that_was_given_up_had_stored_is_named_where_it_cannot_be_rem
 
 def test_a_run_that_was_claimed_and_killed_before_the_record_is_recorded_by_the_next(site):
     (site.store / "die").touch()
-    assert site.process("backup", "web1").code == 9
+    assert site.process("backup", "web1").code == -9
     (site.store / "die").unlink()
     (folder,) = (site.state / "runs").iterdir()
     verdict.claim(folder)

@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 from kept_in_files import WEB, load, save
 
+from backupcore.errors import Busy
+from backupcore.hypervisor import VMDisk, VMState
+from vmkeep import config, restore_elsewhere
 from vmkeep.naming import file_name, short
+from vmkeep.workplace import Workplace
 
 
 def raw(path: Path) -> bytes:
@@ -292,3 +296,27 @@ def test_where_nobody_can_tell_which_vm_the_device_belongs_to_it_is_said(site, c
     told = site.run("restore", "1", "--disk", "vda", "--device", str(site.folder / "none"))
     assert told.code != 0
     assert "which VM the device belongs to was not looked at: the hypervisor is away" in told.err
+
+
+class Overlaid:
+    """A hypervisor with one VM that is off, and writes to an overlay on a device."""
+
+    def __init__(self, device: Path) -> None:
+        self.device = device
+
+    def vms(self) -> list[VMState]:
+        disk = VMDisk(id="vda", path="/overlays/vda", format="qcow2", virtual_size=1, lies_on=str(self.device))
+        return [VMState(vm=WEB, state="off", disks=(disk,))]
+
+
+def test_a_device_below_an_overlay_is_not_written_to(site):
+    """The overlay would show through, block by block."""
+    site.run("backup", "web1")
+    device = site.folder / "device"
+    device.write_bytes(b"x" * 4096)
+    place = Workplace(config.load(site.config))
+    vars(place)["hypervisor"] = Overlaid(device)
+    with pytest.raises(Busy, match="writes to an overlay on it: /overlays/vda") as refused:
+        restore_elsewhere.onto(place, "1", device, disks=["vda"], overwrite=True)
+    assert "vmkeep recover web1" in refused.value.hint
+    assert device.read_bytes() == b"x" * 4096

@@ -507,11 +507,10 @@ class Runs:
         assert not (self.hypervisor.scratch / run.id).exists()
 
     @contextlib.contextmanager
-    def left_alone(self, run: BackupRun) -> Iterator[None]:
+    def left_alone(self, run: BackupRun) -> Iterator[Taken]:
         """A run whose process is killed, with its guard, while it holds the VM: no `postbackup`, its folder stays."""
         with self.context(run) as ctx:
-            self.hypervisor.prebackup(run, ctx)
-            yield
+            yield Taken(run, ctx, self.hypervisor.prebackup(run, ctx))
             guard = Guard.of(run.id)
             assert guard is not None
             os.kill(guard.process, signal.SIGKILL)
@@ -549,27 +548,40 @@ def daemon(needs_root: None, libvirt_uri: str, qemu_tools: None, vm_folder: Path
 
 
 @pytest.fixture
-def private(daemon: PrivateLibvirtd, vm_prefix: str, vm_folder: Path, tmp_path: Path) -> tuple[SmallVM, Runs]:
+def make_private(
+    daemon: PrivateLibvirtd, vm_prefix: str, vm_folder: Path, tmp_path: Path
+) -> Callable[..., tuple[SmallVM, Runs]]:
+    """Makes a running VM of `daemon`, with two disks (16 MiB, qcow2) on that bus, and what takes its backups."""
+
+    def make(bus: Literal["virtio", "scsi"] = "virtio") -> tuple[SmallVM, Runs]:
+        targets = ("vda", "vdb") if bus == "virtio" else ("sda", "sdb")
+        disks = [(DiskSpec(target=target, size=16 * MiB, bus=bus), vm_folder / f"{target}.qcow2") for target in targets]
+        for disk, path in disks:
+            qemu_img("create", "-q", "-f", "qcow2", path, disk.size)
+        connection = libvirt.open(daemon.uri)
+        text = domain_xml(
+            name=f"{vm_prefix}private",
+            folder=vm_folder,
+            disks=disks,
+            memory_mib=64,
+            kernel=None,
+            firmware=None,
+            emulator=None,
+            devices="",
+        )
+        made = SmallVM(connection, connection.defineXML(text), vm_folder)
+        made.start()
+        folder = tmp_path / "runs"
+        folder.mkdir()
+        return made, Runs(Libvirt(daemon.uri, vm_folder / "scratch"), folder)
+
+    return make
+
+
+@pytest.fixture
+def private(make_private: Callable[..., tuple[SmallVM, Runs]]) -> tuple[SmallVM, Runs]:
     """A running VM of `daemon`, with vda and vdb (16 MiB, qcow2), and what takes its backups."""
-    disks = [(DiskSpec(target=target, size=16 * MiB), vm_folder / f"{target}.qcow2") for target in ("vda", "vdb")]
-    for disk, path in disks:
-        qemu_img("create", "-q", "-f", "qcow2", path, disk.size)
-    connection = libvirt.open(daemon.uri)
-    text = domain_xml(
-        name=f"{vm_prefix}private",
-        folder=vm_folder,
-        disks=disks,
-        memory_mib=64,
-        kernel=None,
-        firmware=None,
-        emulator=None,
-        devices="",
-    )
-    made = SmallVM(connection, connection.defineXML(text), vm_folder)
-    made.start()
-    folder = tmp_path / "runs"
-    folder.mkdir()
-    return made, Runs(Libvirt(daemon.uri, vm_folder / "scratch"), folder)
+    return make_private()
 
 
 @pytest.fixture

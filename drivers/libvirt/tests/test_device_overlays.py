@@ -175,6 +175,29 @@ def test_what_a_dead_run_has_left_is_merged_by_a_recovery(vm, runs, same, tmp_pa
     assert [disk.whole for disk in taken.prepared.disks] == [False, True, False, False]
 
 
+def test_a_device_that_is_another_one_by_now_is_not_written_to(lab, loops, runs):
+    """The host has lost its power, and its devices have other names: what the guest wrote must not go into another."""
+    device = loops["vdb"]
+    vm = lab.vm(["raw:8"], iothread="disk", devices={"vda": device})
+    with runs.left_alone(runs.run(vm)):
+        vm.io("vda", "write -P 2 2M 1M")
+    assert [disk.lies_on for disk in runs.hypervisor.find(vm.name).disks] == [str(device)]
+    vm.destroy()
+    other = lab.folder / "loop-other"
+    other.write_bytes(b"x" * 8 * MiB)
+    subprocess.run(["losetup", "--detach", device], check=True)
+    subprocess.run(["losetup", device, other], check=True)
+    with pytest.raises(HypervisorError, match=f"{device} is another device now") as told:
+        runs.recover(vm)
+    assert f"loop/backing_file {other}" in told.value.message
+    assert other.read_bytes() == b"x" * 8 * MiB
+    subprocess.run(["losetup", "--detach", device], check=True)
+    subprocess.run(["losetup", device, lab.folder / "loop-vdb"], check=True)
+    runs.recover(vm)
+    assert device.read_bytes()[2 * MiB : 3 * MiB] == b"\2" * MiB
+    assert list(runs.hypervisor.scratch.iterdir()) == []
+
+
 def test_whoever_merges_into_a_device_that_is_being_read_ends_the_backup(vm, runs, wait_for):
     """libvirt gives a VM device nodes of its own, so no lock keeps it from that."""
     before = sources(vm)

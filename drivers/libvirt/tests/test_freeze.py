@@ -202,6 +202,23 @@ def test_the_guest_goes_on_in_time_although_the_call_hangs(how, agent_guest, run
     assert "the backup goes on without it" in caplog.text
 
 
+class Confined(Domain):
+    """A VM that AppArmor confines."""
+
+    def live_xml(self) -> str:
+        return super().live_xml().replace("</domain>", "<seclabel type='dynamic' model='apparmor'/></domain>")
+
+
+def test_a_freeze_that_was_too_short_says_what_takes_so_long_under_apparmor(small, runs, wait_for):
+    def hang() -> None:
+        wait_for(lambda: small.domain.state()[0] == 1, "the guard lets it go", 60)
+
+    with pytest.raises(HypervisorError, match="did not stand still until its disks were held") as told:
+        hold(small, runs, Freeze("SUSPEND", "crash", limit=1), hang, Confined)
+    assert "compiles its profile anew for each of its 2 disks" in told.value.hint
+    assert f"vmkeep vm updateconf {small.name} --freeze-timeout SECONDS" in told.value.hint
+
+
 def never() -> None:
     pytest.fail("the call was made")
 

@@ -10,9 +10,10 @@ import libvirt
 import pytest
 
 import backupcore_libvirt
-from backupcore.errors import ConfigError, NotFound
+from backupcore.errors import ConfigError, HypervisorError, NotFound
 from backupcore.model import VM
 from backupcore_libvirt.connection import Domain
+from backupcore_libvirt.overlay import left
 from backupcore_libvirt.plugin import Libvirt
 
 MiB = 1 << 20
@@ -45,6 +46,22 @@ def test_a_listing_asks_no_running_qemu_for_its_block_nodes(lab, small, hypervis
         seen = [hypervisor.find(found.name).disks for found in (vm, small)]
     assert [disk.virtual_size for disk in seen[0]] == [9 * MiB + 512] * 2
     assert [disk.virtual_size for disk in seen[1]] == [16 * MiB, 8 * MiB]
+
+
+def test_a_listing_in_the_moment_in_which_a_merge_ends_shows_no_header_that_cannot_be_read(
+    small, hypervisor, monkeypatch
+):
+    """An overlay that was there a moment ago is gone, or its header half changed."""
+    real, found = left.remarks, []
+
+    def moving(*arguments: object) -> list[str]:
+        found.append(arguments)
+        if len(found) == 1:
+            raise HypervisorError("read the header of /overlay: No such file or directory")
+        return real(*arguments)
+
+    monkeypatch.setattr(left, "remarks", moving)
+    assert (hypervisor.find(small.name).remarks, len(found)) == ((), 2)
 
 
 def test_settings_of_running_and_stopped_vms_last(lab, small, hypervisor):

@@ -6,6 +6,7 @@ The bytes are compared with what QEMU's own tools copied.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import subprocess
 import threading
@@ -22,6 +23,7 @@ from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.image_lock import keep_closed
 from backupcore_libvirt.overlay.merge import Merger
 from backupcore_libvirt.overlay.stack import overlay_path, stacks
+from backupcore_libvirt.plugin import Libvirt
 from backupcore_libvirt.premade.image import make_overlay
 
 pytestmark = pytest.mark.usefixtures("every_qemu_dies")
@@ -82,6 +84,38 @@ def test_a_merge_waits_for_somebody_who_reads_the_disk_for_a_moment(lab, runs, t
     runs.recover(vm)
     vm.plain()
     vm.io("vda", "read -P 2 2M 1M")
+
+
+def test_what_another_configuration_has_put_on_a_disk_is_not_called_ones_own(lab, runs, wait_for):
+    vm = lab.vm(["qcow2:16"], iothread="disk")
+    other = Libvirt(runs.hypervisor.uri, lab.folder / "another")
+    with runs.left_alone(runs.run(vm)):
+        (path,) = vm.overlays()
+        reads = f"it writes to {path}, while a backup of another configuration reads what lies below"
+        assert other.find(vm.name).remarks == (reads,)
+    (told,) = other.find(vm.name).remarks
+    assert f"it writes to {path}, which a backup of another configuration has left" in told
+    (told,) = runs.hypervisor.find(vm.name).remarks
+    assert f"it writes to {path}, which a backup has left" in told
+    runs.recover(vm)
+
+
+def test_what_hinders_a_merge_before_and_after_a_backup_is_told_once(lab, runs, caplog):
+    """A saved VM on whose overlay lies somebody's snapshot."""
+    vm = lab.vm(["qcow2:16"], iothread="disk")
+    xml = f"""<domainsnapshot><disks><disk name='vda' snapshot='external'><source file='{vm.folder / "mine.qcow2"}'/>
+        </disk></disks></domainsnapshot>"""
+    flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
+    with runs.left_alone(runs.run(vm)):
+        vm.io("vda", "write -P 2 2M 1M")
+    vm.domain.snapshotCreateXML(xml, flags)
+    vm.domain.managedSave(0)
+    caplog.clear()
+    with pytest.raises(HypervisorError, match="somebody's snapshot lies on it") as told, runs.take(runs.run(vm)):
+        pass
+    warned = [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING]
+    assert not [line for line in warned if told.value.message in line]
+    vm.domain.managedSaveRemove(0)
 
 
 def detach(vm, disk: str) -> None:

@@ -76,6 +76,25 @@ def test_snapshots_allow_no_increment_and_get_no_bitmap_beside_them(small, runs,
         small.monitor("human-monitor-command", **{"command-line": "delvm before"})
 
 
+@pytest.mark.parametrize("how", ["NONE", "SUSPEND"])
+def test_what_the_datastore_finds_out_meanwhile_is_told_before_the_guest_is_touched(small, runs, how):
+    """A wrong password, say: no guest stands still for that."""
+    run = runs.run(small, settings={"FS_FREEZE": how})
+
+    def wrong() -> None:
+        small.untouched()
+        raise AccessDenied("wrong password")
+
+    with runs.context(run) as ctx:
+        ctx.on_touch(wrong)
+        with pytest.raises(AccessDenied, match="wrong password"):
+            runs.hypervisor.prebackup(run, ctx)
+        assert not small.job()
+        assert small.checkpoints() == set()
+        runs.hypervisor.postbackup(run, Outcome(state=RunState.FAILED), ctx)
+    small.untouched()
+
+
 def test_a_job_of_somebody_else(small, runs, refuse, wait_for):
     folder = small.folder / "foreign"
     folder.mkdir()

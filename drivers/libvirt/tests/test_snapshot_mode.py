@@ -12,9 +12,10 @@ from xml.etree import ElementTree
 import libvirt
 import pytest
 
+from backupcore import guard as asking
 from backupcore.context import Context
 from backupcore.disk.extents import Kind
-from backupcore.errors import HypervisorError, IncrementImpossible, TargetFull, UnsupportedOperation
+from backupcore.errors import Cancelled, HypervisorError, IncrementImpossible, TargetFull, UnsupportedOperation
 from backupcore.model import Outcome, RunState
 from backupcore_libvirt import image_tail
 from backupcore_libvirt.apparmor import denies_merges
@@ -269,11 +270,13 @@ def test_a_failed_run_leaves_the_disks_as_they_were(lab, runs, chain, on):
 
 
 def killed(held, *, recorded: bool):
-    """A run whose process died before `postbackup`: its readers are gone, all else is as it was. The run."""
+    """A run whose process died before `postbackup`, with its guard, which would have merged: all else is as it was.
+
+    Its readers are gone. Returns the run.
+    """
     run = held.runs.run(held.vm, held.parent, settings=SNAPSHOT, spent=tuple(t.run.point for t in held.taken[:-1]))
     truth = held.truth()
-    with held.runs.context(run) as ctx:
-        taken = type(held.parent)(run, ctx, held.runs.hypervisor.prebackup(run, ctx))
+    with held.runs.left_alone(run) as taken:
         layer = held.runs.keep(taken, held.folder / run.id)
         for artifact in taken.prepared.artifacts:
             artifact.close()
@@ -420,19 +423,65 @@ def test_a_merge_of_a_vm_that_is_off_cut_off_at_each_step(lab, chain):
         assert beside(vm) == [Path(files(vm, "vda")[0]).name]
 
 
-def test_an_overlay_that_lies_about_and_holds_something_stays(lab, chain, hypervisor):
+def defined_as_before(lab, chain):
+    """A VM with one backup, off, that is defined as before that: what it has written since is in the overlay only."""
     vm = lab.vm(["raw:16"], start=False)
     held = chain(vm)
     held.backup()
     lost = files(vm, "vda")[0]
     qemu_io(lost, "write -P 1 1M 1M")
-    # The VM is defined as it was before its first backup: what it has written since is in the overlay only.
+    truth = held.truth()
     vm.change((lost, f"{vm.folder}/vda.raw"), ("type='qcow2'", "type='raw'"))
+    return vm, held, lost, truth
+
+
+def test_an_overlay_is_used_again_where_its_disk_was_not_written_to(lab, chain, caplog):
+    """The VM was defined anew with its first file, and has not run since."""
+    vm, held, lost, truth = defined_as_before(lab, chain)
+    taken = held.backup(truth=truth)
+    assert f"put right: {lost}" in caplog.text
+    assert not taken.prepared.disks[0].whole
+    assert beside(vm) == [name(vm, "vda", taken.run, "raw").rpartition("/")[2]]
+    assert held.runs.hypervisor.find(vm.name).remarks == ()
+
+
+def test_an_overlay_that_lies_about_and_holds_something_stays_and_is_told(lab, chain):
+    """Its disk was written to since, so the two do not belong together any more."""
+    vm, held, lost, _ = defined_as_before(lab, chain)
+    subprocess.run(["qemu-io", "-f", "raw", "-c", "write -P 2 3M 1k", vm.folder / "vda.raw"], check=True)
+    before = Path(lost).read_bytes()
     with pytest.raises(IncrementImpossible, match="no longer on .*, which holds what was written"):
         held.backup()
-    held.truths.pop()
-    chain(vm).backup()
-    assert Path(lost).exists()
+    anew = chain(vm)
+    for number in range(2):
+        with pytest.raises(HypervisorError, match="the VM does not use it") as told:
+            anew.backup()
+        assert f"qemu-img convert -f qcow2 -O qcow2 {lost} COPY" in told.value.hint
+        assert len(held.runs.hypervisor.find(vm.name).remarks) == 1, number
+    finding = next(one for one in held.runs.hypervisor.check(try_vm=False) if one.subject == f"disks of VM {vm.name}")
+    assert (finding.ok, lost in finding.detail) == (False, True)
+    vm.start()
+    assert len(held.runs.hypervisor.find(vm.name).remarks) == 1
+    vm.destroy()
+    held.runs.hypervisor.forget(vm.identity)
+    assert Path(lost).read_bytes() == before
+
+
+def test_a_run_that_hangs_and_was_given_up_leaves_no_overlay(lab, chain, wait_for):
+    """Whoever owns it may hang for hours, and nobody looks any more at the room that the overlay takes."""
+    vm = lab.vm(["raw:16"])
+    held = chain(vm)
+    held.backup()
+    before = files(vm, "vda")
+    with pytest.raises(Cancelled), held.runs.take(held.runs.run(vm, held.parent, settings=SNAPSHOT)) as taken:
+        vm.io("vda", "write -P 3 2M 1M")
+        assert len(files(vm, "vda")) == 3
+        assert asking.give_up(taken.ctx.folder, Cancelled("cancelled"), 60).released
+        wait_for(lambda: files(vm, "vda") == before, "the guard merges", 60)
+        taken.ctx.check()
+    assert files(vm, "vda") == before
+    vm.io("vda", "read -P 3 2M 1M")
+    held.backup()
 
 
 @pytest.mark.parametrize("merged", [pytest.param("at once", marks=pytest.mark.soak), "live, by the next run", "off"])

@@ -171,7 +171,8 @@ def test_the_reader_is_killed_and_the_guest_goes_on(lab, runs, take, same, tmp_p
     parent, layer = take(vm)
     vm.io("vda", "write -P 1 1M 1M")
     run = runs.run(vm, parent)
-    with pytest.raises(ConnectionLost), runs.take(run) as taken:
+    named = pytest.raises(ConnectionLost, match=f"disk vda of VM {vm.name}: ")  # and not its socket, which nobody knows
+    with named, runs.take(run) as taken:
         for process in readers(runs.hypervisor.scratch / run.id):
             os.kill(process, signal.SIGKILL)
         vm.io("vda", "write -P 2 2M 1M")
@@ -417,6 +418,28 @@ def test_a_full_file_system_stops_the_guest_only_until_its_overlay_is_merged(nar
         filler.unlink()
         taken.ctx.check()
     vm.plain()
+
+
+@pytest.mark.parametrize("on", [True, False], ids=["live", "off"])
+def test_a_merge_without_room_says_where_the_vm_goes_on_and_what_to_do(narrow, runs, on):
+    vm = narrow()
+    filler = vm.folder / "filler"
+    with runs.left_alone(runs.run(vm)):
+        vm.io("vda", "write -P 7 1M 8M")
+    (overlay,) = vm.overlays()
+    with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        while file.write(bytes(4096)):
+            pass
+    if not on:
+        vm.destroy()
+    with pytest.raises(TargetFull, match=rf"is not merged: 0 MiB are free in {vm.folder}, and up to \d+ MiB") as told:
+        runs.recover(vm)
+    assert f"goes on in {overlay}" in told.value.hint
+    assert f"vmkeep recover {vm.name}" in told.value.hint
+    filler.unlink()
+    runs.recover(vm)
+    vm.plain()
+    vm.write("vda", "read -P 7 1M 8M")
 
 
 def test_a_policy_that_loses_writes_needs_room_for_all_of_them(narrow, runs):

@@ -10,7 +10,6 @@ from xml.etree import ElementTree
 import pytest
 
 from backupcore.disk.in_memory import as_qcow2
-from backupcore.errors import HypervisorError
 from backupcore_libvirt.vm_files import LIMIT, VMFile, read, vm_files
 from lab import kernel
 
@@ -144,11 +143,13 @@ def test_what_is_left_out_and_why(xml, left_out):
         assert left_out[1] in found[0].reason
 
 
-def test_a_vm_that_was_never_started_has_none_of_it_yet():
+def test_nvram_and_tpm_that_are_away_are_told_and_hinder_nothing():
+    """Of a VM that runs, and of one that is off; it may have been started never yet."""
     xml = "<os><nvram>/nowhere/nvram</nvram></os><devices><tpm><backend type='emulator' version='1.2'/></tpm></devices>"
-    assert vm_files(Described(xml, active=False), "qemu:///session") == ((), ())
-    with pytest.raises(HypervisorError, match="NVRAM /nowhere/nvram is missing"):
-        vm_files(Described(xml), "qemu:///system")
+    for active, then in ((True, "will be lost when the VM is powered off"), (False, "are made anew at the next start")):
+        files, left = vm_files(Described(xml, active=active), "qemu:///session")
+        assert (files, [(one.id, one.missed) for one in left]) == ((), [("nvram", True), ("tpm", True)])
+        assert all("is missing: " in one.reason and then in one.reason for one in left)
 
 
 def test_a_file_that_is_replaced_while_it_is_read(tmp_path):
@@ -162,9 +163,15 @@ def test_a_file_that_is_replaced_while_it_is_read(tmp_path):
             path.write_bytes(found)
 
     next_contents(0)
-    assert read("web", VMFile("nvram", path), next_contents).data == b"c"
-    with pytest.raises(HypervisorError, match="keeps changing while it is read"):
-        read("web", VMFile("nvram", path), lambda _: path.write_bytes(path.read_bytes() + b"."))
+    file = VMFile("nvram", path)
+    assert read(file, next_contents).data == b"c"
+    changing = read(file, lambda _: path.write_bytes(path.read_bytes() + b"."))
+    path.unlink()
+    gone = read(file, lambda _: None)
+    assert [(one.reason, one.missed) for one in (changing, gone)] == [
+        (f"{path} kept changing while it was read", True),
+        (f"{path} is missing", True),
+    ]
 
 
 def test_variables_in_a_qcow2_file_are_kept_raw(tmp_path, qemu_tools):
@@ -177,7 +184,7 @@ def test_variables_in_a_qcow2_file_are_kept_raw(tmp_path, qemu_tools):
     xml = "<os><loader format='qcow2'>/l</loader><nvram>{}</nvram></os>"
     (file,), left_out = vm_files(Described(xml.format(path)), "qemu:///system")
     assert (file, left_out) == (VMFile("nvram", path, "qcow2"), ())
-    again = read("web", file, lambda _: None).data == held
+    again = read(file, lambda _: None).data == held
     assert again, "bytes, of which pytest would make a very long text"
     files, (left,) = vm_files(Described(xml.format(above)), "qemu:///system")
     assert (files, left.missed, left.reason) == ((), True, f"{above} lies on another file")

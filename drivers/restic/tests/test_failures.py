@@ -52,6 +52,20 @@ def test_a_wrong_password_is_no_missing_repository(
     assert {path: path.stat().st_mtime_ns for path in Path(fresh.repository).rglob("*")} == before
 
 
+def test_a_wrong_password_is_told_before_the_guest_is_touched_by_an_increment_too(
+    options: Options, fresh: Restic, ctx: Context, make_run: Runs, make_artifacts: Artifacts, tmp_path: Path
+) -> None:
+    """What it builds on is looked for in the folder, for which no password is needed."""
+    stored = fresh.backup(make_artifacts(), make_run(), ctx)
+    (tmp_path / "wrong").write_text("guess\n")
+    run = make_run(builds_on=(stored.source,))
+    options(fresh.repository, password_file=str(tmp_path / "wrong")).prebackup(run, ctx)
+    with pytest.raises(AccessDenied, match="wrong password"):
+        ctx.touch()
+    fresh.prebackup(run, ctx)
+    ctx.touch()
+
+
 @pytest.mark.parametrize("how", [{"password_file": "/nowhere/at/all"}, {"password_command": "false"}])
 def test_a_password_that_cannot_be_had(options: Options, pristine: Path, ctx: Context, how: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match=r"(?i)resolving password"):

@@ -91,7 +91,7 @@ def put_right(place: Workplace, vm: VM, did: list[str], other: Datastore | None 
     errors: list[BackupError] = []
     _let_go(place, vm, did)
     for run in runs.died(place.catalog, vm.uuid):
-        did.append(f"run {run[:8]}: written down as failed, its process was killed")
+        did.append(f"run {run[:8]}: written down as failed, its process was killed or found no room to do so")
     with _context(place, did) as ctx:
         try:
             place.hypervisor.recover(vm, points.spent(place.catalog, vm, place.installation), ctx)

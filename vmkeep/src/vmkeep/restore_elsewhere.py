@@ -133,7 +133,7 @@ def _refuse(one: VMState, device: Path, *, overwrite: bool) -> None:
     for disk in _disks_at(one, device):
         what = f"{device} is disk {disk.id} of VM {one.vm.name}"
         if one.state != "off":
-            raise Busy(f"{what}, which is {one.state}", "Power it off, or choose another device.")
+            raise Busy(f"{what}, which is {one.state_in_full}", "Power it off, or choose another device.")
         if disk.lies_on:
             raise Busy(
                 f"{what}, which writes to an overlay on it: {disk.path}",

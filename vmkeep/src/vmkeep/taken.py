@@ -10,6 +10,9 @@ from vmkeep import retention
 
 __all__ = ["Taken"]
 
+PARTS = ("nvram", "tpm", "kernel", "initrd", "dtb")
+"""What may be left out of a VM and is no disk."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Taken:
@@ -25,10 +28,12 @@ class Taken:
 
     @property
     def missed(self) -> tuple[str, ...]:
-        """A line for each disk with data of the guest that no backup holds, and that nobody chose to leave out."""
-        left = [one for one in self.recorded.left_out if one.missed]
+        """A line for each part of the VM that ought to be in it and is not, as a disk that nobody chose to leave out."""
+        missed = [one for one in self.recorded.left_out if one.missed]
+        disks = [one for one in missed if one.id not in PARTS]
         run = self.recorded.run
         excluded = [name for name in run.settings.get("EXCLUDE_DISKS", "").split(",") if name]
-        chosen = ",".join([*excluded, *(one.id for one in left)])
+        chosen = ",".join([*excluded, *(one.id for one in disks)])
         hint = f"If that is meant: {typed('vmkeep vm updateconf', run.vm.name, '--exclude-disks', chosen)}"
-        return tuple(f"disk {one.id} is not in it: {one.reason}. {hint}" for one in left)
+        lines = [f"{one.id} is not in it: {one.reason}" for one in missed if one.id in PARTS]
+        return (*(f"disk {one.id} is not in it: {one.reason}. {hint}" for one in disks), *lines)

@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +27,7 @@ from backupcore.model import (
     VM,
     Artifact,
     BackupRun,
+    LeftOut,
     Listed,
     Outcome,
     Prepared,
@@ -72,12 +74,14 @@ class FileHypervisor(MemoryHypervisor):
         self.read()
         prepared = super().prebackup(run, ctx)
         save(self.path, self.guests.values())
+        if prepared is not None and self.path.with_name("nvram-is-away").exists():
+            return replace(prepared, left_out=(LeftOut(id="nvram", reason="/nvram is missing", missed=True),))
         return prepared
 
     @hookimpl
     def postbackup(self, run: BackupRun, outcome: Outcome) -> None:
         if self.path.with_name("die-in-release").exists():
-            os._exit(9)
+            os.kill(os.getpid(), signal.SIGKILL)
         self.read()
         super().postbackup(run, outcome)
         save(self.path, self.guests.values())
@@ -186,7 +190,7 @@ class FileDriver:
                 os.closerange(0, 3)
                 signal.pause()
             (self.path / "forked").write_text(str(child))
-            os._exit(9)
+            os.kill(os.getpid(), signal.SIGKILL)
         if (self.path / "fork-and-return").exists() and (child := os.fork()):
             os.waitpid(child, 0)
         token = new_id()
@@ -202,7 +206,7 @@ class FileDriver:
         (folder / ".labels").write_text(json.dumps(run.labels))
         folder.rename(self.path / token)
         if (self.path / "die").exists():
-            os._exit(9)
+            os.kill(os.getpid(), signal.SIGKILL)
         return Stored(source=SourceRef(token), stored=size)
 
     @hookimpl

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from backupcore_libvirt.connection import Connection, Domain
-from backupcore_libvirt.xml import parse
+from backupcore_libvirt.xml import Element, parse
 
-__all__ = ["MENDED", "denies_merges"]
+__all__ = ["MENDED", "denies_merges", "is_confined"]
 
 MENDED = (12, 1, 0)
 """The first libvirt whose profiles let a running VM write to a file below its disk's own when that is asked for."""
@@ -20,5 +20,10 @@ def denies_merges(connection: Connection, domain: Domain) -> bool:
     """
     if not domain.is_active() or connection.libvirt_version() >= MENDED:
         return False
-    labels = parse(domain.live_xml()).findall("./seclabel")
+    return is_confined(parse(domain.live_xml()))
+
+
+def is_confined(definition: Element) -> bool:
+    """Whether the VM of this running definition has an AppArmor profile."""
+    labels = definition.findall("./seclabel")
     return any(label.get("model") == "apparmor" and label.get("type") != "none" for label in labels)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree.ElementTree import Element, SubElement, tostring
 
 from backupcore.errors import BackupError, Busy, HypervisorError, NotFound
+from backupcore.typed import typed
 from backupcore_libvirt.connection import BACKUP, IO_ERROR, NO_JOB, PAUSED, Domain
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.libvirt_errors import code_of
@@ -22,6 +24,7 @@ BEGIN_LIMIT = 10.0
 ORPHANS_LIMIT = 3.0
 CLIENTS_LIMIT = 10.0
 END_LIMIT = 120.0
+AGAIN_EVERY = 5.0
 _OPERATIONS = ("", "start", "save", "restore", "migration", "migration", "snapshot", "revert", "dump", "backup")
 
 
@@ -148,9 +151,9 @@ def end(domain: Domain, folder: RunFolder) -> list[str]:
             wait_until_alone(Path(job.socket), CLIENTS_LIMIT)
             folder.remove_scratch()
             domain.abort_job()
-            _wait_for_end(domain)
+            _wait_for_end(domain, Path(job.socket))
             did.append("ended a backup job")
-        if started and domain.state() == (PAUSED, IO_ERROR):
+        if started and domain.state() == (PAUSED, IO_ERROR) and not folder.was_stopped:
             # QEMU stopped it when a scratch file could not grow; without the job the stopped write is done again.
             domain.resume()
             did.append("let the guest go on, which QEMU had stopped after an I/O error")
@@ -161,9 +164,29 @@ def end(domain: Domain, folder: RunFolder) -> list[str]:
     return did
 
 
-def _wait_for_end(domain: Domain) -> None:
+def _not_ended(domain: Domain) -> HypervisorError:
+    """The error of a job that goes on; what is to be done hangs on whether QEMU still answers."""
+    later = f"{typed('vmkeep recover', domain.name)} (or the next backup) ends it"
+    try:
+        status = domain.query("query-status")["status"]
+    except BackupError as error:
+        return HypervisorError(
+            f"VM {domain.name}: the backup job has not ended {END_LIMIT:.0f} s after it was asked to, and QEMU does "
+            f"not answer ({error.message})",
+            f"Does the guest itself still answer? Then leave it alone: {later}. If it stands still for good, only "
+            f"{typed('virsh destroy', domain.name)} is left, which is as pulling its plug.",
+        )
+    return HypervisorError(
+        f"VM {domain.name}: the backup job has not ended {END_LIMIT:.0f} s after it was asked to; QEMU answers, and "
+        f"says {status}",
+        f"The guest does not stand still for that: leave it alone. {later}.",
+    )
+
+
+def _wait_for_end(domain: Domain, socket: Path) -> None:
     # abortJob returns before the end; until then further calls meet "in use".
     deadline = time.monotonic() + END_LIMIT
+    again = time.monotonic() + AGAIN_EVERY
     while True:
         try:
             if not domain.job_type():
@@ -179,8 +202,12 @@ def _wait_for_end(domain: Domain) -> None:
                 return
             raise
         if time.monotonic() > deadline:
-            raise HypervisorError(
-                f"VM {domain.name}: the backup job has not ended {END_LIMIT:.0f} s after it was asked to",
-                "See 'virsh domjobinfo'; if QEMU's monitor does not answer any more, only 'virsh destroy' helps.",
-            )
+            raise _not_ended(domain)
+        if time.monotonic() > again:
+            # Of a disk that the guest has given back meanwhile libvirt waits for a job that it did not end; asked
+            # again, it ends (9.0).
+            again = time.monotonic() + AGAIN_EVERY
+            wait_until_alone(socket, CLIENTS_LIMIT)
+            with suppress(BackupError):  # it has just ended, or libvirt is still at it
+                domain.abort_job()
         time.sleep(0.01)

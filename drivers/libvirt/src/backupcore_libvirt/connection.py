@@ -54,6 +54,10 @@ COMMIT: int = libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COMMIT
 ACTIVE_COMMIT: int = libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT
 NOT_READY: int = libvirt.VIR_ERR_BLOCK_COPY_ACTIVE
 NO_JOB: int = libvirt.VIR_ERR_NO_DOMAIN_BACKUP
+# VIR_DOMAIN_BACKUP_BEGIN_PRESERVE_SHUTDOWN_DOMAIN, which older bindings have no name for, and the first libvirt that
+# knows it: any other refuses a flag that it does not know.
+_PRESERVE_SHUTDOWN_DOMAIN = 2
+_PRESERVES = (11, 10, 0)
 
 # Without this, libvirt-python prints every error to stderr, also those that are handled.
 libvirt.registerErrorHandler(lambda *_: None, None)
@@ -238,9 +242,15 @@ class Domain:
             return str(self._domain.backupGetXMLDesc(0))
 
     def begin_backup(self, backup: str, checkpoint: str | None) -> None:
-        """Start the job, with the scratch files that are there already, and, in the same instant, the checkpoint."""
+        """Start the job, with the scratch files that are there already, and, in the same instant, the checkpoint.
+
+        Where libvirt can, a VM whose guest shuts down meanwhile stays until the job has ended.
+        """
+        flags = libvirt.VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL
         with self._calling("begin the backup"):
-            self._domain.backupBegin(backup, checkpoint, libvirt.VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL)
+            if _version(self._domain.connect().getLibVersion()) >= _PRESERVES:
+                flags |= _PRESERVE_SHUTDOWN_DOMAIN
+            self._domain.backupBegin(backup, checkpoint, flags)
 
     def abort_job(self) -> None:
         """Ask the job to end. Only with no NBD client connected: an abort beside a half-open one hangs the guest."""

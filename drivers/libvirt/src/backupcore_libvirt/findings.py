@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from backupcore.errors import BackupError
 from backupcore.hypervisor import Finding
 from backupcore_libvirt.apparmor import MENDED
 from backupcore_libvirt.connection import Connection
-from backupcore_libvirt.folder import RunFolder
+from backupcore_libvirt.folder import RunFolder, living_vms
+from backupcore_libvirt.overlay.left import lost
 from backupcore_libvirt.owner import confinement, default_owner
 from backupcore_libvirt.place.confinement import described
 from backupcore_libvirt.scratch import Owner, check_scratch, require_room, scratch_room
@@ -37,8 +39,10 @@ def findings(uri: str, scratch: Path, *, try_vm: bool) -> Sequence[Finding]:
                 _scratch(scratch, owner),
                 *_confinement(connection),
             ]
+            unused = _lost(connection, scratch)
         if try_vm and all(finding.ok for finding in found):
             found.append(trial(uri, scratch, owner))
+        found += unused
     except BackupError as error:
         return [Finding(subject="libvirt", ok=False, detail=error.message, hint=error.hint)]
     return found
@@ -81,6 +85,25 @@ def _confinement(connection: Connection) -> list[Finding]:
     )
     detail = f"VMs are confined by {described(models)}{known}"
     return [Finding(subject="confinement", ok=True, detail=detail, hint=closed)]
+
+
+def _lost(connection: Connection, scratch: Path) -> list[Finding]:
+    """What VMs have written, and do not use any more: each is a disk that lacks something."""
+    found = []
+    backed_up = living_vms(scratch)
+    for domain in connection.domains():
+        with suppress(BackupError):  # it has just gone, or `vm list` tells what hinders
+            if domain.uuid not in backed_up:
+                found += [(domain.name, path) for path in lost(domain, scratch)]
+    return [
+        Finding(
+            subject=f"disks of VM {vm}",
+            ok=False,
+            detail=f"{path} holds what the VM has written, and the VM does not use it",
+            hint="No backup holds that, and nothing removes the file. The next backup says what can be done with it.",
+        )
+        for vm, path in found
+    ]
 
 
 def _scratch(scratch: Path, owner: Owner) -> Finding:

@@ -3,9 +3,10 @@
 ``SCRATCH/RUN.lock`` the process of the run keeps locked. It lies outside of ``SCRATCH/RUN/``, which is QEMU's user's:
 taken away there, a run that lives would look dead. (Runs of older versions have theirs inside, as ``lock``.)
 
-``SCRATCH/RUN/`` holds one ``DISK.scratch`` per disk; ``nbd.sock`` where the job's socket cannot lie in the VM's own
-folder (`backupcore_libvirt.place`), and for a VM that is off one ``nbd.DISK.sock`` per disk. It is 0700 and belongs to
-the user that QEMU runs as; the folders above only have to let that user pass (0711).
+``SCRATCH/RUN/`` holds one ``DISK.scratch`` per disk; ``stopped`` where QEMU had stopped the guest before; ``nbd.sock``
+where the job's socket cannot lie in the VM's own folder (`backupcore_libvirt.place`), and for a VM that is off one
+``nbd.DISK.sock`` per disk. It is 0700 and belongs to the user that QEMU runs as; the folders above only have to let that
+user pass (0711).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from backupcore_libvirt.scratch import Owner
 
 __all__ = ["SOCKET_PATH_LIMIT", "RunFolder", "dead_folders", "living_vms"]
 
-_KNOWN = re.compile(r"nbd\.sock|lock|trial\.raw|[A-Za-z0-9_.-]+\.scratch|nbd\.[A-Za-z0-9_.-]+\.sock")
+_KNOWN = re.compile(r"nbd\.sock|lock|stopped|trial\.raw|[A-Za-z0-9_.-]+\.scratch|nbd\.[A-Za-z0-9_.-]+\.sock")
 _RUN = re.compile(r"[0-9a-f]{32}")
 _VM = re.compile(r"[0-9a-f-]{36}")
 _CAREFULLY = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -122,6 +123,18 @@ class RunFolder:
             os.close(lock)
             raise
         return inherited.keep_from_children(lock)
+
+    def note_stopped(self) -> None:
+        """Note that QEMU had stopped the guest before this run: it is not the run's to let go on."""
+        try:
+            os.close(os.open(self.path / "stopped", os.O_WRONLY | os.O_CREAT | _CAREFULLY, 0o600))
+        except OSError as error:
+            raise from_os_error(error, f"scratch folder {self.path}") from error
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether that was noted."""
+        return os.path.lexists(self.path / "stopped")
 
     def is_in_use(self) -> bool:
         """Whether the process of that run still lives: its lock is released when it ends, however it ends.

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from backupcore.errors import BackupError, Busy, HypervisorError, NotFound, UnsupportedOperation
+from backupcore.errors import BackupError, Busy, HypervisorError, NotFound, UnsupportedOperation, sentences
 from backupcore.typed import typed
 from backupcore_libvirt import freeze_record
+from backupcore_libvirt.apparmor import is_confined
 from backupcore_libvirt.connection import AGENT_UNRESPONSIVE, PAUSED, PAUSED_BY_USER, RUNNING, Domain
 from backupcore_libvirt.folder import RunFolder, dead_folders
 from backupcore_libvirt.freeze_record import FreezeRecord, How
@@ -31,6 +32,7 @@ if TYPE_CHECKING:  # the process that guards a run loads this, and needs no more
     from backupcore.context import Context
     from backupcore.model import Consistency
     from backupcore_libvirt.release.guard import Guard
+    from backupcore_libvirt.states import State
 
 __all__ = ["Freeze", "Held", "frozen", "plan", "release", "release_dead"]
 
@@ -69,14 +71,14 @@ class Held:
     seconds: float = 0.0
 
 
-def plan(
-    domain: Domain, xml: str, settings: Mapping[str, str], otherwise: Consistency, *, running: bool = True
-) -> Freeze:
-    """What the settings ask for, once it is clear that it can be done now. `otherwise` is the VM's state as it is.
+def plan(domain: Domain, xml: str, settings: Mapping[str, str], otherwise: Consistency, state: State | None) -> Freeze:
+    """What the settings ask for, once it is clear that it can be done now.
+
+    `state` is the VM's as it is, None for one that is off, and `otherwise` the consistency that it gives.
 
     UnsupportedOperation or HypervisorError where it cannot, unless FS_FREEZE_FALLBACK=YES. Changes nothing.
     """
-    if not running:  # off, or saved: it stands still
+    if state is None:  # off, or saved: it stands still
         return Freeze(None, otherwise)
     how = settings.get("FS_FREEZE", "NONE")
     fallback = settings.get("FS_FREEZE_FALLBACK", "NO") == "YES"
@@ -87,7 +89,7 @@ def plan(
     if how != "AGENT":
         return Freeze(None, otherwise)
     try:
-        _require_agent(domain, xml, otherwise)
+        _require_agent(domain, xml, state, stands=otherwise == "paused")
     except (UnsupportedOperation, HypervisorError) as error:
         if not fallback:
             raise
@@ -95,12 +97,13 @@ def plan(
     return Freeze("AGENT", otherwise, fallback, limit)
 
 
-def _require_agent(domain: Domain, xml: str, state: Consistency) -> None:
+def _require_agent(domain: Domain, xml: str, state: State, *, stands: bool) -> None:
     other = f"Or choose another way: {typed('vmkeep vm updateconf', domain.name)} --fs-freeze SUSPEND (or NONE)"
-    if state == "paused":
+    if stands:
+        go_on = f"Let it run: {typed(state.wake_up, domain.name)}. " if state.wake_up else ""
         raise UnsupportedOperation(
-            f"VM {domain.name} is paused, so its agent cannot freeze its file systems (FS_FREEZE=AGENT)",
-            f"Let it run: {typed('virsh resume', domain.name)}. {other}",
+            f"VM {domain.name} is {state}, so its agent cannot freeze its file systems (FS_FREEZE=AGENT)",
+            f"{go_on}{other}",
         )
     channel = parse(xml).find("./devices/channel/target[@name='org.qemu.guest_agent.0']")
     if channel is None:
@@ -166,7 +169,7 @@ def frozen(domain: Domain, folder: RunFolder, freeze: Freeze, guard: Guard, ctx:
         problem = HypervisorError(
             f"VM {domain.name}: the guest did not stand still until its disks were held; it may do so for "
             f"{freeze.limit:.0f} s at most (FREEZE_TIMEOUT)",
-            _hint(domain),
+            sentences(_hint_of_time(domain), _hint(domain)),
         )
     if problem is None:
         held.consistency = _CONSISTENCY[freeze.how]
@@ -205,6 +208,21 @@ def _rest(domain: Domain, folder: RunFolder, freeze: Freeze) -> HypervisorError 
     if not count:
         return HypervisorError(f"VM {domain.name}: its agent found no file system to freeze", _hint(domain))
     return None
+
+
+def _hint_of_time(domain: Domain) -> str:
+    """What a longer FREEZE_TIMEOUT would help against, or ""."""
+    try:
+        definition = parse(domain.live_xml())
+    except BackupError:  # it has ended meanwhile
+        return ""
+    disks = len(definition.findall("./devices/disk[@device='disk']"))
+    if not is_confined(definition) or disks < 2:
+        return ""
+    return (
+        f"AppArmor confines this VM: libvirt compiles its profile anew for each of its {disks} disks while the guest "
+        f"stands still. Give it more time: {typed('vmkeep vm updateconf', domain.name)} --freeze-timeout SECONDS"
+    )
 
 
 def _hint(domain: Domain) -> str:

@@ -19,6 +19,7 @@ from backupcore_libvirt.connection import OFF, Connection, Domain
 from backupcore_libvirt.disks import SourceDisk, source_disks
 from backupcore_libvirt.image_size import keeps_data_elsewhere
 from backupcore_libvirt.overlay.stack import any_overlay, source_path
+from backupcore_libvirt.states import State
 from backupcore_libvirt.vm_files import VMFile, nvram_file
 from backupcore_libvirt.xml import parse
 
@@ -116,10 +117,9 @@ def _require_whole(domain: Domain, disk: SourceDisk) -> None:
 
 
 def _require_off(domain: Domain) -> None:
-    state, _ = domain.state()
-    if state not in OFF:
+    if domain.state()[0] not in OFF:
         raise Busy(
-            f"VM {domain.name} is running; its disks cannot be replaced",
+            f"VM {domain.name} is {State.of(domain)}; its disks cannot be replaced",
             f"Power it off: {typed('virsh shutdown', domain.name)}. Or restore to new files with --to.",
         )
     if domain.is_saved():

@@ -7,16 +7,17 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from backupcore.errors import Busy, HypervisorError, IncrementImpossible, UnsupportedOperation
-from backupcore.model import BackupRun, Consistency, LeftOut
+from backupcore.errors import Busy, IncrementImpossible, UnsupportedOperation
+from backupcore.model import BackupRun, LeftOut
 from backupcore.typed import typed
 from backupcore_libvirt.checkpoint import Since, since
-from backupcore_libvirt.connection import IO_ERROR, OFF, PAUSED, RUNNING, SHUTTING_DOWN, Connection, Domain
+from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.disks import DiskChoice, Node, SourceDisk, located, nodes, source_disks
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.freeze import Freeze, plan
 from backupcore_libvirt.owner import qemu_owner
 from backupcore_libvirt.scratch import Owner, check_scratch
+from backupcore_libvirt.states import State, consistency_of, stopped_by_an_error
 from backupcore_libvirt.stopped import check_files, stopped_nodes
 from backupcore_libvirt.versions import require, require_stopped
 from backupcore_libvirt.vm_files import VMFile, vm_files
@@ -28,7 +29,8 @@ __all__ = ["Look", "look"]
 class Look:
     """What was found: the disks to back up, all disks by ID, those that get a bitmap, and what the run needs.
 
-    `live` is whether QEMU runs for the VM, `since` is None for a full. `files` are what the VM consists of besides,
+    `live` is whether QEMU runs for the VM, `stopped` whether QEMU has stopped its guest after an I/O error, `since` is
+    None for a full. `files` are what the VM consists of besides,
     `remarks` what its settings say in vain.
     """
 
@@ -38,6 +40,7 @@ class Look:
     left_out: tuple[LeftOut, ...]
     nodes: Mapping[str, Node]
     live: bool
+    stopped: bool
     since: Since | None
     freeze: Freeze
     owner: Owner
@@ -63,7 +66,7 @@ def look(connection: Connection, domain: Domain, run: BackupRun, scratch: Path) 
     A running backup job is not looked for here, see `backup_job.left_behind`.
     """
     live = domain.is_active()
-    consistency = _consistency(domain)
+    consistency = consistency_of(domain)
     versions = require(connection, domain) if live else require_stopped(connection, domain)
     xml = domain.live_xml()
     choice = DiskChoice.of(run.settings)
@@ -106,34 +109,13 @@ def look(connection: Connection, domain: Domain, run: BackupRun, scratch: Path) 
         left_out=(*left_out, *not_kept),
         nodes=opened,
         live=live,
+        stopped=stopped_by_an_error(domain),
         since=builds_on,
-        freeze=plan(domain, xml, run.settings, consistency, running=live),
+        freeze=plan(domain, xml, run.settings, consistency, State.of(domain) if live else None),
         owner=owner,
         files=files,
         remarks=_in_vain(domain, every, choice),
         versions=versions,
-    )
-
-
-def _consistency(domain: Domain) -> Consistency:
-    state, reason = domain.state()
-    if state == RUNNING:
-        return "crash"
-    if state == PAUSED and reason == IO_ERROR:
-        raise HypervisorError(
-            f"VM {domain.name}: QEMU has stopped the guest after an I/O error of one of its disks",
-            "Find the cause (a full file system? 'virsh domblkerror' says more), then: "
-            f"{typed('virsh resume', domain.name)}",
-        )
-    if state == PAUSED:
-        return "paused"
-    if state in OFF:
-        # What the guest had not yet written to its disks lies in the saved memory.
-        return "crash" if domain.is_saved() else "off"
-    if state == SHUTTING_DOWN:
-        raise Busy(f"VM {domain.name} is shutting down", "Run it again once the VM is off.")
-    raise UnsupportedOperation(
-        f"VM {domain.name} is neither running, paused nor off (libvirt's state {state}); only such VMs can be backed up"
     )
 
 

@@ -15,7 +15,18 @@ from backupcore import hookimpl
 from backupcore.context import Context
 from backupcore.errors import BackupError, Busy, HypervisorError, NotFound
 from backupcore.hypervisor import Checkpoint, Definition, DiskFile, Finding, Pool, Unchanged, VMState
-from backupcore.model import VM, Artifact, BackupRun, BytesArtifact, Estimate, Outcome, Prepared, RunState, new_id
+from backupcore.model import (
+    VM,
+    Artifact,
+    BackupRun,
+    BytesArtifact,
+    Estimate,
+    LeftOut,
+    Outcome,
+    Prepared,
+    RunState,
+    new_id,
+)
 from backupcore_libvirt import __version__, checkpoint, freeze_record
 from backupcore_libvirt.backup_job import end, left_behind
 from backupcore_libvirt.connection import Connection, Domain
@@ -81,13 +92,13 @@ class Libvirt:
             ctx.log.warning(remark)
         lock = folder.make(seen.owner, domain.uuid)
         ctx.stack.callback(os.close, lock)
-        ctx.check()
+        ctx.touch()
         mechanism.ready(guard)
         with frozen(domain, folder, seen.freeze, guard, ctx) as held:
             date = mechanism.begin()
         exports = mechanism.serve(guard)
         reader = reader_of(guard, ctx)
-        files = [read_file(domain.name, file) for file in seen.files]
+        files = [read_file(file) for file in seen.files]
         with job_expected(domain, folder, exports, ctx):
             taken = [taken_of(disk, exports[disk.id], seen, run, reader) for disk in seen.disks]
         for disk_artifact, _ in taken:
@@ -95,7 +106,7 @@ class Libvirt:
         artifacts: list[Artifact] = [
             *(disk_artifact for disk_artifact, _ in taken),
             BytesArtifact("vm.xml", domain.inactive_xml().encode()),
-            *files,
+            *(file for file in files if isinstance(file, BytesArtifact)),
         ]
         return Prepared(
             artifacts=tuple(artifacts),
@@ -103,7 +114,7 @@ class Libvirt:
             consistency=held.consistency,
             frozen_seconds=held.seconds,
             disks=tuple(disk for _, disk in taken),
-            left_out=seen.left_out,
+            left_out=(*seen.left_out, *(file for file in files if isinstance(file, LeftOut))),
             versions={**seen.versions, "backupcore-libvirt": __version__},
         )
 
@@ -298,10 +309,35 @@ class Libvirt:
 
 
 def _release(connection: Connection, run: BackupRun, outcome: Outcome, folder: RunFolder, ctx: Context) -> None:
+    domain = _found(connection, run)
+    active = domain is not None and domain.is_active()
     try:
-        domain = connection.domain(run.vm.uuid)
+        _release_of(connection, domain, run, outcome, folder=folder, ctx=ctx)
+    except BackupError as error:
+        now = _found(connection, run)
+        if (now is not None and now.is_active()) == active:
+            raise
+        # It was powered off, or started, while this went on: what libvirt refuses then is done in another way.
+        ctx.log.info("VM %s: once more, its state has changed meanwhile: %s", run.vm.name, error)
+        _release_of(connection, now, run, outcome, folder=folder, ctx=ctx)
+
+
+def _found(connection: Connection, run: BackupRun) -> Domain | None:
+    try:
+        return connection.domain(run.vm.uuid)
     except NotFound:
-        domain = None  # a transient VM that has ended, or one that was undefined: nothing of it is held
+        return None  # a transient VM that has ended, or one that was undefined: nothing of it is held
+
+
+def _release_of(
+    connection: Connection,
+    domain: Domain | None,
+    run: BackupRun,
+    outcome: Outcome,
+    *,
+    folder: RunFolder,
+    ctx: Context,
+) -> None:
     problems: list[BackupError] = []
     resting = False
     if domain is None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from backupcore.errors import HypervisorError, from_os_error
 from backupcore.model import BytesArtifact, LeftOut
 from backupcore_libvirt.connection import Domain
 from backupcore_libvirt.image_size import by_header, keeps_data_elsewhere, lies_on_another
@@ -26,6 +25,7 @@ __all__ = ["VMFile", "nvram_file", "read", "vm_files"]
 LIMIT = 64 << 20
 """Bytes of one file; the core holds artifacts that are no disks in memory."""
 TRIES = 20
+_MADE_AT_A_START = {"nvram": "its firmware's variables, as boot entries,", "tpm": "the keys that its TPM holds"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +41,7 @@ class VMFile:
 
 
 def vm_files(domain: Domain, uri: str) -> tuple[tuple[VMFile, ...], tuple[LeftOut, ...]]:
-    """The files that a backup keeps, and those that it cannot, each with the reason.
-
-    HypervisorError where a running VM has lost its firmware variables: it could not be started again.
-    """
+    """The files that a backup keeps, and those that it cannot, each with the reason."""
     live = parse(domain.live_xml())
     # The kernel that the definition of the next start names, as the backup keeps that definition.
     named = [_nvram(live), _tpm(live, domain.uuid, uri), *_boot(parse(domain.inactive_xml()))]
@@ -97,21 +94,23 @@ def _boot(root: Element) -> Iterator[VMFile]:
             yield VMFile(name, Path(path))
 
 
-def _looked_at(file: VMFile, domain: Domain) -> VMFile | LeftOut | None:
-    """The file, or why it cannot be kept; None where there is none yet."""
+def _looked_at(file: VMFile, domain: Domain) -> VMFile | LeftOut:
+    """The file, or why it cannot be kept. What is away hinders no backup: the disks are worth more than that."""
     try:
         with file.path.open("rb") as opened:
             size = os.fstat(opened.fileno()).st_size
         if file.format == "qcow2":
             size = max(size, by_header(str(file.path), "qcow2") or 0)
-    except FileNotFoundError as error:
-        if file.artifact in ("nvram", "tpm") and not domain.is_active():
-            return None  # made at the first start
-        if file.artifact == "nvram":
-            raise HypervisorError(
-                f"VM {domain.name}: its NVRAM {file.path} is missing", "It is made when the VM starts."
-            ) from error
-        return LeftOut(id=file.artifact, reason=f"{file.path} is missing")
+    except FileNotFoundError:
+        reason = f"{file.path} is missing"
+        if file.artifact in _MADE_AT_A_START:
+            what = _MADE_AT_A_START[file.artifact]
+            reason += (
+                f": {what} will be lost when the VM is powered off"
+                if domain.is_active()
+                else f": {what} are made anew at the next start (it is no loss if the VM has never been started)"
+            )
+        return LeftOut(id=file.artifact, reason=reason, missed=True)
     except OSError as error:
         return LeftOut(id=file.artifact, reason=f"{file.path} cannot be read: {error.strerror}")
     if file.format == "qcow2" and (lies_on_another(str(file.path)) or keeps_data_elsewhere(str(file.path))):
@@ -122,28 +121,33 @@ def _looked_at(file: VMFile, domain: Domain) -> VMFile | LeftOut | None:
     return file
 
 
-def read(vm: str, file: VMFile, pause: Callable[[float], object] = time.sleep) -> BytesArtifact:
-    """Its contents, read twice until equal: the guest, or the host, may write to it. HypervisorError, AccessDenied."""
-    before = _read(vm, file)
-    for _ in range(TRIES):
-        pause(0.02)
-        after = _read(vm, file)
-        if after == before and after is not None:
-            return BytesArtifact(file.artifact, after)
-        before = after
-    raise HypervisorError(f"VM {vm}: {file.path} keeps changing while it is read", "Run it again.")
-
-
-def _read(vm: str, file: VMFile) -> bytes | None:
+def read(file: VMFile, pause: Callable[[float], object] = time.sleep) -> BytesArtifact | LeftOut:
+    """Its contents, read twice until equal: the guest, or the host, may write to it; or why there are none."""
+    before: bytes | None = None
     try:
-        data = _held(file)
+        before = _read(file)
+        for _ in range(TRIES):
+            pause(0.02)
+            after = _read(file)
+            if after == before and after is not None:
+                break
+            before = after
+        else:
+            why = "is missing" if before is None else "kept changing while it was read"
+            return LeftOut(id=file.artifact, reason=f"{file.path} {why}", missed=True)
+    except OSError as error:
+        return LeftOut(id=file.artifact, reason=f"{file.path} cannot be read: {error.strerror}", missed=True)
+    assert before is not None  # equal to `after`
+    if len(before) > LIMIT:
+        return LeftOut(id=file.artifact, reason=f"{file.path} has grown beyond {LIMIT >> 20} MiB", missed=True)
+    return BytesArtifact(file.artifact, before)
+
+
+def _read(file: VMFile) -> bytes | None:
+    try:
+        return _held(file)
     except FileNotFoundError:
         return None  # for a moment, where it is replaced
-    except OSError as error:
-        raise from_os_error(error, f"VM {vm}: {file.artifact}") from error
-    if len(data) > LIMIT:
-        raise HypervisorError(f"VM {vm}: {file.path} has grown beyond {LIMIT >> 20} MiB")
-    return data
 
 
 def _held(file: VMFile) -> bytes:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Literal
 
 from backupcore.errors import BackupError, NotFound
 from backupcore.hypervisor import VMDisk, VMState
 from backupcore.model import VM
-from backupcore_libvirt.connection import OFF, PAUSED, RUNNING, Domain
+from backupcore_libvirt.connection import Domain
 from backupcore_libvirt.disks import BY_RULE, DiskChoice, SourceDisk, source_disks
 from backupcore_libvirt.image_size import by_header
 from backupcore_libvirt.overlay import left
 from backupcore_libvirt.overlay.stack import base_of, is_overlay
 from backupcore_libvirt.qemu_nbd import is_served
 from backupcore_libvirt.settings import read as read_settings
+from backupcore_libvirt.states import State
 
 __all__ = ["choice_of", "state_of"]
+
+MERGED_WITHIN = 1.0
 
 
 def choice_of(domain: Domain, defaults: Mapping[str, str] | None) -> DiskChoice:
@@ -27,40 +30,39 @@ def choice_of(domain: Domain, defaults: Mapping[str, str] | None) -> DiskChoice:
 
 def state_of(domain: Domain, backed_up: Collection[str], scratch: Path, choice: DiskChoice = BY_RULE) -> VMState:
     """The VM; `backed_up` are the UUIDs of those that a run backs up now. NotFound if it has just gone."""
-    number, _ = domain.state()
-    state: Literal["running", "paused", "off", "saved", "other"] = "other"
-    if number == RUNNING:
-        state = "running"
-    elif number == PAUSED:
-        state = "paused"
-    elif number in OFF:
-        state = "saved" if domain.is_saved() else "off"
+    state = State.of(domain)
+    off = state.name in ("off", "saved")
     disks = tuple(
         VMDisk(
             id=disk.id,
             path=disk.path,
             format=disk.format,
-            virtual_size=_virtual_size(domain, disk, live=number not in OFF) if not disk.left_out else None,
+            virtual_size=_virtual_size(domain, disk, live=not off) if not disk.left_out else None,
             left_out=disk.left_out,
             lies_on=base_of(disk.path) if is_overlay(disk.path) else "",
         )
         for disk in source_disks(domain.live_xml(), choice)
     )
     being_read = domain.uuid in backed_up
-    if being_read and state in ("off", "saved") and any(is_overlay(disk.path) for disk in disks):
+    if being_read and off and any(is_overlay(disk.path) for disk in disks):
         being_read = any(is_served(disk.path) for disk in disks)  # what lies below an overlay keeps no VM from starting
     remarks = () if domain.uuid in backed_up else _remarks(domain, scratch)
     vm = VM(uuid=domain.uuid, name=domain.name)
-    return VMState(vm=vm, state=state, disks=disks, being_read=being_read, remarks=remarks)
+    return VMState(vm=vm, state=state.name, state_reason=state.why, disks=disks, being_read=being_read, remarks=remarks)
 
 
 def _remarks(domain: Domain, scratch: Path) -> tuple[str, ...]:
-    try:
-        return tuple(left.remarks(domain, scratch))
-    except NotFound:
-        raise
-    except BackupError as error:
-        return (error.in_full,)  # the VM is listed all the same
+    deadline = time.monotonic() + MERGED_WITHIN
+    while True:
+        try:
+            return tuple(left.remarks(domain, scratch))
+        except NotFound:
+            raise
+        except BackupError as error:
+            # A merge that ends just now changes headers, and removes files that were there a moment ago.
+            if time.monotonic() > deadline:
+                return (error.in_full,)  # the VM is listed all the same
+        time.sleep(0.05)
 
 
 def _virtual_size(domain: Domain, disk: SourceDisk, *, live: bool) -> int | None:

@@ -87,11 +87,13 @@ class Restic:
         self._warn(ctx)
         repository = Repository(self)
         try:
-            # What a chain builds on was written with this password, so the folder itself is asked: restic would take
-            # 0.7 s to derive its key, as long as a small increment takes in all.
+            # The folder itself is asked: restic takes 0.7 s to derive its key, as long as a small increment takes in
+            # all. It does so beside what else is looked at, since a password may be another one by now.
             there = repository.ids_in_folder() if run.builds_on else None
             if there is None:
                 there = repository.ids(ctx, self.timeout)
+            else:
+                ctx.on_touch(repository.opening(ctx, self.timeout))
         except NoRepository as error:
             if run.builds_on:  # a new repository here would hide that all earlier backups are gone
                 raise TargetUnavailable(

@@ -250,6 +250,26 @@ class Repository:
         listed = self.write(["list", "snapshots"], OPENING, ctx, limit=limit)
         return {line for line in listed.decode(errors="replace").split() if is_id(line)}
 
+    def opening(self, ctx: Context, limit: float) -> Callable[[], None]:
+        """Begin to ask for the repository's configuration, for which the password is needed.
+
+        What is returned waits for the answer, and raises what `identity` would.
+        """
+        child = self.start(["--no-lock", "cat", "config"])
+        ctx.stack.enter_context(child)
+        child.within(limit)
+
+        def wait() -> None:
+            with ctx.on_cancel(child.stop):
+                while child.output.read(1 << 20):
+                    pass
+                code = child.wait()
+            ctx.check()
+            if code:
+                raise self.failed(child, code, f"{OPENING} {self.name}")
+
+        return wait
+
     def identity(self, ctx: Context, limit: float) -> str:
         """The repository's ID, from its configuration, for which the password is needed."""
         found = _json(self.ask(["--no-lock", "cat", "config"], OPENING, ctx, limit=limit), dict)

@@ -44,7 +44,7 @@ def list_(asked: Asked) -> None:
     rows = [
         (
             one.found.vm.name,
-            f"{one.found.state}, being read" if one.found.being_read else one.found.state,
+            f"{one.found.state_in_full}, being read" if one.found.being_read else one.found.state_in_full,
             date(one.last_backup) if one.last_backup else "never",
             age(max(0, int((now - one.last_backup).total_seconds()))) if one.last_backup else "-",
             one.found.vm.uuid,
@@ -117,10 +117,10 @@ def _show_settings(found: vms.Detail) -> None:
 
 def _state(found: VMState) -> str:
     if not found.being_read:
-        return found.state
+        return found.state_in_full
     # QEMU's lock on the disks refuses the start, and libvirt's message does not say whose lock it is.
     stopped = "; it can start once that has ended" if found.state in ("off", "saved") else ""
-    return f"{found.state}, being read by a backup{stopped}"
+    return f"{found.state_in_full}, being read by a backup{stopped}"
 
 
 @vm.command(short_help="Compare a VM's disks with its last backup, to find changes that nothing tracked.")

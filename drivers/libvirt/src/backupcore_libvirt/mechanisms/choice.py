@@ -25,6 +25,7 @@ from backupcore_libvirt.overlay import run as overlay_run
 from backupcore_libvirt.overlay.plan import plan, wanted, without_bitmaps
 from backupcore_libvirt.place.job_socket import job_socket
 from backupcore_libvirt.scratch import require_room, scratch_room
+from backupcore_libvirt.states import refused_with_overlays
 from backupcore_libvirt.versions import qemu_of, survives_clients_of_iothreads, text
 
 __all__ = ["choose", "finish", "forget", "prepare", "settle"]
@@ -38,9 +39,10 @@ def prepare(connection: Connection, domain: Domain, run: BackupRun, folder: RunF
     try:
         left.merge_left(connection, domain, folder, ctx)
     except BackupError as error:
-        # Whatever way is chosen then reads through what stays, and takes that disk whole.
+        # Whatever way is chosen then reads through what stays, and takes that disk whole. `settle` tries it again at
+        # the end of the run, and tells it then: a warning now would be told twice.
         ctx.check()
-        ctx.log.warning("VM %s: an overlay of a dead run stays for now: %s", domain.name, error.in_full)
+        ctx.log.info("VM %s: an overlay of a dead run stays for now: %s", domain.name, error.in_full)
     overlay_run.prepare(connection, domain, run, folder, ctx)
 
 
@@ -53,10 +55,12 @@ def choose(connection: Connection, domain: Domain, run: BackupRun, scratch: Path
     found = look(connection, domain, without_bitmaps(run), scratch)
     overlays = None if _shared(domain, run, found, ctx) else plan(connection, domain, run, found.disks)
     if overlays:
+        _refuse_stopped(domain, found)
         return Overlays(domain, run, folder, ctx, replace(found, since=overlays.since), overlays)
     if not found.live:
         return OffNbd(connection, domain, run, folder, ctx, found)
     if why := _killing(domain, found):
+        _refuse_stopped(domain, found)
         held = _without_job(domain, run, found, scratch, why)
         return TemporaryOverlays(connection, domain, run, folder, ctx, found, held)
     _require_room(domain, found, scratch)
@@ -80,6 +84,11 @@ def _shared(domain: Domain, run: BackupRun, found: Look, ctx: Context) -> bool:
     if run.reason != why:
         ctx.log.warning("VM %s: no increment can follow this full: %s", domain.name, why)
     return True
+
+
+def _refuse_stopped(domain: Domain, found: Look) -> None:
+    if found.stopped:
+        raise refused_with_overlays(domain.name)
 
 
 def _killing(domain: Domain, found: Look) -> str:

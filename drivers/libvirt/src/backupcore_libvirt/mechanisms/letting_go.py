@@ -35,14 +35,16 @@ def let_go(uri: str, vm: str, folder: RunFolder) -> list[str]:
         return did + end(domain, folder)
 
 
-def merge_overlays(uri: str, vm: str, folder: RunFolder, stop: Callable[[], bool]) -> list[str]:
+def merge_overlays(uri: str, vm: str, folder: RunFolder, stop: Callable[[], bool], undone: str = "") -> list[str]:
     """Merge the overlays that a run has put on the disks of `vm` (its UUID) for its own time; a line for each.
 
-    The guest goes on in them meanwhile. Tried for ten minutes, or until `stop` says that somebody else does it.
-    BackupError where something stays: the next run, or `recover`, merges it.
+    `undone` is the point of a run that was given up for good, and whose overlays were to stay between backups: they are
+    merged back as well. The guest goes on in them meanwhile. Tried for ten minutes, or until `stop` says that somebody
+    else does it. BackupError where something stays: the next run, or `recover`, merges it.
     """
     # Loaded only where it is needed: the guard of any other run starts without it.
     from backupcore.context import Context  # noqa: PLC0415
+    from backupcore_libvirt.overlay import run  # noqa: PLC0415
     from backupcore_libvirt.overlay.left import merge_left  # noqa: PLC0415
 
     deadline = time.monotonic() + MERGE_LIMIT
@@ -60,4 +62,6 @@ def merge_overlays(uri: str, vm: str, folder: RunFolder, stop: Callable[[], bool
         except NotFound:
             return []
         merge_left(connection, domain, folder, ctx)
+        if undone:
+            run.undo(connection, domain, undone, folder=folder, ctx=ctx, check=ctx.check)
     return list(ctx.put_right)

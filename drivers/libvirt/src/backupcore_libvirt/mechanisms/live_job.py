@@ -17,7 +17,7 @@ from backupcore_libvirt.owner import confinement
 from backupcore_libvirt.place.job_socket import JobSocket
 from backupcore_libvirt.place.refusal import refused
 from backupcore_libvirt.premade.image import make_empty
-from backupcore_libvirt.reading.export import Export
+from backupcore_libvirt.reading.export import Export, called
 from backupcore_libvirt.release.guard import Guard
 
 __all__ = ["LiveJob"]
@@ -31,7 +31,9 @@ class LiveJob(ByBitmaps):
 
     def ready(self, guard: Guard) -> None:
         """Have libvirt know the checkpoint that an increment builds on, and make the scratch files."""
-        guard.hold("scratch", "state")
+        if self.look.stopped:
+            self.folder.note_stopped()
+        guard.hold("scratch", "life" if self.look.stopped else "state")
         if self.look.since:
             make_known(self.domain, self.look.since, self.look.all_disks)
         for disk in self.look.disks:
@@ -53,7 +55,13 @@ class LiveJob(ByBitmaps):
         bitmaps = self.look.bitmaps
         return {
             disk.id: Export(
-                Address(str(self.socket.path), disk.id, self.socket.peer, guard.admission),
+                Address(
+                    str(self.socket.path),
+                    disk.id,
+                    self.socket.peer,
+                    guard.admission,
+                    called(self.domain.name, disk.id),
+                ),
                 bitmap_name(disk.id) if disk.id in bitmaps else None,
             )
             for disk in self.look.disks

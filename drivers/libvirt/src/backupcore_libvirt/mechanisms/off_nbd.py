@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from backupcore_libvirt.mechanisms.mechanism import ByBitmaps
 from backupcore_libvirt.qemu_nbd import QemuNbd
-from backupcore_libvirt.reading.export import Export
+from backupcore_libvirt.reading.export import Export, called
 from backupcore_libvirt.release.guard import Guard
 from backupcore_libvirt.stopped import add_bitmaps
 
@@ -49,5 +49,5 @@ class OffNbd(ByBitmaps):
             socket = self.folder.socket_of(disk.id)
             server = QemuNbd(socket, disk.path, disk.format, part=disk.source.part, bitmaps=[bitmap] if bitmap else [])
             self.ctx.stack.enter_context(server)
-            exports[disk.id] = Export(server.address, bitmap)
+            exports[disk.id] = Export(replace(server.address, disk=called(self.domain.name, disk.id)), bitmap)
         return exports

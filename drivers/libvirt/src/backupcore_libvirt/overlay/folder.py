@@ -2,7 +2,8 @@
 
 ``SCRATCH/overlays/UUID/`` holds the overlays of the VM's block devices, beside which there is no room, and a link to
 each one that lies beside a file: a disk may be detached during a run, and nothing else tells then what is in its
-overlay. The folder goes with the last of them. It belongs to us, and QEMU's user can only pass it.
+overlay. Beside that of a device lies a note of which device it is (`device`). The folder goes with the last of them. It
+belongs to us, and QEMU's user can only pass it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from backupcore.errors import from_os_error
+from backupcore_libvirt.overlay import device
 from backupcore_libvirt.overlay.stack import base_of, disk_of, is_temporary, overlays_beside
 
 __all__ = ["OverlayFolder"]
@@ -38,6 +40,8 @@ class OverlayFolder:
                 link = self.path / Path(overlay).name
                 if str(link) != overlay and not link.is_symlink():
                     link.symlink_to(overlay)
+                elif str(link) == overlay:
+                    device.note(overlay, base_of(overlay))
             for folder in (self.path, *list(self.path.parents)[:2]):
                 _sync(folder)
         except OSError as error:
@@ -78,7 +82,8 @@ class OverlayFolder:
         """Forget the overlays that are gone, and remove the folder if none is left."""
         with suppress(OSError):  # nothing hangs on it: whoever looks passes by what is gone
             for path in self.path.iterdir():
-                if path.is_symlink() and not os.path.lexists(path.readlink()):
+                of = path.readlink() if path.is_symlink() else Path(str(path).removesuffix(device.SUFFIX))
+                if of != path and not os.path.lexists(of):
                     path.unlink()
             self.path.rmdir()
             self.path.parent.rmdir()

@@ -29,9 +29,10 @@ from backupcore_libvirt.overlay.stack import (
     stacks,
 )
 from backupcore_libvirt.premade.image import is_untouched
+from backupcore_libvirt.qemu_nbd import is_served
 from backupcore_libvirt.xml import parse
 
-__all__ = ["merge_left", "remarks", "settle"]
+__all__ = ["lost", "merge_left", "remarks", "settle"]
 
 log = logging.getLogger("backupcore")
 
@@ -40,15 +41,18 @@ MERGE_LIMIT = 600.0
 
 
 class _Left(NamedTuple):
-    """The overlays of single runs that are there, of one VM.
+    """The overlays of one VM that are there.
 
-    Of its disks, used or not; those of them on which somebody has put a snapshot of theirs; and those of disks that it
-    does not have any more.
+    Those of single runs: of its disks, used or not; those of them on which somebody has put a snapshot of theirs; and
+    those of disks that it does not have any more. `lasting` are those that stay between backups, and that are not the
+    file which a disk writes to. `noted` are those that a run of this configuration has made.
     """
 
     of_disks: list[str]
     covered: list[str]
     detached: list[str]
+    lasting: list[str]
+    noted: list[str]
 
 
 def _find(domain: Domain, scratch: Path) -> _Left:
@@ -64,8 +68,11 @@ def _find(domain: Domain, scratch: Path) -> _Left:
     of_disks = [path for path in dict.fromkeys([*own, *beside, *covered]) if is_temporary(path)]
     whole = {path for path in own if is_whole(path)}
     known = {*of_disks, *whole, *(base_of(path) for path in own), *named(xml, whole=True)}
-    detached = [path for path in folder.noted() if path not in known]
-    return _Left([path for path in of_disks if path not in whole], covered, detached)
+    noted = folder.noted()
+    detached = [path for path in noted if path not in known]
+    tops = {disk.path for disk in here}
+    lasting = [path for path in dict.fromkeys(beside) if not is_temporary(path) and path not in tops]
+    return _Left([path for path in of_disks if path not in whole], covered, detached, lasting, noted)
 
 
 def _covered(domain: Domain, xml: str, disks: list[SourceDisk]) -> list[str]:
@@ -85,13 +92,13 @@ def _covered(domain: Domain, xml: str, disks: list[SourceDisk]) -> list[str]:
 
 def _unused(domain: Domain, left: _Left) -> list[str]:
     """Those of the VM's disks that hold something, and that neither it uses nor any process has open."""
-    if not left.of_disks:
+    if not left.of_disks and not left.lasting:
         return []
     if domain.is_active():
         used = named(domain.live_xml(), whole=True)
     else:
         used = {overlay.path for stack in stacks(domain).values() for overlay in stack.overlays} | set(left.covered)
-    return [path for path in left.of_disks if path not in used and _holds(path)]
+    return [path for path in (*left.of_disks, *left.lasting) if path not in used and _holds(path)]
 
 
 def _holds(path: str) -> bool:
@@ -103,17 +110,13 @@ def _holds(path: str) -> bool:
 def remarks(domain: Domain, scratch: Path) -> list[str]:
     """What to tell of a VM that no run backs up now: a line for each overlay that a run has left."""
     left = _find(domain, scratch)
-    if not left.of_disks and not left.detached:
+    if not left.of_disks and not left.detached and not left.lasting:
         return []
-    lost, used = _unused(domain, left), named(domain.live_xml(), whole=True)
+    unused, used = _unused(domain, left), named(domain.live_xml(), whole=True)
     found = [
-        f"{path} holds what the VM has written, and the VM does not use it"
-        if path in lost
-        else f"somebody's snapshot lies on {path}, which a backup has left, so it is not merged"
-        if path in left.covered
-        else f"it writes to {path}, which a backup has left; {typed('vmkeep recover', domain.name)} merges it"
-        for path in left.of_disks
-        if path in lost
+        _remark(domain, path, left, unused=path in unused, used=path in used)
+        for path in (*left.of_disks, *(path for path in left.lasting if path in unused))
+        if path in unused
         or path in used
         or path in left.covered
         or (not is_untouched(Path(path)) and (not qemu_img.is_empty(path) or qemu_img.is_open_elsewhere(path)))
@@ -123,6 +126,23 @@ def remarks(domain: Domain, scratch: Path) -> list[str]:
         for path in left.detached
         if _holds(path)
     ]
+
+
+def _remark(domain: Domain, path: str, left: _Left, *, unused: bool, used: bool) -> str:
+    if unused:
+        return f"{path} holds what the VM has written, and the VM does not use it"
+    if path in left.covered:
+        return f"somebody's snapshot lies on {path}, which a backup has left, so it is not merged"
+    whose = "a backup" if path in left.noted or not used else "a backup of another configuration"
+    if path not in left.noted and is_served(base_of(path)):
+        return f"it writes to {path}, while {whose} reads what lies below"
+    return f"it writes to {path}, which {whose} has left; {typed('vmkeep recover', domain.name)} merges it"
+
+
+def lost(domain: Domain, scratch: Path) -> list[str]:
+    """The overlays that hold what the VM has written and that it does not use."""
+    left = _find(domain, scratch)
+    return [*_unused(domain, left), *(path for path in left.detached if _holds(path))]
 
 
 def settle(connection: Connection, domain: Domain, outcome: Outcome, *, folder: RunFolder, ctx: Context) -> None:
@@ -145,9 +165,11 @@ def settle(connection: Connection, domain: Domain, outcome: Outcome, *, folder: 
                 f"{typed('qemu-img commit -f qcow2', path)}; then remove {path}.",
             )
     for path in _unused(domain, left):
+        if not recorded and not is_temporary(path):
+            continue  # not of this run, and told by the one that takes its place
         raise HypervisorError(
             f"{path} holds what VM {domain.name} has written, and the VM does not use it: was it defined anew, or were "
-            "its disks exchanged, during a backup?",
+            f"its disks exchanged, {'during a backup' if is_temporary(path) else 'since a backup'}?",
             "No backup holds that, and nothing removes the file. If the VM has not run since, make its disk use it "
             f"again (virsh edit); otherwise, while the VM is off, keep what it shows and then remove it: "
             f"{typed('qemu-img convert -f qcow2 -O qcow2', path, 'COPY')} && {typed('rm', path)}",

@@ -23,8 +23,10 @@ from backupcore_libvirt.apparmor import MENDED, denies_merges
 from backupcore_libvirt.connection import ACTIVE_COMMIT, COMMIT, NOT_READY, Connection, Domain
 from backupcore_libvirt.image_lock import keep_closed
 from backupcore_libvirt.libvirt_errors import code_of, is_away
+from backupcore_libvirt.overlay import device
 from backupcore_libvirt.overlay.folder import OverlayFolder
-from backupcore_libvirt.overlay.stack import Stack, is_overlay, opened, source_path, stacks
+from backupcore_libvirt.overlay.room import Growing, allocated
+from backupcore_libvirt.overlay.stack import Stack, is_overlay, is_regular, opened, source_path, stacks
 from backupcore_libvirt.premade.image import is_untouched
 from backupcore_libvirt.qemu_nbd import QemuNbd, is_locked, is_served
 from backupcore_libvirt.scratch import reserve
@@ -39,6 +41,7 @@ EVERY = 0.02  # seconds between two looks at a block job
 GUARD = "nbd.guard.sock"
 STALL_LIMIT = 600.0
 READER_LIMIT = 1.0  # for others who look at the files to be done
+_LITTLE = 1 << 20  # bytes that QEMU may need for its tables
 GONE_LIMIT = 10.0  # for libvirt to write down the end of a job
 
 
@@ -70,6 +73,18 @@ class Merger:
         for overlay in stack.overlays[low : high + 1]:
             self._refuse_used(stack, overlay.path)
             self._refuse_snapshots(overlay.path)
+            if overlay.temporary and not is_regular(stack.base):
+                device.require_same(overlay.path, stack.base)
+        try:
+            self._merge_now(stack, low, high)
+        except HypervisorError as error:
+            if why := _no_room(stack, low, high):
+                raise self._full(stack, high, error, why) from error
+            raise
+        for overlay in stack.overlays[low : high + 1]:
+            device.forget(overlay.path)
+
+    def _merge_now(self, stack: Stack, low: int, high: int) -> None:
         if self.domain.is_active():
             self._merge_live(stack, low, high)
         elif self.domain.is_saved() or self.domain.was_saved():
@@ -80,6 +95,13 @@ class Merger:
         else:
             self._refuse_unsafe(stack)
             self._merge_off(stack, low, high)
+
+    def _full(self, stack: Stack, high: int, error: HypervisorError, why: str) -> TargetFull:
+        return TargetFull(
+            f"VM {self.domain.name}: the overlay of disk {stack.disk} is not merged: {why} ({error.message})",
+            f"Nothing is lost: the VM goes on in {stack.overlays[high].path}. Make room there, then run: "
+            f"{typed('vmkeep recover', self.domain.name)}",
+        )
 
     def merge_all(self, stack: Stack) -> None:
         """Write every overlay of a disk into its base, which the VM then writes to."""
@@ -143,8 +165,9 @@ class Merger:
             if time.monotonic() > deadline:
                 raise HypervisorError(
                     f"VM {self.domain.name}: the commit of disk {stack.disk} into {below} has ended without success",
-                    f"Is its file system full? QEMU's log (/var/log/libvirt/qemu/{self.domain.name}.log) may say more. "
-                    "Nothing is lost; the next backup does it again.",
+                    f"Nothing is lost: the VM goes on in {stack.overlays[high].path}. Is the file system of {below} "
+                    f"full? QEMU's log (/var/log/libvirt/qemu/{self.domain.name}.log) may say more. Then run: "
+                    f"{typed('vmkeep recover', self.domain.name)}",
                 )
             time.sleep(EVERY)
 
@@ -346,6 +369,21 @@ class Merger:
         if qemu_img.is_open_elsewhere(path):
             raise Busy(f"{path} stays: a process still has it open", "It holds nothing any more: remove it by hand.")
         Path(path).unlink()
+
+
+def _no_room(stack: Stack, low: int, high: int) -> str:
+    """Where the file below these overlays may not have had the room to take up what they hold; "" where it has."""
+    below, _ = stack.file(low - 1)
+    try:
+        size = max(_size(overlay.path) for overlay in stack.overlays[low : high + 1])
+        growing = Growing.of(stack.disk, stack.overlays[high].path, below, size)
+        free = shutil.disk_usage(growing.home).free
+    except (OSError, BackupError):
+        return ""
+    needed = min(sum(allocated(overlay.path) for overlay in stack.overlays[low : high + 1]), growing.spread)
+    if free >= needed + _LITTLE:
+        return ""
+    return f"{free >> 20} MiB are free in {growing.home}, and up to {-(-needed >> 20)} MiB may be needed"
 
 
 def _require_header_room(vm: str, stack: Stack) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from backupcore.errors import TargetFull, from_os_error
 from backupcore_libvirt.scratch import reserve
 
-__all__ = ["Growing", "require_room", "too_full"]
+__all__ = ["Growing", "allocated", "require_room", "too_full"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ def too_full(growing: Sequence[Growing]) -> str:
         for folder in (disk.beside, disk.home):
             folders.setdefault(_device(folder), folder)
         home = _device(disk.home)
-        back[home] = back.get(home, 0) + min(_held(disk.overlay), disk.spread)
+        back[home] = back.get(home, 0) + min(allocated(disk.overlay), disk.spread)
     for device, folder in folders.items():
         free, kept = _room(folder)
         merged = back.get(device, 0)
@@ -120,7 +120,8 @@ def too_full(growing: Sequence[Growing]) -> str:
     return ""
 
 
-def _held(path: str) -> int:
+def allocated(path: str) -> int:
+    """Bytes that a file takes of its file system; 0 where it is gone."""
     try:
         return Path(path).stat().st_blocks * 512
     except FileNotFoundError:

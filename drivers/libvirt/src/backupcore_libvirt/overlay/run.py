@@ -13,13 +13,14 @@ import os
 import stat
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from backupcore.context import Context
 from backupcore.errors import BackupError, Busy, Cancelled, HypervisorError, IncrementImpossible, from_os_error
 from backupcore.model import BackupRun, Outcome, RunState
-from backupcore_libvirt import checkpoint
+from backupcore_libvirt import checkpoint, qemu_img
 from backupcore_libvirt.connection import IO_ERROR, PAUSED, Connection, Domain
 from backupcore_libvirt.disks import located, nodes, source_disks
 from backupcore_libvirt.folder import RunFolder
@@ -28,12 +29,13 @@ from backupcore_libvirt.overlay.folder import OverlayFolder
 from backupcore_libvirt.overlay.merge import Merger, set_source
 from backupcore_libvirt.overlay.plan import Plan, closed_below, wanted
 from backupcore_libvirt.overlay.room import Growing
-from backupcore_libvirt.overlay.stack import Stack, any_overlay, overlay_path, overlays_beside, stacks
-from backupcore_libvirt.premade.image import make_overlay
+from backupcore_libvirt.overlay.stack import Stack, any_overlay, is_temporary, overlay_path, overlays_beside, stacks
+from backupcore_libvirt.overlay.unwritten import is_unwritten, mark
+from backupcore_libvirt.premade.image import is_untouched, make_overlay
 from backupcore_libvirt.qemu_nbd import QemuNbd
-from backupcore_libvirt.reading.export import Export
+from backupcore_libvirt.reading.export import Export, called
 
-__all__ = ["begin", "clear", "forget", "growing", "make", "prepare", "serve", "settle"]
+__all__ = ["begin", "clear", "forget", "growing", "make", "prepare", "serve", "settle", "undo"]
 
 log = logging.getLogger("backupcore")
 
@@ -48,6 +50,7 @@ def prepare(connection: Connection, domain: Domain, run: BackupRun, folder: RunF
     """
     if not any_overlay(domain):
         return
+    _put_back(domain, ctx)
     found = stacks(domain).values()
     closed = closed_below(connection, domain) if wanted(run) else ""
     if any(stack.overlays for stack in found):
@@ -65,6 +68,35 @@ def prepare(connection: Connection, domain: Domain, run: BackupRun, folder: RunF
         with working(folder, domain):
             for stack in found:
                 Merger(connection, domain, folder.path, ctx.check).sweep(stack)
+
+
+def _put_back(domain: Domain, ctx: Context) -> None:
+    """Have a VM that is off use its overlays again, where it was defined anew without them and has not run since.
+
+    What cannot be proved is left alone: `left.settle` tells it.
+    """
+    if domain.is_active() or domain.is_saved() or domain.was_saved():
+        return
+    for stack in stacks(domain).values():
+        if stack.overlays or stack.foreign or stack.unsafe:
+            continue
+        unused = [path for path in overlays_beside(stack.base, stack.disk) if not is_untouched(Path(path))]
+        if len(unused) != 1 or is_temporary(unused[0]):
+            continue
+        (path,) = unused
+        below = qemu_img.info(path, "qcow2").backing
+        if below is None or (below.path, below.shape) != (stack.base, stack.shape):
+            continue
+        if is_unwritten(path, stack.base) and not qemu_img.is_open_elsewhere(path):
+            set_source(domain, stack.disk, path, "qcow2")
+            ctx.log.warning(
+                "VM %s was defined anew with %s for disk %s, without the overlay that holds what it has written "
+                "since; nothing was written to that file, so it was put right: %s",
+                domain.name,
+                stack.base,
+                stack.disk,
+                path,
+            )
 
 
 def forget(connection: Connection, domain: Domain, folder: RunFolder) -> list[str]:
@@ -204,7 +236,8 @@ def serve(
         ctx.check()
         server = QemuNbd(folder.socket_of(part.disk.id), part.stack.top, part.stack.top_shape, depth=part.depth > 0)
         ctx.stack.enter_context(server)
-        exports[part.disk.id] = Export(server.address, None, part.depth)
+        address = replace(server.address, disk=called(domain.name, part.disk.id))
+        exports[part.disk.id] = Export(address, None, part.depth)
     return exports
 
 
@@ -242,15 +275,40 @@ def settle(
     where an overlay stays, Cancelled: the next run goes on with it. One that stays since its disk was resized is logged
     and no error: only a further run's overlay above it makes the merge possible.
     """
-    if f".backupcore-{run.point}-" not in domain.live_xml():
-        _remove_unused(connection, domain, run, folder)
+    if outcome.state is not RunState.RECORDED:
+        undo(connection, domain, run.point, folder=folder, ctx=ctx, check=_within(UNDO_LIMIT))
+        return
+    check = _until_cancelled(domain, ctx)
+    _settle(connection, domain, run.point, folder=folder, ctx=ctx, check=check, recorded=True)
+
+
+def undo(
+    connection: Connection, domain: Domain, point: str, *, folder: RunFolder, ctx: Context, check: Callable[[], None]
+) -> None:
+    """Bring the disks to rest after a run that came to nothing, of which only the point is known. As `settle`.
+
+    `check` is called while it waits, and raises to give up.
+    """
+    _settle(connection, domain, point, folder=folder, ctx=ctx, check=check, recorded=False)
+
+
+def _settle(
+    connection: Connection,
+    domain: Domain,
+    point: str,
+    *,
+    folder: RunFolder,
+    ctx: Context,
+    check: Callable[[], None],
+    recorded: bool,
+) -> None:
+    if f".backupcore-{point}-" not in domain.live_xml():
+        _remove_unused(connection, domain, point, folder)
         return
     found = stacks(domain)
-    if all(stack.index(run.point) is None for stack in found.values()):
+    if all(stack.index(point) is None for stack in found.values()):
         return  # those of another kind
-    recorded = outcome.state is RunState.RECORDED
-    newer = _newer(found.values(), run.point)
-    check = _until_cancelled(domain, ctx) if recorded else _within(UNDO_LIMIT)
+    newer = _newer(found.values(), point)
     errors: list[BackupError] = []
     with working(folder, domain):
         merger = Merger(connection, domain, folder.path, check)
@@ -259,17 +317,19 @@ def settle(
                 if domain.is_active():
                     merger.finish(stack)
                 now = stacks(domain)[stack.disk]
-                low, high = _kept_below(now, run.point, newer) if recorded else _undone(now, run.point)
+                low, high = _kept_below(now, point, newer) if recorded else _undone(now, point)
                 if low > high:
                     continue
                 # On a disk that the run did not take no later overlay will help: there it is an error.
-                hindrance = merger.hindrance(now, low, high) if now.index(run.point) is not None else None
+                hindrance = merger.hindrance(now, low, high) if now.index(point) is not None else None
                 if hindrance:
                     ctx.log.warning("an overlay stays for now: %s", hindrance)
                 else:
                     merger.merge(now, low, high)
             except BackupError as error:  # the other disks all the same
                 errors.append(error)
+    if recorded:
+        _mark(domain)
     if errors:
         raise errors[0]
     if domain.state() == (PAUSED, IO_ERROR):
@@ -278,14 +338,21 @@ def settle(
         ctx.did("let the guest go on, which QEMU had stopped after an I/O error")
 
 
-def _remove_unused(connection: Connection, domain: Domain, run: BackupRun, folder: RunFolder) -> None:
+def _mark(domain: Domain) -> None:
+    """Have each disk's lowest overlay tell what its base is now, for `_put_back`."""
+    for stack in stacks(domain).values():
+        if stack.overlays and not stack.overlays[0].temporary:
+            mark(stack.overlays[0].path, stack.base)
+
+
+def _remove_unused(connection: Connection, domain: Domain, point: str, folder: RunFolder) -> None:
     """Remove the overlays that were made for a run which then put none on any disk."""
     unused = [
         disk.id
         for disk in (located(domain, one) for one in source_disks(domain.live_xml()))
         if disk.kind == "file"
         and disk.path.startswith("/")
-        and any(Path(disk.path).parent.glob(f"*.backupcore-{run.point}-{disk.id}.qcow2"))
+        and any(Path(disk.path).parent.glob(f"*.backupcore-{point}-{disk.id}.qcow2"))
     ]
     if not unused:
         return

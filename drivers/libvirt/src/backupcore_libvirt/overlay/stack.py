@@ -44,6 +44,7 @@ __all__ = [
     "opened",
     "overlay_path",
     "overlays_beside",
+    "point_of",
     "source_path",
     "stacks",
 ]
@@ -154,6 +155,12 @@ def disk_of(path: str) -> str:
     """The disk that an overlay of this name was made for; "" for any other path."""
     name = _NAME.fullmatch(path)
     return name["disk"] if name else ""
+
+
+def point_of(path: str) -> str:
+    """The point of an overlay of this name that stays between backups; "" for any other path."""
+    name = _NAME.fullmatch(path)
+    return name["point"] if name and not name["temporary"] else ""
 
 
 def stacks(domain: Domain) -> dict[str, Stack]:

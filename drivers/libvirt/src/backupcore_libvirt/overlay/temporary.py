@@ -14,7 +14,7 @@ writes QEMU's bitmaps record as any others; so does `qemu-img commit` where the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,7 +32,7 @@ from backupcore_libvirt.overlay.room import Growing, require_room
 from backupcore_libvirt.overlay.stack import Stack, is_regular, overlay_path, stacks
 from backupcore_libvirt.premade.image import make_overlay
 from backupcore_libvirt.qemu_nbd import QemuNbd
-from backupcore_libvirt.reading.export import Export
+from backupcore_libvirt.reading.export import Export, called
 from backupcore_libvirt.scratch import Owner
 from backupcore_libvirt.xml import parse
 
@@ -187,5 +187,5 @@ def serve(
             folder.socket_of(one.disk.id), one.stack.top, one.stack.top_shape, bitmaps=[bitmap] if bitmap else []
         )
         ctx.stack.enter_context(server)
-        exports[one.disk.id] = Export(server.address, bitmap)
+        exports[one.disk.id] = Export(replace(server.address, disk=called(domain.name, one.disk.id)), bitmap)
     return exports

@@ -11,7 +11,7 @@ from backupcore.disk.extents import CLUSTER, Kind, intersect, to_clusters
 from backupcore.disk.nbd import ALLOCATION, DEPTH, Address, Client, allocation, dirty, held
 from backupcore.disk.qcow2 import Layout
 
-__all__ = ["Export", "layout_of"]
+__all__ = ["Export", "called", "layout_of"]
 
 _NEAR = 16 << 20
 _IMAGE_CLUSTER = 2 << 20
@@ -32,6 +32,11 @@ class Export:
     def whole(self) -> bool:
         """Whether all of the disk is taken."""
         return self.bitmap is None and not self.depth
+
+
+def called(vm: str, disk: str) -> str:
+    """What messages call the export of a disk of the VM of this name: nobody knows its socket."""
+    return f"disk {disk} of VM {vm}"
 
 
 def layout_of(export: Export, before: int | None = None) -> Layout:

@@ -26,7 +26,7 @@ from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.mechanisms.letting_go import let_go
 from backupcore_libvirt.release.admission import Admitted
 
-__all__ = ["Run", "end_clients", "give_up", "mark"]
+__all__ = ["Run", "end_clients", "give_up", "is_marked", "mark"]
 
 MARK_LIMIT = 2.0
 OWNER_LIMIT = 3.0  # seconds for an owner that reads by itself to close its connections
@@ -68,6 +68,20 @@ def mark(folder: Path, error: BackupError) -> None:
     writer = aside(write, "mark")
     if writer is not None:
         writer.join(MARK_LIMIT)
+
+
+def is_marked(folder: Path) -> bool:
+    """Whether the run was given up for good, as far as its folder tells within `MARK_LIMIT`."""
+    found: list[bool] = []
+
+    def look() -> None:
+        with suppress(OSError):
+            found.append(verdict.given_up(folder) is not None)
+
+    looking = aside(look, "verdict")
+    if looking is not None:
+        looking.join(MARK_LIMIT)
+    return found == [True]
 
 
 def end_clients(clients: Sequence[Admitted], owner: int, reader: int | None) -> None:

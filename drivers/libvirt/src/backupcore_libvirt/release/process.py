@@ -28,7 +28,7 @@ from backupcore_libvirt.mechanisms.letting_go import merge_overlays
 from backupcore_libvirt.overlay.room import Growing
 from backupcore_libvirt.release.admission import Admitted
 from backupcore_libvirt.release.control import Control
-from backupcore_libvirt.release.giving_up import Run, end_clients, give_up, mark
+from backupcore_libvirt.release.giving_up import Run, end_clients, give_up, is_marked, mark
 from backupcore_libvirt.release.loop import Loop
 from backupcore_libvirt.release.own_unit import OwnUnit
 from backupcore_libvirt.release.owner_line import OwnerLine, say
@@ -301,11 +301,19 @@ class _Guard:
             self._loop.tell(partial(self._let_go_of, did))
             did = []
             try:
-                did = merge_overlays(self._run.uri, self._run.vm, self._run.scratch, lambda: self._turn_asked)
+                # What a dead owner has published is recorded yet, and nothing of it undone: only what is marked is.
+                undone = self._point() if is_marked(self._run.folder) else ""
+                did = merge_overlays(self._run.uri, self._run.vm, self._run.scratch, lambda: self._turn_asked, undone)
             except BackupError as found:
                 if not self._turn_asked:  # else the owner tries it, and tells
                     self._loop.tell(partial(say, {"said": "warning", "message": found.in_full}))
         self._loop.tell(partial(self._tried, did, problem))
+
+    def _point(self) -> str:
+        """The run's point, where its overlays were to stay between backups."""
+        from backupcore_libvirt.overlay.stack import point_of  # noqa: PLC0415 - for what is rare, and takes time
+
+        return next(filter(None, (point_of(disk.overlay) for disk in self._growing)), "")
 
     def _let_go_of(self, did: list[str]) -> None:
         self._phase = "released"

@@ -170,6 +170,13 @@ class _State(_Asking):
         return vm_ended(self._run.name)
 
 
+class _Life(_State):
+    """Whether the VM of a backup job is still there, where QEMU had stopped its guest before."""
+
+    def _ask(self, domain: Domain) -> BackupError | None:
+        return self._gone() if domain.state()[0] in OFF else None
+
+
 class _Guest(_Asking):
     """Whether a guest that writes to overlays goes on. Its disks are read without it: it may end."""
 
@@ -247,5 +254,11 @@ class Devices(_Asking):
         """It was undefined: nobody starts it. `_Guest` tells that."""
 
 
-WATCHES: dict[str, type[Watch]] = {"scratch": _Scratch, "state": _State, "start": _Start, "guest": _Guest}
+WATCHES: dict[str, type[Watch]] = {
+    "scratch": _Scratch,
+    "state": _State,
+    "life": _Life,
+    "start": _Start,
+    "guest": _Guest,
+}
 """What can be asked for, by name."""

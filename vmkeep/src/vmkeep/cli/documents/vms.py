@@ -25,6 +25,7 @@ def vms(found: list[Listing], now: datetime | None = None) -> list[Document]:
             "name": one.found.vm.name,
             "uuid": one.found.vm.uuid,
             "state": one.found.state,
+            "state_reason": one.found.state_reason,
             "being_read": one.found.being_read,
             "remarks": list(one.found.remarks),
             "last_backup": iso(one.last_backup),
@@ -50,6 +51,7 @@ def vm(detail: Detail) -> Document:
         "name": detail.found.vm.name,
         "uuid": detail.found.vm.uuid,
         "state": detail.found.state,
+        "state_reason": detail.found.state_reason,
         "being_read": detail.found.being_read,
         "remarks": list(detail.found.remarks),
         "disks": [
