@@ -337,10 +337,12 @@ def test_cancel_wakes_up_an_owner_that_was_stopped_and_says_so(site):
     the_next_backup_works(site)
 
 
-def test_a_driver_that_ends_the_process_leaves_what_the_next_backup_puts_right(site):
-    (site.store / "exit").write_text("7")
-    told = site.process("backup", "web1")
-    assert told.code == 7
+@pytest.mark.parametrize("status", ["0", "7"])
+def test_a_driver_that_ends_the_process_leaves_what_the_next_backup_puts_right(site, status):
+    (site.store / "exit").write_text(status)
+    told = site.process("backup", "web1", "-q")
+    assert (told.code, told.err.count("\n")) == (1, 2), told.err
+    assert f", has ended vmkeep (os._exit({status})) before the command had come to its end" in told.err
     assert site.guest(WEB).busy
     (site.store / "exit").unlink()
     told = site.process("cancel", "web1")

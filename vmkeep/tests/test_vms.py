@@ -189,3 +189,32 @@ def test_a_site_plugin_that_ends_the_program_does_not_end_a_backup_with_success(
     told = site.run("backup", "web1")
     assert told.code == 1
     assert "the site plugin 'leaving:anything' cannot be loaded: it failed with" in told.err
+
+
+LEAVING = """
+import os
+from backupcore import hookimpl
+
+class Leaving:
+    @hookimpl(tryfirst=True)
+    def backup(self):
+        child = os.fork()
+        if not child:
+            os._exit(0)  # a child of its own, as a library has them
+        assert os.waitpid(child, 0)[1] == 0
+        os._exit(0)
+"""
+
+
+def test_a_plugin_that_ends_the_process_does_not_end_a_backup_with_success(site):
+    (site.folder / "leaving.py").write_text(LEAVING)
+    site.paths = f"{site.folder}:{site.paths}"
+    site.configure(extra='plugins = ["leaving:Leaving"]')
+    told = site.process("backup", "web1", "--json")
+    assert (told.code, told.out, told.error["exit_code"]) == (1, "", 1)
+    assert f"backup in {site.folder}/leaving.py, line 12, has ended vmkeep (os._exit(0))" in told.error["message"]
+    assert "vmkeep recover" in told.error["hint"]
+    site.configure()
+    assert site.process("backup", "web1").code == 0
+    first = site.run("vm", "show", "web1", "--json").json["last_runs"][1]
+    assert first["state"] == "failed"

@@ -8,7 +8,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["ends_at_once", "interrupted_at_once"]
+__all__ = ["end", "ends_at_once", "interrupted_at_once"]
+
+end = os._exit
+"""Ends this process at once. Others' calls of it are told while a command is at work, see `cli.ended`."""
 
 _CANCELLED = 130  # that of `cli.exits`, which takes time to import
 
@@ -20,7 +23,7 @@ def ends_at_once(code: int = _CANCELLED) -> None:
     whoever started this process has Ctrl-C ignored it stays so.
     """
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, lambda _number, _frame: os._exit(code))
+        signal.signal(signal.SIGINT, lambda _number, _frame: end(code))
 
 
 @contextmanager

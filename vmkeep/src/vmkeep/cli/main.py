@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 
 import click
 
@@ -14,6 +15,7 @@ from backupcore.errors import BackupError, text_of
 from vmkeep import ctrl_c
 from vmkeep.cli import exits
 from vmkeep.cli.asked import Asked, common
+from vmkeep.cli.ended import ended_by_others
 from vmkeep.cli.lazy import LazyGroup
 
 __all__ = ["COMMANDS", "main", "run", "vmkeep"]
@@ -63,7 +65,8 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code. Whatever goes wrong is told on stderr."""
     asked = Asked(json="--json" in arguments)  # known also where the command line cannot be parsed
     try:
-        answer = vmkeep.main(list(arguments), prog_name="vmkeep", standalone_mode=False, obj=asked)
+        with ended_by_others(partial(_ended, asked)):
+            answer = vmkeep.main(list(arguments), prog_name="vmkeep", standalone_mode=False, obj=asked)
         sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read our output has gone; the interpreter must not complain when it flushes stdout at its end.
@@ -80,6 +83,10 @@ def run(arguments: Sequence[str]) -> int:
     except BaseException as error:  # noqa: BLE001 - the last resort: whatever it is, a line instead of a traceback
         return _told(error, asked)
     return answer if isinstance(answer, int) else 0
+
+
+def _ended(asked: Asked, message: str, hint: str) -> int:
+    return exits.tell("ContractViolation", message, hint, exits.UNEXPECTED, as_json=asked.json)
 
 
 def _told(error: BaseException, asked: Asked) -> int:
@@ -140,5 +147,5 @@ def main() -> None:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
-        os._exit(code)
+        ctrl_c.end(code)
     sys.exit(code)
