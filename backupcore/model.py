@@ -226,8 +226,8 @@ class Disk:
 class LeftOut:
     """A disk, or another part of the VM (``tpm``, ``kernel``), that the backup does not hold, and why.
 
-    `missed` is what ought to be in it, data of the guest for instance, and nobody chose to leave out: somebody has to see to
-    it, so the backup ends with a warning.
+    `missed` is what ought to be in it, data of the guest for instance, and nobody chose to leave out: somebody has to
+    see to it, so the backup ends with a warning.
     """
 
     id: str

@@ -94,28 +94,7 @@ def _attempt(
             digest = blake3(bundle.manifest.data()).hexdigest()
         finally:
             bundle.close()
-        increment = Increment(
-            id=run.number,
-            pid=run.number - 1 if run.type is Type.INCREMENT else -1,
-            type=run.type,
-            point=run.point,
-            source=stored.source,
-            size=bundle.size,
-            date=prepared.date,
-            consistency=prepared.consistency,
-            reason=run.reason,
-            digest=digest,
-            disks=prepared.disks,
-        )
-        recorded = Recorded(
-            run=run,
-            increment=increment,
-            stored=stored.stored,
-            read=bundle.bytes_read,
-            frozen_seconds=prepared.frozen_seconds,
-            left_out=prepared.left_out,
-            seconds=time.monotonic() - started,
-        )
+        recorded = _recorded(run, prepared, stored, bundle, digest, seconds=time.monotonic() - started)
         complete = True
         ctx.progress.phase("record")
         if ctx.cancelled:
@@ -147,6 +126,34 @@ def _attempt(
         recorded,
         seconds=time.monotonic() - started,
         warnings=tuple(error.in_full for error in errors),
+    )
+
+
+def _recorded(
+    run: BackupRun, prepared: Prepared, stored: Stored, bundle: Bundle, digest: str, *, seconds: float
+) -> Recorded:
+    """What is to be recorded; `digest` is that of the manifest."""
+    increment = Increment(
+        id=run.number,
+        pid=run.number - 1 if run.type is Type.INCREMENT else -1,
+        type=run.type,
+        point=run.point,
+        source=stored.source,
+        size=bundle.size,
+        date=prepared.date,
+        consistency=prepared.consistency,
+        reason=run.reason,
+        digest=digest,
+        disks=prepared.disks,
+    )
+    return Recorded(
+        run=run,
+        increment=increment,
+        stored=stored.stored,
+        read=bundle.bytes_read,
+        frozen_seconds=prepared.frozen_seconds,
+        left_out=prepared.left_out,
+        seconds=seconds,
     )
 
 

@@ -28,7 +28,7 @@ class Taken:
 
     @property
     def missed(self) -> tuple[str, ...]:
-        """A line for each part of the VM that ought to be in it and is not, as a disk that nobody chose to leave out."""
+        """A line for each part of the VM that ought to be in it and is not: a disk that nobody left out, say."""
         missed = [one for one in self.recorded.left_out if one.missed]
         disks = [one for one in missed if one.id not in PARTS]
         run = self.recorded.run

@@ -5,8 +5,8 @@ taken away there, a run that lives would look dead. (Runs of older versions have
 
 ``SCRATCH/RUN/`` holds one ``DISK.scratch`` per disk; ``stopped`` where QEMU had stopped the guest before; ``nbd.sock``
 where the job's socket cannot lie in the VM's own folder (`backupcore_libvirt.place`), and for a VM that is off one
-``nbd.DISK.sock`` per disk. It is 0700 and belongs to the user that QEMU runs as; the folders above only have to let that
-user pass (0711).
+``nbd.DISK.sock`` per disk. It is 0700 and belongs to the user that QEMU runs as; the folders above only have to let
+that user pass (0711).
 """
 
 from __future__ import annotations
