@@ -313,7 +313,7 @@ def test_a_clone_does_not_finish_what_the_first_one_is_at(site, clone):
         night(site, number)
         assert site.run("backup", "db1").code == 0
     (site.store / "die").touch()
-    assert site.process("backup", "web1", "--reset").code == 9, "what it has stored is not recorded yet"
+    assert site.process("backup", "web1", "--reset").code == -9, "what it has stored is not recorded yet"
     (site.store / "die").unlink()
     with closing(sqlite3.connect(site.state / "catalog.sqlite")) as catalog, catalog:
         catalog.execute("INSERT INTO leftovers (vm_uuid, datastore, source) VALUES (?, 'nas', 'x1')", (WEB.uuid,))

@@ -139,7 +139,7 @@ def test_a_run_tells_what_it_is_and_how_far_it_came(site):
     assert site.run("backup", "web1").code == 5
     (site.folder / "away").rename(site.store)
     (site.store / "exit").write_text("9")  # before anything is stored
-    assert site.process("backup", "web1").code == 9
+    assert site.process("backup", "web1").code == 1
     (site.store / "exit").unlink()
     assert site.run("recover").code == 0
     assert site.run("backup", "web1").code == 0
