@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,14 +53,17 @@ def test_a_wrong_password_is_no_missing_repository(
     assert {path: path.stat().st_mtime_ns for path in Path(fresh.repository).rglob("*")} == before
 
 
-def test_a_wrong_password_is_told_before_the_guest_is_touched_by_an_increment_too(
+def test_a_wrong_password_is_told_before_an_increment_brings_the_guest_to_rest(
     options: Options, fresh: Restic, ctx: Context, make_run: Runs, make_artifacts: Artifacts, tmp_path: Path
 ) -> None:
     """What it builds on is looked for in the folder, for which no password is needed."""
     stored = fresh.backup(make_artifacts(), make_run(), ctx)
     (tmp_path / "wrong").write_text("guess\n")
-    run = make_run(builds_on=(stored.source,))
-    options(fresh.repository, password_file=str(tmp_path / "wrong")).prebackup(run, ctx)
+    run = replace(make_run(builds_on=(stored.source,)), settings={"FS_FREEZE": "AGENT"})
+    wrong = options(fresh.repository, password_file=str(tmp_path / "wrong"))
+    wrong.prebackup(replace(run, settings={"FS_FREEZE": "NONE"}), ctx)
+    ctx.touch()  # the half second would double such an increment, and the guest would not notice
+    wrong.prebackup(run, ctx)
     with pytest.raises(AccessDenied, match="wrong password"):
         ctx.touch()
     fresh.prebackup(run, ctx)

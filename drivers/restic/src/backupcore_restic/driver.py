@@ -87,12 +87,13 @@ class Restic:
         self._warn(ctx)
         repository = Repository(self)
         try:
-            # The folder itself is asked: restic takes 0.7 s to derive its key, as long as a small increment takes in
-            # all. It does so beside what else is looked at, since a password may be another one by now.
+            # The folder itself is asked: restic takes 0.5 s to derive its key, as long as a small increment takes in
+            # all. Where the guest is to be brought to rest it does so all the same, beside what else is looked at: a
+            # password may be another one by now, and no guest should stand still to find that out.
             there = repository.ids_in_folder() if run.builds_on else None
             if there is None:
                 there = repository.ids(ctx, self.timeout)
-            else:
+            elif run.settings.get("FS_FREEZE", "NONE") != "NONE":
                 ctx.on_touch(repository.opening(ctx, self.timeout))
         except NoRepository as error:
             if run.builds_on:  # a new repository here would hide that all earlier backups are gone
