@@ -335,3 +335,12 @@ def test_the_other_host_dies_in_the_middle(ssh_server: Sshd, tmp_path: Path, ctx
     raises(TargetUnavailable, "backing up", lambda: kind.driver().backup([held, *new_artifacts()], new_run(), ctx))
     thread.join()
     assert kind.everything() == []
+
+
+def test_a_vms_folder_that_leads_nowhere_is_told(tmp_path: Path, ctx: Context) -> None:
+    """Put on another disk by a link, say, and that is not mounted: whoever tried on and on would never end."""
+    run = new_run()
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / run.vm.uuid).symlink_to(tmp_path / "not mounted")
+    with pytest.raises((BackupError, OSError), match="No such file or directory"):
+        build(Rsync, {"target": str(tmp_path / "target")}).backup(new_artifacts(), run, ctx)

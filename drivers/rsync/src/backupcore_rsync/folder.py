@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from itertools import cycle
+from itertools import count, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Folder"]
 
 _STEP = 4 << 20  # bytes that are read and written at once: as much as a disk is received without a copy for
+_TRIES = 5  # to make a folder in that of a VM, which others may just be removing
 
 
 class Folder:
@@ -118,12 +119,17 @@ class Folder:
         """A hidden folder to write to; then every file and folder of it goes to the disk; then one rename."""
         vm = self._path / token.vm
         folder = vm / part(token, run)
-        while not folder.exists():
+        for tries in count(1):
             with suppress(FileExistsError):
                 vm.mkdir(mode=0o700)
                 _sync(self._path)
-            with suppress(FileNotFoundError):  # whoever has removed the last backup takes the empty folder along
+            try:
                 folder.mkdir(mode=0o700)
+            except FileNotFoundError:  # whoever removes the VM's last backup takes the empty folder along
+                if tries == _TRIES:  # it is a link to nowhere
+                    raise
+            else:
+                break
         yield folder
         for place, _, names in os.walk(folder):
             for file in names:
