@@ -80,15 +80,27 @@ def _made(state: Path, run: BackupRun | None) -> tuple[Path, int]:
         state.mkdir(mode=0o711, parents=True, exist_ok=True)
         runs.mkdir(mode=0o700, exist_ok=True)
         folder.mkdir(mode=0o700)
-        # It gets its name when it is locked: another process that sweeps must not find it free in between.
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        (folder / ".lock").rename(folder / "lock")
+        try:
+            handle = _locked(folder)
+        except OSError:  # only now is the folder ours to remove
+            with suppress(OSError):
+                shutil.rmtree(folder)
+            raise
     except OSError as error:
-        with suppress(OSError):
-            shutil.rmtree(folder)
         raise full_state.from_os_error(error, f"the folder of runs {runs}", state) from error
     return folder, inherited.keep_from_children(handle)
+
+
+def _locked(folder: Path) -> int:
+    """The descriptor of its lock. It gets its name when it is locked: who sweeps must not find it free in between."""
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        (folder / ".lock").rename(folder / "lock")
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
 
 
 @contextmanager

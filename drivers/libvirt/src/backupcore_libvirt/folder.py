@@ -274,7 +274,10 @@ def _folders(scratch: Path) -> list[tuple[RunFolder, str, bool]]:
     with _changing(scratch):
         for path in scratch.iterdir():
             if path.suffix == ".lock" and _RUN.fullmatch(path.stem) and not path.with_suffix("").exists():
-                path.unlink(missing_ok=True)  # of a run that was killed while it made or removed its folder
+                with suppress(
+                    OSError
+                ):  # of a run that was killed while it made or removed its folder; or another user's
+                    path.unlink()
             if not _RUN.fullmatch(path.name):
                 continue
             folder = RunFolder(scratch, path.name)

@@ -9,7 +9,6 @@ from typing import Self
 
 from backupcore.context import Context
 from backupcore.model import BackupRun, DiskEstimate
-from backupcore_libvirt import checkpoint
 from backupcore_libvirt.connection import Domain
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.look import Look
@@ -47,8 +46,7 @@ class Overlays:
             guard.hold("guest", room=overlay_run.growing(self.run, self.plan, self._sizes))
         else:
             guard.hold()
-        checkpoint.forget(self.domain, self.run.installation)
-        overlay_run.clear(self.domain, live=self.look.live)
+        overlay_run.clear(self.domain, self.run.installation, live=self.look.live)
         if self.look.live:
             overlay_run.make(self.run, self.plan, self._sizes)
 

@@ -203,13 +203,13 @@ def _resized(domain: Domain, plan: Plan, sizes: Mapping[str, int]) -> str:
     return next((disk for disk, node in now.items() if node.virtual_size != sizes[disk]), "")
 
 
-def clear(domain: Domain, *, live: bool) -> None:
-    """Remove what would hinder overlays, before the guest is brought to rest.
+def clear(domain: Domain, installation: str, *, live: bool) -> None:
+    """Remove what of this installation would hinder overlays, before the guest is brought to rest.
 
     Busy if the VM was `live` and is not any more, or the other way round.
     """
     # libvirt puts no overlay on the disks of a VM that is off while it knows checkpoints, and they are of no more use.
-    if forgotten := checkpoint.forget(domain):
+    if forgotten := checkpoint.forget(domain, installation):
         log.info("VM %s: removed the checkpoints of changed block tracking: %s", domain.name, ", ".join(forgotten))
     if domain.is_active() != live:
         raise Busy(f"VM {domain.name} was {'switched off' if live else 'started'} just now", "Run the backup again.")
