@@ -79,6 +79,19 @@ def test_what_only_reads_works(site, rescued, command):
     assert "warning" not in told.err
 
 
+def test_a_full_folder_for_temporary_files_is_told_as_that(site, rescued, tmp_path, monkeypatch):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "lab", temporary], check=True)
+    try:
+        monkeypatch.setattr("tempfile.tempdir", str(temporary))
+        told = site.run("image", "list")
+        assert told.code == 6
+        assert f"the folder for temporary files {temporary} is full" in told.err
+    finally:
+        subprocess.run(["umount", temporary], check=True)
+
+
 def test_a_restore_works(site, rescued):
     told = site.run("restore", "1", "--to", str(site.folder / "back"), "--format", "raw", "--json")
     assert told.code == 0, told.err

@@ -18,6 +18,7 @@ from backupcore.errors import (
     BackupError,
     Busy,
     IntegrityError,
+    TargetFull,
     TargetUnavailable,
     UnsupportedOperation,
 )
@@ -125,7 +126,7 @@ def _in_memory(path: Path) -> Connection:
     """A copy of the catalog and of the log beside it, brought up to date; what a writer adds meanwhile is not in it."""
     memory = _connect(":memory:")
     try:
-        with tempfile.TemporaryDirectory(prefix="vmkeep-") as folder:
+        with _room_for_a_copy(path), tempfile.TemporaryDirectory(prefix="vmkeep-") as folder:
             copy = Path(folder) / path.name
             _copied(path, copy)
             with closing(_connect(copy)) as found:
@@ -139,6 +140,21 @@ def _in_memory(path: Path) -> Connection:
         memory.close()
         raise
     return memory
+
+
+@contextmanager
+def _room_for_a_copy(path: Path) -> Iterator[None]:
+    """TargetFull where the folder for temporary files has no room: the state folder is not to blame."""
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        if not full_state.has_no_room(Path(tempfile.gettempdir())):
+            raise
+        raise TargetFull(
+            f"the folder for temporary files {tempfile.gettempdir()} is full: {path}, which lies where nothing can be "
+            "written, is copied there to be read",
+            "Make room there, or set TMPDIR to a folder that has some.",
+        ) from error
 
 
 def _copied(path: Path, copy: Path) -> None:
