@@ -126,3 +126,31 @@ def test_a_data_file_is_read_only_if_qemu_may_read_it(tmp_path, qemu_tools):
     named = f"<source file='{image}'>{store}</source>"
     check_files("web", [disk_of(named)], no_owner)
     refused(disk_of(named.replace(str(data), "/elsewhere")), "/elsewhere by the definition")
+
+
+def test_a_backing_file_that_nobody_gave_to_vms_is_not_read(tmp_path, qemu_tools):
+    """A header is written by QEMU, which may be in a guest's hands, and read here by root."""
+    secret = tmp_path / "host" / "secret"
+    secret.parent.mkdir()
+    secret.write_bytes(bytes(4096))
+    secret.chmod(0o600)
+    here, nobody = Owner(os.geteuid(), os.getegid()), Owner(65534, 65534)
+    options = {"driver": "raw", "file": {"driver": "file", "filename": str(secret)}}
+    for name in (str(secret), "host/../host/secret", f"json:{json.dumps(options)}"):
+        top = tmp_path / "top"
+        qcow2(top, "-u", "-F", "raw", "-b", name)
+        source = f"<source file='{top}'/>"
+        refused(disk_of(source), "lies in none of the folders .* cannot read it", lambda: nobody)
+        check_files("web", [disk_of(source)], lambda: here)
+        named = ON.format(secret, "<backingStore/>").replace("'qcow2'", "'raw'")
+        check_files("web", [disk_of(source, more=named)], no_owner)
+    (tmp_path / "link").symlink_to(secret)
+    qcow2(top, "-u", "-F", "raw", "-b", "link")
+    refused(disk_of(source), "lies in none of the folders", lambda: nobody)
+
+
+def test_backing_files_that_lead_back_to_themselves(tmp_path, qemu_tools):
+    first, second = qcow2(tmp_path / "first"), qcow2(tmp_path / "second")
+    for image, below in ((first, second), (second, first)):
+        subprocess.run(["qemu-img", "rebase", "-u", "-F", "qcow2", "-b", below, image], check=True)
+    refused(disk_of(f"<source file='{first}'/>"), f"lead back to {first}")

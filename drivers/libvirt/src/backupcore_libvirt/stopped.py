@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +60,7 @@ def check_files(vm: str, disks: Sequence[SourceDisk], owner: Callable[[], Owner]
     no header tells, from what a guest may have written, and a header may name any file of the host. `owner` is asked
     for the user that QEMU runs as, if it has to be known.
     """
+    folders = {Path(os.path.realpath(disk.path)).parent for disk in disks}
     for disk in disks:
         if disk.source.unknown:
             raise UnsupportedOperation(
@@ -66,7 +68,7 @@ def check_files(vm: str, disks: Sequence[SourceDisk], owner: Callable[[], Owner]
                 f"({', '.join(disk.source.unknown)})",
                 "Start the VM: it can be backed up while it runs.",
             )
-        below = _files_below(vm, disk, owner)
+        below = _files_below(vm, disk, folders, owner)
         if disk.source.contradicts(below):
             raise UnsupportedOperation(
                 f"VM {vm} is off, and its definition puts other files below disk {disk.id} ({disk.path}) than the "
@@ -75,9 +77,10 @@ def check_files(vm: str, disks: Sequence[SourceDisk], owner: Callable[[], Owner]
             )
 
 
-def _files_below(vm: str, disk: SourceDisk, owner: Callable[[], Owner]) -> list[str]:
+def _files_below(vm: str, disk: SourceDisk, folders: Collection[Path], owner: Callable[[], Owner]) -> list[str]:
     image, info = disk, _info(disk)
     found: list[str] = []
+    seen = {os.path.realpath(disk.path)}
     while True:
         _check_data_file(vm, disk.id, image, info, owner)
         below = backing_of(info)
@@ -93,9 +96,38 @@ def _files_below(vm: str, disk: SourceDisk, owner: Callable[[], Owner]) -> list[
                 f"VM {vm} is off, and the backing file of disk {disk.id} is no local file ({below.path})",
                 "Start the VM: it can be backed up while it runs.",
             )
+        if os.path.realpath(below.path) in seen:
+            raise UnsupportedOperation(
+                f"VM {vm}: the backing files of disk {disk.id} lead back to {below.path}: no VM can start with it",
+                f"Put that of {image.path} right: {typed('qemu-img rebase -u', image.path)} -b FILE -F FORMAT",
+            )
+        seen.add(os.path.realpath(below.path))
+        _check_backing_file(vm, disk, below.path, folders, owner)
         found.append(below.path)
         image = replace(image, path=below.path, format=below.shape, source=PLAIN)
         info = _info(image)
+
+
+def _check_backing_file(
+    vm: str, disk: SourceDisk, path: str, folders: Collection[Path], owner: Callable[[], Owner]
+) -> None:
+    """That a file which only an image's header names is one that belongs to VMs: the definition names it as well, or it
+    lies in one of `folders`, those of the VM's disks, or QEMU may read it. Modes alone do not tell: libvirt gives
+    images, and what is below them, to QEMU's user when the VM starts.
+    """
+    real = Path(os.path.realpath(path))
+    if str(real) in {os.path.realpath(told) for told in disk.source.below if told}:
+        return
+    # Of devices the folder says nothing: all of the host's lie there.
+    if real.is_file() and real.parent in folders:
+        return
+    if real.exists() and not owner().may("r", real):
+        raise UnsupportedOperation(
+            f"VM {vm} is off, and the backing file of disk {disk.id} ({path}) lies in none of the folders of its "
+            f"disks, and QEMU, running as {owner()}, cannot read it",
+            f"If it is the right one, name it in <backingStore> ({typed('virsh edit', vm)}), let QEMU's user read it, "
+            "or start the VM.",
+        )
 
 
 def _check_data_file(
