@@ -134,6 +134,24 @@ def test_backing_chains_of_a_vm_that_is_off(lab, chains, runs):
     assert not chains.hypervisor.estimate(chains.plan(vm, reset=True)).left_out
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("shape", ["raw", "qcow2"])
+def test_a_fifo_in_place_of_a_disk_hangs_neither_us_nor_libvirt(shape, lab, runs, hypervisor):
+    """libvirt reads the file of a VM that is off, if asked for its size, and answers nobody until that has ended."""
+    vm = lab.vm([f"{shape}:8"], start=False)
+    path = vm.disk("vda")
+    path.unlink()
+    os.mkfifo(path)
+    (disk,) = hypervisor.find(vm.name).disks
+    assert disk.virtual_size is None
+    with pytest.raises(UnsupportedOperation, match=f"disk vda: {path} is a FIFO"):
+        hypervisor.estimate(runs.run(vm))
+    with pytest.raises(UnsupportedOperation, match="is a FIFO"), runs.take(runs.run(vm)):
+        pass
+    path.unlink()
+    assert vm.checkpoints() == set()
+
+
 def test_no_bitmap_stays_where_one_disk_cannot_get_it(lab, runs, monkeypatch):
     monkeypatch.setattr(stopped, "LOCK_LIMIT", 0.2)
     vm = lab.vm(["qcow2:8", "qcow2:8"], start=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -188,3 +189,11 @@ def test_variables_in_a_qcow2_file_are_kept_raw(tmp_path, qemu_tools):
     assert again, "bytes, of which pytest would make a very long text"
     files, (left,) = vm_files(Described(xml.format(above)), "qemu:///system")
     assert (files, left.missed, left.reason) == ((), True, f"{above} lies on another file")
+
+
+@pytest.mark.timeout(20)
+def test_a_fifo_in_place_of_a_file_is_left_out(tmp_path):
+    path = tmp_path / "nvram"
+    os.mkfifo(path)
+    files, (left,) = vm_files(Described(f"<os><nvram>{path}</nvram></os>"), "qemu:///system")
+    assert (files, left.missed, left.reason) == ((), True, f"{path} is a FIFO")

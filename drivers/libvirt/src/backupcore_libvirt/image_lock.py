@@ -35,7 +35,7 @@ def keep_closed(files: Sequence[Path]) -> Iterator[None]:
     with ExitStack() as stack:
         for file in files:
             try:
-                handle = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # it may be a FIFO
             except FileNotFoundError:
                 continue
             except OSError as error:

@@ -5,15 +5,31 @@ from __future__ import annotations
 import os
 import stat
 import struct
+from pathlib import Path
 
 from backupcore.disk.geometry import MAGIC
 
-__all__ = ["by_header", "keeps_data_elsewhere", "lies_on_another", "stands_alone"]
+__all__ = ["by_header", "keeps_data_elsewhere", "lies_on_another", "stands_alone", "strange_kind"]
 
 _SECTOR = 512
 _START = struct.Struct(">4sIQIIQ")  # docs/interop/qcow2.txt: magic, version, backing name, cluster bits, size
 _FEATURES, _FEATURES_AT = struct.Struct(">Q"), 72  # those that a program must know; of version 3 only
 _DATA_FILE = 1 << 2
+
+
+_KINDS = ((stat.S_ISFIFO, "a FIFO"), (stat.S_ISCHR, "a character device"), (stat.S_ISSOCK, "a socket"))
+
+
+def strange_kind(path: str) -> str:
+    """What is there, if it is neither a file, a folder nor a block device: reading such a thing may never end. Else "".
+
+    libvirt reads it as well, where it is asked for the size of a disk that is off, and then answers nobody any more.
+    """
+    try:
+        mode = Path(path).stat().st_mode
+    except OSError:
+        return ""  # whoever opens it says what is wrong
+    return next((words for is_kind, words in _KINDS if is_kind(mode)), "")
 
 
 def by_header(path: str, shape: str) -> int | None:

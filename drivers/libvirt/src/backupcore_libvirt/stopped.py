@@ -16,6 +16,7 @@ from backupcore.errors import BackupError, Busy, HypervisorError, NotFound, Unsu
 from backupcore.typed import typed
 from backupcore_libvirt.backing import backing_of
 from backupcore_libvirt.disks import Bitmap, Node, SourceDisk
+from backupcore_libvirt.image_size import strange_kind
 from backupcore_libvirt.qemu_nbd import image_options, is_locked
 from backupcore_libvirt.scratch import Owner
 from backupcore_libvirt.source import PLAIN
@@ -24,6 +25,8 @@ __all__ = ["add_bitmaps", "check_files", "remove_bitmap", "stopped_nodes"]
 
 LOCK_LIMIT = 5.0
 """Seconds to wait for a lock: a QEMU that ends holds its own for a moment."""
+
+_INFO_LIMIT = 60.0  # seconds; a read of what only looks like a file (in /proc, say) may never end
 
 
 def stopped_nodes(vm: str, disks: Sequence[SourceDisk]) -> dict[str, Node]:
@@ -188,6 +191,8 @@ def _info(disk: SourceDisk) -> dict[str, Any]:
 
 def _qemu_img(command: str, *options: str, disk: SourceDisk, more: Sequence[str] = ()) -> str:
     what = f"disk {disk.id} ({disk.path}): qemu-img {command}"
+    if kind := strange_kind(disk.path):
+        raise UnsupportedOperation(f"disk {disk.id}: {disk.path} is {kind}", "Give the VM a file or a block device.")
     deadline = time.monotonic() + LOCK_LIMIT
     while True:
         try:
@@ -201,8 +206,19 @@ def _qemu_img(command: str, *options: str, disk: SourceDisk, more: Sequence[str]
             ]
             # In a session of its own: a Ctrl-C on our terminal must not end it in the middle of a change.
             done = subprocess.run(
-                call, capture_output=True, text=True, errors="replace", check=False, start_new_session=True
+                call,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                check=False,
+                start_new_session=True,
+                timeout=_INFO_LIMIT if command == "info" else None,
             )
+        except subprocess.TimeoutExpired as error:
+            raise HypervisorError(
+                f"{what}: no answer within {_INFO_LIMIT:g} seconds",
+                "Can the file be read? Does the file system that it lies on answer?",
+            ) from error
         except OSError as error:
             if error.filename == "qemu-img":
                 raise HypervisorError("qemu-img is not installed", "Debian, Ubuntu: qemu-utils.") from error

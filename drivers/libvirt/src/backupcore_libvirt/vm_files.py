@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from backupcore.model import BytesArtifact, LeftOut
 from backupcore_libvirt.connection import Domain
-from backupcore_libvirt.image_size import by_header, keeps_data_elsewhere, lies_on_another
+from backupcore_libvirt.image_size import by_header, keeps_data_elsewhere, lies_on_another, strange_kind
 from backupcore_libvirt.qemu_img import to_raw
 from backupcore_libvirt.xml import Element, parse
 
@@ -96,6 +96,8 @@ def _boot(root: Element) -> Iterator[VMFile]:
 
 def _looked_at(file: VMFile, domain: Domain) -> VMFile | LeftOut:
     """The file, or why it cannot be kept. What is away hinders no backup: the disks are worth more than that."""
+    if kind := strange_kind(str(file.path)):
+        return LeftOut(id=file.artifact, reason=f"{file.path} is {kind}", missed=True)
     try:
         with file.path.open("rb") as opened:
             size = os.fstat(opened.fileno()).st_size

@@ -11,7 +11,7 @@ from backupcore.hypervisor import VMDisk, VMState
 from backupcore.model import VM
 from backupcore_libvirt.connection import Domain
 from backupcore_libvirt.disks import BY_RULE, DiskChoice, SourceDisk, source_disks
-from backupcore_libvirt.image_size import by_header
+from backupcore_libvirt.image_size import by_header, strange_kind
 from backupcore_libvirt.overlay import left
 from backupcore_libvirt.overlay.stack import base_of, is_overlay
 from backupcore_libvirt.qemu_nbd import is_served
@@ -37,7 +37,7 @@ def state_of(domain: Domain, backed_up: Collection[str], scratch: Path, choice: 
             id=disk.id,
             path=disk.path,
             format=disk.format,
-            virtual_size=_virtual_size(domain, disk, live=not off) if not disk.left_out else None,
+            virtual_size=_virtual_size(domain, disk) if not disk.left_out else None,
             left_out=disk.left_out,
             lies_on=base_of(disk.path) if is_overlay(disk.path) else "",
         )
@@ -65,13 +65,14 @@ def _remarks(domain: Domain, scratch: Path) -> tuple[str, ...]:
         time.sleep(0.05)
 
 
-def _virtual_size(domain: Domain, disk: SourceDisk, *, live: bool) -> int | None:
+def _virtual_size(domain: Domain, disk: SourceDisk) -> int | None:
     # libvirt asks the QEMU of a running VM for all of its block nodes, which kills QEMU 7.2 in the moment in which
-    # another program's backup or snapshot begins. A listing must not.
+    # another program's backup or snapshot begins. Of one that is off it reads the file itself, and hangs for everybody
+    # where that is a FIFO. A listing must cause neither.
     if disk.format == "raw" and disk.source.part is not None:
         return disk.source.part.size
-    size = by_header(disk.path, disk.format) if live and not disk.encrypted else None
-    if size is not None:
+    size = by_header(disk.path, disk.format) if not disk.encrypted else None
+    if size is not None or strange_kind(disk.path):
         return size
     try:
         return domain.block_sizes(disk.id)[0]
