@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from backupcore.disk.in_memory import as_qcow2
+from backupcore_libvirt.regular_file import Strange, open_file
 from backupcore_libvirt.vm_files import LIMIT, VMFile, read, vm_files
 from lab import kernel
 
@@ -133,7 +134,7 @@ class Described:
             ("tpm", "tpm2-00.permall is missing"),
         ),
         ("<os><kernel>/bin/sh</kernel></os>", None),
-        ("<os><initrd>/proc</initrd></os>", ("initrd", "/proc cannot be read: Is a directory")),
+        ("<os><initrd>/proc</initrd></os>", ("initrd", "/proc is no regular file")),
     ],
 )
 def test_what_is_left_out_and_why(xml, left_out):
@@ -196,4 +197,30 @@ def test_a_fifo_in_place_of_a_file_is_left_out(tmp_path):
     path = tmp_path / "nvram"
     os.mkfifo(path)
     files, (left,) = vm_files(Described(f"<os><nvram>{path}</nvram></os>"), "qemu:///system")
-    assert (files, left.missed, left.reason) == ((), True, f"{path} is a FIFO")
+    assert (files, left.missed, left.reason) == ((), True, f"{path} is no regular file")
+
+
+def test_a_link_that_another_user_has_made_is_not_followed(tmp_path):
+    """The folders of NVRAM and TPM state belong to the users of QEMU and swtpm, which a guest may have taken over."""
+    if os.geteuid():
+        pytest.skip("only root can give a link to another user")
+    secret, path = tmp_path / "secret", tmp_path / "nvram"
+    secret.write_bytes(b"the host's")
+    path.symlink_to(secret)
+    described = Described(f"<os><nvram>{path}</nvram></os>")
+    (file,), _ = vm_files(described, "qemu:///system")
+    assert read(file, lambda _: None).data == b"the host's", "root may put it elsewhere"
+    os.chown(path, 1234, 1234, follow_symlinks=False)
+    assert read(file, lambda _: None).missed
+    files, (left,) = vm_files(described, "qemu:///system")
+    assert (files, left.missed) == ((), True)
+    assert left.reason == f"{path} is reached by a link that user 1234 has made ({path})"
+
+
+def test_a_folder_that_becomes_a_link_meanwhile_is_noticed(tmp_path, monkeypatch):
+    (tmp_path / "host").mkdir()
+    (tmp_path / "host/state").write_bytes(b"the host's")
+    (tmp_path / "vm").symlink_to(tmp_path / "host")
+    monkeypatch.setattr("backupcore_libvirt.regular_file._real", str)
+    with pytest.raises(Strange, match="another file"):
+        open_file(tmp_path / "vm/state")

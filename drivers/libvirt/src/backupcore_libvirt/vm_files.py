@@ -16,8 +16,9 @@ from urllib.parse import urlsplit
 
 from backupcore.model import BytesArtifact, LeftOut
 from backupcore_libvirt.connection import Domain
-from backupcore_libvirt.image_size import by_header, keeps_data_elsewhere, lies_on_another, strange_kind
+from backupcore_libvirt.image_size import by_header, keeps_data_elsewhere, lies_on_another
 from backupcore_libvirt.qemu_img import to_raw
+from backupcore_libvirt.regular_file import Strange, open_file
 from backupcore_libvirt.xml import Element, parse
 
 __all__ = ["VMFile", "nvram_file", "read", "vm_files"]
@@ -96,13 +97,13 @@ def _boot(root: Element) -> Iterator[VMFile]:
 
 def _looked_at(file: VMFile, domain: Domain) -> VMFile | LeftOut:
     """The file, or why it cannot be kept. What is away hinders no backup: the disks are worth more than that."""
-    if kind := strange_kind(str(file.path)):
-        return LeftOut(id=file.artifact, reason=f"{file.path} is {kind}", missed=True)
     try:
-        with file.path.open("rb") as opened:
+        with os.fdopen(open_file(file.path), "rb") as opened:
             size = os.fstat(opened.fileno()).st_size
         if file.format == "qcow2":
             size = max(size, by_header(str(file.path), "qcow2") or 0)
+    except Strange as error:
+        return LeftOut(id=file.artifact, reason=f"{file.path} {error}", missed=True)
     except FileNotFoundError:
         reason = f"{file.path} is missing"
         if file.artifact in _MADE_AT_A_START:
@@ -137,6 +138,8 @@ def read(file: VMFile, pause: Callable[[float], object] = time.sleep) -> BytesAr
         else:
             why = "is missing" if before is None else "kept changing while it was read"
             return LeftOut(id=file.artifact, reason=f"{file.path} {why}", missed=True)
+    except Strange as error:
+        return LeftOut(id=file.artifact, reason=f"{file.path} {error}", missed=True)
     except OSError as error:
         return LeftOut(id=file.artifact, reason=f"{file.path} cannot be read: {error.strerror}", missed=True)
     assert before is not None  # equal to `after`
@@ -153,12 +156,16 @@ def _read(file: VMFile) -> bytes | None:
 
 
 def _held(file: VMFile) -> bytes:
-    if file.format == "raw":
-        with file.path.open("rb") as opened:
-            return opened.read(LIMIT + 1)
-    file.path.stat()  # for the error that says it is gone
+    with os.fdopen(open_file(file.path), "rb") as opened:
+        data = opened.read(LIMIT + 1)
+    if file.format == "raw" or len(data) > LIMIT:
+        return data
+    # Of a copy, so that no header that is written meanwhile leads anywhere else.
     with tempfile.TemporaryDirectory(prefix="vmkeep-nvram-") as folder:
-        held = Path(folder) / "nvram"
-        to_raw(str(file.path), file.format, str(held))
-        with held.open("rb") as opened:
-            return opened.read(LIMIT + 1)
+        copy, held = Path(folder) / "copy", Path(folder) / "nvram"
+        copy.write_bytes(data)
+        if lies_on_another(str(copy)) or keeps_data_elsewhere(str(copy)):
+            raise Strange("lies on another file")
+        to_raw(str(copy), file.format, str(held))
+        with held.open("rb") as raw:
+            return raw.read(LIMIT + 1)
