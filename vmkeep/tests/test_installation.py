@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from kept_in_files import WEB, load, save
 
 from backupcore.errors import ConfigError
 from backupcore.hypervisor import Checkpoint
-from vmkeep import config
+from vmkeep import config, retention
 from vmkeep.installation import MACHINE_ID, establish, known, machine
 from vmkeep.workplace import Workplace
 
@@ -463,6 +464,16 @@ def test_nights_of_2099_displace_nothing_and_are_told(site):
         assert site.run("image", "delete", image, "--yes").code == 0
     assert night(site, 8)["warnings"] == []
     assert ids(site) == [7, 8, 9]
+
+
+def test_a_clock_that_is_behind_now_makes_nobody_delete_good_backups(site):
+    """Dead batteries: the host has started in 1970."""
+    configured(site, mode="FULL", keep_last="3")
+    for number in range(3):
+        night(site, number)
+    (due,) = retention.plan(Workplace(config.load(site.config)), clock=lambda: datetime(1970, 1, 1, tzinfo=UTC))
+    assert len(due.warnings) == 2
+    assert all("Is the host's clock right now" in told and "vmkeep image delete" not in told for told in due.warnings)
 
 
 def test_full_every_comes_again_after_2099(site):

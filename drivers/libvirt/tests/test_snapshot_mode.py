@@ -209,6 +209,26 @@ def test_live_and_off_in_one_chain(lab, chain):
     assert files(vm, "vda", inactive=True) == files(vm, "vda")
 
 
+def test_a_disk_whose_name_has_commas(lab, chain):
+    """libvirt doubles them where it makes the overlay of a VM that is off, and the VM started no more."""
+    vm = lab.vm(["qcow2:8"], start=False)
+    vm.write("vda", "write -P 1 0 1M")
+    vm.disk("vda").rename(vm.folder / "a,b ,c.qcow2")
+    vm.change(("vda.qcow2", "a,b ,c.qcow2"))
+    held = chain(vm)
+    for number, on in enumerate((False, False, True, False)):
+        if on != vm.active:
+            vm.start() if on else vm.destroy()
+        top = files(vm, "vda")[0]
+        vm.io("vda", f"write -P {number} {number}M 64k") if on else qemu_io(top, f"write -P {number} {number}M 64k")
+        taken = held.backup()
+        assert files(vm, "vda") == [
+            f"{vm.folder}/a,b ,c.qcow2.backupcore-{taken.run.point}-vda.qcow2",
+            f"{vm.folder}/a,b ,c.qcow2",
+        ]
+    vm.start()
+
+
 def test_a_vm_may_start_and_end_while_it_is_read(lab, runs, chain):
     vm = lab.vm(["raw:16"], start=False)
     held = chain(vm)

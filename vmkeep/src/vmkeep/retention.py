@@ -98,22 +98,26 @@ def _plan(found: chains.Chains, known: Mapping[str, str] | BackupError) -> Plan:
             what="keep",
             image=one.number,
             why=one.why,
-            error="" if one.expected else _hint(by_number[one.number], found.datastore),
+            error="" if one.expected else _hint(by_number[one.number], found),
         )
         for one in due.passed
     ]
     return Plan(vm=found.vm, datastore=found.datastore, actions=tuple(actions))
 
 
-def _hint(held: chain.Chain, datastore: str) -> str:
+def _hint(held: chain.Chain, found: chains.Chains) -> str:
     """What to do about an image that stays without anybody having wanted that."""
     pinned = f"to keep it: {typed('vmkeep image pin', held.number)}"
     if not held.ours:
-        whose = typed("vmkeep catalog take-over", datastore, "--from", held.owner) if held.owner else ""
+        whose = typed("vmkeep catalog take-over", found.datastore, "--from", held.owner) if held.owner else ""
         taken = f"If that installation is gone, take its backups over: {whose}; " if whose else "If nobody needs it: "
         return f"{taken}{typed('vmkeep image delete', held.number)}; {pinned}"
     if held.ahead:
-        return f"The host's clock was wrong then. To let it go: {typed('vmkeep image delete', held.number)}; {pinned}"
+        # With a clock that is behind now, good backups are dated ahead, and are all that there is.
+        if all(one.ahead for one in found.chains if one.order < held.order):
+            return "Is the host's clock right now (date)? No backup before it has a date that has passed, either."
+        then = "If the host's clock is right now (date), it was wrong then. To let the image go"
+        return f"{then}: {typed('vmkeep image delete', held.number)}; {pinned}"
     return f"To let it go: {typed('vmkeep image delete', held.number)}; {pinned}"
 
 

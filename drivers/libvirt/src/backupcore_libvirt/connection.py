@@ -328,19 +328,17 @@ class Domain:
         with self._calling(f"give up the block job of disk {disk}"):
             self._domain.blockJobAbort(disk, 0)
 
-    def snapshot(self, xml: str, *, reuse: bool = False) -> None:
+    def snapshot(self, xml: str) -> None:
         """Put a new file on disks, all at one instant or none; libvirt keeps no record of it.
 
-        With `reuse` the files are there already; libvirt believes that they are empty, of the right size, and on the
-        right file.
+        The files are there already; libvirt believes that they are empty, of the right size, and on the right file.
         """
         flags = (
             libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
             | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
             | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA
+            | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT
         )
-        if reuse:
-            flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT
         with self._calling("put overlays on the disks"):
             self._domain.snapshotCreateXML(xml, flags)
 

@@ -41,25 +41,23 @@ class Overlays:
         return self.plan.estimate()
 
     def ready(self, guard: Guard) -> None:
-        """Remove what would hinder overlays, the checkpoints of changed block tracking, and make those of a live VM."""
+        """Remove what would hinder overlays, the checkpoints of changed block tracking, and make the overlays."""
         if self.look.live:
             guard.hold("guest", room=overlay_run.growing(self.run, self.plan, self._sizes))
         else:
             guard.hold()
         overlay_run.clear(self.domain, self.run.installation, live=self.look.live)
-        if self.look.live:
-            overlay_run.make(self.run, self.plan, self._sizes)
+        overlay_run.make(self.run, self.plan, self._sizes)
 
     def begin(self) -> datetime:
         """Put a new overlay on all disks."""
-        sizes = self._sizes if self.look.live else None
-        return overlay_run.begin(self.domain, self.run, self.plan, self.look.all_disks, sizes)
+        return overlay_run.begin(
+            self.domain, self.run, self.plan, self.look.all_disks, self._sizes, live=self.look.live
+        )
 
     def serve(self, _guard: Guard) -> Mapping[str, Export]:
         """Serve the files below the new overlays."""
-        return overlay_run.serve(
-            self.domain, self.run, self.plan, live=self.look.live, folder=self.folder, ctx=self.ctx
-        )
+        return overlay_run.serve(self.domain, self.run, self.plan, folder=self.folder, ctx=self.ctx)
 
     @property
     def _sizes(self) -> Mapping[str, int]:

@@ -9,8 +9,6 @@ nothing is lost: an increment reads every overlay down to the one of the parent'
 from __future__ import annotations
 
 import logging
-import os
-import stat
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from backupcore.context import Context
-from backupcore.errors import BackupError, Busy, Cancelled, HypervisorError, IncrementImpossible, from_os_error
+from backupcore.errors import BackupError, Busy, Cancelled, HypervisorError, IncrementImpossible
 from backupcore.model import BackupRun, Outcome, RunState
 from backupcore_libvirt import checkpoint, qemu_img
 from backupcore_libvirt.connection import IO_ERROR, PAUSED, Connection, Domain
@@ -170,9 +168,11 @@ def growing(run: BackupRun, plan: Plan, sizes: Mapping[str, int]) -> list[Growin
 
 
 def make(run: BackupRun, plan: Plan, sizes: Mapping[str, int]) -> None:
-    """Make the new overlays of a VM that runs, whose disks have these sizes, before the guest is brought to rest.
+    """Make the new overlays of disks of these sizes, before the guest is brought to rest.
 
-    For a VM that is off libvirt makes them. What is not used in the end goes with `settle`, or with the next run.
+    Also for a VM that is off: libvirt would make them as root, open to all, and of a path with a comma it doubles that,
+    so that the definition names a file which is not there (seen with 9.0). What is not used in the end goes with
+    `settle`, or with the next run.
     """
     for part in plan.parts:
         path = overlay_path(part.stack.base, run.point, part.disk.id)
@@ -180,27 +180,32 @@ def make(run: BackupRun, plan: Plan, sizes: Mapping[str, int]) -> None:
 
 
 def begin(
-    domain: Domain, run: BackupRun, plan: Plan, every: Sequence[str], sizes: Mapping[str, int] | None
+    domain: Domain, run: BackupRun, plan: Plan, every: Sequence[str], sizes: Mapping[str, int], *, live: bool
 ) -> datetime:
     """The one call that fixes the instant: a new overlay on all disks, or on none. The instant in UTC.
 
     `every` are the IDs of all disks of the VM, those that are left out among them; `sizes` are those of the overlays
-    that `make` has made, None for a VM that is off. HypervisorError if a disk has another size by now.
+    that `make` has made. HypervisorError if a disk has another size by now.
     """
-    if sizes is not None and (resized := _resized(domain, plan, sizes)):
+    if resized := _resized(domain, plan, sizes, live=live):
         raise HypervisorError(f"VM {domain.name}: disk {resized} has just been resized", "Run the backup again.")
     date = datetime.now(UTC)
-    domain.snapshot(snapshot_xml(every, _new(run, plan)), reuse=sizes is not None)
+    domain.snapshot(snapshot_xml(every, _new(run, plan)))
     return date
 
 
-def _resized(domain: Domain, plan: Plan, sizes: Mapping[str, int]) -> str:
+def _resized(domain: Domain, plan: Plan, sizes: Mapping[str, int], *, live: bool) -> str:
     """A disk whose size is not the one that its overlay was made with; "" if there is none.
 
     Neither libvirt nor QEMU holds them against each other: the guest would see the overlay's size.
     """
-    now = nodes(domain, [part.disk for part in plan.parts])
-    return next((disk for disk, node in now.items() if node.virtual_size != sizes[disk]), "")
+    if live:
+        found = nodes(domain, [part.disk for part in plan.parts])
+        now = {disk: node.virtual_size for disk, node in found.items()}
+    else:
+        tops = {part.disk.id: (part.stack.top, part.stack.top_shape) for part in plan.parts}
+        now = {disk: qemu_img.info(*top).virtual_size for disk, top in tops.items()}
+    return next((disk for disk, size in now.items() if size != sizes[disk]), "")
 
 
 def clear(domain: Domain, installation: str, *, live: bool) -> None:
@@ -215,9 +220,7 @@ def clear(domain: Domain, installation: str, *, live: bool) -> None:
         raise Busy(f"VM {domain.name} was {'switched off' if live else 'started'} just now", "Run the backup again.")
 
 
-def serve(
-    domain: Domain, run: BackupRun, plan: Plan, *, live: bool, folder: RunFolder, ctx: Context
-) -> Mapping[str, Export]:
+def serve(domain: Domain, run: BackupRun, plan: Plan, *, folder: RunFolder, ctx: Context) -> Mapping[str, Export]:
     """Serve the files below the new overlays; exports by disk ID.
 
     The servers live until the end of `ctx`, or `end_stray`.
@@ -229,8 +232,6 @@ def serve(
             raise HypervisorError(
                 f"VM {domain.name}: libvirt has put an overlay on disk {part.disk.id}, but the VM does not use it"
             )
-        if not live:
-            _like(new[part.disk.id], part.stack.top)
     exports = {}
     for part in plan.parts:
         ctx.check()
@@ -244,25 +245,6 @@ def serve(
 def _new(run: BackupRun, plan: Plan) -> Mapping[str, str]:
     """Where the new overlay of each disk goes."""
     return {part.disk.id: overlay_path(part.stack.base, run.point, part.disk.id) for part in plan.parts}
-
-
-def _like(new: str, below: str) -> None:
-    """Give an overlay the owner and the mode of the file below.
-
-    For a VM that is off libvirt makes it as root, open to all, and changes its owner at the start only where it is
-    configured so.
-    """
-    try:
-        model = os.stat(below)  # noqa: PTH116 - as the next call, which pathlib has not
-        handle = os.open(new, os.O_RDONLY | os.O_NOFOLLOW)
-        try:
-            os.fchmod(handle, stat.S_IMODE(model.st_mode))
-            if os.geteuid() == 0:
-                os.fchown(handle, model.st_uid, model.st_gid)
-        finally:
-            os.close(handle)
-    except OSError as error:
-        raise from_os_error(error, f"the permissions of {new}") from error
 
 
 def settle(

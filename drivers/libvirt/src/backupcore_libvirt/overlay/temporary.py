@@ -153,7 +153,7 @@ def begin(domain: Domain, held: Sequence[Held], every: Sequence[str]) -> datetim
         if now[one.disk.id].virtual_size != one.size:
             raise Busy(f"VM {domain.name}: disk {one.disk.id} was resized just now", "Run the backup again.")
     date = datetime.now(UTC)
-    domain.snapshot(snapshot_xml(every, {one.disk.id: one.overlay for one in held}), reuse=True)
+    domain.snapshot(snapshot_xml(every, {one.disk.id: one.overlay for one in held}))
     return date
 
 
