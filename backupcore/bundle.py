@@ -24,7 +24,7 @@ __all__ = ["Bundle", "draft"]
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
-SMALL = 64 << 20
+SMALL = 128 << 20
 """Artifacts that are no disks are held in memory, so they must stay small: definitions and firmware are under 1 MiB."""
 
 

@@ -285,3 +285,31 @@ def test_an_encrypted_disk_is_refused_unless_told_so(lab, luks, runs, restored, 
         assert ("--encrypted-disks PLAIN" in refused.value.hint) is not bool(told)
     with runs.take(runs.run(vm, settings={"EXCLUDE_DISKS": "vdb"})) as taken:
         assert [disk.id for disk in taken.prepared.disks] == ["vda"]
+
+
+def test_a_disk_whose_file_was_away_at_the_start_is_missed(lab, runs, hypervisor):
+    """libvirt takes it out of the running definition without a word, and nothing was said of it."""
+    vm = lab.vm(["qcow2:8", "qcow2:8"], start=False)
+    away = vm.disk("vdb")
+    vm.change((f"<source file='{away}'/>", f"<source file='{away}' startupPolicy='optional'/>"))
+    kept = away.rename(away.with_name("kept"))
+    vm.start()
+    (left,) = hypervisor.estimate(runs.run(vm)).left_out
+    assert (left.id, left.missed, left.reason) == (
+        "vdb",
+        True,
+        "its file was away when the VM was started (startupPolicy)",
+    )
+    assert hypervisor.estimate(runs.run(vm, settings={"EXCLUDE_DISKS": "vdb"})).left_out == ()
+    vm.destroy()
+    kept.rename(away)
+    vm.start()
+    assert hypervisor.estimate(runs.run(vm)).left_out == ()
+
+
+def test_a_disk_of_no_bytes_is_refused_by_name(lab, runs, hypervisor):
+    vm = lab.vm(["raw:8"], start=False)
+    with vm.disk("vda").open("r+b") as file:
+        file.truncate(0)
+    with pytest.raises(UnsupportedOperation, match=r"disk vda \(.*\) has 0 bytes"):
+        hypervisor.estimate(runs.run(vm))

@@ -106,7 +106,8 @@ def test_what_is_not_read_while_the_vm_is_off(tmp_path, qemu_tools):
     base, other = qcow2(tmp_path / "base"), qcow2(tmp_path / "other")
     top = qcow2(tmp_path / "top", "-F", "qcow2", "-b", str(base))
     source = f"<source file='{top}'/>"
-    check_files("web", [disk_of(source), disk_of(source, more=ON.format(base, "<backingStore/>"))], no_owner)
+    check_files("web", [disk_of(source)], no_owner)
+    check_files("web", [disk_of(source, more=ON.format(base, "<backingStore/>"))], no_owner)
     volume = ON.format("/b", "<backingStore/>").replace("file='/b'", "pool='p' volume='v'")
     check_files("web", [disk_of(source, more=volume)], no_owner)
     refused(disk_of(source, more="<backingStore/>"), f"none instead of {base}")
@@ -154,3 +155,14 @@ def test_backing_files_that_lead_back_to_themselves(tmp_path, qemu_tools):
     for image, below in ((first, second), (second, first)):
         subprocess.run(["qemu-img", "rebase", "-u", "-F", "qcow2", "-b", below, image], check=True)
     refused(disk_of(f"<source file='{first}'/>"), f"lead back to {first}")
+
+
+def test_two_disks_of_one_file(tmp_path, qemu_tools):
+    image, link = qcow2(tmp_path / "image"), tmp_path / "link"
+    link.symlink_to(image)
+    disks = [disk_of(f"<source file='{path}'/>") for path in (image, link)]
+    with pytest.raises(UnsupportedOperation, match=f"disks vda and vda are one file \\({link}\\)"):
+        check_files("web", disks, no_owner)
+    part = "<slices><slice type='storage' offset='{}' size='65536'/></slices>"
+    raw = [disk_of(f"<source file='{image}'>{part.format(at)}</source>", form="raw") for at in (0, 65536)]
+    check_files("web", raw, no_owner)

@@ -94,7 +94,7 @@ def test_files_that_cannot_be_kept_are_named_with_the_reason(booting, runs):
         assert set(small_artifacts(taken)) == {"vm.xml"}
         assert {left.id: left.reason for left in taken.prepared.left_out} == {
             "kernel": f"{files['kernel']} is missing",
-            "initrd": f"{files['initrd']} has 65 MiB; files of up to 64 MiB are kept",
+            "initrd": f"{files['initrd']} has 129 MiB; files of up to 128 MiB are kept",
         }
     assert taken.prepared.left_out == runs.hypervisor.estimate(runs.run(vm)).left_out
 

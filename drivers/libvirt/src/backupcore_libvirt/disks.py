@@ -11,7 +11,17 @@ from backupcore_libvirt.connection import Domain
 from backupcore_libvirt.source import Source, source_of
 from backupcore_libvirt.xml import parse
 
-__all__ = ["BY_RULE", "Bitmap", "DiskChoice", "Node", "SourceDisk", "located", "nodes", "source_disks"]
+__all__ = [
+    "BY_RULE",
+    "Bitmap",
+    "DiskChoice",
+    "Node",
+    "SourceDisk",
+    "away_at_the_start",
+    "located",
+    "nodes",
+    "source_disks",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +107,27 @@ def source_disks(xml: str, choice: DiskChoice = BY_RULE) -> tuple[SourceDisk, ..
             )
         )
     return tuple(found)
+
+
+def away_at_the_start(live_xml: str, stored_xml: str) -> tuple[SourceDisk, ...]:
+    """Disks that a running VM lacks since their files were away when it started, as the stored definition has them.
+
+    libvirt takes them out of the running definition without a word (``startupPolicy``).
+    """
+    here = {disk.id for disk in source_disks(live_xml)}
+    optional = {
+        str(target.get("dev"))
+        for disk in parse(stored_xml).iterfind("./devices/disk")
+        if (source := disk.find("source")) is not None
+        and source.get("startupPolicy", "mandatory") != "mandatory"
+        and disk.get("device", "disk") == "disk"
+        and (target := disk.find("target")) is not None
+    }
+    return tuple(
+        replace(disk, left_out="its file was away when the VM was started (startupPolicy)", missed=True)
+        for disk in source_disks(stored_xml)
+        if disk.id in optional - here and not disk.left_out
+    )
 
 
 def _left_out(disk: Any, kind: str, place: Mapping[str, str]) -> str:

@@ -12,7 +12,7 @@ from backupcore.model import BackupRun, LeftOut
 from backupcore.typed import typed
 from backupcore_libvirt.checkpoint import Since, since
 from backupcore_libvirt.connection import Connection, Domain
-from backupcore_libvirt.disks import DiskChoice, Node, SourceDisk, located, nodes, source_disks
+from backupcore_libvirt.disks import DiskChoice, Node, SourceDisk, away_at_the_start, located, nodes, source_disks
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.freeze import Freeze, plan
 from backupcore_libvirt.owner import qemu_owner
@@ -74,6 +74,12 @@ def look(connection: Connection, domain: Domain, run: BackupRun, scratch: Path) 
     disks = tuple(disk for disk in every if not disk.left_out)
     _refuse(domain, every, disks, choice, live=live)
     opened = nodes(domain, disks) if live else stopped_nodes(domain.name, disks)
+    for disk in disks:
+        if not opened[disk.id].virtual_size:
+            raise UnsupportedOperation(
+                f"VM {domain.name}: disk {disk.id} ({disk.path}) has 0 bytes",
+                f"Leave it out: {typed('vmkeep vm updateconf', domain.name, '--exclude-disks', disk.id)}",
+            )
     if not live:
         check_files(domain.name, disks, lambda: qemu_owner(xml, connection))
     snapshots = _snapshots(domain, opened)
@@ -100,7 +106,12 @@ def look(connection: Connection, domain: Domain, run: BackupRun, scratch: Path) 
     # Of a VM that is off only we read, and nothing is written to scratch.
     owner = qemu_owner(xml, connection) if live else Owner(os.geteuid(), os.getegid())
     check_scratch(scratch, owner)
-    left_out = [LeftOut(id=disk.id, reason=disk.left_out, missed=disk.missed) for disk in every if disk.left_out]
+    away = away_at_the_start(xml, domain.inactive_xml()) if live and domain.is_persistent() else ()
+    left_out = [
+        LeftOut(id=disk.id, reason=disk.left_out, missed=disk.missed)
+        for disk in (*every, *away)
+        if disk.left_out and not (disk in away and disk.id in choice.excluded)
+    ]
     files, not_kept = vm_files(domain, connection.uri)
     return Look(
         disks=disks,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -64,7 +65,14 @@ def check_files(vm: str, disks: Sequence[SourceDisk], owner: Callable[[], Owner]
     for the user that QEMU runs as, if it has to be known.
     """
     folders = {Path(os.path.realpath(disk.path)).parent for disk in disks}
+    files: dict[tuple[int, int], SourceDisk] = {}
     for disk in disks:
+        other = files.setdefault(_identity(disk), disk)
+        if other is not disk and not (other.source.part and disk.source.part):
+            raise UnsupportedOperation(
+                f"VM {vm}: disks {other.id} and {disk.id} are one file ({disk.path})",
+                f"Give each a file of its own: {typed('virsh edit', vm)}",
+            )
         if disk.source.unknown:
             raise UnsupportedOperation(
                 f"VM {vm} is off, and the definition says of disk {disk.id} what only its QEMU can follow "
@@ -78,6 +86,15 @@ def check_files(vm: str, disks: Sequence[SourceDisk], owner: Callable[[], Owner]
                 f"image itself does: {', '.join(disk.source.below) or 'none'} instead of {', '.join(below) or 'none'}",
                 f"Start the VM; or remove <backingStore> if the image is right: {typed('virsh edit', vm)}",
             )
+
+
+def _identity(disk: SourceDisk) -> tuple[int, int]:
+    try:
+        found = Path(disk.path).stat()
+    except OSError as error:
+        raise from_os_error(error, f"disk {disk.id}") from error
+    # Of devices there may be several names, each with an inode of its own.
+    return (-1, found.st_rdev) if stat.S_ISBLK(found.st_mode) else (found.st_dev, found.st_ino)
 
 
 def _files_below(vm: str, disk: SourceDisk, folders: Collection[Path], owner: Callable[[], Owner]) -> list[str]:

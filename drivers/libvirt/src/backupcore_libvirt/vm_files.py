@@ -23,7 +23,7 @@ from backupcore_libvirt.xml import Element, parse
 
 __all__ = ["VMFile", "nvram_file", "read", "vm_files"]
 
-LIMIT = 64 << 20
+LIMIT = 128 << 20
 """Bytes of one file; the core holds artifacts that are no disks in memory."""
 TRIES = 20
 _MADE_AT_A_START = {"nvram": "its firmware's variables, as boot entries,", "tpm": "the keys that its TPM holds"}
@@ -115,12 +115,12 @@ def _looked_at(file: VMFile, domain: Domain) -> VMFile | LeftOut:
             )
         return LeftOut(id=file.artifact, reason=reason, missed=True)
     except OSError as error:
-        return LeftOut(id=file.artifact, reason=f"{file.path} cannot be read: {error.strerror}")
+        return LeftOut(id=file.artifact, reason=f"{file.path} cannot be read: {error.strerror}", missed=True)
     if file.format == "qcow2" and (lies_on_another(str(file.path)) or keeps_data_elsewhere(str(file.path))):
         return LeftOut(id=file.artifact, reason=f"{file.path} lies on another file", missed=True)
     if size > LIMIT:
         reason = f"{file.path} has {size >> 20} MiB; files of up to {LIMIT >> 20} MiB are kept"
-        return LeftOut(id=file.artifact, reason=reason)
+        return LeftOut(id=file.artifact, reason=reason, missed=True)
     return file
 
 

@@ -9,6 +9,7 @@ from backupcore.disk.reader import Reader
 from backupcore.model import BackupRun, Disk, DiskEstimate
 from backupcore_libvirt.connection import Domain
 from backupcore_libvirt.disks import SourceDisk
+from backupcore_libvirt.image_size import strange_kind
 from backupcore_libvirt.look import Look
 from backupcore_libvirt.reading.cut import REASON as CUT
 from backupcore_libvirt.reading.cut import tail, was_cut
@@ -43,8 +44,9 @@ def estimate_of(domain: Domain, disk: SourceDisk, seen: Look) -> DiskEstimate:
     """How much a run would take of one disk, about; None where nothing tells."""
     name = seen.bitmaps.get(disk.id)
     if name is None:
-        # libvirt cannot tell how much of a block device is in use.
-        size = domain.block_sizes(disk.id)[1] if disk.kind != "block" else None
+        # libvirt cannot tell how much of a block device is in use. It opens the file, and a FIFO that somebody has put
+        # there since the VM was started would hang it.
+        size = domain.block_sizes(disk.id)[1] if disk.kind != "block" and not strange_kind(disk.path) else None
     else:
         size = next(bitmap.dirty for bitmap in seen.nodes[disk.id].bitmaps if bitmap.name == name)
     reason = seen.since.whole.get(disk.id, "") if seen.since else ""
