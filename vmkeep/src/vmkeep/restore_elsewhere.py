@@ -14,7 +14,7 @@ from backupcore import restore as core
 from backupcore.chain import lineage
 from backupcore.context import Context, Progress
 from backupcore.datastore import Datastore
-from backupcore.errors import BackupError, Busy, ConfigError, UnsupportedOperation
+from backupcore.errors import BackupError, Busy, ConfigError, UnsupportedOperation, from_os_error
 from backupcore.hypervisor import VMDisk, VMState
 from backupcore.model import Image
 from backupcore.typed import typed
@@ -72,8 +72,11 @@ def pour(
 ) -> tuple[Image, core.Restored]:
     """Write one disk to a stream."""
     with _opened(place, reference, progress) as (image, store, ctx):
-        made = core.pour(store, image, number, ctx, disk=_only(image, number, disks), out=out, form=form)
-        out.flush()
+        try:
+            made = core.pour(store, image, number, ctx, disk=_only(image, number, disks), out=out, form=form)
+            out.flush()
+        except OSError as error:
+            raise from_os_error(error, "the standard output") from error
         return image, made
 
 

@@ -13,7 +13,7 @@ import click
 
 from backupcore.errors import BackupError, text_of
 from vmkeep import ctrl_c
-from vmkeep.cli import exits
+from vmkeep.cli import exits, streams
 from vmkeep.cli.asked import Asked, common
 from vmkeep.cli.ended import ended_by_others
 from vmkeep.cli.lazy import LazyGroup
@@ -64,25 +64,36 @@ def vmkeep() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code. Whatever goes wrong is told on stderr."""
     asked = Asked(json="--json" in arguments)  # known also where the command line cannot be parsed
+    before = sys.stdout, sys.stderr
     try:
         with ended_by_others(partial(_ended, asked)):
             answer = vmkeep.main(list(arguments), prog_name="vmkeep", standalone_mode=False, obj=asked)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read our output has gone; the interpreter must not complain when it flushes stdout at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return exits.UNEXPECTED
     except KeyboardInterrupt:  # not in click's hands, or the second in them
         return _told(click.Abort(), asked)
     except SystemExit as error:
-        # click ends so where nobody reads our output, and after a shell's completion. Whoever else says that all went
-        # well is a plugin: the command did not come to its end.
+        # click ends so after a shell's completion, and at any broken pipe: one of a command's own streams, which are
+        # no text, or of a plugin. Whoever else says that all went well is a plugin: the command did not come to its end.
+        if isinstance(error.__context__, BrokenPipeError):
+            sys.stdout, sys.stderr = before
+            return _told(error.__context__, asked)
         if error.code or "_VMKEEP_COMPLETE" in os.environ:
             raise
         return _told(error, asked)
     except BaseException as error:  # noqa: BLE001 - the last resort: whatever it is, a line instead of a traceback
         return _told(error, asked)
-    return answer if isinstance(answer, int) else 0
+    answer = answer if isinstance(answer, int) else 0
+    return _arrived(answer, asked)
+
+
+def _arrived(answer: int, asked: Asked) -> int:
+    """The exit code of a command that came to its end, where what it has printed may not have arrived."""
+    lost = streams.lost()
+    if lost is None:
+        return answer
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter writes the rest there at its end
+    code = answer if answer not in (0, exits.WARNING) else exits.UNEXPECTED
+    message = f"the command has come to its end, but its output could not be written: {lost.strerror or text_of(lost)}"
+    return exits.tell("OutputLost", message, "", code, as_json=asked.json)
 
 
 def _ended(asked: Asked, message: str, hint: str) -> int:
@@ -132,6 +143,7 @@ def _with_standard_streams() -> None:
 def main() -> None:
     """Run the command of this process's own arguments, and end the process."""
     _with_standard_streams()
+    streams.put_in_place()
     code = exits.CANCELLED
     try:
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
