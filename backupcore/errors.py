@@ -131,7 +131,10 @@ class ContractViolation(BackupError):
 
 LONGEST = 2000
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_READ_ONLY = "The file system is mounted read-only: mount it so that it can be written to, then run it again."
+_TOO_LONG = "Choose a shorter name: most file systems take 255 bytes."
+_TOO_LARGE = "A limit on the size of files, of the process (ulimit -f) or of the file system, is reached: raise it."
+_DENIED = {errno.EACCES, errno.EPERM}
 
 
 def from_os_error(error: OSError, what: str) -> BackupError:
@@ -140,7 +143,12 @@ def from_os_error(error: OSError, what: str) -> BackupError:
     where = f" ({error.filename})" if isinstance(error.filename, str) else ""
     message = f"{what}: {reason}{where}"
     if error.errno in _FULL:
-        return TargetFull(message, "Make room there, then run it again.")
+        hint = _TOO_LARGE if error.errno == errno.EFBIG else "Make room there, then run it again."
+        return TargetFull(message, hint)
+    if error.errno == errno.EROFS:
+        return AccessDenied(message, _READ_ONLY)
+    if error.errno == errno.ENAMETOOLONG:
+        return ConfigError(message, _TOO_LONG)
     if error.errno in _DENIED:
         return AccessDenied(message, "Check the owner and the permissions of the path.")
     return TargetUnavailable(message)

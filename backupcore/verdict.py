@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from backupcore.errors import BackupError, dump_error, from_os_error, load_error
+from backupcore.small_file import read_small
 
 __all__ = ["FILE", "ROOM", "claim", "give_up", "given_up"]
 
@@ -111,7 +112,7 @@ def _say_once(folder: Path, said: object) -> bool:
 def _read(path: Path) -> bytes:
     deadline = time.monotonic() + _WRITTEN_WITHIN
     while True:
-        said = path.read_bytes()
+        said = read_small(path)
         if said or time.monotonic() > deadline:
             return said
         time.sleep(0.005)

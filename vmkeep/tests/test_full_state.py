@@ -104,6 +104,7 @@ def test_a_backup_to_such_a_state_folder_touches_nothing(site, rescued):
     assert told.code in (6, 7)
     assert str(rescued) in told.err
     assert "bug" not in told.err
+    assert ("mounted read-only" in told.err) == (told.code == 7)
     assert sorted(site.store.iterdir()) == there
 
 

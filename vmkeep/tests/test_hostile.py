@@ -170,3 +170,69 @@ def test_a_hostile_disk_whose_digests_are_right_is_refused(
         told = site.run("restore", "1", "--json", *options)
         assert told.code == 8, told.err
     assert not (site.folder / "to").exists()
+
+
+# What lies in the place of a small file of vmkeep's
+
+
+def replaced(path: Path, by: str) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    if by == "a FIFO":
+        os.mkfifo(path)
+    elif by == "a folder":
+        path.mkdir()
+    elif by == "10 GiB":
+        path.touch()
+        os.truncate(path, 10 << 30)
+    else:
+        path.symlink_to(by)
+
+
+@pytest.mark.parametrize("by", ["a FIFO", "a folder", "10 GiB", "/dev/zero"])
+def test_what_is_no_file_is_one_clear_line_at_once(site, by):
+    assert site.run("backup", "web1").code == 0
+    installation, lock = site.state / "installation", site.state / "locks" / f"vm-{WEB.uuid}"
+    for path, verb, code in (
+        (site.config, ["image", "list"], 2),
+        (installation, ["backup", "web1"], 2),
+        (site.state / "catalog.sqlite.lock", ["backup", "web1"], 2),
+        (lock, ["backup", "web1"], 2),
+    ):
+        kept = path.with_name("kept")
+        path.rename(kept)
+        replaced(path, by)
+        told = site.process(*verb)
+        if by == "10 GiB" and "lock" in str(path):
+            assert told.code == 0, told.err  # nothing of it is read but its beginning
+        else:
+            assert (told.code, told.err.count("\n")) == (code, 2), (path, told)
+            assert str(path) in told.err
+            assert "it is" in told.err or "it has more than" in told.err
+        replaced(path, "nowhere")
+        path.unlink()
+        kept.rename(path)
+    assert site.run("backup", "web1").code == 0
+
+
+@pytest.mark.parametrize("by", ["a FIFO", "a folder", "/dev/zero"])
+def test_the_lock_of_another_vm_that_is_no_file_stops_no_cancel(site, by):
+    assert site.run("backup", "web1").code == 0
+    replaced(site.state / "locks" / f"vm-{DB.uuid}", by)
+    told = site.process("cancel", "web1")
+    assert told.code == 4, told.err
+    assert "bug" not in told.err
+
+
+@pytest.mark.parametrize("by", ["a FIFO", "a folder", "10 GiB", "/dev/zero"])
+def test_the_record_of_a_dead_run_that_is_no_file_is_left_alone(site, by):
+    (site.store / "die").touch()
+    assert site.process("backup", "web1").code == -9
+    (site.store / "die").unlink()
+    (folder,) = (site.state / "runs").iterdir()
+    for file in sorted(folder.glob("*.json")):
+        replaced(file, by)
+    told = site.process("backup", "web1")
+    assert told.code == 0, told.err
+    assert "cannot be read" in told.err

@@ -17,6 +17,7 @@ from backupcore.datastore import Datastore
 from backupcore.errors import BackupError, IntegrityError
 from backupcore.model import BackupRun, Disk, Increment, Prepared, Type
 from backupcore.session import Recorded
+from backupcore.small_file import read_small
 from vmkeep import folders
 from vmkeep.catalog import images, runs
 from vmkeep.workplace import Workplace
@@ -84,7 +85,7 @@ def withdraw(place: Workplace, folder: Path, why: BackupError, store: Datastore,
 def _noted(folder: Path) -> tuple[BackupRun, tuple[Disk, ...]] | None:
     """What `note` wrote; None where the run did not come that far, or it cannot be read."""
     try:
-        noted = json.loads((folder / _NAME).read_text())
+        noted = json.loads(read_small(folder / _NAME))
         return folders.load_run(noted["run"]), tuple(Disk(**disk) for disk in noted["disks"])
     except FileNotFoundError:
         return None

@@ -32,6 +32,7 @@ from backupcore.errors import (
     sentences,
 )
 from backupcore.model import VM
+from backupcore.small_file import read_small
 from backupcore.typed import typed
 from vmkeep import folders, lock, recovery
 from vmkeep.attended import RELEASED
@@ -147,7 +148,8 @@ def _require_answer(state: Path) -> None:
         try:
             _leave_the_terminal()  # which would wait for it, too
             for path in (state / "locks").glob("vm-*"):
-                path.read_bytes()
+                with suppress(OSError):
+                    read_small(path)
             for path in (state / "runs").glob("*/*"):
                 path.lstat()
         finally:

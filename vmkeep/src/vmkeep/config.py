@@ -21,6 +21,7 @@ from msgspec import Meta
 
 from backupcore import options, plugins
 from backupcore.errors import AccessDenied, BackupError, ConfigError, ContractViolation, NotFound, from_os_error
+from backupcore.small_file import NotAFile, read_small
 
 __all__ = ["Config", "Defaults", "Host", "default_path", "load"]
 
@@ -130,9 +131,13 @@ def load(path: Path | None = None) -> Config:
     """The checked configuration. ConfigError names every wrong key with the file; AccessDenied if it is unreadable."""
     where = path or default_path()
     try:
-        data = tomllib.loads(where.read_text("utf-8"))
+        data = tomllib.loads(read_small(where).decode())
     except FileNotFoundError:
         raise ConfigError(f"there is no configuration at {where}", "Write one with: vmkeep init") from None
+    except NotAFile as error:
+        raise ConfigError(
+            f"the configuration {where} cannot be read: {error.strerror}", "Name a file with --config."
+        ) from None
     except PermissionError as error:
         raise AccessDenied(f"the configuration {where} cannot be read", "Run as its owner, or use --config.") from error
     except OSError as error:

@@ -27,6 +27,7 @@ from backupcore import inherited, process
 from backupcore.errors import BackupError, ContractViolation, from_os_error
 from backupcore.guard import SOCKET
 from backupcore.model import VM, BackupRun, Disk, Link, SourceRef, Type, new_id
+from backupcore.small_file import read_small, require_file
 from vmkeep import full_state
 
 __all__ = ["dead", "dead_runs", "dump_run", "keep", "load_run", "of", "own", "sweep"]
@@ -177,7 +178,7 @@ def _dead_folders(state: Path) -> list[Path]:
 
 def _load(record: Path) -> BackupRun | None:
     try:
-        return load_run(record.read_text())
+        return load_run(read_small(record).decode())
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, OSError) as error:
@@ -219,6 +220,7 @@ def _is_orphan(place: Path, folder: Path, left: set[int]) -> bool:
 def _children(folder: Path) -> set[int]:
     """The processes that the owner of this folder has started, where it was killed and cannot end."""
     try:
+        require_file(folder / "lock")
         handle = os.open(folder / "lock", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return set()
@@ -231,6 +233,7 @@ def _children(folder: Path) -> set[int]:
 
 def _dead(folder: Path) -> bool:
     try:
+        require_file(folder / "lock")
         try:
             handle = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)  # an NFS server locks what can be written to
         except OSError as error:

@@ -14,7 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from backupcore import errors, verdict
-from backupcore.errors import AccessDenied, BackupError, TargetFull
+from backupcore.errors import AccessDenied, BackupError, ConfigError, TargetFull
+from backupcore.small_file import NotAFile
 
 __all__ = ["UNWRITABLE", "from_os_error", "full", "has_no_room", "require_room", "room_for_the_record"]
 
@@ -43,6 +44,11 @@ def from_os_error(error: OSError, what: str, state: Path) -> BackupError:
     """As `backupcore.errors.from_os_error`, for what lies in the state folder."""
     if error.errno in _NO_ROOM:
         return full(state)
+    if isinstance(error, NotAFile):
+        # By its own name: `what` may be more than this file, and is not to be removed.
+        return ConfigError(
+            f"{error.path}: {error.strerror}", "Somebody has put that there. Remove it: vmkeep makes such a file anew."
+        )
     return errors.from_os_error(error, what)
 
 

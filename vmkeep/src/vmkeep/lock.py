@@ -26,6 +26,7 @@ from pathlib import Path
 from backupcore import inherited, process
 from backupcore.errors import BackupError, Busy, ContractViolation, from_os_error
 from backupcore.model import VM, Image
+from backupcore.small_file import NotAFile, require_file
 from backupcore.typed import typed
 from vmkeep import full_state
 
@@ -93,6 +94,7 @@ def _take(state: Path, name: str, how: int) -> tuple[int, bool]:
     path = folder / name
     try:
         with _alone(folder):
+            require_file(path)
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(handle, how | fcntl.LOCK_NB)
@@ -151,7 +153,12 @@ def holder(state: Path, reference: str) -> Holder | None:
             stack.enter_context(_alone(folder))
         for path in sorted(folder.glob("vm-*")):
             try:
+                require_file(path)
                 handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # the state folder may be read-only
+            except NotAFile as error:
+                # Another VM's, as far as can be known; whoever wants that lock is told.
+                log.warning("the lock %s: %s", path, error.strerror)
+                continue
             except OSError as error:
                 raise from_os_error(error, "a lock") from error
             try:
@@ -331,6 +338,7 @@ def image_read(state: Path, image: Image) -> Iterator[None]:
 
 def _share_as_it_lies(path: Path, image: Image, stack: ExitStack, why: BackupError) -> None:
     try:
+        require_file(path)
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         log.debug("image %d is read without a lock: %s", image.number, why)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from backupcore.errors import HypervisorError, IntegrityError, from_os_error
 from backupcore.model import VM
+from backupcore.small_file import NotAFile, read_small
 
 __all__ = ["Swap", "Swaps", "carry_out", "forget", "pending", "settle", "stamp", "write"]
 
@@ -124,7 +125,7 @@ def pending(state: Path, vm: VM) -> Swaps | None:
     """The restore in place of this VM that has not come to its end. IntegrityError if its journal cannot be read."""
     path = _journal(state, vm)
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(read_small(path))
         return Swaps(
             vm=VM(**found["vm"]),
             image=int(found["image"]),
@@ -145,13 +146,14 @@ def pending(state: Path, vm: VM) -> Swaps | None:
         )
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise from_os_error(error, f"the journal {path}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, NotAFile) as error:
+        why = error.strerror if isinstance(error, NotAFile) else type(error).__name__
         raise IntegrityError(
-            f"the journal {path} of a restore in place cannot be read ({type(error).__name__})",
+            f"the journal {path} of a restore in place cannot be read ({why})",
             "Look at the VM's disks, then remove it.",
         ) from error
+    except OSError as error:
+        raise from_os_error(error, f"the journal {path}") from error
 
 
 def forget(state: Path, swaps: Swaps) -> None:

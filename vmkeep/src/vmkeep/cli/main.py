@@ -71,8 +71,8 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:  # not in click's hands, or the second in them
         return _told(click.Abort(), asked)
     except SystemExit as error:
-        # click ends so after a shell's completion, and at any broken pipe: one of a command's own streams, which are
-        # no text, or of a plugin. Whoever else says that all went well is a plugin: the command did not come to its end.
+        # click ends so after a shell's completion, and at any broken pipe: of a command's own streams, which are no
+        # text, or of a plugin. Whoever else says that all went well is a plugin: the command did not come to its end.
         if isinstance(error.__context__, BrokenPipeError):
             sys.stdout, sys.stderr = before
             return _told(error.__context__, asked)
