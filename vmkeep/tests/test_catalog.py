@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -179,3 +181,90 @@ def test_several_processes_open_a_new_catalog_and_write_at_once(tmp_path, instal
     found = images.where(Catalog.open(path))
     assert [image.number for image in found] == list(range(1, 61))
     assert sum(image.state == "open" for image in found) == 3
+
+
+# What lies in the place of the catalog
+
+
+def away(path: Path) -> None:
+    for one in path.parent.glob(f"{path.name}*"):
+        one.unlink()
+
+
+def zeros(path: Path, size: int) -> None:
+    away(path)
+    path.touch()
+    os.truncate(path, size)
+
+
+def link(path: Path, to: str) -> None:
+    away(path)
+    path.symlink_to(to)
+
+
+def fifo(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def no_tables(path: Path) -> None:
+    away(path)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+
+
+IN_ITS_PLACE = {
+    "empty": lambda path: zeros(path, 0),
+    "zeros": lambda path: zeros(path, 32768),
+    "10 GiB of zeros": lambda path: zeros(path, 10 << 30),
+    "no tables": no_tables,
+    "a link to nothing": lambda path: link(path, "nowhere"),
+    "/dev/zero": lambda path: link(path, "/dev/zero"),
+    "a FIFO": fifo,
+    "a folder": lambda path: (away(path), path.mkdir()),
+    "a log without an end": lambda path: link(path.with_name(f"{path.name}-wal"), "/dev/zero"),
+    "a log that is a FIFO": lambda path: fifo(path.with_name(f"{path.name}-wal")),
+}
+
+
+@pytest.mark.parametrize("what", IN_ITS_PLACE)
+def test_what_is_no_catalog_beside_an_installation_is_refused(site, what):
+    assert site.run("backup", "web1").code == 0
+    path = site.state / "catalog.sqlite"
+    IN_ITS_PLACE[what](path)
+    for verb in (["backup", "web1"], ["image", "list"], ["backup", "web1", "--dry-run"], ["catalog", "check"]):
+        told = site.process(*verb, "--json")
+        assert told.code == 8, (verb, told)
+        assert str(path) in told.error["message"]
+        assert "vmkeep catalog rebuild DATASTORE" in told.error["hint"]
+    for one in site.state.glob("catalog.sqlite*"):
+        one.rmdir() if one.is_dir() and not one.is_symlink() else one.unlink()
+    assert site.run("catalog", "rebuild", "nas").code == 0
+    assert len(site.run("image", "list", "--json").json) == 1
+
+
+def test_an_empty_file_in_a_new_state_folder_is_a_first_start(site):
+    site.state.mkdir()
+    (site.state / "catalog.sqlite").touch()
+    assert site.run("image", "list", "--json").json == []
+    assert site.run("backup", "web1").code == 0
+    assert len(site.run("image", "list", "--json").json) == 1
+
+
+def test_a_first_start_that_was_killed_is_a_first_start_again(tmp_path, installed):
+    """Killed in its transaction, before the file had its name: nothing but the file that is being made is there."""
+    script = (
+        "import os, sys; sys.path[:0] = sys.argv[2].split(':')\n"
+        "from pathlib import Path\n"
+        "from vmkeep.catalog import database, schema\n"
+        "create = schema.create\n"
+        "schema.create = lambda connection: (create(connection), os.kill(os.getpid(), 9))\n"
+        "database.Catalog.open(Path(sys.argv[1]))\n"
+    )
+    path = tmp_path / "state" / "catalog.sqlite"
+    child = subprocess.run([sys.executable, "-c", script, str(path), installed], check=False)
+    assert child.returncode == -9
+    assert not path.exists()
+    (tmp_path / "state" / "installation").touch()
+    path.with_name("catalog.sqlite-wal").write_bytes(b"of one that was moved away")
+    assert images.where(Catalog.open(path)) == []

@@ -520,3 +520,54 @@ def test_what_a_rebuild_finds_is_put_where_its_date_says(site):
     (site.folder / "clock").unlink()
     night(site, 7, code=3)
     assert ids(site) == [4, 6, 7]
+
+
+# The file is gone
+
+
+def test_an_id_that_is_gone_is_taken_again_on_the_same_machine(site):
+    configured(site, keep_last="2")
+    for number in range(3):
+        night(site, number)
+    first = identity(site)
+    for gone in (Path.unlink, lambda path: (path.unlink(), path.symlink_to("nowhere"))):
+        gone(site.state / "installation")
+        told = site.run("backup", "web1", "--json")
+        assert (told.json["type"], told.json["image"], identity(site)) == ("INCREMENT", 1, first)
+        assert "was gone: this goes on as the installation that it was" in told.err
+    assert night(site, 9)["warnings"] == []
+
+
+def test_a_copy_whose_id_is_gone_does_not_take_it(site, clone):
+    night(site, 1)
+    first = identity(site)
+    copy = clone()
+    (copy.state / "installation").unlink()
+    told = copy.run("backup", "web1", "--json")
+    assert (told.json["type"], told.err.count("comes from another machine")) == ("FULL", 1)
+    assert identity(copy) not in ("", first)
+
+
+def test_an_id_of_which_nothing_but_the_catalog_is_left_is_asked_for(site):
+    night(site, 1)
+    first = identity(site)
+    (site.state / "installation").unlink()
+    (site.state / "installation.lock").unlink()
+    told = site.run("backup", "web1", "--json")
+    assert (told.code, first in told.error["message"]) == (2, True)
+    assert f'installation = "{first}"' in told.error["hint"]
+    assert not (site.state / "installation").exists()
+    site.configure(extra=f'installation = "{first}"')
+    assert night(site, 2)["type"] == "INCREMENT"
+    site.configure()
+    assert (night(site, 3)["type"], identity(site)) == ("INCREMENT", first)
+
+
+def test_a_folder_of_before_the_copy_gets_one(site):
+    night(site, 1)
+    first = identity(site)
+    (site.state / "installation.lock").write_text("")
+    night(site, 2)
+    (site.state / "installation").unlink()
+    night(site, 3)
+    assert identity(site) == first

@@ -3,6 +3,8 @@
 ``STATE/installation`` holds it, with a digest of the machine's own ID: a state folder that wakes up on another machine
 is a copy, and gets a new ID, since two that have one ID would delete each other's backups. The host's name is for
 people only: it may change, and two hosts may have the same.
+
+What the file says is kept in that of its lock as well: where the file is gone the ID is taken again, on this machine.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from backupcore.errors import ConfigError
 from backupcore.model import Image, new_id
+from backupcore.small_file import NotAFile, read_small, require_file
 from vmkeep import full_state
 
 __all__ = ["MACHINE_ID", "Installation", "establish", "known", "machine"]
@@ -31,6 +34,11 @@ MACHINE_ID = "VMKEEP_MACHINE_ID"
 """The variable of the environment that says which machine this is, where ``/etc/machine-id`` is not to be believed."""
 
 _NAME = "installation"
+_LOCK = f"{_NAME}.lock"
+_HINT = (
+    "Put it back as it was. Without a copy of it move it away: on the machine that it was made on its ID is taken "
+    "again, else [host] installation must name it ('vmkeep image show' tells which the backups have)."
+)
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -77,23 +85,34 @@ def known(state: Path, *, here: str, chosen: str = "") -> Installation:
 
     `chosen` is the ID that the configuration demands. ConfigError if the file cannot be understood.
     """
-    held = _read(state)
+    held = _read(state) or _copy(state)
     own = chosen or (held.id if held is not None and not _moved(held, here) else "")
     return Installation(id=own, host=socket.gethostname())
 
 
-def establish(state: Path, *, here: str, chosen: str = "", config: Path | None = None) -> Installation:
+def establish(
+    state: Path,
+    *,
+    here: str,
+    chosen: str = "",
+    config: Path | None = None,
+    carried: Callable[[], str] = lambda: "",
+) -> Installation:
     """Who works in this state folder: the ID is made, and kept, where there is none, or where the folder is a copy.
 
-    `here` is what `machine` says, `chosen` the ID that the configuration `config` demands. ConfigError if the file
-    cannot be understood; TargetFull, AccessDenied.
+    `here` is what `machine` says, `chosen` the ID that the configuration `config` demands, `carried` tells the ID that
+    the catalog carries ("": none). ConfigError if the file cannot be understood, or is gone and it is not sure that
+    this is the machine where it was; TargetFull, AccessDenied.
     """
     try:
         state.mkdir(mode=0o711, parents=True, exist_ok=True)
         held = _read(state)
         if held is None or held.machine != here or held.id != (chosen or held.id):
             with _locked(state):
-                held = _decide(state, _read(state), here, chosen, config)
+                held = _decide(state, _read(state) or _again(state, chosen, config, carried), here, chosen, config)
+        elif _copy(state) != held:
+            with suppress(OSError), _locked(state):  # it may be read-only; what an older version has made has none
+                _keep_copy(state, held)
     except OSError as error:
         raise full_state.from_os_error(error, f"{state / _NAME}", state) from error
     return Installation(id=held.id, host=socket.gethostname())
@@ -118,9 +137,28 @@ def _decide(state: Path, held: _Held | None, here: str, chosen: str, config: Pat
             held.id,
             config or "the configuration",
         )
-    if due != held:
+    if due != _read(state):
         _write(state, due)
+    if due != _copy(state):
+        _keep_copy(state, due)
     return due
+
+
+def _again(state: Path, chosen: str, config: Path | None, carried: Callable[[], str]) -> _Held | None:
+    """What the file has said that is gone; None where there was none."""
+    held = None if chosen else _copy(state)
+    if held is not None:
+        log.warning("%s was gone: this goes on as the installation that it was, %s", state / _NAME, held.id)
+        return held
+    known_as = "" if chosen else carried()
+    if known_as:
+        raise ConfigError(
+            f"{state / _NAME} is gone, which said that this is installation {known_as}",
+            f'Is this the machine that it was made on? Set [host] installation = "{known_as}" in '
+            f"{config or 'the configuration'}. Is it a copy, and the first one still at work? Move the catalog away: "
+            "this one gets an ID of its own then, and 'vmkeep catalog rebuild DATASTORE' finds the backups.",
+        )
+    return None
 
 
 def _moved(held: _Held, here: str) -> bool:
@@ -130,18 +168,39 @@ def _moved(held: _Held, here: str) -> bool:
 def _read(state: Path) -> _Held | None:
     path = state / _NAME
     try:
-        held = _parse(path.read_bytes())
+        held = _parse(read_small(path))
     except FileNotFoundError:
         return None
+    except NotAFile as error:
+        raise ConfigError(f"{path} does not say which installation this is: {error.strerror}", _HINT) from error
     except OSError as error:
         raise full_state.from_os_error(error, f"{path}", state) from error
     if held is None:
-        raise ConfigError(
-            f"{path} does not say which installation this is",
-            "Put it back as it was. Without a copy of it remove the file, and set [host] installation to the ID that "
-            "its backups have ('vmkeep image show'); with none the earlier backups are another installation's.",
-        )
+        raise ConfigError(f"{path} does not say which installation this is", _HINT)
     return held
+
+
+def _copy(state: Path) -> _Held | None:
+    """The same by the file of its lock; None where that says nothing."""
+    try:
+        return _parse(read_small(state / _LOCK))
+    except OSError:
+        return None
+
+
+def _keep_copy(state: Path, held: _Held) -> None:
+    """Who holds the lock writes it, so nobody else does; one that is cut off says nothing."""
+    text = _text(held).encode()
+    handle = os.open(state / _LOCK, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    with os.fdopen(handle, "wb") as file:
+        file.write(text)
+        file.truncate(len(text))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _text(held: _Held) -> str:
+    return json.dumps({"installation": held.id, "machine": held.machine}) + "\n"
 
 
 def _parse(text: bytes) -> _Held | None:
@@ -160,8 +219,7 @@ def _write(state: Path, held: _Held) -> None:
     temporary = path.with_name(f".{_NAME}")
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     with os.fdopen(handle, "w") as file:
-        json.dump({"installation": held.id, "machine": held.machine}, file)
-        file.write("\n")
+        file.write(_text(held))
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
@@ -175,7 +233,8 @@ def _write(state: Path, held: _Held) -> None:
 @contextmanager
 def _locked(state: Path) -> Iterator[None]:
     """Two first commands at once must not both make an ID."""
-    handle = os.open(state / f"{_NAME}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    require_file(state / _LOCK)
+    handle = os.open(state / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

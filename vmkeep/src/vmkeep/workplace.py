@@ -42,9 +42,13 @@ class Workplace:
     @cached_property
     def installation(self) -> Installation:
         """Who works here; the state folder gets an ID if it has none, or is a copy of another machine's."""
-        host = self.config.host
+        host, found = self.config.host, self._opened
         return installation.establish(
-            self.state, here=installation.machine(), chosen=host.installation, config=self.config.path
+            self.state,
+            here=installation.machine(),
+            chosen=host.installation,
+            config=self.config.path,
+            carried=lambda: ownership.carried(found),
         )
 
     @cached_property
@@ -55,10 +59,13 @@ class Workplace:
     @cached_property
     def catalog(self) -> Catalog:
         """The catalog, made if it does not exist."""
-        own = self.installation
-        found = Catalog.open(self.state / "catalog.sqlite")
-        ownership.settle(found, own)
-        return found
+        ownership.settle(self._opened, self.installation)
+        return self._opened
+
+    @cached_property
+    def _opened(self) -> Catalog:
+        # Before the installation is made: a catalog without tables beside one is no new one.
+        return Catalog.open(self.state / "catalog.sqlite")
 
     @cached_property
     def catalog_if_any(self) -> Catalog:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import shutil
 import socket
 import sqlite3
 import tempfile
@@ -22,6 +23,7 @@ from backupcore.errors import (
     TargetUnavailable,
     UnsupportedOperation,
 )
+from backupcore.small_file import NotAFile, require_file
 from vmkeep import full_state
 from vmkeep.catalog import schema
 
@@ -29,6 +31,14 @@ __all__ = ["Catalog"]
 
 BUSY_SECONDS = 30
 
+HINT = (
+    "The backups are in the datastores, unharmed. Move the catalog away and make it anew from each of them: "
+    "vmkeep catalog rebuild DATASTORE"
+)
+"""What to do where the catalog itself is damaged."""
+
+_COPY_LIMIT = 4 << 30  # bytes; the record of a backup takes some KiB
+_HEADER = b"SQLite format 3\0"
 _COPIES = 5  # how often a catalog that changes meanwhile is copied anew
 
 log = logging.getLogger("vmkeep.catalog")
@@ -50,7 +60,9 @@ class Catalog:
         files beside a catalog even to read it. UnsupportedOperation if a newer version wrote it; IntegrityError if it
         is no catalog.
         """
-        if not create and not path.exists():
+        with _translated(path):
+            fresh = _is_fresh(path)
+        if not create and fresh:
             memory = _connect(":memory:")
             schema.create(memory)
             return cls(path, memory)
@@ -162,14 +174,21 @@ def _copied(path: Path, copy: Path) -> None:
     log_of = path.with_name(f"{path.name}-wal")
     for _ in range(_COPIES):
         before = _stamps(path, log_of)
-        copy.write_bytes(path.read_bytes())
+        _copy_file(path, copy)
         beside = copy.with_name(f"{copy.name}-wal")
         beside.unlink(missing_ok=True)
         with suppress(FileNotFoundError):
-            beside.write_bytes(log_of.read_bytes())
+            _copy_file(log_of, beside)
         if _stamps(path, log_of) == before:
             return
     raise Busy(f"the catalog {path} changes while it is copied", "Another vmkeep is writing to it; try again.")
+
+
+def _copy_file(path: Path, copy: Path) -> None:
+    require_file(path)
+    if path.stat().st_size > _COPY_LIMIT:
+        raise _damaged(path, f"it has more than {_COPY_LIMIT >> 30} GiB")
+    shutil.copyfile(path, copy)
 
 
 def _stamps(*paths: Path) -> list[tuple[int, int, int] | None]:
@@ -188,20 +207,52 @@ def _version(connection: Connection) -> int:
     return int(connection.execute("PRAGMA user_version").fetchone()[0])
 
 
+def _is_fresh(path: Path) -> bool:
+    """Whether there is no catalog as yet. IntegrityError where what lies there is none, and there was one."""
+    for one in (path, *(path.with_name(f"{path.name}-{beside}") for beside in ("wal", "shm"))):
+        try:
+            require_file(one)
+        except NotAFile as error:
+            raise _damaged(path, f"{one.name}: {error.strerror}") from error
+    try:
+        with path.open("rb") as file:
+            header = file.read(len(_HEADER))
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise _damaged(path, f"it is a link to {path.readlink()}, where there is nothing") from None
+        return True
+    if header and header != _HEADER:
+        raise _damaged(path, "the file is no database")
+    if not header and _was_used(path.parent):
+        raise _damaged(path, "the file is empty, and there were backups")
+    return not header
+
+
+def _was_used(state: Path) -> bool:
+    """Whether the state folder shows that there was a catalog: its installation, or runs."""
+    return any((state / name).exists() for name in ("installation", "runs"))
+
+
+def _damaged(path: Path, why: str) -> IntegrityError:
+    return IntegrityError(f"the catalog {path} is damaged: {why}", HINT)
+
+
 def _create(path: Path) -> None:
-    """Make the file and its tables if they are not there; a lock keeps two first starts apart."""
+    """Make the file with its tables if it is not there; a lock keeps two first starts apart."""
     path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
-    lock = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    name = path.with_name(path.name + ".lock")
+    require_file(name)
+    lock = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        if _is_fresh(path):
+            _make(path)
         with closing(_connect(path)) as connection:
             found = _version(connection)
             if found >= schema.VERSION:
                 return
-            if not found:
-                # A switch to WAL is refused at once beside any other connection, whatever the timeout says.
-                connection.execute("PRAGMA journal_mode = WAL")
+            if not found and _was_used(path.parent):
+                raise _damaged(path, "it has no tables, and there were backups")
             connection.execute("BEGIN IMMEDIATE")
             if found:
                 schema.migrate(connection, found, socket.gethostname())
@@ -211,6 +262,24 @@ def _create(path: Path) -> None:
         _sync_folder(path.parent)
     finally:
         os.close(lock)
+
+
+def _make(path: Path) -> None:
+    """A new catalog, which gets its name when it has its tables: one without them is never a first start's."""
+    new = path.with_name(f".{path.name}.new")
+    beside = ("-wal", "-shm", "-journal")
+    for end in ("", *beside):
+        new.with_name(new.name + end).unlink(missing_ok=True)
+    os.close(os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    with closing(_connect(new)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("BEGIN IMMEDIATE")
+        schema.create(connection)
+        connection.execute("COMMIT")
+    for end in beside:  # of one that was moved away: SQLite would put what it holds into the new one
+        path.with_name(path.name + end).unlink(missing_ok=True)
+    new.rename(path)
+    _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -243,5 +312,7 @@ def _from_sqlite(error: sqlite3.Error, path: Path) -> BackupError:
     if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
         return AccessDenied(message, "Check the owner and the permissions of the state folder.")
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_ERROR):
-        return IntegrityError(message, "The backups are in the datastores, unharmed. Move the catalog away.")
+        return IntegrityError(message, HINT)
+    if isinstance(error, sqlite3.OperationalError) and not code:  # by the module itself: text that is none
+        return IntegrityError(message, HINT)
     return TargetUnavailable(message)

@@ -10,9 +10,16 @@ from vmkeep.catalog import images
 from vmkeep.catalog.database import Catalog
 from vmkeep.installation import Installation
 
-__all__ = ["owners", "settle", "take_over", "written_by"]
+__all__ = ["carried", "owners", "settle", "take_over", "written_by"]
 
 _PREFIX = 4  # hex digits, as of an image
+
+
+def carried(catalog: Catalog) -> str:
+    """The ID of the installation that has worked with this catalog last; "" where none has."""
+    with catalog.reading() as connection:
+        row = connection.execute("SELECT installation FROM identity").fetchone()
+    return str(row["installation"]) if row is not None else ""
 
 
 def settle(catalog: Catalog, own: Installation) -> None:
