@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from backupcore.chain import AHEAD, Chain
 from backupcore.model import VM
+from vmkeep.catalog import rows
 from vmkeep.catalog.database import Catalog
 from vmkeep.installation import Installation
 
 __all__ = ["Chains", "chains"]
+
+log = logging.getLogger("vmkeep.catalog")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,18 +54,29 @@ def chains(
             of_image.setdefault(number, []).append(increment)
         ahead = {number: date[:10] for number, date in connection.execute(dated, chosen)}
         found: dict[tuple[str, str], tuple[VM, list[Chain]]] = {}
+        damaged = set()
         for row in connection.execute(images, chosen):
-            chain = Chain(
-                number=row["number"],
-                state=row["state"],
-                pinned=bool(row["pinned"]),
-                ours=own.wrote(row["installation"], row["host"]),
-                ids=tuple(of_image.get(row["number"], ())),
-                order=row["sequence"] or 0,
-                owner=row["installation"] or row["host"] or "",
-                ahead=ahead.get(row["number"], ""),
-            )
-            vm_ = VM(uuid=row["vm_uuid"], name=row["vm_name"])
+            try:
+                chain = Chain(
+                    number=row["number"],
+                    state=rows.required(row, "state", str),
+                    pinned=bool(row["pinned"]),
+                    ours=own.wrote(row["installation"], row["host"]),
+                    ids=tuple(of_image.get(row["number"], ())),
+                    order=rows.required(row, "sequence", int) if row["sequence"] is not None else 0,
+                    owner=rows.optional(row, "installation") or rows.optional(row, "host"),
+                    ahead=str(ahead.get(row["number"], "")),
+                )
+                vm_ = VM(uuid=rows.required(row, "vm_uuid", str), name=rows.required(row, "vm_name", str))
+            except ValueError as error:
+                # Which are too many of its VM's cannot be told without it.
+                log.warning("image %d is damaged in the catalog, so its VM's images stay: %s", row["number"], error)
+                damaged.add((row["vm_uuid"], row["datastore"]))
+                continue
             known = found.setdefault((row["vm_uuid"], row["datastore"]), (vm_, []))
             known[1].append(chain)
-    return [Chains(vm=one, datastore=key[1], chains=tuple(these)) for key, (one, these) in found.items()]
+    return [
+        Chains(vm=one, datastore=key[1], chains=tuple(these))
+        for key, (one, these) in found.items()
+        if key not in damaged
+    ]

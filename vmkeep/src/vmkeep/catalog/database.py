@@ -126,12 +126,21 @@ def _connect(path: Path | str) -> Connection:
     connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
     try:
         connection.row_factory = sqlite3.Row
+        connection.text_factory = _text
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _text(data: bytes) -> str | bytes:
+    """A text, or, where a bit of it has flipped, its bytes: the module's error would not say of which row."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data
 
 
 def _in_memory(path: Path) -> Connection:
@@ -296,6 +305,8 @@ def _translated(path: Path) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         raise _from_sqlite(error, path) from error
+    except IndexError as error:  # a column that is not there by that name
+        raise IntegrityError(f"the catalog {path} is damaged: {error}", HINT) from error
     except OSError as error:
         raise full_state.from_os_error(error, f"the catalog {path}", path.parent) from error
 
@@ -312,7 +323,5 @@ def _from_sqlite(error: sqlite3.Error, path: Path) -> BackupError:
     if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
         return AccessDenied(message, "Check the owner and the permissions of the state folder.")
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_ERROR):
-        return IntegrityError(message, HINT)
-    if isinstance(error, sqlite3.OperationalError) and not code:  # by the module itself: text that is none
         return IntegrityError(message, HINT)
     return TargetUnavailable(message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from sqlite3 import Connection
@@ -9,13 +10,15 @@ from typing import TYPE_CHECKING
 
 from backupcore.errors import IntegrityError, UnsupportedOperation
 from backupcore.model import Image, SourceRef
-from vmkeep.catalog import images, points
+from vmkeep.catalog import images, points, rows
 from vmkeep.catalog.database import Catalog
 
 if TYPE_CHECKING:
     from backupcore.flatten import Flattened
 
 __all__ = ["Leftover", "begin", "begun", "drop", "leftovers", "owners", "record", "room", "undo", "unfinished"]
+
+log = logging.getLogger("vmkeep.catalog")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,8 +114,15 @@ def leftovers(catalog: Catalog, vm: str) -> list[Leftover]:
     """What flattens of this VM (UUID) have left to be deleted, in the order in which it is to go."""
     query = "SELECT datastore, source FROM leftovers WHERE vm_uuid = ? ORDER BY number"
     with catalog.reading() as connection:
-        rows = connection.execute(query, (vm,)).fetchall()
-    return [Leftover(datastore=row["datastore"], source=SourceRef(row["source"])) for row in rows]
+        found = []
+        for row in connection.execute(query, (vm,)).fetchall():
+            try:
+                left = Leftover(datastore=rows.required(row, "datastore", str), source=rows.source(row["source"]))
+            except ValueError as error:
+                log.warning("what a flatten has left is damaged in the catalog, and stays where it is: %s", error)
+            else:
+                found.append(left)
+    return found
 
 
 def drop(catalog: Catalog, gone: list[Leftover]) -> None:

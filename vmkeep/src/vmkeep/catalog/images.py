@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from sqlite3 import Connection, Row
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args, get_type_hints
 
 from backupcore.errors import ConfigError, IntegrityError, NotFound
-from backupcore.model import VM, Disk, Image, Increment, SourceRef, Type
-from vmkeep.catalog import points
+from backupcore.model import VM, Disk, Image, Increment, Type
+from backupcore.typed import typed
+from vmkeep.catalog import points, rows
 from vmkeep.catalog.database import Catalog
 from vmkeep.catalog.order import place
 from vmkeep.installation import Installation
@@ -36,58 +38,99 @@ __all__ = [
     "where",
 ]
 
+log = logging.getLogger("vmkeep.catalog")
+
+_STATES = get_args(get_type_hints(Image)["state"])
+# In SQL, since a list must be quick: what `_increment` would not read, but for the rarest.
+_DAMAGED = """
+    SELECT DISTINCT image FROM increments
+    WHERE typeof(pid) <> 'integer' OR typeof(size) <> 'integer' OR type NOT IN ('FULL', 'INCREMENT')
+    OR typeof(point) <> 'text' OR typeof(source) <> 'text' OR source GLOB '*[^A-Za-z0-9._=-]*' OR source = ''
+    OR typeof(disks) <> 'text' OR substr(disks, 1, 2) NOT IN ('[{', '[]') OR NOT json_valid(disks)
+    OR typeof(date) <> 'text' OR date NOT GLOB '[0-9][0-9][0-9][0-9]-[01][0-9]-[0-3][0-9]T*+00:00'
+"""
+
 _PREFIX = 4  # hex digits: fewer would too easily be meant as a number
 
 
 def _increment(row: Row) -> Increment:
     return Increment(
-        id=row["id"],
-        pid=row["pid"],
+        id=rows.required(row, "id", int),
+        pid=rows.required(row, "pid", int),
         type=Type(row["type"]),
-        point=row["point"],
-        source=SourceRef(row["source"]),
-        size=row["size"],
-        date=datetime.fromisoformat(row["date"]),
+        point=rows.required(row, "point", str),
+        source=rows.source(row["source"]),
+        size=rows.required(row, "size", int),
+        date=rows.date(row["date"]),
         consistency=row["consistency"],
-        reason=row["reason"],
-        digest=row["digest"],
-        disks=tuple(Disk(**disk) for disk in json.loads(row["disks"])),
+        reason=rows.required(row, "reason", str),
+        digest=rows.required(row, "digest", str),
+        disks=rows.disks(row),
     )
 
 
 def _load(connection: Connection, query: str, values: Mapping[str, object]) -> list[Image]:
     """The images that a query finds, with their increments."""
+    return [_whole(connection, row) for row in connection.execute(query, values).fetchall()]
+
+
+def _whole(connection: Connection, row: Row) -> Image:
+    """An image with its increments. IntegrityError names what of it cannot be read."""
+    number = row["number"]
     of_one = "SELECT * FROM increments WHERE image = ? ORDER BY id"
-    return [
-        _image(row, tuple(map(_increment, connection.execute(of_one, (row["number"],)))))
-        for row in connection.execute(query, values).fetchall()
-    ]
+    increments = []
+    for one in connection.execute(of_one, (number,)).fetchall():
+        with rows.reading(f"image {number}, increment {one['id']!r:.20}", _hint(row)):
+            increments.append(_increment(one))
+    return _image(row, tuple(increments))
 
 
 def _image(row: Row, increments: tuple[Increment, ...]) -> Image:
-    return Image(
-        uuid=row["uuid"],
-        number=row["number"],
-        vm=VM(uuid=row["vm_uuid"], name=row["vm_name"]),
-        datastore=row["datastore"],
-        state=row["state"],
-        increments=increments,
-        pinned=bool(row["pinned"]),
-        why_closed=row["why_closed"] or "",
-        host=row["host"] or "",
-        began=datetime.fromisoformat(row["began"]) if row["began"] else None,
-        installation=row["installation"] or "",
+    with rows.reading(f"image {row['number']}", _hint(row)):
+        if row["state"] not in _STATES:
+            raise ValueError(f"state is {row['state']!r:.60}")
+        return Image(
+            uuid=rows.required(row, "uuid", str),
+            number=row["number"],
+            vm=VM(uuid=rows.required(row, "vm_uuid", str), name=rows.required(row, "vm_name", str)),
+            datastore=rows.required(row, "datastore", str),
+            state=row["state"],
+            increments=increments,
+            pinned=bool(row["pinned"]),
+            why_closed=rows.optional(row, "why_closed"),
+            host=rows.optional(row, "host"),
+            began=rows.date(row["began"], "began") if row["began"] else None,
+            installation=rows.optional(row, "installation"),
+        )
+
+
+def _hint(row: Row) -> str:
+    return (
+        "The backups are in the datastore, unharmed. Read it from there again: "
+        f"{typed('vmkeep catalog rebuild', str(row['datastore']))} (where the image's own ID is damaged, too, move the "
+        "catalog away first)."
     )
 
 
 def where(catalog: Catalog, *, vm: str | None = None, number: int | None = None) -> list[Image]:
-    """Every image, by number; with `vm` (a UUID or a name) only those of that VM, with `number` only that one."""
+    """Every image, by number; with `vm` (a UUID or a name) only those of that VM, with `number` only that one.
+
+    IntegrityError if one that was asked for so is damaged in the catalog; of all, such are left out, with a warning.
+    """
     query = """
         SELECT * FROM images
         WHERE (:vm IS NULL OR vm_uuid = :vm OR vm_name = :vm) AND (:number IS NULL OR number = :number) ORDER BY number
     """
     with catalog.reading() as connection:
-        return _load(connection, query, {"vm": vm, "number": number})
+        if vm is not None or number is not None:
+            return _load(connection, query, {"vm": vm, "number": number})
+        found = []
+        for row in connection.execute(query, {"vm": None, "number": None}).fetchall():
+            try:
+                found.append(_whole(connection, row))
+            except IntegrityError as error:
+                log.warning("%s", error.in_full)
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,19 +157,35 @@ def listed(catalog: Catalog, *, vm: str | None = None) -> list[Listed]:
     with catalog.reading() as connection:
         known = {number: rest for number, *rest in connection.execute(sums)}
         found = connection.execute(query, {"vm": vm}).fetchall()
+        damaged = {row["image"] for row in connection.execute(_DAMAGED)}
     made = []
     for row in found:
         count, size, first, last = known.get(row["number"], (0, 0, None, None))
-        made.append(
-            Listed(
-                image=_image(row, ()),
-                count=count,
-                size=size,
-                first=datetime.fromisoformat(first) if first else None,
-                last=datetime.fromisoformat(last) if last else None,
-            )
-        )
+        try:
+            image, dates = _image(row, ()), [rows.date(one) if one else None for one in (first, last)]
+        except (IntegrityError, ValueError):
+            image, dates = _what_is_left(row), [None, None]
+        if row["number"] in damaged:
+            image = replace(image, state="damaged")
+        made.append(Listed(image=image, count=count, size=int(size or 0), first=dates[0], last=dates[1]))
     return made
+
+
+def _what_is_left(row: Row) -> Image:
+    """An image whose row is damaged, for a list."""
+    return Image(
+        uuid=_shown(row["uuid"]),
+        number=row["number"],
+        vm=VM(uuid=_shown(row["vm_uuid"]), name=_shown(row["vm_name"])),
+        datastore=_shown(row["datastore"]),
+        state="damaged",
+        increments=(),
+        pinned=bool(row["pinned"]),
+    )
+
+
+def _shown(value: object) -> str:
+    return value if isinstance(value, str) else "?"
 
 
 def newest(catalog: Catalog, vm: VM, datastore: str, own: Installation) -> Image | None:
@@ -214,8 +273,14 @@ def record(connection: Connection, recorded: Recorded) -> int:
 def add(catalog: Catalog, image: Image) -> int | None:
     """Write a whole image down that was found in its datastore; its number, or None if the catalog has it already."""
     with catalog.writing() as connection:
-        if connection.execute("SELECT 1 FROM images WHERE uuid = ?", (image.uuid,)).fetchone():
+        there = connection.execute("SELECT * FROM images WHERE uuid = ?", (image.uuid,)).fetchone()
+        if there is not None and not _is_damaged(connection, there):
             return None
+        if there is not None:  # as it was found it takes the place of what cannot be read, and stays pinned
+            image = replace(image, pinned=bool(there["pinned"]))
+            for table, column in (("flattens", "image"), ("increments", "image"), ("images", "number")):
+                statement = f"DELETE FROM {table} WHERE {column} = ?"  # noqa: S608 - of the names above
+                connection.execute(statement, (there["number"],))
         number = _insert_image(
             connection,
             uuid=image.uuid,
@@ -229,10 +294,19 @@ def add(catalog: Catalog, image: Image) -> int | None:
             began=_began(image),
             installation=image.installation or None,
             sequence=_room(connection, image),
+            **({"number": there["number"]} if there is not None else {}),
         )
         for increment in image.increments:
             insert(connection, number, increment)  # how its run went is not in the datastore
     return number
+
+
+def _is_damaged(connection: Connection, row: Row) -> bool:
+    try:
+        _whole(connection, row)
+    except IntegrityError:
+        return True
+    return False
 
 
 def _began(image: Image) -> str | None:
@@ -265,10 +339,10 @@ def _room(connection: Connection, image: Image) -> int:
 def _insert_image(connection: Connection, **values: str | int | bool | None) -> int:
     """Write a new image down, without its increments; its number."""
     done = connection.execute(
-        "INSERT INTO images (uuid, vm_uuid, vm_name, datastore, state, pinned, why_closed, host, began, installation,"
-        " sequence) VALUES (:uuid, :vm_uuid, :vm_name, :datastore, :state, :pinned, :why_closed, :host, :began,"
-        " :installation, :sequence)",
-        values,
+        "INSERT INTO images (number, uuid, vm_uuid, vm_name, datastore, state, pinned, why_closed, host, began,"
+        " installation, sequence) VALUES (:number, :uuid, :vm_uuid, :vm_name, :datastore, :state, :pinned, :why_closed,"
+        " :host, :began, :installation, :sequence)",
+        {"number": None, **values},
     )
     return int(done.lastrowid or 0)
 
@@ -349,11 +423,17 @@ def tokens(catalog: Catalog) -> Sequence[str]:
 def last_dates(catalog: Catalog) -> dict[str, datetime]:
     """VM UUID -> the date of the backup that was recorded last."""
     query = """
-        SELECT vm_uuid, increments.date FROM images
+        SELECT number, vm_uuid, increments.date FROM images
         JOIN (SELECT image, max(id) high FROM increments GROUP BY image) tips ON tips.image = number
         JOIN increments ON increments.image = number AND increments.id = high
         ORDER BY increments.sequence, images.sequence, number -- those that were not recorded here, NULL, come first
     """
     with catalog.reading() as connection:
-        rows = connection.execute(query).fetchall()
-    return {uuid: datetime.fromisoformat(date) for uuid, date in rows}
+        found = connection.execute(query).fetchall()
+    dates = {}
+    for row in found:
+        try:
+            dates[row["vm_uuid"]] = rows.date(row["date"])
+        except ValueError as error:
+            log.warning("image %d is damaged in the catalog: %s", row["number"], error)
+    return dates

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from sqlite3 import Row
 
 from backupcore.errors import storable
 from backupcore.model import BackupRun, Image, Increment, RunState
 from backupcore.session import Recorded
-from vmkeep.catalog import images
-from vmkeep.catalog.database import Catalog
+from vmkeep.catalog import images, rows
+from vmkeep.catalog.database import HINT, Catalog
 
 __all__ = ["PastRun", "begin", "died", "fail", "increment_of", "last", "reads", "record"]
 
@@ -110,20 +111,22 @@ def last(catalog: Catalog, vm: str, limit: int) -> list[PastRun]:
     """The last runs of a VM (by UUID), newest first."""
     query = "SELECT * FROM runs WHERE vm_uuid = ? ORDER BY rowid DESC LIMIT ?"
     with catalog.reading() as connection:
-        return [
-            PastRun(
-                id=row["id"],
-                kind=row["kind"],
-                datastore=row["datastore"],
-                type=row["type"],
-                started=datetime.fromisoformat(row["started"]),
-                ended=datetime.fromisoformat(row["ended"]) if row["ended"] else None,
-                state=row["state"],
-                phase=row["phase"],
-                image=row["image"],
-                increment=row["increment"],
-                error_class=row["error_class"],
-                error=row["error"],
-            )
-            for row in connection.execute(query, (vm, limit))
-        ]
+        return [_past(row) for row in connection.execute(query, (vm, limit))]
+
+
+def _past(row: Row) -> PastRun:
+    with rows.reading(f"run {row['id']!r:.40}", HINT):
+        return PastRun(
+            id=rows.required(row, "id", str),
+            kind=row["kind"],
+            datastore=rows.required(row, "datastore", str),
+            type=row["type"],
+            started=rows.date(row["started"], "started"),
+            ended=rows.date(row["ended"], "ended") if row["ended"] else None,
+            state=row["state"],
+            phase=row["phase"],
+            image=row["image"],
+            increment=row["increment"],
+            error_class=row["error_class"],
+            error=row["error"],
+        )
