@@ -122,7 +122,7 @@ def lineage(image: Image, number: int | None = None) -> tuple[Increment, ...]:
     wanted = image.increments[-1].id if number is None and image.increments else number
     if wanted is None or wanted not in by_id:
         ids = ", ".join(str(i) for i in by_id) or "none"
-        raise NotFound(f"image {image.number} has no increment {number}", f"It has: {ids}.")
+        raise NotFound(f"image {image.number} has no increment {str(wanted)[:40]}", f"It has: {ids}.")
     chain = [by_id[wanted]]
     while chain[-1].type is not Type.FULL:
         parent = by_id.get(chain[-1].pid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 from kept_in_files import DB, WEB
+
+from backupcore.errors import TargetFull, from_os_error
 
 CLUSTER = 65536
 
@@ -214,6 +217,36 @@ def test_what_is_no_file_is_one_clear_line_at_once(site, by):
         path.unlink()
         kept.rename(path)
     assert site.run("backup", "web1").code == 0
+
+
+def test_long_numbers_and_names_are_cut(site):
+    assert site.run("backup", "web1").code == 0
+    folder = site.folder / ("x" * 300)
+    for verb, code in (
+        (["restore", "1", "--to", str(folder)], 2),
+        (["restore", "1", "--increment", "9" * 400, "--to", str(site.folder / "to")], 4),
+        (["restore", "1", "--increment", "9" * 9000, "--to", str(site.folder / "to")], 2),
+        (["image", "show", "9" * 9000], 4),
+    ):
+        told = site.run(*verb)
+        assert (told.code, "bug" in told.err) == (code, False), (verb[:3], told.err[:500])
+        assert len(told.err) < 2500
+
+
+def test_a_limit_on_the_size_of_files_is_no_full_disk(site):
+    script = 'ulimit -f 16; exec "$@"'
+    child = subprocess.run(
+        ["bash", "-c", script, "bash", sys.executable, "-m", "vmkeep", "backup", "web1"],
+        env={**os.environ, "PYTHONPATH": site.paths, "VMKEEP_CONFIG": str(site.config)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert child.returncode == 5, child.stderr
+    assert "ulimit -f" in child.stderr
+    assert "Make room" not in child.stderr
+    told = from_os_error(OSError(errno.EFBIG, os.strerror(errno.EFBIG)), "a file")
+    assert (type(told), "ulimit -f" in told.hint, "room" in told.hint) == (TargetFull, True, False)
 
 
 @pytest.mark.parametrize("by", ["a FIFO", "a folder", "/dev/zero"])

@@ -76,6 +76,27 @@ def test_a_password_that_cannot_be_had(options: Options, pristine: Path, ctx: Co
         options(pristine, **how).check(ctx)
 
 
+@pytest.mark.parametrize("what", ["a FIFO", "/dev/zero", "10 GiB", "a folder", "nothing"])
+def test_a_password_file_that_is_none_is_refused_before_restic_reads_it(
+    options: Options, shared: Restic, make_run: Runs, ctx: Context, tmp_path: Path, what: str
+) -> None:
+    file = tmp_path / "odd"
+    if what == "a FIFO":
+        os.mkfifo(file)
+    elif what == "a folder":
+        file.mkdir()
+    elif what == "/dev/zero":
+        file.symlink_to(what)
+    else:
+        file.touch()
+        os.truncate(file, 10 << 30 if what == "10 GiB" else 0)
+    odd = options(shared.repository, password_file=str(file))
+    stored = SourceRef("0" * 64)
+    for ask in (odd.check, lambda ctx: odd.prebackup(make_run(builds_on=(stored,)), ctx)):
+        with pytest.raises(ConfigError, match="the password file"):
+            ask(ctx)
+
+
 def test_a_password_command_that_hangs_is_given_up_with_its_children(
     options: Options,
     shared: Restic,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -165,18 +164,28 @@ def _defined(place: Workplace, files: Files) -> Files:
 
 
 def _require_free(paths: Sequence[Path]) -> None:
-    taken = [path for path in paths if os.path.lexists(path)]
+    taken = [path for path in paths if _is_there(path)]
     if taken:
         raise ConfigError(
             f"{', '.join(map(str, taken))}: exists already", "Nothing is overwritten: choose another --to or --name."
         )
 
 
+def _is_there(path: Path) -> bool:
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise from_os_error(error, f"the file {path.name} of a restore") from error
+    return True
+
+
 @contextmanager
 def _staging(folder: Path, base: str) -> Iterator[Path]:
     """A hidden folder beside the final files, so that publishing them is a rename within one file system."""
-    there = folder.exists()
     try:
+        there = folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         staged = folder / f".{base}.{secrets.token_hex(4)}.part"
         staged.mkdir(mode=0o700)

@@ -86,6 +86,7 @@ class Restic:
         """Open the repository, with a lock; create it for its first backup; look for what the run builds on."""
         self._warn(ctx)
         repository = Repository(self)
+        repository.environment()  # a password that restic would wait for is none for later: the guest is touched then
         try:
             # The folder itself is asked: restic takes 0.5 s to derive its key, as long as a small increment takes in
             # all. Where the guest is to be brought to rest it does so all the same, beside what else is looked at: a

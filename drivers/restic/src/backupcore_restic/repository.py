@@ -24,6 +24,7 @@ from backupcore.errors import (
     TargetUnavailable,
     from_os_error,
 )
+from backupcore.small_file import NotAFile, read_small
 from backupcore_restic.failures import last_words, redact, translate
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class Repository:
         if self._key:
             result["RESTIC_KEY_HINT"] = self._key
         if options.password_file:
+            _require_password(options.password_file)
             result["RESTIC_PASSWORD_FILE"] = str(options.password_file.expanduser().absolute())
         else:
             result["RESTIC_PASSWORD_COMMAND"] = options.password_command
@@ -435,10 +437,24 @@ def _json(text: bytes, kind: type[Any] = list) -> Any:
     return value
 
 
+def _require_password(path: Path) -> None:
+    """ConfigError where restic would wait for the password, read it without end, or not take it."""
+    try:
+        empty = not read_small(path.expanduser()).strip()
+    except NotAFile as error:
+        raise ConfigError(f"the password file {path}: {error.strerror}", "Name a file with the password.") from None
+    except OSError:
+        return  # restic says what is wrong with it
+    if empty:
+        raise ConfigError(f"the password file {path} is empty", "Write the repository's password into it.")
+
+
 def _read_environment(path: Path) -> dict[str, str]:
     """KEY=VALUE lines; empty lines, comments, a leading ``export`` and quotes around a value are allowed."""
     try:
-        text = path.expanduser().read_text()
+        text = read_small(path.expanduser()).decode()
+    except (NotAFile, UnicodeDecodeError) as error:
+        raise ConfigError(f"the environment file {path}: {getattr(error, 'strerror', 'it is no text')}") from None
     except OSError as error:
         raise from_os_error(error, "the environment file of the datastore") from error
     result = {}

@@ -324,4 +324,5 @@ def _from_sqlite(error: sqlite3.Error, path: Path) -> BackupError:
         return AccessDenied(message, "Check the owner and the permissions of the state folder.")
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_ERROR):
         return IntegrityError(message, HINT)
-    return TargetUnavailable(message)
+    hint = "Look at the disk below it (dmesg), and for a limit on the size of files (ulimit -f)."
+    return TargetUnavailable(message, hint if code == sqlite3.SQLITE_IOERR else "")

@@ -87,8 +87,8 @@ def owners(catalog: Catalog, vm: VM, datastore: str) -> list[str]:
 
 def _told(image: Image) -> str:
     if not image.installation:
-        return f"host {image.host}" if image.host else "nobody that is known"
-    return f"{image.installation} (host {image.host})" if image.host else image.installation
+        return f"host {image.host:.80}" if image.host else "nobody that is known"
+    return f"{image.installation} (host {image.host:.80})" if image.host else image.installation
 
 
 def take_over(catalog: Catalog, taken: Sequence[Image], own: Installation) -> None:

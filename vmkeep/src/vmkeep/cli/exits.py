@@ -14,6 +14,9 @@ USAGE = 2
 WARNING = 3
 CANCELLED = 130
 
+LONGEST = 2000
+"""Letters of a line that is shown; the longest that is not somebody's joke has a tenth of it."""
+
 CODES: dict[type[BaseException], int] = {
     errors.BackupError: UNEXPECTED,
     errors.ContractViolation: UNEXPECTED,
@@ -36,14 +39,19 @@ def code(error: BaseException) -> int:
 
 
 def one_line(text: str) -> str:
-    """`text` on one line, without control characters: names in it may come from a guest's owner or a datastore."""
+    """`text` on one line, without control characters, cut to `LONGEST` letters.
+
+    Names in it may come from a guest's owner or a datastore.
+    """
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST - 1]}…"
     return "".join(letter if letter.isprintable() else " " if letter.isspace() else "?" for letter in text)
 
 
 def tell(kind: str, message: str, hint: str, exit_code: int, *, as_json: bool) -> int:
     """Say on stderr what went wrong, and return the exit code."""
     if as_json:
-        error = {"class": kind, "message": message, "hint": hint, "exit_code": exit_code}
+        error = {"class": kind, "message": message[:LONGEST], "hint": hint[:LONGEST], "exit_code": exit_code}
         print(json.dumps({"error": error}), file=sys.stderr)  # noqa: T201 - the last line of stderr, for scripts
         return exit_code
     print(f"vmkeep: {one_line(message.strip())}", file=sys.stderr)  # noqa: T201 - the one place that tells of errors

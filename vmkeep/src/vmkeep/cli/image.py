@@ -74,7 +74,7 @@ def show(asked: Asked, reference: str) -> None:
     output.line(f"VM {found.vm.name} ({found.vm.uuid}) in datastore {found.datastore}")
     if not place.installation_if_any.owns(found):
         whose = f"installation {found.installation}" if found.installation else "an installation that is not known"
-        output.line(f"Written by {whose}{f' (host {found.host})' if found.host else ''}; retention leaves it alone")
+        output.line(f"Written by {whose}{f' (host {found.host:.80})' if found.host else ''}; retention leaves it alone")
     tokens = images.tokens(catalog)
     rows = [
         (
