@@ -545,6 +545,7 @@ def test_a_copy_whose_id_is_gone_does_not_take_it(site, clone):
     (copy.state / "installation").unlink()
     told = copy.run("backup", "web1", "--json")
     assert (told.json["type"], told.err.count("comes from another machine")) == ("FULL", 1)
+    assert "was gone" not in told.err
     assert identity(copy) not in ("", first)
 
 
@@ -571,3 +572,11 @@ def test_a_folder_of_before_the_copy_gets_one(site):
     (site.state / "installation").unlink()
     night(site, 3)
     assert identity(site) == first
+
+
+def test_an_id_that_is_gone_is_asked_for_where_no_machine_is_known(tmp_path):
+    first = establish(tmp_path, here="")
+    (tmp_path / "installation").unlink()
+    with pytest.raises(ConfigError, match=f"is gone, which said that this is installation {first.id}"):
+        establish(tmp_path, here="m")
+    assert establish(tmp_path, here="m", chosen=first.id).id == first.id

@@ -109,7 +109,8 @@ def establish(
         held = _read(state)
         if held is None or held.machine != here or held.id != (chosen or held.id):
             with _locked(state):
-                held = _decide(state, _read(state) or _again(state, chosen, config, carried), here, chosen, config)
+                there = _read(state) or _again(state, here, chosen, config, carried)
+                held = _decide(state, there, here, chosen, config)
         elif _copy(state) != held:
             with suppress(OSError), _locked(state):  # it may be read-only; what an older version has made has none
                 _keep_copy(state, held)
@@ -144,13 +145,16 @@ def _decide(state: Path, held: _Held | None, here: str, chosen: str, config: Pat
     return due
 
 
-def _again(state: Path, chosen: str, config: Path | None, carried: Callable[[], str]) -> _Held | None:
-    """What the file has said that is gone; None where there was none."""
-    held = None if chosen else _copy(state)
-    if held is not None:
-        log.warning("%s was gone: this goes on as the installation that it was, %s", state / _NAME, held.id)
+def _again(state: Path, here: str, chosen: str, config: Path | None, carried: Callable[[], str]) -> _Held | None:
+    """What the file has said that is gone; None where there was none. ConfigError where it may be a copy's."""
+    if chosen:
+        return None
+    held = _copy(state)
+    if held is not None and held.machine and here:
+        if not _moved(held, here):
+            log.warning("%s was gone: this goes on as the installation that it was, %s", state / _NAME, held.id)
         return held
-    known_as = "" if chosen else carried()
+    known_as = held.id if held is not None else carried()
     if known_as:
         raise ConfigError(
             f"{state / _NAME} is gone, which said that this is installation {known_as}",

@@ -49,7 +49,7 @@ def _points(catalog: Catalog, vm: VM) -> list[Row]:
     """The point of every increment of this VM, with its image's number and state and whose it is, in their order."""
     query = """
         SELECT number, state, installation, host, point FROM images JOIN increments ON image = number
-        WHERE vm_uuid = ? ORDER BY number, id
+        WHERE vm_uuid = ? AND typeof(point) = 'text' ORDER BY number, id
     """
     with catalog.reading() as connection:
         return connection.execute(query, (vm.uuid,)).fetchall()

@@ -82,16 +82,21 @@ def run(arguments: Sequence[str]) -> int:
     except BaseException as error:  # noqa: BLE001 - the last resort: whatever it is, a line instead of a traceback
         return _told(error, asked)
     answer = answer if isinstance(answer, int) else 0
-    return _arrived(answer, asked)
+    return _arrived(answer, asked, quiet=not _ONLY_TELL.isdisjoint(arguments))
 
 
-def _arrived(answer: int, asked: Asked) -> int:
+_ONLY_TELL = frozenset({"list", "show", "check", "--help", "-h", "--version"})
+"""What only tells something: who reads no further (``| head``) has enough, and nothing is in doubt."""
+
+
+def _arrived(answer: int, asked: Asked, *, quiet: bool) -> int:
     """The exit code of a command that came to its end, where what it has printed may not have arrived."""
     lost = streams.lost()
     if lost is None:
         return answer
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter writes the rest there at its end
     code = answer if answer not in (0, exits.WARNING) else exits.UNEXPECTED
+    if quiet and isinstance(lost, BrokenPipeError):
+        return code
     message = f"the command has come to its end, but its output could not be written: {lost.strerror or text_of(lost)}"
     return exits.tell("OutputLost", message, "", code, as_json=asked.json)
 
@@ -149,6 +154,7 @@ def main() -> None:
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         code = run(sys.argv[1:])
+        streams.lost()  # of a command that has failed, where it was not asked for
     except KeyboardInterrupt:  # while the first was being told
         pass
     finally:

@@ -7,6 +7,7 @@ must not take a part for the whole.
 from __future__ import annotations
 
 import io
+import os
 import sys
 from typing import TextIO
 
@@ -52,6 +53,14 @@ def put_in_place() -> None:
 
 
 def lost() -> OSError | None:
-    """Why something of what was printed on stdout has not arrived there; None if it has, as far as is known."""
+    """Why something of what was printed on stdout has not arrived there; None if it has, as far as is known.
+
+    What has not goes nowhere from then on: the interpreter would try it again at its end, and complain.
+    """
     sys.stdout.flush()
-    return sys.stdout.lost if isinstance(sys.stdout, _Stream) else None
+    if not isinstance(sys.stdout, _Stream) or sys.stdout.lost is None:
+        return None
+    nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+    return sys.stdout.lost
