@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 from backupcore.errors import BackupError, Cancelled
+from backupcore.strays import translated
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
@@ -160,7 +161,8 @@ class Context:
         with self._lock:
             callbacks, self._touches = self._touches, []
         for callback in callbacks:
-            callback()
+            with translated("a plugin", "what it was to do before the guest is touched"):
+                callback()
         self.check()
 
     def on_release(self, callback: Callable[[], None]) -> None:
@@ -184,7 +186,7 @@ class Context:
         for callback in callbacks:
             try:
                 callback()
-            except Exception:  # `postbackup` does what could not be done here
+            except BaseException:
                 released = False
                 self.log.warning("the guest could not be released early", exc_info=True)
         self.released = self.released or released
@@ -205,7 +207,7 @@ class Context:
         for callback in callbacks:
             try:
                 callback()
-            except Exception:  # the other callbacks still have children to end
+            except BaseException:
                 self.log.warning("a callback failed while the run was being cancelled", exc_info=True)
 
     def __enter__(self) -> Context:
@@ -214,4 +216,10 @@ class Context:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stack.__exit__(kind, error, trace)
+        try:
+            with translated("a plugin", "closing what it has put on the stack"):
+                self.stack.__exit__(kind, error, trace)
+        except BackupError as problem:
+            if error is None:
+                raise
+            self.log.warning("after an error: %s", problem.in_full)  # which must not take the place of the first

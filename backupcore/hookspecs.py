@@ -49,9 +49,12 @@ if TYPE_CHECKING:
         Usage,
     )
 
-__all__ = ["PROJECT", "hookimpl"]
+__all__ = ["CONTRACT", "PROJECT", "hookimpl"]
 
 PROJECT = "backupcore"
+CONTRACT = 1
+"""The version of this contract. What is only added (a hook, an argument, a field) does not raise it; docs/hooks.md has
+the rule for what goes."""
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 

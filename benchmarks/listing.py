@@ -48,7 +48,7 @@ def _listed(vmkeep: Vmkeep, count: int) -> Sample:
 
 def _keep(place: Place, store: Store, count: int) -> None:
     """Keep that many small backups, as a session would; one alone first, which makes what is missing."""
-    kept = Datastore.open("store", tomllib.loads(store.table), plugins=[NoVM()])
+    kept = Datastore.open("store", tomllib.loads(store.table), hypervisor=NoVM())
 
     def one(number: int) -> None:
         run = BackupRun(

@@ -105,7 +105,7 @@ class Site:
         self.driver = driver
         self.guest = MemoryGuest(WEB, disks)
         self.hypervisor = MemoryHypervisor([self.guest])
-        self.datastore = Datastore("mem", driver, plugins=[self.hypervisor])
+        self.datastore = Datastore("mem", driver, hypervisor=self.hypervisor)
         self.image: Image | None = None
         self.truth: dict[int, dict[str, bytes]] = {}
         self._runs = 0
@@ -570,7 +570,7 @@ def test_a_driver_that_reads_instead_of_copying_gets_the_same_bytes(site: Site):
 
     if not isinstance(site.driver, CopyingMemoryDriver):
         return
-    site.datastore = Datastore("mem", Reading(kept=site.driver.kept), plugins=[site.hypervisor])
+    site.datastore = Datastore("mem", Reading(kept=site.driver.kept), hypervisor=site.hypervisor)
     assert site.flatten(2).copied
     assert seen
     assert all(seen.values())

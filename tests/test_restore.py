@@ -57,7 +57,7 @@ class Site:
         self.folder = folder
         self.guests = {vm: MemoryGuest(vm, disks) for vm, disks in guests.items()}
         self.driver = MemoryDriver()
-        self.datastore = Datastore("mem", self.driver, plugins=[MemoryHypervisor(self.guests.values())])
+        self.datastore = Datastore("mem", self.driver, hypervisor=MemoryHypervisor(self.guests.values()))
         self.images: dict[VM, Image] = {}
         self.truth: dict[tuple[VM, int], dict[str, bytes]] = {}
         self._runs = 0
@@ -335,7 +335,7 @@ class RangesDriver(MemoryDriver):
 def over(site: Site, driver: type[MemoryDriver]) -> Site:
     """The same backups, kept by another driver."""
     site.driver = driver(kept=site.driver.kept)
-    site.datastore = Datastore("mem", site.driver, plugins=[MemoryHypervisor(site.guests.values())])
+    site.datastore = Datastore("mem", site.driver, hypervisor=MemoryHypervisor(site.guests.values()))
     return site
 
 

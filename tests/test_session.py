@@ -62,7 +62,9 @@ class Site:
         self.outcomes: list[Outcome] = []
 
     def datastore(self, driver: object | None = None, *site: object) -> Datastore:
-        return Datastore("mem", driver or self.driver, plugins=[self.hypervisor, *site, Witness(self.outcomes)])
+        return Datastore(
+            "mem", driver or self.driver, hypervisor=self.hypervisor, plugins=[*site, Witness(self.outcomes)]
+        )
 
     @contextmanager
     def context(self) -> Iterator[Context]:

@@ -111,7 +111,7 @@ class Bench:
 
     def open(self, *, options: Mapping[str, object] | None = None) -> Datastore:
         """The target, opened anew."""
-        return self.target.open(plugins=[NoVM()], options=options)
+        return self.target.open(hypervisor=NoVM(), options=options)
 
     @contextmanager
     def context(self) -> Iterator[Context]:

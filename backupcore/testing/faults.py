@@ -3,7 +3,7 @@
 ::
 
     faults = Faults({"backup after": fails(TargetFull("no room left"))})
-    store = Datastore("nas", MemoryDriver(), plugins=[hypervisor, faults])
+    store = Datastore("nas", MemoryDriver(), hypervisor=hypervisor, plugins=[faults])
 
 `Faults` is a site plugin like any other, so it works around every driver and every hypervisor; in a configuration it
 stands as ``plugins = ["my_tests:faults"]`` under ``[host]``. The steps are ``"<hook> before"`` and ``"<hook> after"``

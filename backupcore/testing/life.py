@@ -38,7 +38,7 @@ def keep(
     target: Target | Datastore, artifacts: Sequence[Artifact], run: BackupRun, ctx: Context
 ) -> tuple[Stored, list[BackupError]]:
     """prebackup, backup and postbackup, as the session calls them; what postbackup found wrong comes second."""
-    store = target.open(plugins=[NoVM()]) if isinstance(target, Target) else target
+    store = target.open(hypervisor=NoVM()) if isinstance(target, Target) else target
     outcome = Outcome(state=RunState.FAILED)
     try:
         run = replace(run, date=store.prebackup(run, ctx).date)

@@ -57,6 +57,6 @@ class Target:
             return self.driver
         return build(kind, self.options if options is None else options, where=self.name)
 
-    def open(self, *, plugins: Sequence[object] = (), options: Mapping[str, object] | None = None) -> Datastore:
+    def open(self, *, hypervisor: object | None = None, options: Mapping[str, object] | None = None) -> Datastore:
         """A datastore with a driver object of its own."""
-        return Datastore("kit", self.build(options), kind=self.name, plugins=plugins)
+        return Datastore("kit", self.build(options), kind=self.name, hypervisor=hypervisor)

@@ -28,7 +28,7 @@ class Site:
         self.driver = MemoryDriver()
 
     def open(self, faults: Faults) -> Datastore:
-        return Datastore("mem", self.driver, plugins=[MemoryHypervisor([self.guest]), faults])
+        return Datastore("mem", self.driver, hypervisor=MemoryHypervisor([self.guest]), plugins=[faults])
 
     def backup(self, faults: Faults, ctx: Context) -> Image:
         run = plan(None, vm=WEB, host="h", datastore="mem", settings={})
@@ -109,7 +109,7 @@ def test_a_plugin_around_a_hook_is_no_such_hook(site: Site, ctx: Context, tmp_pa
         sources = MemoryDriver.sources
 
     faults = Faults({})
-    store = Datastore("bare", Bare(), plugins=[None, faults])
+    store = Datastore("bare", Bare(), hypervisor=None, plugins=[faults])
     assert not store.flattens
     assert store.usage(ctx) == Usage()
     store.check(ctx)
@@ -121,7 +121,8 @@ def test_a_kill_is_a_kill():
         "from backupcore import Context, Datastore\n"
         "from backupcore.testing import Faults, MemoryDriver, kills\n"
         "from pathlib import Path\n"
-        "Datastore('m', MemoryDriver(), plugins=[None, Faults({'check after': kills()})]).check(Context(Path('.')))\n"
+        "store = Datastore('m', MemoryDriver(), hypervisor=None, plugins=[Faults({'check after': kills()})])\n"
+        "store.check(Context(Path('.')))\n"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
 

@@ -21,7 +21,7 @@ def take(bench: Bench, hypervisor: MemoryHypervisor, guest: MemoryGuest, image: 
     run = plan(image, vm=guest.vm, host="kit-a", datastore="kit", settings={})
     with bench.context() as ctx:
         done: list[Recorded] = []
-        run_backup(bench.target.open(plugins=[hypervisor]), run, ctx, record=done.append)
+        run_backup(bench.target.open(hypervisor=hypervisor), run, ctx, record=done.append)
     increment = done[0].increment
     bench.made.append(increment.source)
     if image is None or increment.type is Type.FULL:

@@ -666,7 +666,7 @@ class Chains:
 
     def __post_init__(self) -> None:
         for name in ("a", "b"):
-            self.stores[name] = Datastore(name, MemoryDriver(), plugins=[self.hypervisor])
+            self.stores[name] = Datastore(name, MemoryDriver(), hypervisor=self.hypervisor)
 
     @property
     def kept(self) -> tuple[str, ...]:

@@ -62,7 +62,7 @@ class Site:
 
 @pytest.fixture
 def site(hypervisor, tmp_path) -> Site:
-    return Site(Datastore("mem", MemoryDriver(), plugins=[hypervisor]), tmp_path)
+    return Site(Datastore("mem", MemoryDriver(), hypervisor=hypervisor), tmp_path)
 
 
 def test_backups_of_a_real_vm_are_restored_to_every_point(small, site, tmp_path, hypervisor):
@@ -106,7 +106,7 @@ class BrokenDriver(MemoryDriver):
 
 def test_a_driver_that_fails_leaves_the_guest_as_it_was(small, hypervisor, tmp_path):
     small.io("vda", "write -P 1 0 4M")
-    site = Site(Datastore("mem", BrokenDriver(), plugins=[hypervisor]), tmp_path)
+    site = Site(Datastore("mem", BrokenDriver(), hypervisor=hypervisor), tmp_path)
     with pytest.raises(HypervisorError, match="broken"):
         site.backup(small)
     small.untouched()

@@ -31,7 +31,7 @@ def test_a_chain_becomes_one_object(
 ) -> None:
     random = Random(islands)
     guest = MemoryGuest(WEB, {"vda": bytearray(random.randbytes(24 << 20)), "vdb": bytearray(100_000)})
-    datastore = Datastore("cloud", driver, plugins=[MemoryHypervisor([guest])])
+    datastore = Datastore("cloud", driver, hypervisor=MemoryHypervisor([guest]))
     image: Image | None = None
 
     def context() -> Context:

@@ -39,7 +39,7 @@ def test_by_hand_as_the_readme_says(
         VM(uuid="7d1c1a4e-0000-4000-8000-000000000002", name="web2"), {"vda": bytearray(os.urandom(2 << 20))}
     )
     driver = options("vm-backups", prefix="kvm")
-    datastore = Datastore("cloud", driver, plugins=[MemoryHypervisor([guest])])
+    datastore = Datastore("cloud", driver, hypervisor=MemoryHypervisor([guest]))
     image: Image | None = None
     for number in range(2):
         (tmp_path / f"run{number}").mkdir()
@@ -80,7 +80,7 @@ def test_from_a_guest_to_a_file_by_hand(
     disk = bytearray(24 << 20)
     disk[1 << 20 : 21 << 20] = os.urandom(20 << 20)
     guest = MemoryGuest(VM(uuid="7d1c1a4e-0000-4000-8000-000000000001", name="web1"), {"vda": disk})
-    datastore = Datastore("cloud", driver, plugins=[MemoryHypervisor([guest])])
+    datastore = Datastore("cloud", driver, hypervisor=MemoryHypervisor([guest]))
     recorded: list[Recorded] = []
     run = plan(None, vm=guest.vm, host="h", datastore="cloud", settings={})
     run_backup(datastore, run, ctx, record=recorded.append)

@@ -79,8 +79,9 @@ class Workplace:
 
     def datastore(self, name: str, *, hypervisor: bool = False) -> Datastore:
         """An open datastore by its configured name; with the hypervisor's hooks where a backup needs them."""
-        plugins = (self.hypervisor if hypervisor else None, *self.site_plugins)
-        return Datastore.open(name, self.config.datastores[self.config.datastore(name)], plugins=plugins)
+        options = self.config.datastores[self.config.datastore(name)]
+        used = self.hypervisor if hypervisor else None
+        return Datastore.open(name, options, hypervisor=used, plugins=self.site_plugins)
 
     @contextmanager
     def context(self, progress: Progress | None = None) -> Iterator[Context]:

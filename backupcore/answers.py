@@ -1,0 +1,71 @@
+"""What a driver answers, held against the contract before anybody believes it.
+
+All of these raise a ContractViolation that says what is wrong with the answer; `backupcore.strays` adds whose it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from backupcore.errors import ContractViolation
+from backupcore.model import Artifact, Listed, SourceRef, Stored, Usage, check_name
+
+__all__ = ["checked_artifacts", "checked_listed", "checked_stored", "checked_usage"]
+
+
+def checked_stored(hook: str, stored: object) -> Stored:
+    """The answer to `backup` and `flatten`."""
+    if not isinstance(stored, Stored):
+        raise ContractViolation(f"{hook} returned {type(stored).__name__}: it must be a Stored")
+    if not isinstance(stored.source, SourceRef):
+        raise ContractViolation(f"{hook} returned a source that is no SourceRef but {type(stored.source).__name__}")
+    _check_bytes(f"{hook} returned stored", stored.stored)
+    return stored
+
+
+def checked_artifacts(found: Sequence[Any], source: SourceRef) -> dict[str, tuple[Artifact, int]]:
+    """The answer to `restore`: name -> artifact, and its size."""
+    by_name: dict[str, tuple[Artifact, int]] = {}
+    for artifact in found:
+        if not isinstance(artifact, Artifact):
+            raise ContractViolation(f"restore returned {type(artifact).__name__} among the artifacts of {source}")
+        name, size = check_name(artifact.name), artifact.size
+        if size is None:
+            raise ContractViolation(f"restore returned artifact {name} without a size")
+        _check_bytes(f"restore returned artifact {name} with size", size)
+        if name in by_name:
+            raise ContractViolation(f"restore names artifact {name} of {source} twice")
+        by_name[name] = artifact, size
+    return by_name
+
+
+def checked_listed(found: object) -> list[Listed]:
+    """The answer to `sources`, which may be lazy: all of it."""
+    if not isinstance(found, Iterable):
+        raise ContractViolation(f"sources returned {type(found).__name__}: it must be an iterable of Listed")
+    listed = []
+    for one in found:
+        if not isinstance(one, Listed):
+            raise ContractViolation(f"sources gave {type(one).__name__} where a Listed was expected")
+        if not isinstance(one.source, SourceRef):
+            raise ContractViolation(f"sources gave a source that is no SourceRef but {type(one.source).__name__}")
+        if not isinstance(one.labels, Mapping) or not all(
+            isinstance(text, str) for pair in one.labels.items() for text in pair
+        ):
+            raise ContractViolation(f"sources gave {one.source} with labels that are no table of strings")
+        _check_bytes(f"sources gave {one.source} with size", one.size)
+        listed.append(one)
+    return listed
+
+
+def checked_usage(found: Usage) -> Usage:
+    """The answer to `usage`."""
+    for name in ("used", "total", "free"):
+        _check_bytes(f"usage returned {name}", getattr(found, name))
+    return found
+
+
+def _check_bytes(what: str, value: object) -> None:
+    if value is not None and (type(value) is not int or value < 0):
+        raise ContractViolation(f"{what}={value!r:.40} cannot be: it must be a whole number of bytes")
