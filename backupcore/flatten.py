@@ -86,18 +86,19 @@ def flatten(
     run = _run(datastore, image, backups, host, installation)
     disks = [MergedDisk(backups, part, ctx) for part in backups[-1].manifest.disks]
     kept = None
+    whose = f"driver {datastore.kind} of datastore {datastore.name}"
     if datastore.flattens:
         merged = Merged(backups, disks, run, ctx, began=began, as_it_lies=True)
         if not merged.wasteful and not merged.cut:
             _check_room(datastore, merged.size, room, ctx)
             ctx.progress.phase("flatten", merged.size)
-            kept = _keep(merged, ctx, lambda: datastore.flatten(merged, run, ctx), stored)
+            kept = _keep(merged, ctx, lambda: datastore.flatten(merged, run, ctx), stored, whose)
     copied = kept is not None
     if kept is None:
         merged = Merged(backups, disks, run, ctx, began=began, as_it_lies=False)
         _check_room(datastore, merged.size, room, ctx)
         ctx.progress.phase("flatten", merged.size)
-        kept = _keep(merged, ctx, lambda: datastore.backup(merged.artifacts, run, ctx), stored)
+        kept = _keep(merged, ctx, lambda: datastore.backup(merged.artifacts, run, ctx), stored, whose)
     assert kept is not None
     ctx.progress.phase("verify")
     try:
@@ -202,15 +203,15 @@ def _run(datastore: Datastore, image: Image, backups: Sequence[Opened], host: st
 
 
 def _keep(
-    merged: Merged, ctx: Context, store: Callable[[], Stored | None], told: Callable[[Stored], None]
+    merged: Merged, ctx: Context, store: Callable[[], Stored | None], told: Callable[[Stored], None], whose: str
 ) -> Stored | None:
-    """Let `store` read the result, to its end; what it raises is what ended it."""
+    """Let `store` read the result, to its end; what it raises is what ended it. `whose` driver it is."""
     try:
         with ctx.on_cancel(merged.close):
             stored = store()
         if stored is not None:
             if stored.source in merged.sources:
-                raise ContractViolation(f"the driver returned source {stored.source}, one of those that were merged")
+                raise ContractViolation(f"{whose} returned source {stored.source}, one of those that were merged")
             merged.check_complete()
             told(stored)
             len(merged.manifest)  # known now, and not any more once the layers are closed

@@ -13,12 +13,12 @@ from blake3 import blake3
 from backupcore import verdict
 from backupcore.bundle import Bundle
 from backupcore.context import Context
-from backupcore.errors import BackupError, Cancelled, IncrementImpossible
+from backupcore.errors import BackupError, Cancelled, ContractViolation, IncrementImpossible
 from backupcore.model import Increment, Outcome, RunState, Type
 
 if TYPE_CHECKING:
     from backupcore.datastore import Datastore
-    from backupcore.model import BackupRun, LeftOut, Prepared, Stored
+    from backupcore.model import BackupRun, LeftOut, Prepared, SourceRef, Stored
 
 __all__ = ["Recorded", "run_backup"]
 
@@ -49,30 +49,39 @@ def run_backup(
     *,
     record: Callable[[Recorded], None],
     note: Callable[[BackupRun, Prepared], None] = lambda run, prepared: None,
+    given: Callable[[SourceRef], None] = lambda source: None,
 ) -> Recorded:
     """Take one backup. Returns when it is recorded and the guest is released.
 
     `record` writes the increment down (in the catalog), after the driver has it and before the guest is released; only
     a recorded run lets older checkpoints go. `note` is told what is about to be stored, so that whoever comes after a
-    process that was killed between the datastore and the record can still write it down. Where the increment is
+    process that was killed between the datastore and the record can still write it down. `given` is told the source
+    that the driver gave, and raises ContractViolation where that is another backup's: then nothing that cleans up after
+    this run hears of it. Where the increment is
     impossible a full in a new image is taken instead, once. The caller holds the lock of the VM, and closes `ctx`
     afterwards. Raises what went wrong, after the release.
     """
+    calls = _Calls(record, note, given)
     try:
-        return _attempt(datastore, run, ctx, record, note)
+        return _attempt(datastore, run, ctx, calls)
     except IncrementImpossible as impossible:
         if run.type is Type.FULL:
             raise
         ctx.log.info("full backup of %s instead of an increment: %s", run.vm.name, impossible)
-        return _attempt(datastore, run.as_full(str(impossible)), ctx, record, note)
+        return _attempt(datastore, run.as_full(str(impossible)), ctx, calls)
 
 
-def _attempt(
-    datastore: Datastore,
-    run: BackupRun,
-    ctx: Context,
-    record: Callable[[Recorded], None],
-    note: Callable[[BackupRun, Prepared], None],
+@dataclass(frozen=True, slots=True)
+class _Calls:
+    """What the caller of `run_backup` does on the way."""
+
+    record: Callable[[Recorded], None]
+    note: Callable[[BackupRun, Prepared], None]
+    given: Callable[[SourceRef], None]
+
+
+def _attempt(  # noqa: PLR0915 - the one life cycle, in its order
+    datastore: Datastore, run: BackupRun, ctx: Context, calls: _Calls
 ) -> Recorded:
     started = time.monotonic()
     outcome = Outcome(state=RunState.FAILED)
@@ -83,12 +92,14 @@ def _attempt(
         prepared = datastore.prebackup(run, ctx)
         ctx.touch()
         run = replace(run, date=prepared.date)
-        note(run, prepared)
+        calls.note(run, prepared)
         bundle = Bundle(prepared, run, ctx)
         try:
             ctx.progress.phase("backup", bundle.size)
             with ctx.on_cancel(bundle.close):  # a read that hangs in this process ends by nothing else
                 stored = datastore.backup(bundle.artifacts, run, ctx)
+            _require_new(stored.source, run, datastore)
+            calls.given(stored.source)
             outcome = replace(outcome, stored=stored)
             bundle.check_complete()
             digest = blake3(bundle.manifest.data()).hexdigest()
@@ -102,7 +113,11 @@ def _attempt(
                 verdict.give_up(ctx.folder, ctx.failure or Cancelled("cancelled"))
             ctx.check()
         verdict.claim(ctx.folder)  # whoever watches over the guest may have given the run up
-        record(recorded)
+        try:
+            calls.record(recorded)
+        except ContractViolation:  # the token became another's in the meantime: nobody may clean up by it
+            complete, outcome = False, replace(outcome, stored=None)
+            raise
         outcome = replace(outcome, state=RunState.RECORDED)
     except BaseException as error:
         ctx.release()
@@ -127,6 +142,15 @@ def _attempt(
         seconds=time.monotonic() - started,
         warnings=tuple(error.in_full for error in errors),
     )
+
+
+def _require_new(source: SourceRef, run: BackupRun, datastore: Datastore) -> None:
+    if source in run.builds_on:
+        raise ContractViolation(
+            f"driver {datastore.kind} of datastore {datastore.name} gave token {source} a second time: it is one of "
+            "those that the increment builds on",
+            "Nothing is recorded. The driver may have replaced that backup: verify the image.",
+        )
 
 
 def _recorded(
@@ -178,8 +202,6 @@ def _withdraw(datastore: Datastore, stored: Stored, run: BackupRun, ctx: Context
     second time must not lose another backup by it. The run's own context says that it is cancelled, which would end
     this, too: the driver gets one of its own.
     """
-    if stored.source in run.builds_on:
-        return
     try:
         with Context(ctx.folder, log=ctx.log) as own:
             listed = [one.labels for one in datastore.sources(own) if one.source == stored.source]

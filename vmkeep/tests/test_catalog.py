@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from kept_in_files import WEB
 
-from backupcore.errors import BackupError, ConfigError, IntegrityError, UnsupportedOperation
+from backupcore.errors import BackupError, ConfigError, ContractViolation, IntegrityError, UnsupportedOperation
 from backupcore.model import BackupRun, Disk, Increment, Link, SourceRef, Type, new_id
 from backupcore.session import Recorded
 from vmkeep.catalog import images, runs
@@ -88,8 +88,11 @@ def test_an_increment_needs_the_parent_that_it_was_taken_against(catalog):
     with pytest.raises(IntegrityError):
         runs.record(catalog, foreign)
     runs.record(catalog, orphan)
-    with pytest.raises(IntegrityError):
+    with pytest.raises(ContractViolation, match="gave token"):
         runs.record(catalog, orphan)
+    again = replace(orphan, increment=replace(orphan.increment, source=SourceRef(new_id())))
+    with pytest.raises(IntegrityError):
+        runs.record(catalog, again)
     runs.record(catalog, recorded())
     with pytest.raises(IntegrityError):
         runs.record(catalog, recorded(orphan))

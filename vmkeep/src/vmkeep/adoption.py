@@ -120,7 +120,7 @@ def _adopt(place: Workplace, run: BackupRun, disks: tuple[Disk, ...], store: Dat
         if listed.labels.get("image") != run.image or listed.labels.get("type") != run.type.value:
             continue
         recorded = _recorded(run, disks, look_at(store, listed.source, ctx))
-        number = runs.record(place.catalog, recorded)
+        number = runs.record(place.catalog, recorded, driver=store.kind)
         log.warning(
             "run %s had stored increment %d of image %d, and ended before it could record that; it is recorded now",
             run.id,

@@ -13,12 +13,12 @@ from backupcore.context import Context, Progress
 from backupcore.datastore import Datastore
 from backupcore.errors import BackupError, Cancelled, ContractViolation, IncrementImpossible, sentences, text_of
 from backupcore.hypervisor import VMState
-from backupcore.model import VM, BackupRun, Estimate, Image, Prepared, RunState, Type
+from backupcore.model import VM, BackupRun, Estimate, Image, Prepared, RunState, SourceRef, Type
 from backupcore.session import Recorded, run_backup
 from backupcore.typed import typed
 from vmkeep import adoption, flatten, folders, full_state, interrupt, lock, recovery, retention, settings
 from vmkeep.attended import UnderWay, attended, end_at_once, spoilt
-from vmkeep.catalog import flattens, images, ownership, points, runs
+from vmkeep.catalog import flattens, images, ownership, points, runs, tokens
 from vmkeep.catalog.database import Catalog
 from vmkeep.installation import Installation
 from vmkeep.taken import Taken
@@ -142,15 +142,18 @@ def _take(place: Workplace, vm: str, under_way: UnderWay, *, reset: bool, progre
                 except BackupError as error:  # it is for whoever looks; the record will say what is wrong
                     log.info("how far run %s is could not be written down: %s", begun.id, error)
 
+            def given(source: SourceRef) -> None:
+                tokens.check_new(place.catalog, name, store.kind, source)
+
             def record(done: Recorded) -> None:
                 _require_lock(place, found.vm)
                 room.unlink(missing_ok=True)
-                numbers.append(runs.record(place.catalog, done))
+                numbers.append(runs.record(place.catalog, done, driver=store.kind))
                 under_way.recorded = Taken(recorded=done, image=numbers[0])
 
             try:
                 with interrupt.cancels(ctx), ctx:
-                    recorded = run_backup(store, run, ctx, record=record, note=note)
+                    recorded = run_backup(store, run, ctx, record=record, note=note, given=given)
             except (OSError, BackupError) as error:  # what breaks because of a closed file says anything
                 _require_lock(place, found.vm)
                 if ctx.unrecorded is None or not isinstance(error, BackupError):

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 from backupcore.chain import lineage
 from backupcore.context import Context, Progress
 from backupcore.datastore import Datastore
-from backupcore.errors import BackupError, IntegrityError, UnsupportedOperation
+from backupcore.errors import BackupError, ContractViolation, IntegrityError, UnsupportedOperation
 from backupcore.hypervisor import Hypervisor
-from backupcore.model import VM, Image, Increment
+from backupcore.model import VM, Image, Increment, SourceRef, Stored
 from backupcore.typed import typed
 from vmkeep import lock, settings
-from vmkeep.catalog import flattens, images
+from vmkeep.catalog import flattens, images, tokens
 from vmkeep.workplace import Workplace
 
 if TYPE_CHECKING:
@@ -104,6 +104,11 @@ def _step(place: Workplace, image: Image, to: int, store: Datastore, ctx: Contex
 
     flattens.begin(place.catalog, image, to)
     stored: list[object] = []
+
+    def told(answer: Stored) -> None:
+        tokens.check_new(place.catalog, image.datastore, store.kind, answer.source)
+        stored.append(answer)
+
     try:
         done = core.flatten(
             store,
@@ -114,7 +119,7 @@ def _step(place: Workplace, image: Image, to: int, store: Datastore, ctx: Contex
             installation=place.installation.id,
             everything=everything,
             room=flattens.room(place.catalog, image, to),
-            stored=stored.append,
+            stored=told,
         )
     except BaseException as error:
         # A result that is stored, and could not be proved for another reason than damage, is looked for by `finish`.
@@ -122,7 +127,11 @@ def _step(place: Workplace, image: Image, to: int, store: Datastore, ctx: Contex
             flattens.undo(place.catalog, image)
         raise
     ctx.progress.phase("record")
-    flattens.record(place.catalog, image, done)
+    try:
+        flattens.record(place.catalog, image, done, driver=store.kind)
+    except ContractViolation:  # the result lies where another backup did: it is nobody's to be found again
+        flattens.undo(place.catalog, image)
+        raise
     ctx.progress.phase("delete")
     return done
 
@@ -145,14 +154,15 @@ def finish_locked(place: Workplace, image: Image) -> Image:
     from backupcore import flatten as core  # noqa: PLC0415 - as above
 
     store = place.datastore(image.datastore)
-    known = [increment.source for increment in image.increments]
+    # Those of other images, too: a driver that gave a token for the second time has left its result under it.
+    known = [SourceRef(token) for token in images.tokens(place.catalog)]
     with place.context() as ctx:
         found = core.find(store, image, known, ctx, everything=_verify_all(place, image.vm))
     if found is None:
         flattens.undo(place.catalog, image)
         log.warning("a flatten of image %d was interrupted; nothing of it is left", image.number)
     else:
-        flattens.record(place.catalog, image, found)
+        flattens.record(place.catalog, image, found, driver=store.kind)
         log.warning("a flatten of image %d was interrupted; it is finished now", image.number)
     return images.find(place.catalog, image.uuid)
 

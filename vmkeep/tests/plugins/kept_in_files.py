@@ -153,7 +153,8 @@ class FileDriver:
 
     So does ``deaf``, whatever the user wants; ``exit`` ends the process with the exit code in it, ``close-all`` closes
     every file that the process has open, and with ``owes`` it cannot tidy up. With ``fork`` it is killed and leaves a
-    child behind, with ``fork-and-return`` that child goes on with the backup.
+    child behind, with ``fork-and-return`` that child goes on with the backup. ``token`` holds the token of each
+    backup, as of a driver that keeps a folder a day.
     """
 
     path: Path = backupcore.option("where the backups lie")
@@ -193,7 +194,7 @@ class FileDriver:
             os.kill(os.getpid(), signal.SIGKILL)
         if (self.path / "fork-and-return").exists() and (child := os.fork()):
             os.waitpid(child, 0)
-        token = new_id()
+        token = (self.path / "token").read_text() if (self.path / "token").exists() else new_id()
         if (self.path / "talk").exists():
             ctx.log.debug("token is %s", token)
         folder = self.path / f".{token}"
@@ -204,6 +205,7 @@ class FileDriver:
                 shutil.copyfileobj(source, target)
                 size += target.tell()
         (folder / ".labels").write_text(json.dumps(run.labels))
+        shutil.rmtree(self.path / token, ignore_errors=True)
         folder.rename(self.path / token)
         if (self.path / "die").exists():
             os.kill(os.getpid(), signal.SIGKILL)

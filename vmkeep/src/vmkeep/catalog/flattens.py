@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from backupcore.errors import IntegrityError, UnsupportedOperation
 from backupcore.model import Image, SourceRef
-from vmkeep.catalog import images, points, rows
+from vmkeep.catalog import images, points, rows, tokens
 from vmkeep.catalog.database import Catalog
 
 if TYPE_CHECKING:
@@ -62,9 +62,13 @@ def undo(catalog: Catalog, image: Image) -> None:
             connection.execute("DELETE FROM flattens WHERE image = ?", (image.number,))
 
 
-def record(catalog: Catalog, image: Image, done: Flattened) -> None:
-    """Put the new full in the place of what it was made from, all or nothing; the old sources are leftovers then."""
+def record(catalog: Catalog, image: Image, done: Flattened, *, driver: str = "") -> None:
+    """Put the new full in the place of what it was made from, all or nothing; the old sources are leftovers then.
+
+    ContractViolation, which names the `driver`, if its source is that of another backup.
+    """
     with catalog.writing() as connection:
+        tokens.require_new(connection, image.datastore, driver, done.increment.source)
         state = _state_before(connection, image)
         there = connection.execute(
             "SELECT id, source, frozen_seconds, sequence FROM increments WHERE image = ? AND id <= ? ORDER BY id",

@@ -9,7 +9,7 @@ from sqlite3 import Row
 from backupcore.errors import storable
 from backupcore.model import BackupRun, Image, Increment, RunState
 from backupcore.session import Recorded
-from vmkeep.catalog import images, rows
+from vmkeep.catalog import images, rows, tokens
 from vmkeep.catalog.database import HINT, Catalog
 
 __all__ = ["PastRun", "begin", "died", "fail", "increment_of", "last", "reads", "record"]
@@ -56,9 +56,13 @@ def reads(catalog: Catalog, run: str) -> None:
         connection.execute("UPDATE runs SET phase = 'backup' WHERE id = ? AND state = 'running'", (run,))
 
 
-def record(catalog: Catalog, recorded: Recorded) -> int:
-    """Write the increment and the end of its run down, both or neither; returns the image's number."""
+def record(catalog: Catalog, recorded: Recorded, *, driver: str = "") -> int:
+    """Write the increment and the end of its run down, both or neither; returns the image's number.
+
+    ContractViolation, which names the `driver`, if its source is that of another run.
+    """
     with catalog.writing() as connection:
+        tokens.require_new(connection, recorded.run.datastore, driver, recorded.increment.source)
         number = images.record(connection, recorded)
         increment = recorded.increment
         connection.execute(
