@@ -186,6 +186,23 @@ class Bench:
         """What a small backup consists of."""
         return [Made("disk.vda.qcow2", size, seed), BytesArtifact(NAME, b'{"kit": true}')]
 
+    def all_kinds(self, seed: int = 0) -> list[Artifact]:
+        """What a whole backup consists of, small; three names come after the manifest's by the alphabet."""
+        disk, manifest = self.artifacts(seed=seed)
+        rest = [BytesArtifact(name, f"{name} {seed}".encode()) for name in ("nvram", "sums.vda", "vm.xml")]
+        return [disk, *rest, manifest]
+
+    def whole_or_gone(self, kept: Kept, what: str) -> None:
+        """Failed unless a source comes back as it was given, or is neither listed nor restorable."""
+        listed = kept.source in {one.source for one in self.ours(kept.run.vm)}
+        try:
+            self.same(kept)
+        except SourceNotFound as error:
+            if listed:
+                raise Failed(f"{what} is listed, and cannot be restored") from error
+        except (Failed, BackupError) as error:
+            raise Failed(f"{what} is {'listed' if listed else 'restorable'}, and not complete: {error}") from error
+
     def keep(
         self,
         artifacts: Sequence[Artifact] | None = None,

@@ -1,9 +1,11 @@
-"""What the kit does in a process of its own: keep a backup, to be killed meanwhile, and read pickled artifacts."""
+"""What the kit does in a process of its own: keep or delete a backup, to be killed meanwhile, and read artifacts."""
 
 from __future__ import annotations
 
 import os
 import pickle
+import resource
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,13 +26,77 @@ def _keep(target: Target, artifacts: Sequence[Artifact], run: BackupRun, folder:
         return keep(target, artifacts, run, ctx)[0].source
 
 
+def _keep_within(target: Target, artifacts: Sequence[Artifact], run: BackupRun, folder: Path, limit: int) -> SourceRef:
+    """`_keep`, where no file may become larger than `limit`: a write beyond it fails, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    return _keep(target, artifacts, run, folder)
+
+
+def _keep_and_compare(target: Target, artifacts: Sequence[Artifact], run: BackupRun, folder: Path) -> str:
+    """Keep, read back as a stream, and say what is not the same, or ""."""
+    source = _keep(target, artifacts, run, folder)
+    with Context(folder) as ctx:
+        found = target.open().artifacts(source, ctx)
+        for given in artifacts:
+            if given.name not in found or found[given.name].size != given.size:
+                return f"{given.name} does not come back with its {given.size} bytes"
+            with found[given.name].open() as file:
+                at = 0
+                while block := file.read(1 << 20):
+                    if block != given.read_at(at, len(block)):
+                        return f"{given.name} of {given.size} bytes comes back with other bytes at {at}"
+                    at += len(block)
+    return ""
+
+
+_STEPS = (
+    *("os.remove", "os.rename", "os.rmdir", "os.truncate", "os.link", "os.symlink", "os.mkdir", "shutil.rmtree"),
+    *("shutil.move", "socket.connect", "socket.sendto", "socket.sendmsg", "http.client.send", "ftplib.sendcmd"),
+    *("subprocess.Popen", "os.fork", "os.posix_spawn", "os.spawn", "os.system", "sqlite3.connect"),
+)
+"""What a program asks of others, as Python's audit events call it; each is told before it is done."""
+
+
+def _delete(target: Target, sources: Sequence[SourceRef], folder: Path, at: int) -> int:
+    """Delete, and be killed right before the step of this number; 0: how many steps there are."""
+    steps = 0
+    begun = False
+
+    def hear(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal steps
+        if not begun or not (event in _STEPS or (event == "open" and _to_write(arguments))):
+            return
+        steps += 1
+        if steps == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    store = target.open()
+    sys.addaudithook(hear)
+    with Context(folder) as ctx:
+        begun = True
+        store.delete(sources, ctx)
+        begun = False
+    return steps
+
+
+def _to_write(arguments: tuple[Any, ...]) -> bool:
+    flags = arguments[2] if len(arguments) > 2 and isinstance(arguments[2], int) else 0
+    return bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC))
+
+
 def _digests(artifacts: Sequence[Artifact]) -> Mapping[str, tuple[int, str]]:
     from backupcore.testing.life import digest  # noqa: PLC0415 - beside its only use
 
     return {artifact.name: digest(artifact) for artifact in artifacts}
 
 
-JOBS: Mapping[str, Callable[..., Any]] = {"keep": _keep, "digests": _digests}
+JOBS: Mapping[str, Callable[..., Any]] = {
+    "keep": _keep,
+    "keep within": _keep_within,
+    "keep and compare": _keep_and_compare,
+    "delete": _delete,
+    "digests": _digests,
+}
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from backupcore.testing.bench import Bench, Failed, NotApplicable
 from backupcore.testing.checks import CHECKS, Check
 from backupcore.testing.target import Target
 
-__all__ = ["Result", "Verdict", "chosen", "examine", "look"]
+__all__ = ["Result", "Verdict", "chosen", "examine", "look", "not_made", "ruled_out"]
 
 
 class Verdict(StrEnum):
@@ -63,13 +63,25 @@ def examine(
         bench = Bench(target, Path(place))
         try:
             with bench.listening():
+                unfit = ""
                 for check in checks:
-                    result = look(check, bench)
+                    result = not_made(check, unfit) if unfit else look(check, bench)
+                    unfit = unfit or ruled_out(check, result)
                     results.append(result)
                     heard(result)
         finally:
             bench.clean_up()
     return results
+
+
+def ruled_out(check: Check, result: Result) -> str:
+    """Why no further check is made, or "": what all stand on has failed, and each would fail for the same cause."""
+    return f"{check.name} failed, which all checks stand on" if check.base and result.verdict is Verdict.FAILED else ""
+
+
+def not_made(check: Check, why: str) -> Result:
+    """The result of a check that was not made."""
+    return Result(check=check.name, title=check.title, verdict=Verdict.NOT_APPLICABLE, why=why, seconds=0.0)
 
 
 def look(check: Check, bench: Bench) -> Result:
@@ -87,7 +99,9 @@ def look(check: Check, bench: Bench) -> Result:
             raise
         bench.tell(error)
         verdict, why = Verdict.FAILED, f"{type(error).__name__}: {error.in_full}"
-    except Exception as error:  # noqa: BLE001 - a driver may raise anything, and the other checks go on
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 - a driver may raise anything, and the other checks go on
         bench.tell(error)
         place = traceback.extract_tb(error.__traceback__)[-1]
         verdict = Verdict.FAILED

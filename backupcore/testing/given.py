@@ -5,18 +5,21 @@ All of them can be pickled and read in another process, as the file view does.
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import BinaryIO
 
 from backupcore.errors import HypervisorError
-from backupcore.model import Artifact, stream
+from backupcore.model import Artifact, itself, stream
 
-__all__ = ["Failing", "Held", "Lying", "Made", "gone"]
+__all__ = ["Failing", "Held", "Lying", "Made", "Sparse", "Watched", "gone"]
 
 _BLOCK = 64 << 10
+_ZEROS = bytes(1 << 20)
 _PATIENCE = 120.0  # seconds that a held read waits: nobody may hang for ever because a test has failed
 
 
@@ -48,6 +51,54 @@ class Made(_Readable):
         if number % self.every:
             return bytes(_BLOCK)
         return Random(f"{self.seed} {number}").randbytes(_BLOCK)  # noqa: S311 - no secret, it must come out again
+
+
+@dataclass(frozen=True)
+class Sparse(_Readable):
+    """`size` bytes that are zeros but for some blocks: at the begin, around 32 MiB, 2 and 4 GiB, half, and the end."""
+
+    name: str
+    size: int
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Where the blocks of 64 KiB begin that are not zeros; all are odd, and some lie across a border."""
+        borders = (0, 32 << 20, self.size // 2, 2 << 30, 4 << 30)
+        found = {max(0, border - _BLOCK // 2 - 1) for border in borders if border < self.size}
+        return tuple(sorted({*found, max(0, self.size - _BLOCK)}))
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """Made when they are read; zeros cost next to nothing."""
+        length = max(0, min(length, self.size - offset))
+        touched = [place for place in self.places if place < offset + length and offset < place + _BLOCK]
+        if not touched:
+            return _ZEROS[:length] if length <= len(_ZEROS) else bytes(length)
+        data = bytearray(length)
+        for place in touched:
+            block = Random(f"{self.name} {place}").randbytes(_BLOCK)  # noqa: S311 - as above
+            first, last = max(offset, place), min(offset + length, place + _BLOCK, self.size)
+            data[first - offset : last - offset] = block[first - place : last - place]
+        return bytes(data)
+
+
+class Watched(_Readable):
+    """`inner`; `ended` is set once its last byte was read."""
+
+    def __init__(self, inner: Artifact) -> None:
+        self.inner = inner
+        self.name = inner.name
+        self.size = inner.size
+        self.ended = threading.Event()
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """What `inner` has."""
+        data = self.inner.read_at(offset, length)
+        if offset + length >= self.size:
+            self.ended.set()
+        return data
+
+    def __reduce__(self) -> tuple[Callable[[Artifact], Artifact], tuple[Artifact]]:
+        return itself, (self.inner,)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 __all__ = ["alive", "below", "call", "commands", "start", "survivors", "wait_for"]
 
@@ -89,13 +89,13 @@ def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> bool:
     return True
 
 
-def start(job: str, *arguments: Any) -> subprocess.Popen[bytes]:
+def start(job: str, *arguments: Any, stdout: int | IO[bytes] = subprocess.PIPE) -> subprocess.Popen[bytes]:
     """Do `job` of `backupcore.testing.child` in a process of its own. What cannot be pickled raises here."""
     data = pickle.dumps((job, arguments))
     child = subprocess.Popen(
         [sys.executable, "-I", "-c", _CHILD],
         stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         start_new_session=True,
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from backupcore.datastore import Datastore
@@ -25,7 +26,11 @@ class Target:
       of no use afterwards; the check that calls it is the last one.
     - `secrets`: values that no log, error, `repr` or command line may show (the password itself, not its file).
     - `away`: the options of a datastore that does not answer (a folder that is not there, a port that is closed).
+    - `stall()`: a context manager; while its block runs the store takes what it is sent and answers nothing.
+    - `fail()`: one in whose block the store refuses all that it is to keep or to delete: no room, an error 500.
     - `patience`: seconds after which a cancelled backup must have ended, and every process of one that is over.
+    - `large`: the size of the largest artifact that is kept, nearly all of it zeros. Beyond 4 GiB some drivers count
+      wrongly; give less only where that takes too long, and a second class that runs less often the rest.
     """
 
     driver: str | type | object
@@ -33,7 +38,15 @@ class Target:
     tamper: Callable[[SourceRef, str], None] | None = None
     secrets: Sequence[str] = field(default=(), repr=False)
     away: Mapping[str, object] | None = field(default=None, repr=False)
+    stall: Callable[[], AbstractContextManager[object]] | None = None
+    fail: Callable[[], AbstractContextManager[object]] | None = None
     patience: float = 30.0
+    large: int = (4 << 30) + (1 << 20) + 4097
+
+    @property
+    def elsewhere(self) -> Target:
+        """The same for another process, which gets no functions."""
+        return replace(self, tamper=None, stall=None, fail=None)
 
     @property
     def kind(self) -> type | None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +27,8 @@ from backupcore.errors import (
 )
 from backupcore.manifest import NAME
 from backupcore.model import Artifact, BytesArtifact, SourceRef, Stored, Usage, new_id
-from tests.testing.folder import Folder, StoredFile
+from tests.testing.depot import Depot
+from tests.testing.folder import ZEROS, Folder, StoredFile, write
 
 
 def child() -> None:
@@ -40,8 +43,7 @@ class Filled(Folder):
         return new_id()
 
     def keep(self, artifact: Artifact, folder: Path) -> None:
-        with artifact.open() as source, (folder / artifact.name).open("wb") as target:
-            shutil.copyfileobj(source, target)
+        write(artifact, folder / artifact.name)
 
     def labels(self, run: Any) -> dict[str, str]:
         return run.labels
@@ -684,3 +686,227 @@ class Vague(Folder):
     @hookimpl
     def restore(self, source, ctx):
         raise TargetUnavailable("something is wrong")
+
+
+# What is found by its own check alone
+
+
+@backupcore.driver
+class Negative(Folder):
+    """Says how much less there is now."""
+
+    @hookimpl
+    def backup(self, artifacts, run, ctx):
+        return replace(Folder.backup(self, artifacts, run, ctx), stored=-5)
+
+
+@backupcore.driver
+class Singular(Folder):
+    @hookimpl
+    def delete(self, source):
+        return Folder.delete(self, [source])
+
+
+@backupcore.driver
+class Undecorated(Folder):
+    def delete(self, sources):
+        return Folder.delete(self, sources)
+
+
+@backupcore.driver
+class Stringy(Folder):
+    @hookimpl
+    def sources(self):
+        return [one.source.token for one in Folder.sources(self)]
+
+
+@backupcore.driver
+class Quitting(Folder):
+    @hookimpl
+    def usage(self):
+        raise SystemExit(0)
+
+
+@backupcore.driver
+class ByName(Folder):
+    """Takes the names in order, and calls a backup complete once it has its manifest."""
+
+    @hookimpl
+    def backup(self, artifacts, run, ctx):
+        folder = self.path / new_id()
+        folder.mkdir()
+        try:
+            (folder / ".labels").write_text(json.dumps(run.labels))
+            for artifact in sorted(artifacts, key=lambda one: one.name):
+                write(artifact, folder / f".{artifact.name}")
+                (folder / f".{artifact.name}").rename(folder / artifact.name)
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
+        return Stored(source=SourceRef(folder.name))
+
+
+class Cut(Filled):
+    """Keeps what comes before `most`, and leaves the rest of its room empty."""
+
+    most = 32 << 20
+
+    def keep(self, artifact, folder):
+        Filled.keep(self, artifact, folder)
+        if artifact.size > self.most:
+            os.truncate(folder / artifact.name, self.most)
+            os.truncate(folder / artifact.name, artifact.size)
+
+
+@backupcore.driver
+class Short(Cut):
+    pass
+
+
+@backupcore.driver
+class Unsigned(Cut):
+    """Counts with 32 bits."""
+
+    most = 4 << 30
+
+
+@backupcore.driver
+class Hoarding(Filled):
+    """Holds each artifact whole in memory."""
+
+    def keep(self, artifact, folder):
+        pieces = []
+        with artifact.open() as source:
+            while block := source.read(1 << 20):
+                pieces.append(bytearray(block))
+        with (folder / artifact.name).open("wb") as target:
+            for block in pieces:
+                if block == ZEROS:
+                    target.seek(len(block), os.SEEK_CUR)
+                else:
+                    target.write(block)
+            target.truncate()
+
+
+@backupcore.driver
+class Numbered(Filled):
+    """Numbers the backups of a VM, by those that are there."""
+
+    @hookimpl
+    def backup(self, artifacts, run, ctx):
+        kept = SourceRef(Filled.backup(self, artifacts, run, ctx).source.token)
+        for number in range(1, 1000):
+            token = f"{run.vm.uuid}.{number}"
+            with contextlib.suppress(OSError):
+                (self.path / kept.token).rename(self.path / token)
+                return Stored(source=SourceRef(token))
+        raise TargetUnavailable("no number is left")
+
+
+@backupcore.driver
+class Caching(Folder):
+    """Gives back what it remembers."""
+
+    @hookimpl
+    def restore(self, source, ctx):
+        known = self.__dict__.setdefault("known", {})
+        if source.token not in known:
+            known[source.token] = Folder.restore(self, source, ctx)
+        return known[source.token]
+
+
+@backupcore.driver
+class ManifestLast(Folder):
+    """Deletes a backup from its begin to its end."""
+
+    @hookimpl
+    def delete(self, sources):
+        for source in sources:
+            folder = self.path / source.token
+            for file in sorted(folder.glob("[!.]*"), key=lambda one: one.name == NAME):
+                file.unlink()
+            shutil.rmtree(folder, ignore_errors=True)
+        return True
+
+
+@backupcore.driver
+class Hopeful(Filled):
+    """Takes what cannot be written for written."""
+
+    def keep(self, artifact, folder):
+        with artifact.open() as source, (folder / artifact.name).open("wb", buffering=0) as target:
+            while block := source.read(1 << 20):
+                with contextlib.suppress(OSError):
+                    target.write(block)
+
+
+@backupcore.driver
+class Spooling(Filled):
+    """Writes each artifact to a file for the time being, and forgets it there."""
+
+    def keep(self, artifact, folder):
+        with artifact.open() as source, tempfile.NamedTemporaryFile(delete=False) as spool:
+            shutil.copyfileobj(source, spool)
+        shutil.copy(spool.name, folder / artifact.name)
+
+
+@backupcore.driver
+class Threaded(Folder):
+    """Begins a thread for each backup, which waits for work for ever."""
+
+    @hookimpl
+    def backup(self, artifacts, run, ctx):
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+        return Folder.backup(self, artifacts, run, ctx)
+
+
+@backupcore.driver
+class Open(Folder):
+    """Never closes what it has opened."""
+
+    @hookimpl
+    def backup(self, artifacts, run, ctx):
+        os.open(self.path, os.O_RDONLY)
+        return Folder.backup(self, artifacts, run, ctx)
+
+
+@backupcore.driver
+class Asleep(Folder):
+    """Waits a while once all is there, and hears nothing meanwhile."""
+
+    @hookimpl
+    def backup(self, artifacts, run, ctx):
+        stored = Folder.backup(self, artifacts, run, ctx)
+        time.sleep(1.5)
+        return stored
+
+
+# Over the network
+
+
+@backupcore.driver
+class Deaf(Depot):
+    """Closes its connection on a cancel, which wakes no receive."""
+
+    def waker(self, connection):
+        return connection.close
+
+
+@backupcore.driver
+class Unheeding(Depot):
+    """Takes each answer for a good one."""
+
+    def check_status(self, answer, what):
+        if answer.status == 404:
+            Depot.check_status(self, answer, what)
+
+
+@backupcore.driver
+class Assuring(Depot):
+    """Says that all is deleted, whatever the server answers."""
+
+    @hookimpl
+    def delete(self, sources, ctx):
+        with contextlib.suppress(BackupError):
+            Depot.delete(self, sources, ctx)
+        return True

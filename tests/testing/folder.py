@@ -17,6 +17,8 @@ from backupcore.errors import IncrementImpossible, SourceNotFound, TargetUnavail
 from backupcore.manifest import NAME
 from backupcore.model import Artifact, BackupRun, Listed, SourceRef, Stored, Usage, new_id
 
+ZEROS = bytes(1 << 20)
+
 
 @dataclass(frozen=True)
 class StoredFile(Artifact):
@@ -60,8 +62,7 @@ class Folder:
         part.mkdir()
         try:
             for artifact in artifacts:
-                with artifact.open() as source, (part / artifact.name).open("wb") as target:
-                    shutil.copyfileobj(source, target)
+                write(artifact, part / artifact.name)
             (part / ".labels").write_text(json.dumps(run.labels))
             part.rename(self.path / token)
         except BaseException:
@@ -79,6 +80,7 @@ class Folder:
     @hookimpl
     def delete(self, sources: Sequence[SourceRef]) -> bool:
         for source in sources:
+            (self.path / source.token / NAME).unlink(missing_ok=True)
             shutil.rmtree(self.path / source.token, ignore_errors=True)
         return True
 
@@ -86,6 +88,8 @@ class Folder:
     def sources(self) -> Iterable[Listed]:
         self._there()
         for labels in self.path.glob("[!.]*/.labels"):
+            if not (labels.parent / NAME).exists():
+                continue
             yield Listed(source=SourceRef(labels.parent.name), labels=json.loads(labels.read_text()))
 
     @hookimpl
@@ -96,6 +100,17 @@ class Folder:
     def _there(self) -> None:
         if not self.path.is_dir():
             raise TargetUnavailable(f"{self.path} is away")
+
+
+def write(artifact: Artifact, path: Path) -> None:
+    """Zeros become holes: a disk beyond 4 GiB takes next to no room then."""
+    with artifact.open() as source, path.open("wb") as target:
+        while block := source.read(len(ZEROS)):
+            if block == ZEROS:
+                target.seek(len(block), os.SEEK_CUR)
+            else:
+                target.write(block)
+        target.truncate()
 
 
 def tamper(path: Path):

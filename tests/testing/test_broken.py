@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from backupcore.testing import CHECKS, Target, Verdict, chosen
+from backupcore.testing import CHECKS, Target, Verdict, chosen, examine
 from backupcore.testing.bench import Bench
 from backupcore.testing.examination import look
 from tests.testing import broken
 from tests.testing.broken import giving
+from tests.testing.depot import Depot
 from tests.testing.folder import Folder, tamper
+from tests.testing.moody import Moody, moody
 
 FAULTS = [
     ("hooks", broken.Default, "ctx has a default"),
@@ -77,33 +81,89 @@ FAULTS = [
     ("damage", broken.Vague, "TargetUnavailable"),
 ]
 
+ALONE = [
+    # red by this check and by no other
+    ("hooks", broken.Singular, "driver Singular: delete: there is no argument source; this hook may take sources, ctx"),
+    ("hooks", broken.Undecorated, "delete must be decorated with @backupcore.hookimpl"),
+    ("answers", broken.Negative, "backup returned stored=-5 cannot be"),
+    ("answers", broken.Stringy, "sources gave str where a Listed was expected"),
+    ("usage", broken.Quitting, "usage failed with SystemExit"),
+    ("new-token", broken.Numbered, "was given again after its backup had been deleted"),
+    ("deleted-for-all", broken.Caching, "a deleted backup that was read before: nothing was raised"),
+    ("cancelled-late", broken.Asleep, "cancelled after its last read ended"),
+    ("manifest-last", broken.ByName, "killed before all its artifacts were there is listed"),
+    ("killed-deleting", broken.ManifestLast, r"killed at step \d+ of \d+ is listed, and not complete"),
+    ("refused-writes", broken.Hopeful, "done although its files could not be written"),
+    ("refused-writes", broken.Unheeding, "a backup to a store that refuses from the begin"),
+    ("refused-writes", broken.Assuring, "the driver says is deleted, though the store refused"),
+    ("stalled", broken.Deaf, "that waits for the store goes on . s after it was cancelled"),
+    ("litter", broken.Spooling, "files are left in the folder for temporary files"),
+    ("leaks", broken.Threaded, "4 more threads"),
+    ("leaks", broken.Open, "4 more open files"),
+    ("large", broken.Short, "comes back with other bytes at 3"),
+    ("large", broken.Unsigned, "comes back with other bytes at 4294967"),
+    ("large", broken.Hoarding, "MiB of memory are held while a disk of"),
+]
 
-@pytest.mark.parametrize(("check", "driver", "why"), FAULTS, ids=lambda value: getattr(value, "__name__", value)[:20])
-def test_a_fault_is_found(check: str, driver: type, why: str, tmp_path: Path):
-    store, password, place = tmp_path / "store", tmp_path / "password", tmp_path / "place"
+
+def named(value: object) -> str:
+    return str(getattr(value, "__name__", value))[:20]
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Moody]:
+    (tmp_path / "served").mkdir()
+    with moody(tmp_path / "served") as found:
+        yield found
+
+
+def target_of(driver: type, why: str, tmp_path: Path, server: Moody) -> Target:
+    """A target with all that it takes, for a driver of either kind."""
+    impatient = "processes" in why or "later" in why or "last read" in why or "goes on" in why
+    if issubclass(driver, Depot):
+        return server.target(driver, patience=2.0 if impatient else 15.0)
+    store, password = tmp_path / "store", tmp_path / "password"
     store.mkdir()
-    place.mkdir()
     password.write_text("correct horse\n")
     options = {"path": str(store)}
     if issubclass(driver, Folder):
         options |= {"password_file": str(password), "url": "https://me:hunter2@host"}
-    target = Target(
+    return Target(
         driver=driver,
         options=options,
         tamper=tamper(store),
         secrets=("hunter2",),
-        patience=1.0 if "processes" in why or "later" in why else 60.0,
+        patience=1.0 if impatient else 60.0,
         away={**options, "path": str(tmp_path / "nowhere")},
     )
-    bench = Bench(target, place)
+
+
+@pytest.mark.parametrize(("check", "driver", "why"), FAULTS + ALONE, ids=named)
+def test_a_fault_is_found(check: str, driver: type, why: str, tmp_path: Path, server: Moody):
+    target = target_of(driver, why, tmp_path, server)
+    (tmp_path / "place").mkdir()
+    bench = Bench(target, tmp_path / "place")
     with bench.listening():
         found = look(*chosen([check]), bench)
     assert found.verdict is Verdict.FAILED
     assert re.search(why, found.why), found.why
 
 
+@pytest.mark.soak  # the whole kit for each
+@pytest.mark.parametrize(("check", "driver", "why"), ALONE, ids=named)
+def test_a_fault_is_found_by_its_own_check_alone(check: str, driver: type, why: str, tmp_path: Path, server: Moody):
+    target = target_of(driver, why, tmp_path, server)
+    if check != "large":
+        target = replace(target, large=64 << 20)
+    results = examine(target, folder=tmp_path)
+    assert {one.check: one.why for one in results if one.verdict is Verdict.FAILED}.keys() == {check}, results
+    if check in ("hooks", "answers"):
+        rest = results[[one.check for one in results].index(check) + 1 :]
+        assert {one.why for one in rest} == {f"{check} failed, which all checks stand on"}
+
+
 def test_every_check_has_a_driver_that_fails_it():
-    assert {check for check, _, _ in FAULTS} == {check.name for check in CHECKS}
+    assert {check for check, _, _ in FAULTS + ALONE} == {check.name for check in CHECKS}
 
 
 def test_tampering_that_changes_nothing_is_found(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
 
@@ -11,7 +12,9 @@ from backupcore.errors import ConfigError
 from backupcore.testing import DriverKit, MemoryDriver, Target, Verdict, chosen, examine
 from backupcore.testing.bench import Bench
 from backupcore.testing.memory import CopyingMemoryDriver
+from tests.testing.depot import Depot
 from tests.testing.folder import Folder, tamper
+from tests.testing.moody import moody
 
 
 class TestMemory(DriverKit):
@@ -35,6 +38,16 @@ class TestFolder(DriverKit):
             secrets=("hunter2",),
             away={"path": str(folder / "nowhere")},
         )
+
+
+class TestDepot(DriverKit):
+    """The second driver of docs/writing-a-driver.md, with a server that stalls and fails on demand."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def target(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+        with moody(tmp_path_factory.mktemp("served")) as server:
+            yield server.target(Depot)
 
 
 class TestSome(DriverKit):

@@ -12,12 +12,15 @@ from backupcore.testing.checks import (
     deletion,
     failures,
     kills,
+    large,
     listing,
     merging,
     neighbours,
     options,
     secrecy,
+    store,
     tokens,
+    traces,
     verbs,
     whole,
 )
@@ -32,13 +35,22 @@ class Check:
     name: str
     title: str
     function: Callable[[Bench], None]
+    base: bool = False
+    """Whether all others stand on it: where it fails they are not made."""
 
     def __repr__(self) -> str:
         return self.name
 
 
+_BASE = (verbs.hooks, verbs.answers)
+
 CHECKS = tuple(
-    Check(function.__name__.replace("_", "-"), (function.__doc__ or "").partition("\n")[0].rstrip("."), function)
+    Check(
+        function.__name__.replace("_", "-"),
+        (function.__doc__ or "").partition("\n")[0].rstrip("."),
+        function,
+        function in _BASE,
+    )
     for function in (
         verbs.hooks,
         options.wrong_options,
@@ -54,19 +66,29 @@ CHECKS = tuple(
         contents.other_process,
         tokens.token,
         tokens.two_tokens,
+        tokens.new_token,
         tokens.unknown_tokens,
         tokens.mixed_tokens,
         listing.labels,
         listing.only_complete,
         deletion.delete,
+        deletion.deleted_for_all,
         verbs.builds_on,
         verbs.postbackup,
         failures.giver_fails,
         failures.giver_lies,
         failures.cancelled,
+        failures.cancelled_late,
         failures.no_child_survives,
         kills.killed,
+        kills.manifest_last,
         kills.killed_at_the_end,
+        kills.killed_deleting,
+        store.refused_writes,
+        store.stalled,
+        traces.litter,
+        traces.leaks,
+        large.large,
         neighbours.concurrent,
         neighbours.two_hosts,
         merging.flatten,

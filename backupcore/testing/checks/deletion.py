@@ -2,7 +2,29 @@
 
 from __future__ import annotations
 
+from backupcore.errors import SourceNotFound
 from backupcore.testing.bench import Bench, Failed
+from backupcore.testing.life import digest
+
+
+def deleted_for_all(bench: Bench) -> None:
+    """What was deleted is gone at once for every object that has read it before: nothing comes from a cache."""
+    kept, other = bench.keep(), bench.keep()
+    stores = [bench.open(), bench.open()]
+    for store in stores:
+        with bench.context() as ctx:
+            store.sources(ctx)
+            for artifact in store.artifacts(kept.source, ctx).values():
+                digest(artifact)
+    with bench.context() as ctx:
+        stores[0].delete([kept.source], ctx)
+    for store in stores:
+        with bench.context() as ctx:
+            if kept.source in {one.source for one in store.sources(ctx)}:
+                raise Failed("a deleted backup is still listed by a datastore that had read it before")
+            with bench.refused(SourceNotFound, what="a deleted backup that was read before"):
+                store.artifacts(kept.source, ctx)
+    bench.same(other)
 
 
 def delete(bench: Bench) -> None:

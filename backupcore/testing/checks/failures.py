@@ -5,14 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 from backupcore.errors import BackupError, Cancelled, HypervisorError
 from backupcore.model import VM, Artifact
 from backupcore.testing import processes
 from backupcore.testing.bench import KIB, MIB, Bench, Failed
-from backupcore.testing.given import Failing, Held, Lying, Made, gone
+from backupcore.testing.given import Failing, Held, Lying, Made, Watched, gone
 
 SIZE = 2 * MIB + 100
+_A_MOMENT = 0.2  # seconds
 
 
 def _places() -> Iterator[tuple[str, int]]:
@@ -101,6 +103,33 @@ def _cancel(bench: Bench, vm: VM, held: Held, artifacts: Sequence[Artifact], pla
     took = time.monotonic() - asked[0]
     if took > bench.target.patience:
         raise Failed(f"a backup that is cancelled at {place} ended {took:.0f} s later")
+
+
+def cancelled_late(bench: Bench) -> None:
+    """A run that the user stops after the last read ends soon, too: whatever the driver then waits for."""
+    vm = bench.vm()
+    artifacts = [Watched(one) for one in bench.all_kinds()]
+    ended = threading.Event()
+    asked: list[float] = []
+    with bench.context() as ctx:
+
+        def stop() -> None:
+            if processes.wait_for(lambda: ended.is_set() or all(one.ended.is_set() for one in artifacts)):
+                ended.wait(_A_MOMENT)
+                asked.append(time.monotonic())
+                ctx.cancel()
+
+        thread = threading.Thread(target=stop)
+        thread.start()
+        try:
+            with suppress(Cancelled):  # it may be done by then
+                bench.keep(artifacts, bench.run(vm), ctx=ctx)
+        finally:
+            took = time.monotonic() - asked[0] if asked else 0.0
+            ended.set()
+            thread.join()
+    if took > bench.target.patience:
+        raise Failed(f"a backup that is cancelled after its last read ended {took:.0f} s later")
 
 
 def no_child_survives(bench: Bench) -> None:

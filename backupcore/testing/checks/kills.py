@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import signal
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from backupcore.errors import BackupError
@@ -37,7 +37,7 @@ def _require_other_process(bench: Bench) -> None:
 
 def _start(bench: Bench, artifacts: Sequence[Artifact], run: BackupRun, folder: Path) -> subprocess.Popen[bytes]:
     try:
-        return processes.start("keep", replace(bench.target, tamper=None), artifacts, run, folder)
+        return processes.start("keep", bench.target.elsewhere, artifacts, run, folder)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise Failed(f"another process cannot open the target: {error}") from error
 
@@ -67,6 +67,62 @@ def _release(bench: Bench, run: BackupRun) -> None:
         for error in bench.open().postbackup(run, Outcome(state=RunState.FAILED), ctx):
             bench.tell(error)
             raise Failed(f"postbackup of a run that was killed fails: {error}")
+
+
+def manifest_last(bench: Bench) -> None:
+    """kill -9 while an artifact is read whose name comes after the manifest's leaves nothing listed."""
+    _require_other_process(bench)
+    vm = bench.vm()
+    with bench.nothing_of(vm, "a backup that was killed before all its artifacts were there"):
+        for name, at in (("sums.vda", 0), ("vm.xml", len("vm.xml"))):
+            artifacts = bench.all_kinds()
+            late = next(one for one in artifacts if one.name == name)
+            held = Held(late, at, bench.place())
+            _kill(bench, vm, held, [one for one in artifacts if one is not late])
+    bench.same(bench.keep(bench.all_kinds(), bench.run(vm)))
+
+
+_KILLS = 6
+
+
+def killed_deleting(bench: Bench) -> None:
+    """kill -9 at any step of a delete leaves a backup whole or gone, and the same delete ends it then."""
+    _require_other_process(bench)
+    vm = bench.vm()
+    other = bench.keep(bench.all_kinds(9), bench.run(vm))
+    steps = _delete_elsewhere(bench, bench.keep(bench.all_kinds(), bench.run(vm)), 0)
+    if steps is None:
+        raise Failed("a delete in a process of its own was killed by somebody else")
+    if not steps:
+        raise NotApplicable("what it does to delete cannot be seen: no file is removed, no server or program asked")
+    for at in sorted({1 + (steps - 1) * part // (_KILLS - 1) for part in range(_KILLS)}):
+        kept = bench.keep(bench.all_kinds(at), bench.run(vm))
+        _delete_elsewhere(bench, kept, at)
+        bench.whole_or_gone(kept, f"a backup whose delete was killed at step {at} of {steps}")
+        with bench.context() as ctx:
+            bench.open().delete([kept.source], ctx)
+        bench.gone(kept.source, "a backup whose delete was killed, and done again,")
+    bench.same(other)
+
+
+def _delete_elsewhere(bench: Bench, kept: Kept, at: int) -> int | None:
+    """Delete in a process that is killed at that step: how many steps it took, None where it was killed."""
+    with bench.context() as ctx:
+        try:
+            child = processes.start("delete", bench.target.elsewhere, [kept.source], ctx.folder, at)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise Failed(f"another process cannot open the target: {error}") from error
+        with child:
+            try:
+                out, err = child.communicate(timeout=120)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                raise Failed("a delete in a process of its own was not done after two minutes") from None
+    if child.returncode == -signal.SIGKILL:
+        return None
+    if child.returncode:
+        raise Failed(f"a delete in a process of its own: {(err.decode(errors='replace').splitlines() or ['?'])[-1]}")
+    return int(pickle.loads(out))  # noqa: S301 - from our own child, over a pipe
 
 
 def killed_at_the_end(bench: Bench) -> None:

@@ -51,6 +51,19 @@ def two_tokens(bench: Bench) -> None:
     bench.same(second)
 
 
+def new_token(bench: Bench) -> None:
+    """The token of a backup that was deleted is not given again: somebody may still delete it by that."""
+    vm = bench.vm()
+    given: set[SourceRef] = set()
+    for _ in range(3):
+        kept = bench.keep(run=bench.run(vm))
+        if kept.source in given:
+            raise Failed(f"token {kept.source} was given again after its backup had been deleted")
+        given.add(kept.source)
+        with bench.context() as ctx:
+            bench.open().delete([kept.source], ctx)
+
+
 def unknown_tokens(bench: Bench) -> None:
     """A token that the datastore does not know is SourceNotFound, nothing is opened or deleted because of it."""
     for text in HOSTILE:

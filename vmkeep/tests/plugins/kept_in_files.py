@@ -10,6 +10,8 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
@@ -131,6 +133,40 @@ class FileHypervisor(MemoryHypervisor):
         save(self.path, self.guests.values())
 
 
+def wild(store: Path, hook: str) -> None:
+    """Do what a file ``wild`` in the store says: ``HOOK ACTION``, one of `ACTIONS` at that hook, or at ``all``."""
+    if (store / "wild").exists():
+        where, action = (store / "wild").read_text().split()
+        if where in (hook, "all"):
+            ACTIONS[action]()
+
+
+def _print() -> None:
+    print("printed by a driver")  # noqa: T201 - what is tested
+    os.write(1, b"written by a C library\n")
+    subprocess.run(["echo", "printed by a child"], check=True)
+    thread = threading.Thread(target=print, args=["printed by a thread"])
+    thread.start()
+    thread.join()
+
+
+def _go_on() -> None:
+    def work() -> None:
+        while True:
+            print("and on")  # noqa: T201 - what is tested
+            time.sleep(0.5)
+
+    threading.Thread(target=work, name="endless", daemon=False).start()
+
+
+ACTIONS = {
+    "leave": lambda: sys.exit(0),
+    "exec": lambda: os.execvp("true", ["true"]),
+    "print": _print,
+    "go-on": _go_on,
+}
+
+
 class FileArtifact(Artifact):
     """One file of a source; nothing of it is read before it is asked for."""
 
@@ -140,9 +176,11 @@ class FileArtifact(Artifact):
         self.size = path.stat().st_size
 
     def open(self) -> BinaryIO:
+        wild(self.path.parent.parent, "open")
         return self.path.open("rb")
 
     def read_at(self, offset: int, length: int) -> bytes:
+        wild(self.path.parent.parent, "read_at")
         with self.path.open("rb") as file:
             return os.pread(file.fileno(), length, offset)
 
@@ -162,6 +200,7 @@ class FileDriver:
 
     @hookimpl
     def prebackup(self, run: BackupRun) -> Prepared | None:
+        wild(self.path, "prebackup")
         if not self.path.is_dir():
             raise TargetUnavailable(f"{self.path} is away", "Bring it back.")
         for source in run.builds_on:
@@ -171,6 +210,7 @@ class FileDriver:
 
     @hookimpl
     def backup(self, artifacts: Sequence[Artifact], run: BackupRun, ctx: Context) -> Stored:
+        wild(self.path, "backup")
         waiting = self.path / "wait"
         if waiting.exists():
             said = self.path / "waits.new"  # renamed: a test that sees the file also sees what it says
@@ -213,11 +253,13 @@ class FileDriver:
 
     @hookimpl
     def postbackup(self) -> None:
+        wild(self.path, "postbackup")
         if (self.path / "owes").exists():
             raise TargetUnavailable(f"{self.path} is away", "Bring it back.")
 
     @hookimpl
     def restore(self, source: SourceRef, ctx: Context) -> Sequence[Artifact]:
+        wild(self.path, "restore")
         if not (self.path / source.token).is_dir():
             raise SourceNotFound(f"no source {source}")
         while (self.path / "wait-restore").exists():
@@ -228,6 +270,7 @@ class FileDriver:
 
     @hookimpl
     def delete(self, sources: Sequence[SourceRef]) -> bool:
+        wild(self.path, "delete")
         if (self.path / "fail-delete").exists():
             raise TargetUnavailable(f"{self.path} is away", "Bring it back.")
         for source in sources:
@@ -238,6 +281,7 @@ class FileDriver:
 
     @hookimpl
     def sources(self) -> Iterable[Listed]:
+        wild(self.path, "sources")
         if not self.path.is_dir():
             raise TargetUnavailable(f"{self.path} is away", "Bring it back.")
         for folder in self.path.glob("[!.]*/.labels"):
@@ -245,12 +289,14 @@ class FileDriver:
 
     @hookimpl
     def check(self) -> bool:
+        wild(self.path, "check")
         if not self.path.is_dir():
             raise TargetUnavailable(f"{self.path} is away", "Bring it back.")
         return True
 
     @hookimpl
     def usage(self) -> Usage:
+        wild(self.path, "usage")
         return Usage(used=sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file()))
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
+
+from vmkeep.cli import stdout
 
 __all__ = ["Asked", "common"]
 
@@ -40,7 +43,17 @@ _OPTIONS = (
 
 
 def common(command: F) -> F:
-    """Add the options that every command takes; they end up in the command's `Asked`."""
+    """Add the options that every command takes; they end up in the command's `Asked`.
+
+    While it works nobody but itself writes to the standard output.
+    """
+
+    @wraps(command)
+    def work(*arguments: Any, **named: Any) -> Any:
+        with stdout.hidden():
+            return command(*arguments, **named)
+
+    made = cast("F", work)
     for option in _OPTIONS:
-        command = option(command)
-    return command
+        made = option(made)
+    return made

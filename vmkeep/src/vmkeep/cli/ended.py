@@ -7,40 +7,61 @@ forked is its own affair.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import NoReturn
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from vmkeep.cli import stdout
 
 __all__ = ["ended_by_others"]
 
 
 @contextmanager
 def ended_by_others(tell: Callable[[str, str], int]) -> Iterator[None]:
-    """While the block runs, `tell` is called with a message and a hint before the process is ended by `os._exit`.
+    """While the block runs, `tell` is called with a message and a hint before `os._exit` ends
+    the process, or makes another program of it (`os.exec…`).
 
     It returns the exit code, which takes the place of the one that was asked for. `ctrl_c` has the real function.
     """
     own, real = os.getpid(), os._exit
+    real_execs = {name: getattr(os, name) for name in ("execv", "execve")}  # all others of the family call these
 
-    def end(status: int) -> NoReturn:
+    def end(status: int, how: str = "") -> NoReturn:
         if os.getpid() == own:
             import traceback  # noqa: PLC0415 - it takes time, and nobody should need it
 
-            caller = traceback.extract_stack(limit=2)[0]
+            caller = next(
+                frame
+                for frame in reversed(traceback.extract_stack()[: -2 if how else -1])
+                if Path(frame.filename).name != "os.py" and frame.filename != "<frozen os>"  # execvp calls execve
+            )
+            how = how or f"os._exit({status})"
             status = tell(
-                f"{caller.name} in {caller.filename}, line {caller.lineno}, has ended vmkeep (os._exit({status})) "
+                f"{caller.name} in {caller.filename}, line {caller.lineno}, has ended vmkeep ({how}) "
                 "before the command had come to its end",
                 "This is a bug of a driver, a site plugin, or a library of theirs. What is not told above is not done; "
                 "what a backup has left is put right by: vmkeep recover",
             )
-            for stream in (sys.stdout, sys.stderr):
-                with suppress(OSError, ValueError):
-                    stream.flush()
+            stdout.flush()
         real(status)
 
+    def other(name: str) -> Callable[..., Any]:
+        exec_ = real_execs[name]
+
+        def replaced(*arguments: Any) -> Any:
+            if os.getpid() == own:
+                end(0, f"os.{name}({arguments[0]!r:.200})")
+            return exec_(*arguments)
+
+        return replaced
+
     os._exit = end
+    for name in real_execs:
+        setattr(os, name, other(name))
     try:
         yield
     finally:
         os._exit = real
+        for name, exec_ in real_execs.items():
+            setattr(os, name, exec_)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -12,11 +14,15 @@ from functools import partial
 import click
 
 from backupcore.errors import BackupError, text_of
+from backupcore.thread import aside
 from vmkeep import ctrl_c
-from vmkeep.cli import exits, streams
+from vmkeep.cli import exits, stdout, streams
 from vmkeep.cli.asked import Asked, common
 from vmkeep.cli.ended import ended_by_others
 from vmkeep.cli.lazy import LazyGroup
+
+_PATIENCE = 5.0
+"""Seconds that threads of plugins have to end once the command has come to its end."""
 
 __all__ = ["COMMANDS", "main", "run", "vmkeep"]
 
@@ -148,6 +154,7 @@ def _with_standard_streams() -> None:
 def main() -> None:
     """Run the command of this process's own arguments, and end the process."""
     _with_standard_streams()
+    stdout.take()
     streams.put_in_place()
     code = exits.CANCELLED
     try:
@@ -162,8 +169,19 @@ def main() -> None:
     attended = sys.modules.get("vmkeep.attended")  # loaded by those commands alone that have such a run
     if attended is not None and attended.left_behind():
         # A run that hangs was left behind, and Python would wait for the threads that it has begun.
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
-                stream.flush()
+        stdout.flush()
         ctrl_c.end(code)
+    aside(lambda: _end(code), "vmkeep-end")
     sys.exit(code)
+
+
+def _end(code: int) -> None:
+    """End the process though threads go on: Python would wait for a plugin's that never ends, too."""
+    time.sleep(_PATIENCE)
+    stdout.flush()
+    ours = (threading.main_thread(), threading.current_thread())
+    names = [thread.name for thread in threading.enumerate() if thread not in ours and not thread.daemon]
+    what = f"threads go on ({', '.join(names)})" if names else "something that is done at the end goes on"
+    with suppress(OSError, ValueError):
+        click.echo(exits.one_line(f"vmkeep: {what}, a plugin's: it is not waited for any longer"), err=True)
+    ctrl_c.end(code)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from collections.abc import Sequence
 
 import click
 
 from vmkeep.cli.asked import Asked
 from vmkeep.cli.exits import one_line
+from vmkeep.cli.stdout import own
 
 __all__ = ["document", "line", "remark", "table"]
 
@@ -19,12 +19,12 @@ _WIDE = 10_000  # columns; a table that goes to a file or a pipe must not be cut
 
 def document(content: object) -> None:
     """The one JSON document of a command."""
-    click.echo(json.dumps(content, indent=2))
+    click.echo(json.dumps(content, indent=2), file=own())
 
 
 def line(text: str) -> None:
     """One line of a result."""
-    click.echo(one_line(text))
+    click.echo(one_line(text), file=own())
 
 
 def remark(asked: Asked, text: str) -> None:
@@ -45,9 +45,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
         made.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
         made.add_row(*(Text(one_line(cell)) for cell in row))
-    if sys.stdout.isatty():
-        Console().print(made)
+    if own().isatty():
+        Console(file=own()).print(made)
         return
     plain = io.StringIO()
     Console(file=plain, width=_WIDE).print(made)
-    click.echo("\n".join(text.rstrip() for text in plain.getvalue().splitlines()))
+    click.echo("\n".join(text.rstrip() for text in plain.getvalue().splitlines()), file=own())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 
 import click
@@ -20,6 +19,7 @@ from vmkeep.cli.documents import restores as documents
 from vmkeep.cli.figures import size
 from vmkeep.cli.opening import workplace
 from vmkeep.cli.progress import shown
+from vmkeep.cli.stdout import own
 from vmkeep.workplace import Workplace
 
 __all__ = ["restore"]
@@ -87,7 +87,7 @@ def restore(
                 )
             elif stdout:
                 made = elsewhere.pour(
-                    place, image, sys.stdout.buffer, number=increment, disks=disks, form=form, progress=progress
+                    place, image, own().buffer, number=increment, disks=disks, form=form, progress=progress
                 )
             else:
                 made = elsewhere.check(place, image, number=increment, disks=disks, progress=progress)
@@ -151,7 +151,7 @@ def _check_one_way(*, verify_only: bool, stdout: bool, device: Path | None, over
         raise click.UsageError("a block device gets the disk raw", ctx)
     if stdout and asked.json:
         raise click.UsageError("--stdout and --json cannot go together: there is one standard output", ctx)
-    if stdout and sys.stdout.isatty():
+    if stdout and own().isatty():
         raise click.UsageError("a disk is not written to a terminal: send it to a file or a pipe", ctx)
 
 

@@ -7,9 +7,10 @@ must not take a part for the whole.
 from __future__ import annotations
 
 import io
-import os
 import sys
 from typing import TextIO
+
+from vmkeep.cli import stdout
 
 __all__ = ["lost", "put_in_place"]
 
@@ -57,10 +58,9 @@ def lost() -> OSError | None:
 
     What has not goes nowhere from then on: the interpreter would try it again at its end, and complain.
     """
-    sys.stdout.flush()
-    if not isinstance(sys.stdout, _Stream) or sys.stdout.lost is None:
+    own = stdout.own()
+    own.flush()
+    if not isinstance(own, _Stream) or own.lost is None:
         return None
-    nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
-    return sys.stdout.lost
+    stdout.discard()
+    return own.lost
