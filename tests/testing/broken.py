@@ -26,7 +26,7 @@ from backupcore.errors import (
     TargetUnavailable,
 )
 from backupcore.manifest import NAME
-from backupcore.model import Artifact, BytesArtifact, SourceRef, Stored, Usage, new_id
+from backupcore.model import Artifact, BytesArtifact, Listed, SourceRef, Stored, Usage, new_id
 from tests.testing.depot import Depot
 from tests.testing.folder import ZEROS, Folder, StoredFile, write
 
@@ -407,8 +407,18 @@ class TwiceListed(Folder):
         return [*found, *found]
 
 
+class Lax(Folder):
+    """Lists what has labels, whether it has a manifest or not."""
+
+    @hookimpl
+    def sources(self):
+        self._there()
+        for labels in self.path.glob("[!.]*/.labels"):
+            yield Listed(source=SourceRef(labels.parent.name), labels=json.loads(labels.read_text()))
+
+
 @backupcore.driver
-class Eager(Folder):
+class Eager(Lax):
     """Publishes first and fills in later."""
 
     @hookimpl
@@ -504,7 +514,7 @@ class Littering(Folder):
 
 
 @backupcore.driver
-class Late(Folder):
+class Late(Lax):
     """Publishes before the manifest is written."""
 
     @hookimpl
@@ -811,7 +821,8 @@ class Caching(Folder):
     def restore(self, source, ctx):
         known = self.__dict__.setdefault("known", {})
         if source.token not in known:
-            known[source.token] = Folder.restore(self, source, ctx)
+            found = Folder.restore(self, source, ctx)
+            known[source.token] = [BytesArtifact(one.name, one.read_at(0, one.size)) for one in found]
         return known[source.token]
 
 

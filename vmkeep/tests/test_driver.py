@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import builtins
+import keyword
 import logging
+import re
 import signal
+import sys
+import tomllib
+import types
 from pathlib import Path
 
 import pytest
 
+import backupcore.model
+from backupcore import Context, Datastore, plugins
 from backupcore.errors import ConfigError
-from backupcore.options import driver, option
-from vmkeep import driver_options
+from backupcore.options import build, driver, option
+from vmkeep import driver_options, new_driver
 
 
 def examine(site, *words: str):
@@ -37,13 +45,13 @@ def test_the_kit_hears_all_and_shows_no_more_than_was_asked_for(site):
 
 def test_a_check_that_fails_is_told_with_its_reason_and_an_exit_code(site):
     (site.store / "fail-delete").touch()
-    told = examine(site, "--check", "answers", "--check", "token")
+    told = examine(site, "--check", "delete", "--check", "token")
     assert told.code == 1
-    assert told.out.splitlines()[0].startswith("failed          answers ")
-    assert "TargetUnavailable" in told.out.splitlines()[1]
+    assert told.out.splitlines()[1].startswith("failed          delete ")
+    assert "TargetUnavailable" in told.out.splitlines()[2]
     assert told.out.splitlines()[-1] == "1 ok, 1 failed"
     assert "could not be deleted" in told.err
-    quiet = examine(site, "-q", "--check", "answers", "--check", "token")
+    quiet = examine(site, "-q", "--check", "delete", "--check", "token")
     assert quiet.out.splitlines()[-1] == "1 ok, 1 failed"
     assert not any(line.startswith("ok ") for line in quiet.out.splitlines())
     assert examine(site, "--check", "answers", "--json").code == 1
@@ -128,11 +136,52 @@ def test_a_new_driver_has_its_own_name_everywhere(site):
 def test_a_new_driver_in_the_current_folder(site, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(site.folder)
     told = site.run("driver", "new", "tape")
-    assert told.out.splitlines()[-1] == "Then: cd backupcore-tape && pip install -e .[test] && pytest"
+    assert told.out.splitlines()[-1] == " && ".join(["Then: cd backupcore-tape", *new_driver.commands()])
+    readme = Path("backupcore-tape/README.md").read_text()
+    assert all(f"    {line}\n" in readme for line in new_driver.commands())
     assert Path("backupcore-tape/tests").is_dir()
 
 
-@pytest.mark.parametrize("name", ["Tape", "../tape", "-x", "a--b", "9", "", "x" * 41, "restic", "files"])
+def words() -> list[str]:
+    """Every name that Python, TOML, YAML or the skeleton's own code means something by, as a driver may be called."""
+    skeleton = new_driver._template("shelf.py") + new_driver._template("test_shelf.py.in")
+    split = re.sub(r"(?<=[a-z])(?=[A-Z])|_", "-", " ".join(re.findall(r"\w+", skeleton))).lower().split()
+    known = [*keyword.kwlist, *keyword.softkwlist, *dir(builtins), *split]
+    known += ["inf", "nan", "null", "yes", "no", "on", "off", "shelf", "bookshelf", "test-shelf", "backupcore-shelf"]
+    legal = {word.strip("-").lower().replace("_", "-") for word in known}
+    installed = plugins.names(plugins.DRIVERS)
+    return sorted(word for word in legal if new_driver._NAME.fullmatch(word) and word not in installed)
+
+
+def test_a_new_driver_of_every_legal_name_is_one_that_works(tmp_path):
+    """Written, read as TOML and Python, and opened; none, true, stored, path and import among them."""
+    names = words()
+    assert {"none", "true", "stored", "path", "class", "import", "source-ref", "inf", "shelf"} <= {*names}
+    plain = [name for name in names if new_driver._class(name).lower() == name.replace("-", "")]
+    assert all(new_driver._class(name).isidentifier() for name in plain)
+    for name in sorted({*names} - {*plain[10:-10]}):  # all whose class is called otherwise, and some others
+        new_driver.write(name, tmp_path)
+        package = tmp_path / f"backupcore-{name}"
+        project = tomllib.loads((package / "pyproject.toml").read_text())["project"]
+        ((key, value),) = project["entry-points"]["backupcore.drivers"].items()
+        assert (project["name"], key) == (f"backupcore-{name}", name)
+        module, _, kind = value.partition(":")
+        code = (package / "src" / module / "__init__.py").read_text()
+        found = types.ModuleType(f"kit_{module}")
+        sys.modules[found.__name__] = found
+        exec(compile(code, module, "exec"), found.__dict__)
+        store = Datastore("nas", build(getattr(found, kind), {"path": str(tmp_path)}, where="x"), kind=name)
+        with Context(tmp_path) as ctx:
+            store.check(ctx)
+            assert store.sources(ctx) == []
+        assert found.Stored is backupcore.model.Stored, name
+        assert found.Path is Path, name
+        (test,) = (package / "tests").iterdir()
+        compile(test.read_text(), test.name, "exec")
+        del sys.modules[found.__name__]
+
+
+@pytest.mark.parametrize("name", ["Tape", "../tape", "-x", "a--b", "9", "", "x" * 41, "restic", "files", "libvirt"])
 def test_a_name_that_cannot_be_one(site, name: str):
     told = site.run("driver", "new", "--to", str(site.folder), "--", name)
     assert told.code == 2

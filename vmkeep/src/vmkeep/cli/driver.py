@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from backupcore import plugins
+from backupcore.typed import typed
 from vmkeep.cli import exits, log, output
 from vmkeep.cli.asked import Asked, common
 
@@ -119,4 +120,5 @@ def new(asked: Asked, name: str, folder: Path) -> None:
     elif not asked.quiet:
         for path in made:
             output.line(f"{folder / path}")
-        output.line(f"Then: cd {folder / f'backupcore-{name}'} && pip install -e .[test] && pytest")
+        then = [typed("cd", folder / f"backupcore-{name}"), *new_driver.commands()]
+        output.line(f"Then: {' && '.join(then)}")

@@ -18,6 +18,7 @@ from backupcore.model import Artifact, BackupRun, Listed, SourceRef, Stored, Usa
 __all__ = ["Shelf"]
 
 LABELS = ".labels"  # no artifact's name begins with a dot
+ZEROS = bytes(1 << 20)
 
 
 @backupcore.driver
@@ -43,10 +44,14 @@ class Shelf:
         done = 0
         for artifact in artifacts:
             with artifact.open() as stream, (part / artifact.name).open("xb") as file:
-                while block := stream.read(1 << 20):
-                    file.write(block)
+                while block := stream.read(len(ZEROS)):
+                    if block == ZEROS:
+                        file.seek(len(block), os.SEEK_CUR)  # a hole, which takes no room
+                    else:
+                        file.write(block)
                     done += len(block)
                     ctx.progress.done(done)
+                file.truncate()
             _sync(part / artifact.name)
         (part / LABELS).write_text(json.dumps(run.labels))
         _sync(part / LABELS)
@@ -71,10 +76,13 @@ class Shelf:
     def delete(self, sources: Sequence[SourceRef]) -> bool:
         """The manifest first: from then on it is no backup any more, however this ends."""
         for source in sources:
-            if self._complete(source):
-                (self.path / source.token / MANIFEST).unlink()
-                _sync(self.path / source.token)
-                shutil.rmtree(self.path / source.token)
+            folder = self.path / source.token
+            if (folder / LABELS).is_file():  # they go last, so that a delete that was cut off is ended by the next
+                (folder / MANIFEST).unlink(missing_ok=True)
+                _sync(folder)
+                for file in sorted(folder.iterdir(), key=lambda one: one.name == LABELS):
+                    file.unlink()
+                folder.rmdir()
         return True
 
     @backupcore.hookimpl
