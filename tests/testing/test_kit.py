@@ -12,6 +12,7 @@ from backupcore.errors import ConfigError
 from backupcore.testing import DriverKit, MemoryDriver, Target, Verdict, chosen, examine
 from backupcore.testing.bench import Bench
 from backupcore.testing.memory import CopyingMemoryDriver
+from tests.testing.contract_1.shelf import Shelf
 from tests.testing.depot import Depot
 from tests.testing.folder import Folder, tamper
 from tests.testing.moody import moody
@@ -38,6 +39,18 @@ class TestFolder(DriverKit):
             secrets=("hunter2",),
             away={"path": str(folder / "nowhere")},
         )
+
+
+class TestContract1(DriverKit):
+    """What `vmkeep driver new` wrote for version 1 of the contract: it goes on passing, as long as that counts."""
+
+    @pytest.fixture
+    def target(self, tmp_path: Path) -> Target:
+        store = tmp_path / "store"
+        store.mkdir()
+        away = {"path": str(tmp_path / "not-there")}
+        # It writes no holes, so beyond 4 GiB it takes their room.
+        return Target(driver=Shelf, options={"path": str(store)}, tamper=tamper(store), away=away, large=80 << 20)
 
 
 class TestDepot(DriverKit):
