@@ -18,7 +18,9 @@ The life of a run::
     postbackup  hypervisor releases the guest, then the driver; always, whatever happened
 
 What the core does so that no driver has to: it adds ``manifest.json`` and the digests, checks sizes, names and tokens,
-counts bytes, turns `OSError` into the taxonomy of `backupcore.errors`, and refuses None as an answer. What only a
+counts bytes, turns `OSError` into the taxonomy of `backupcore.errors`, and refuses answers that cannot be: None, a size
+below 0, a token that another backup has. A stray exception, also SystemExit, is a ContractViolation that names driver
+and hook; what is printed goes to stderr; a thread that does not end is left behind. What only a
 driver can do: atomicity, durability, and telling its own tool's errors apart.
 
 Hooks are plain synchronous functions and may block. They are called in a thread that need not be the main one, which
@@ -86,10 +88,13 @@ def backup(artifacts: Sequence[Artifact], run: BackupRun, ctx: Context) -> Store
     needed; but read every byte of each once at least, since the core takes its digests on the way. ``sums.*`` and
     ``manifest.json`` are ready once the disks were read; a read of them waits, and never for ever.
 
+    The token was never given before, also not to a backup that is deleted by now. Keep at no time a whole artifact in
+    memory, and leave no file, thread or connection behind.
+
     Store `run.labels` beside the source, in a form that `sources` can return. Tell ``ctx.progress.done`` now and then
     how many bytes of the artifacts are stored; the core has told their total.
 
-    Raise Cancelled soon after `ctx.cancelled`; leave nothing restorable and no child behind. Call `ctx.release` before
+    Raise Cancelled soon after `ctx.cancelled`, also while you wait for the store or after the last read; leave nothing restorable and no child behind. Call `ctx.release` before
     a clean-up that may take long, so that the guest does not wait for it. Errors: TargetUnavailable,
     TargetFull, AccessDenied, or what a read of an artifact raised, unchanged.
     """
@@ -134,7 +139,8 @@ def flatten(merge: Merge, run: BackupRun, ctx: Context) -> Stored | None:
 def delete(sources: Sequence[SourceRef], ctx: Context) -> bool:
     """Remove sources; return True when none of them is restorable any more. One that is absent is done already.
 
-    Nothing but these sources is touched. A store that refuses (a lock, a policy) is AccessDenied with its reason.
+    Nothing but these sources is touched. Killed at any line, each of them is whole or gone: what makes it a backup goes
+    first. No object of the driver gives back from a cache what was deleted. A store that refuses (a lock, a policy) is AccessDenied with its reason.
     """
 
 
