@@ -94,9 +94,9 @@ def backup(artifacts: Sequence[Artifact], run: BackupRun, ctx: Context) -> Store
     Store `run.labels` beside the source, in a form that `sources` can return. Tell ``ctx.progress.done`` now and then
     how many bytes of the artifacts are stored; the core has told their total.
 
-    Raise Cancelled soon after `ctx.cancelled`, also while you wait for the store or after the last read; leave nothing restorable and no child behind. Call `ctx.release` before
-    a clean-up that may take long, so that the guest does not wait for it. Errors: TargetUnavailable,
-    TargetFull, AccessDenied, or what a read of an artifact raised, unchanged.
+    Raise Cancelled soon after `ctx.cancelled`, also while you wait for the store or after the last read; leave nothing
+    restorable and no child behind. Call `ctx.release` before a clean-up that may take long, so that the guest does not
+    wait for it. Errors: TargetUnavailable, TargetFull, AccessDenied, or what a read of an artifact raised, unchanged.
     """
 
 
@@ -140,7 +140,8 @@ def delete(sources: Sequence[SourceRef], ctx: Context) -> bool:
     """Remove sources; return True when none of them is restorable any more. One that is absent is done already.
 
     Nothing but these sources is touched. Killed at any line, each of them is whole or gone: what makes it a backup goes
-    first. No object of the driver gives back from a cache what was deleted. A store that refuses (a lock, a policy) is AccessDenied with its reason.
+    first. No object of the driver gives back from a cache what was deleted. A store that refuses (a lock, a policy) is
+    AccessDenied with its reason.
     """
 
 
