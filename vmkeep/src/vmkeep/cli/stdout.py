@@ -34,8 +34,11 @@ class _Own(io.FileIO):
             raise ContractViolation("a plugin has closed vmkeep's standard output", "The result cannot be told.")
         return super().write(data)
 
-    def become(self) -> None:
-        """It was made another file on purpose."""
+    def let_go(self) -> None:
+        """Point the number at nothing; a close would give it to a file of somebody else's."""
+        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(nowhere, self.fileno(), inheritable=False)
+        os.close(nowhere)
         self._is = self._identity()
 
     def _identity(self) -> tuple[int, int] | None:
@@ -54,6 +57,8 @@ def take() -> None:
         sys.stdout.flush()
     raw = _Own(os.dup(1))
     os.dup2(2, 1)
+    # Whoever reads our output waits for the end of all who hold it, also of a process that a driver has forked.
+    os.register_at_fork(after_in_child=raw.let_go)
     terminal = raw.isatty()
     sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), encoding=encoding, errors=errors, line_buffering=terminal)
     _taken = True
@@ -85,12 +90,8 @@ def own() -> TextIO:
 def discard() -> None:
     """Have what goes to our standard output go nowhere from now on."""
     raw = getattr(getattr(own(), "buffer", None), "raw", None)
-    number = own().fileno()
-    nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-    os.dup2(nowhere, number, inheritable=False)
-    os.close(nowhere)
     if isinstance(raw, _Own):
-        raw.become()
+        raw.let_go()
 
 
 def flush() -> None:
