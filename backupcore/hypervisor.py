@@ -270,7 +270,9 @@ class Hypervisor(Protocol):
 
 def open_hypervisor(name: str, *, uri: str, scratch: Path) -> Hypervisor:
     """The hypervisor plugin of that entry-point name (group ``backupcore.hypervisors``); only that one is loaded."""
-    from backupcore.plugins import load  # noqa: PLC0415 - entry points are looked up only where a plugin is opened
+    from backupcore.plugins import load, loading  # noqa: PLC0415 - entry points are looked up only where one is opened
 
-    plugin: Hypervisor = load("backupcore.hypervisors", name)(uri=uri, scratch=scratch)
+    kind = load("backupcore.hypervisors", name)
+    with loading(f"hypervisor plugin {name!r}", but=(OSError,)):
+        plugin: Hypervisor = kind(uri=uri, scratch=scratch)
     return plugin

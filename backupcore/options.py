@@ -63,14 +63,15 @@ def build(cls: type[T], options: Mapping[str, object], *, where: str = "") -> T:
 
     `where` says where the table stands (``datastores.nas``), for the message.
     """
-    if not dataclasses.is_dataclass(cls):
-        raise ContractViolation(f"{cls.__name__} is not decorated with @backupcore.driver")
+    if not isinstance(cls, type) or not dataclasses.is_dataclass(cls):
+        what = getattr(cls, "__name__", f"an object of {type(cls).__name__}")
+        raise ContractViolation(f"driver {what} is no class that is decorated with @backupcore.driver")
     values, wrong = checked(cls, options, where=where)
     known = f"The options of this driver are: {', '.join(field.name for field in dataclasses.fields(cls))}."
     if wrong:
         raise ConfigError("; ".join(wrong), known)
     try:
-        with loading(f"driver {cls.__name__}" + (f" of {where}" if where else "")):
+        with loading(f"driver {cls.__name__}" + (f" of {where}" if where else ""), but=(ValueError,)):
             return cls(**values)
     except ValueError as error:  # a driver's own check of its options
         raise ConfigError(f"{where}: {error}" if where else str(error), known) from None

@@ -64,22 +64,24 @@ def load(group: str, name: str) -> Any:
         )
     try:
         _check_core(found[0])
-        with loading(f"plugin {name!r}"):
+        with loading(f"plugin {name!r}", but=(ImportError, AttributeError)):
             return found[0].load()
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         raise ConfigError(f"plugin {name!r} cannot be loaded: {error}", "Reinstall its package.") from error
 
 
 @contextmanager
-def loading(what: str) -> Iterator[None]:
-    """In this block code of `what` is imported or built. ContractViolation where it fails; ImportError,
-    AttributeError and ValueError pass.
+def loading(what: str, *, but: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """In this block code of `what` is imported or built. ContractViolation where it fails; errors of the taxonomy pass,
+    and those of `but`, which the caller tells in his own words.
 
     Also where it ends the program: a backup would end as one that went well, and nothing would be stored.
     """
     try:
         yield
-    except (BackupError, ImportError, AttributeError, ValueError, KeyboardInterrupt):
+    except (BackupError, KeyboardInterrupt):
+        raise
+    except but:
         raise
     except BaseException as error:
         raise ContractViolation(

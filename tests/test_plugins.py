@@ -55,6 +55,7 @@ def test_what_is_satisfied_or_meant_for_others_does_not_matter(install: Install,
         ("import sys; sys.exit(0)", "SystemExit: 0"),
         ("import asyncio; raise asyncio.CancelledError", "CancelledError"),
         ("def (", "SyntaxError"),
+        ("raise ValueError('no')", "ValueError: no"),
     ],
 )
 def test_a_driver_that_ends_the_program_as_it_is_imported_is_named(install: Install, tmp_path, code: str, told: str):

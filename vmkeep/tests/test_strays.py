@@ -34,6 +34,17 @@ def test_a_driver_that_ends_the_program_ends_no_command_well(site, hook):
     assert "driver files of datastore nas" in said
 
 
+@pytest.mark.parametrize("hook", ["restore", "open", "delete", "sources", "check"])
+def test_a_driver_that_closes_every_file_ends_no_command_well_and_hangs_none(site, hook):
+    assert site.run("backup", "web1").code == 0
+    wild(site, f"{hook} close")
+    told = site.process(*VERBS[hook], "--json")
+    assert told.code != 0, told.out
+    assert "Traceback" not in told.err
+    (site.store / "wild").unlink()
+    assert site.run("image", "list", "--json").code == 0, "nobody has written into the catalog"
+
+
 def test_the_kit_tells_of_such_a_driver_as_of_any_other(site):
     wild(site, "sources leave")
     told = site.run("driver", "test", "files", "-o", f"path={site.store}", "--check", "labels", "--json")

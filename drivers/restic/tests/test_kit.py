@@ -31,6 +31,7 @@ class TestRestic(DriverKit):
             tamper=tamper,
             secrets=[SECRET],
             away=options | {"repository": str(tmp_path / "nowhere" / "at all")},
+            large=512 << 20,  # it reads all of a disk, holes as well, through a view
         )
 
 

@@ -128,9 +128,10 @@ def _by_descriptor(cancel: Callable[[], None]) -> Iterator[None]:
     os.set_blocking(writer, False)
 
     def wait() -> None:
-        while number := os.read(reader, 1):
-            if number[0] in _SIGNALS:
-                cancel()
+        with suppress(OSError):  # a plugin has closed it, and ends this command by that
+            while number := os.read(reader, 1):
+                if number[0] in _SIGNALS:
+                    cancel()
 
     thread = threading.Thread(target=wait, name="vmkeep-interrupt", daemon=True)
     # A handler that does nothing: SIG_IGN would not write to the wake-up descriptor, and children would inherit it.
@@ -141,6 +142,8 @@ def _by_descriptor(cancel: Callable[[], None]) -> Iterator[None]:
             yield
         finally:
             signal.set_wakeup_fd(wakeup)
-            os.close(writer)
+            with suppress(OSError):  # as above
+                os.close(writer)
             thread.join()
-            os.close(reader)
+            with suppress(OSError):
+                os.close(reader)

@@ -96,7 +96,7 @@ def _site_plugin(name: str) -> object:
     module, _, attribute = name.partition(":")
     what = f"the site plugin {name!r}"
     try:
-        with loading(what):
+        with loading(what, but=(ImportError, AttributeError)):
             found: object = import_module(module)
             for part in attribute.split("."):
                 found = getattr(found, part)

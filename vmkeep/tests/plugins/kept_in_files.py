@@ -161,6 +161,7 @@ def _go_on() -> None:
 
 ACTIONS = {
     "leave": lambda: sys.exit(0),
+    "close": lambda: os.closerange(3, 4096),
     "exec": lambda: os.execvp("true", ["true"]),
     "print": _print,
     "go-on": _go_on,
