@@ -70,6 +70,13 @@ class Target:
             return self.driver
         return build(kind, self.options if options is None else options, where=self.name)
 
-    def open(self, *, hypervisor: object | None = None, options: Mapping[str, object] | None = None) -> Datastore:
-        """A datastore with a driver object of its own."""
-        return Datastore("kit", self.build(options), kind=self.name, hypervisor=hypervisor)
+    def open(
+        self,
+        *,
+        hypervisor: object | None = None,
+        plugins: Sequence[object] = (),
+        options: Mapping[str, object] | None = None,
+    ) -> Datastore:
+        """A datastore with a driver object of its own. Deprecated: `plugins` alone, the first being the hypervisor."""
+        named = {} if hypervisor is None and plugins else {"hypervisor": hypervisor}
+        return Datastore("kit", self.build(options), kind=self.name, plugins=plugins, **named)

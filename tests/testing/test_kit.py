@@ -11,7 +11,9 @@ import pytest
 from backupcore.errors import ConfigError
 from backupcore.testing import DriverKit, MemoryDriver, Target, Verdict, chosen, examine
 from backupcore.testing.bench import Bench
+from backupcore.testing.life import NoVM
 from backupcore.testing.memory import CopyingMemoryDriver
+from tests.testing import broken
 from tests.testing.contract_1.shelf import Shelf
 from tests.testing.depot import Depot
 from tests.testing.folder import Folder, tamper
@@ -72,6 +74,21 @@ class TestSome(DriverKit):
 
     def test_something_else(self, target: Target):
         assert target.name == "MemoryDriver"
+
+
+@pytest.mark.parametrize("driver", [broken.Undecorated, broken.Singular, broken.Stringy])
+def test_one_cause_is_one_failure(driver: type, tmp_path: Path):
+    options = {"path": str(tmp_path)}
+    results = examine(Target(driver=driver, options=options), folder=tmp_path)
+    failed = [result for result in results if result.verdict is Verdict.FAILED]
+    assert len(failed) == 1
+    assert driver.__name__ in failed[0].why
+    assert "\n" not in failed[0].why
+    after = results[results.index(failed[0]) + 1 :]
+    assert {result.why for result in after} == {f"{failed[0].check} failed, which all checks stand on"}
+    old = Target(driver=MemoryDriver())
+    with pytest.warns(DeprecationWarning, match="hypervisor=hypervisor"):
+        assert old.open(plugins=[NoVM()]).name == "kit"
 
 
 def test_a_driver_that_flattens_on_its_own_side(tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 import keyword
 import logging
 import re
@@ -140,6 +141,22 @@ def test_a_new_driver_in_the_current_folder(site, monkeypatch: pytest.MonkeyPatc
     readme = Path("backupcore-tape/README.md").read_text()
     assert all(f"    {line}\n" in readme for line in new_driver.commands())
     assert Path("backupcore-tape/tests").is_dir()
+
+
+def test_how_it_is_installed_hangs_on_where_backupcore_came_from(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    info = tmp_path / "site" / "backupcore-9.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: backupcore\nVersion: 9.0\n")
+    monkeypatch.syspath_prepend(str(info.parent))
+    beside = new_driver.commands()
+    assert f"{sys.executable} -m pip install -e .[test]" in beside, "it came from an index"
+    wheel = tmp_path / "a wheel.whl"
+    (info / "direct_url.json").write_text(json.dumps({"url": wheel.as_uri(), "archive_info": {}}))
+    assert new_driver.commands() == beside, "the wheel is gone"
+    wheel.touch()
+    assert f".venv/bin/pip install '{wheel}' -e .[test]" in new_driver.commands()
+    (info / "direct_url.json").write_text(json.dumps({"url": tmp_path.as_uri(), "dir_info": {"editable": True}}))
+    assert f".venv/bin/pip install {tmp_path} -e .[test]" in new_driver.commands()
 
 
 def words() -> list[str]:
