@@ -6,14 +6,13 @@ of ours descriptor 1 is stderr's as well, so what their children and C libraries
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
-
-from backupcore.errors import ContractViolation
 
 __all__ = ["discard", "flush", "hidden", "own", "take"]
 
@@ -27,19 +26,24 @@ class _Own(io.FileIO):
     def __init__(self, number: int) -> None:
         super().__init__(number, "wb")
         self._is = self._identity()
+        self._nowhere = False
 
     def write(self, data: Any) -> int:
+        if self._nowhere:
+            return len(data)
         # A plugin that closes files which are not its own: the number may be the catalog's by now.
         if self._identity() != self._is:
-            raise ContractViolation("a plugin has closed vmkeep's standard output", "The result cannot be told.")
+            raise OSError(errno.EBADF, "a plugin has closed it")
         return super().write(data)
 
     def let_go(self) -> None:
-        """Point the number at nothing; a close would give it to a file of somebody else's."""
+        """Point the number at nothing, if it is still ours; a close would give it to a file of somebody else's."""
+        self._nowhere = True
+        if self._identity() != self._is:
+            return
         nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         os.dup2(nowhere, self.fileno(), inheritable=False)
         os.close(nowhere)
-        self._is = self._identity()
 
     def _identity(self) -> tuple[int, int] | None:
         try:
@@ -97,5 +101,5 @@ def discard() -> None:
 def flush() -> None:
     """Have it written, as far as it still can be."""
     for stream in (own(), sys.stderr):
-        with suppress(OSError, ValueError, ContractViolation):
+        with suppress(OSError, ValueError):
             stream.flush()
