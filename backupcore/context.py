@@ -54,6 +54,7 @@ class Context:
     - `cancelled`, `check`, `on_cancel`: the user may stop the work at any time, from another thread.
     - `on_touch`: what you have begun, and must have gone well before the guest is touched.
     - `touch`: the hypervisor says that it is about to touch the guest.
+    - `on_complete`: what has to be looked at once all was read, before the run is recorded.
     - `release`: say that nothing more is read of the guest's disks, before a clean-up that may take long.
     - `released`: true once the guest is let go of.
     - `unrecorded`: what the datastore holds whole of a run that could not be recorded; None otherwise.
@@ -77,6 +78,7 @@ class Context:
         self.released = False
         self._releases: list[Callable[[], None]] = []
         self._touches: list[Callable[[], object]] = []
+        self._completions: list[Callable[[], object]] = []
         self._making = threading.Lock()
         self._made: dict[Hashable, object] = {}
 
@@ -164,6 +166,23 @@ class Context:
             with translated("a plugin", "what it was to do before the guest is touched"):
                 callback()
         self.check()
+
+    def on_complete(self, callback: Callable[[], object]) -> None:
+        """Have the core call this once all was read and stored, before the run is recorded: an error ends the run then,
+        and what was stored is withdrawn.
+        """
+        with self._lock:
+            self._completions.append(callback)
+
+    def complete(self) -> None:
+        """Say that all was read and stored: the core calls it. What speaks against recording the run ends it."""
+        with self._lock:
+            callbacks, self._completions = self._completions, []
+        for callback in callbacks:
+            try:
+                callback()
+            except BackupError as error:
+                self.fail(error)
 
     def on_release(self, callback: Callable[[], None]) -> None:
         """Have `release` call this, once, from whichever thread: the hypervisor lets the guest go there.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from backupcore.disk.qcow2 import Blocks
 
 __all__ = [
+    "EFFECTS",
     "Checkpoint",
     "Definition",
     "DiskFile",
+    "Effect",
     "Finding",
     "Hypervisor",
     "Pool",
@@ -96,15 +98,22 @@ class Finding:
     hint: str = ""
 
 
+Effect = Literal["will not boot", "loses a device", "cosmetic"]
+EFFECTS: tuple[Effect, ...] = ("will not boot", "loses a device", "cosmetic")
+"""What it does to a guest that a part of its definition is missing, gravest first."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Definition:
     """A restored VM's definition, and what of the stored one it does not hold: paths such as ``devices/hostdev``.
 
-    `nvram_format` is what it says of the file of the firmware's variables: raw or qcow2.
+    `effects` are the paths of `left_out` by what their loss does to the guest. `nvram_format` is what it says of the
+    file of the firmware's variables: raw or qcow2.
     """
 
     xml: bytes
     left_out: tuple[str, ...] = ()
+    effects: Mapping[Effect, tuple[str, ...]] = field(default_factory=dict)
     nvram_format: Literal["raw", "qcow2"] = "raw"
 
 
@@ -112,11 +121,13 @@ class Definition:
 class DiskFile:
     """The file that a disk of a powered-off VM consists of: its path without symbolic links, and its format.
 
-    The variables of the VM's firmware are no disk: their format is qcow2, or "" for a file that holds nothing else.
+    The variables of the VM's firmware and the state of its TPM are no disks: their format is qcow2, or "" for a file
+    that holds nothing else. `needed` is whether the VM cannot start without it.
     """
 
     path: Path
     format: str
+    needed: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,8 +188,7 @@ class Hypervisor(Protocol):
         """Remove what `installation` made on this VM to tell changes: checkpoints, bitmaps, overlays; their names.
 
         Checkpoints that say no installation are anybody's, and go, too. The next backup of each chain is then a full.
-        With `foreign` the checkpoints and bitmaps of all other installations go instead, and nothing else. Busy where a
-        job runs on the VM.
+        With `foreign` those of all other installations go instead, and nothing else. Busy where a job runs on the VM.
         """
 
     def settings(self, vm: VM) -> Mapping[str, str]:
@@ -199,14 +209,16 @@ class Hypervisor(Protocol):
         keep_uuid: bool = False,
         new_mac: bool = False,
         boot: Mapping[str, Path] | None = None,
+        redact: bool = False,
     ) -> Definition:
         """A restored VM's definition from the ``vm.xml`` of a backup.
 
         `disks` maps each restored disk's ID to its file; disks that are not in it are dropped. The stored XML is
         untrusted: only listed elements are carried over. `no_ip` drops the NICs' addresses (MACs and IPs), `no_nic`
-        the NICs, `new_mac` the MACs only. `boot` are restored files that the VM boots from (``kernel``, ``initrd``,
-        ``dtb``). The result has `name` and, without `keep_uuid`, no UUID, so it can be defined beside the VM that it
-        comes from. IntegrityError if `stored` is no domain definition.
+        the NICs, `new_mac` the MACs only, `redact` all text in which people may have written secrets. `boot` are
+        restored files that the VM boots from (``kernel``, ``initrd``, ``dtb``). The result has `name` and, without
+        `keep_uuid`, no UUID, so it can be defined beside the VM that it comes from. IntegrityError if `stored` is no
+        domain definition.
         """
 
     def require_definable(self, name: str, uuid: str | None, folder: Path) -> None:
@@ -237,7 +249,8 @@ class Hypervisor(Protocol):
     def require_replaceable(self, vm: VM, disks: Sequence[str], *, nvram: bool = False) -> Mapping[str, DiskFile]:
         """That these disks of a VM may be replaced by others now, and the file of each.
 
-        With `nvram` the file of its firmware's variables as well, as "nvram", if the VM has one. Busy if the VM is not
+        With `nvram` the files of its firmware's variables and of its TPM's state as well, as "nvram" and "tpm", if the
+        VM has them. Busy if the VM is not
         powered off, or somebody has a disk open. UnsupportedOperation where more than that file belongs to a disk, or
         where the file belongs to other VMs as well. NotFound for a disk that the VM has not got.
         """
@@ -253,12 +266,13 @@ class Hypervisor(Protocol):
         IntegrityError, and the old file untouched, if the tools find anything.
         """
 
-    def recover(self, vm: VM, spent: Collection[str], ctx: Context) -> None:
+    def recover(self, vm: VM, spent: Collection[str], ctx: Context, installation: str = "") -> None:
         """Put right what dead runs of this VM have left, whatever is known of them, and tell `ctx.did` of each thing.
 
         Guests frozen or stopped, jobs, files; and the checkpoints of the points in `spent` go. Those of other points
         stay: they may be of a catalog that the caller does not have. The caller knows that no run of its own of this VM
-        lives. Repeated, it finds nothing to do. HypervisorError says what hinders it.
+        lives. Overlays of other installations than `installation` stay. Repeated, it finds nothing to do.
+        HypervisorError says what hinders it.
         """
 
     def check(self, *, try_vm: bool = True) -> Sequence[Finding]:

@@ -108,11 +108,7 @@ def _attempt(  # noqa: PLR0915 - the one life cycle, in its order
         recorded = _recorded(run, prepared, stored, bundle, digest, seconds=time.monotonic() - started)
         complete = True
         ctx.progress.phase("record")
-        if ctx.cancelled:
-            with suppress(OSError):  # whoever stopped it may not have come to say so on disk
-                verdict.give_up(ctx.folder, ctx.failure or Cancelled("cancelled"))
-            ctx.check()
-        verdict.claim(ctx.folder)  # whoever watches over the guest may have given the run up
+        _claim(ctx)
         try:
             calls.record(recorded)
         except ContractViolation:  # the token became another's in the meantime: nobody may clean up by it
@@ -151,6 +147,16 @@ def _require_new(source: SourceRef, run: BackupRun, datastore: Datastore) -> Non
             "those that the increment builds on",
             "Nothing is recorded. The driver may have replaced that backup: verify the image.",
         )
+
+
+def _claim(ctx: Context) -> None:
+    """Look whether anything speaks against recording the run; from here on nobody can give it up."""
+    ctx.complete()
+    if ctx.cancelled:
+        with suppress(OSError):  # whoever stopped it may not have come to say so on disk
+            verdict.give_up(ctx.folder, ctx.failure or Cancelled("cancelled"))
+        ctx.check()
+    verdict.claim(ctx.folder)  # whoever watches over the guest may have given the run up
 
 
 def _recorded(

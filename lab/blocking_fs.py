@@ -10,7 +10,9 @@ answered cannot be ended, not even by SIGKILL: it then sleeps in state D, as wit
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -44,13 +46,15 @@ class Blocking:
 
 
 @contextmanager
-def blocking(folder: Path, *, links: bool = True) -> Iterator[Blocking]:
+def blocking(folder: Path, *, links: bool = True, locks: bool = True) -> Iterator[Blocking]:
     """Mount one below `folder` for the time of the block. What still waits at its end gets an error.
 
-    With `links` false it knows no hard links, as vfat and exFAT, and says so as they do.
+    With `links` false it knows no hard links, as vfat and exFAT, and says so as they do. With `locks` false every lock
+    is granted, and keeps nobody out. Everybody may use it.
     """
     source, path, flag = folder / "blocking-source", folder / "blocking", folder / "blocking-flag"
     source.mkdir()
+    source.chmod(0o777)
     path.mkdir()
     command = [
         sys.executable,
@@ -59,7 +63,8 @@ def blocking(folder: Path, *, links: bool = True) -> Iterator[Blocking]:
         str(source),
         str(path),
         str(flag),
-        *([] if links else ["no links"]),
+        *([] if links else ["links"]),
+        *([] if locks else ["locks"]),
     ]
     server = subprocess.Popen(command, cwd=Path(__file__).parent.parent, start_new_session=True)
     try:
@@ -233,12 +238,25 @@ class _Through:
 
 
 def main() -> None:
-    source, path, flag, *lacks = sys.argv[1:]
+    source, path, flag, *lacking = sys.argv[1:]
     os.environ.setdefault("FUSE_LIBRARY_PATH", "libfuse3.so.3")
     import mfusepy  # noqa: PLC0415 - it loads libfuse when it is imported
 
-    # Requests that wait hold a thread each.
-    mfusepy.FUSE(_Through(source, flag, links=not lacks), path, foreground=True, fsname="lab-blocking", max_threads=128)
+    class WithoutLocks(_Through):
+        def lock(self, _path: str, _handle: int, _command: int, lock: Any) -> int:
+            # The field l_type: whoever asks is told that it is free.
+            ctypes.cast(lock, ctypes.POINTER(ctypes.c_short))[0] = fcntl.F_UNLCK
+            return 0
+
+    kind = WithoutLocks if "locks" in lacking else _Through
+    mfusepy.FUSE(
+        kind(source, flag, links="links" not in lacking),
+        path,
+        foreground=True,
+        fsname="lab-blocking",
+        allow_other=True,
+        max_threads=128,  # requests that wait hold a thread each
+    )
 
 
 if __name__ == "__main__":

@@ -25,6 +25,11 @@ def mount_tmpfs(folder: Path, mebibytes: int) -> None:
     """Mount a tmpfs (mode 0711) at `folder`, also for the lab's libvirtd. VMs see it that start afterwards."""
     options = f"size={mebibytes}m,mode=711"
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "lab", str(folder)], check=True)
+    show(folder)
+
+
+def show(folder: Path) -> None:
+    """Let the lab's libvirtd see what is mounted at `folder` as well. VMs see it that start afterwards."""
     if libvirtd.started_here():
         subprocess.run([sys.executable, "-m", "lab.graft", str(folder)], check=True)
 

@@ -125,8 +125,9 @@ class MemoryHypervisor:
         for point in gone:
             guest.checkpoints.pop(point, None)
 
-    def recover(self, vm: VM, spent: Collection[str], ctx: Context) -> None:
+    def recover(self, vm: VM, spent: Collection[str], ctx: Context, installation: str = "") -> None:
         """Let go of the guest, and of the checkpoints that nobody needs any more."""
+        del installation  # these guests have no overlays
         guest = self.guests.get(vm.uuid)
         if guest is None:
             return
@@ -228,12 +229,14 @@ class MemoryHypervisor:
         keep_uuid: bool = False,
         new_mac: bool = False,
         boot: Mapping[str, Path] | None = None,
+        redact: bool = False,
     ) -> Definition:
         """A definition with nothing but the name and the files to boot from."""
-        del stored, disks, nvram, no_ip, no_nic, keep_uuid, new_mac
+        del stored, disks, nvram, no_ip, no_nic, keep_uuid, new_mac, redact
         named = "".join(f"<{part}>{path}</{part}>" for part, path in (boot or {}).items())
         xml = f"<domain><name>{name}</name>{named}</domain>".encode()
-        return Definition(xml=xml, left_out=("devices/hostdev",))
+        lost = ("devices/hostdev",)
+        return Definition(xml=xml, left_out=lost, effects={"loses a device": lost})
 
     def require_definable(self, name: str, uuid: str | None, folder: Path) -> None:
         """The name and the UUID must be free."""

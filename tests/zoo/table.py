@@ -41,7 +41,7 @@ def rows() -> Iterator[tuple[str, str, str]]:
         yield words, "full and increments", "yes"
     yield from OTHERS
     for words in dict.fromkeys(one.words for one in VARIABLES):
-        yield words, "kept with every backup", "the variables; a TPM's state is laid beside"
+        yield words, "kept with every backup", "yes, with all disks"
     for words in dict.fromkeys(one.words for one in MISSED):
         yield (
             words,

@@ -158,3 +158,49 @@ def test_a_vm_that_is_off_and_is_read_by_the_other_is_busy(lab, both, runs):
     for chains in both:
         assert chains.backup(vm).run.type is Type.INCREMENT
         chains.check()
+
+
+SNAPSHOT = {"MODE": "INCREMENT", "INCREMENT_MODE": "SNAPSHOT"}
+
+
+def overlays(vm, installation: str) -> list[Path]:
+    return sorted(vm.folder.glob(f"*.backupcore-*.{installation[:8]}*.qcow2"))
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_overlays_of_another_are_not_merged(running, lab, both, runs, same, tmp_path):
+    vm = lab.vm(["qcow2:8"], start=running)
+    with runs.take(runs.run(vm, installation=A, settings=SNAPSHOT)) as parent:
+        first = runs.keep(parent, tmp_path / "first")
+    (held,) = overlays(vm, A)
+    vm.write("vda", "write -P 0x33 1M 1M")
+    # By bitmaps or by overlays of its own, the other one reads through that overlay and leaves it where it is.
+    truth = vm.copy(tmp_path / "truth-b")
+    for settings in ({}, SNAPSHOT):
+        with runs.take(runs.run(vm, installation=B, settings=settings)) as taken:
+            layer = runs.keep(taken, tmp_path / f"b{len(settings)}")
+        same([layer], truth)
+        assert overlays(vm, A) == [held]
+        assert overlays(vm, B) == []
+    runs.hypervisor.forget(vm.identity, B)
+    assert overlays(vm, A) == [held]
+    truth = vm.copy(tmp_path / "truth-a")
+    with runs.take(runs.run(vm, parent, installation=A, settings=SNAPSHOT)) as taken:
+        second = runs.keep(taken, tmp_path / "second")
+    assert not taken.prepared.disks[0].whole
+    same([first, second], truth)
+    # Once that one is gone.
+    (held,) = overlays(vm, A)
+    assert str(held) in runs.hypervisor.forget(vm.identity, B, foreign=True)
+    assert vm.disk("vda").name == "vda.qcow2"
+
+
+def test_overlays_of_an_older_version_are_anybodys(lab, both, runs):
+    vm = lab.vm(["raw:8"], start=False)
+    with runs.take(runs.run(vm, settings=SNAPSHOT)) as parent:
+        pass
+    (old,) = vm.folder.glob("*.backupcore-*")
+    assert old.name == f"vda.raw.backupcore-{parent.run.point}-vda.qcow2"
+    with runs.take(runs.run(vm, parent, installation=A, settings=SNAPSHOT)) as taken:
+        assert not taken.prepared.disks[0].whole
+    assert [path.exists() for path in (old, *overlays(vm, A))] == [False, True]

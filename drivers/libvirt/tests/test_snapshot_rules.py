@@ -10,6 +10,7 @@ import libvirt
 import pytest
 
 from backupcore.errors import Busy, HypervisorError, IncrementImpossible, TargetFull, UnsupportedOperation
+from lab.vm import same as same_bytes
 
 MiB = 1 << 20
 CBT = {"MODE": "INCREMENT", "INCREMENT_MODE": "CBT"}
@@ -413,3 +414,31 @@ def test_no_room_beside_a_disk(lab, runs, tmpfs, take):
     with pytest.raises(TargetFull, match="MiB are free beside"):
         take(vm)
     assert list(folder.iterdir()) == [disk]
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_an_overlay_below_a_linked_clone_stays(running, lab, runs, tmp_path):
+    """Made on the file that the VM uses at the moment: only the clone's own header tells of it."""
+    vm, other = lab.vm(["qcow2:8"], start=False), lab.vm(["qcow2:8"], start=False)
+    with runs.take(runs.run(vm, settings=SNAPSHOT)) as parent:
+        pass
+    overlay, clone = vm.disk("vda"), other.disk("vda")
+    vm.write("vda", "write -P 0x44 0 1M")
+    clone.unlink()
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(overlay), str(clone)]
+    subprocess.run(command, check=True)
+    if running:
+        vm.start()
+    truth = other.copy(tmp_path / "clone")
+    told = pytest.raises(HypervisorError, match=f"{overlay.name} of VM .* stays: it is used by VM {other.name}")
+    with told as error, runs.take(runs.run(vm, parent, settings=SNAPSHOT)):
+        pass
+    assert "qemu-img convert" in error.value.hint
+    assert overlay.exists()
+    assert same_bytes(other.copy(tmp_path / "clone2")["vda"], truth["vda"])
+    # Nor is anything merged into it.
+    with pytest.raises(HypervisorError, match="it is used by VM"):
+        runs.hypervisor.forget(vm.identity)
+    clone.unlink()
+    assert len(runs.hypervisor.forget(vm.identity)) == 2
+    assert vm.disk("vda").name == "vda.qcow2"

@@ -12,9 +12,10 @@ import pytest
 from backupcore.errors import UnsupportedOperation
 from backupcore_libvirt.backing import Backing, backing_of
 from backupcore_libvirt.disks import SourceDisk, source_disks
+from backupcore_libvirt.qcow2_header import Header, files_of, header_of
 from backupcore_libvirt.scratch import Owner
 from backupcore_libvirt.source import PLAIN, Part, Source
-from backupcore_libvirt.stopped import check_files
+from backupcore_libvirt.stopped import check_files, stopped_nodes
 
 
 def disk_of(source: str, *, form: str = "qcow2", more: str = "") -> SourceDisk:
@@ -59,6 +60,32 @@ def test_what_a_definition_says_of_a_source(inner, more, expected):
 
 def test_an_attribute_that_is_not_known():
     assert disk_of("<source file='/a' fdgroup='g'/>").source.unknown == ("@fdgroup",)
+
+
+@pytest.mark.parametrize(
+    ("piece", "unknown"),
+    [
+        (("type='qcow2'", "type='qcow2' name='qemu' cache='none' discard='unmap' iothread='1' queues='4'"), ()),
+        (("type='qcow2'", "type='qcow2' name='phy'"), ("driver/@name=phy",)),
+        (("type='qcow2'", "type='qcow2' sparse_view='on'"), ("driver/@sparse_view",)),
+        (("<driver type='qcow2'/>", "<driver type='qcow2'><throttle/></driver>"), ("driver/throttle",)),
+        (("<driver type='qcow2'/>", "<driver type='qcow2'><metadata_cache/></driver>"), ()),
+        (("bus='virtio'", "bus='virtio' removable='on' rotation_rate='1' tray='open'"), ()),
+        (("bus='virtio'", "bus='virtio' window='2'"), ("target/@window",)),
+    ],
+)
+def test_drivers_and_targets_that_are_not_known(piece, unknown):
+    text = (
+        "<domain><devices><disk type='file' device='disk'><driver type='qcow2'/><source file='/a'/>"
+        "<target dev='vda' bus='virtio'/></disk></devices></domain>"
+    )
+    (found,) = source_disks(text.replace(*piece))
+    assert found.source.unknown == unknown
+
+
+def test_a_disk_without_which_the_vm_starts():
+    assert disk_of("<source file='/a' startupPolicy='optional'/>").source.optional
+    assert not disk_of("<source file='/a' startupPolicy='requisite'/>").source.optional
 
 
 FILE = {"driver": "file", "filename": "/b"}
@@ -113,6 +140,59 @@ def test_what_is_not_read_while_the_vm_is_off(tmp_path, qemu_tools):
     refused(disk_of(source, more="<backingStore/>"), f"none instead of {base}")
     refused(disk_of(source, more=ON.format(other, "")), f"{other} instead of {base}")
     refused(disk_of(f"<source file='{top}' fdgroup='g'/>"), r"only its QEMU can follow \(@fdgroup\)")
+
+
+def patched(path: Path, place: int, value: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(value)
+
+
+def test_features_of_an_image_that_are_not_known(tmp_path, qemu_tools):
+    base = qcow2(tmp_path / "base")
+    top = qcow2(tmp_path / "top", "-F", "qcow2", "-b", str(base), "-o", "compression_type=zstd,extended_l2=on")
+    disk = disk_of(f"<source file='{top}'/>")
+    assert header_of(str(top)) == Header(0b11000, "", str(base), "qcow2", "")
+    check_files("web", [disk], no_owner)
+    for feature, said in ((1 << 40, r"not known here \(incompatible feature bits 40\)"), (2, "is marked as damaged")):
+        patched(base, 72, feature.to_bytes(8, "big"))
+        refused(disk, f"{base} .disk vda. .*{said}")
+    patched(base, 72, bytes(8))
+    patched(base, 32, (2).to_bytes(4, "big"))
+    refused(disk, "is encrypted by its own header .LUKS.")
+    patched(base, 32, bytes(4))
+    patched(top, 72, (1 << 9).to_bytes(8, "big"))
+    with pytest.raises(UnsupportedOperation, match="incompatible feature bits 9"):
+        stopped_nodes("web", [disk])
+
+
+def test_the_files_of_an_image_by_its_headers_alone(tmp_path, qemu_tools):
+    raw, middle, top = tmp_path / "raw", tmp_path / "middle", tmp_path / "top"
+    qcow2(raw)  # what a guest has written to its raw disk
+    qcow2(middle, "-F", "raw", "-b", str(raw))
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", "middle", "top"], cwd=tmp_path, check=True
+    )
+    assert files_of(str(top), "qcow2") == [str(top), str(middle), str(raw)]
+    assert files_of(str(top), "raw") == [str(top)]
+    data, image = tmp_path / "data", tmp_path / "image"
+    qcow2(
+        image,
+        "-o",
+        f"data_file={data}",
+        "-F",
+        "qcow2",
+        "-b",
+        f"json:{json.dumps({'file': {**FILE, 'filename': str(top)}})}",
+    )
+    assert files_of(str(image), "qcow2") == [str(image), str(data), str(top), str(middle), str(raw)]
+    container = tmp_path / "container"
+    container.write_bytes(bytes(4096) + middle.read_bytes())
+    assert files_of(str(container), "qcow2", 4096) == [str(container), str(raw)]
+    raw.unlink()
+    assert files_of(str(middle), "qcow2") == [str(middle), str(raw)], "also one that is missing"
+    subprocess.run(["qemu-img", "rebase", "-u", "-F", "qcow2", "-b", str(top), str(middle)], check=True)
+    assert files_of(str(top), "qcow2") == [str(top), str(middle)], "and in a circle"
 
 
 def test_a_data_file_is_read_only_if_qemu_may_read_it(tmp_path, qemu_tools):

@@ -36,6 +36,8 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 from backupcore.errors import ConfigError, IntegrityError, UnsupportedOperation
 from backupcore.hypervisor import Definition
 from backupcore_libvirt.allowed import DEVICES, DISK, DOMAIN, INTERFACE, OS, Allowed
+from backupcore_libvirt.left_out import by_effect
+from backupcore_libvirt.redacted import REDACTED
 from backupcore_libvirt.settings import NAMESPACE
 from backupcore_libvirt.xml import parse
 
@@ -59,11 +61,13 @@ def restored_definition(
     keep_uuid: bool = False,
     new_mac: bool = False,
     boot: Mapping[str, Path] | None = None,
+    redact: bool = False,
 ) -> Definition:
     """The definition of a VM `name` on these restored disk files (by disk ID), and what was left out of it.
 
     `boot` are the restored files that it boots from: ``kernel``, ``initrd``, ``dtb``, as far as there are any.
     `no_ip` drops the MACs and IPs of its NICs, `new_mac` only the MACs, `no_nic` the NICs. `keep_uuid` keeps the UUID.
+    `redact` drops what people may have written secrets into (`REDACTED`).
     IntegrityError if `stored` is no domain definition; UnsupportedOperation if it is not one of QEMU; ConfigError for a
     name no VM can have.
     """
@@ -85,7 +89,9 @@ def restored_definition(
     _carry_settings(root, result, left)
     for element in root:
         allowed = DOMAIN.get(element.tag)
-        if allowed is not None:
+        if redact and element.tag in REDACTED:
+            left.append(element.tag)
+        elif allowed is not None:
             _add(result, _carry(element, allowed, element.tag, left))
         elif element.tag not in ("name", "metadata", "os", "devices", *(("uuid",) if keep_uuid else ())):
             left.append(element.tag)
@@ -93,7 +99,9 @@ def restored_definition(
     result.append(_devices(root, disks, left, no_ip=no_ip, no_nic=no_nic, new_mac=new_mac))
     indent(result)
     xml = tostring(result, encoding="unicode").encode() + b"\n"
-    return Definition(xml=xml, left_out=tuple(_counted(left)), nvram_format=_nvram_format(root))
+    effects = by_effect(_counted(left))
+    left_out = tuple(path for paths in effects.values() for path in paths)
+    return Definition(xml=xml, left_out=left_out, effects=effects, nvram_format=_nvram_format(root))
 
 
 def _counted(left: list[str]) -> list[str]:

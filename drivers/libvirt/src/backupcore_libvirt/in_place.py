@@ -5,11 +5,10 @@ Nothing here changes a VM or its disks.
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from backupcore.errors import Busy, HypervisorError, IntegrityError, NotFound, UnsupportedOperation, from_os_error
@@ -18,18 +17,17 @@ from backupcore.typed import typed
 from backupcore_libvirt.connection import OFF, Connection, Domain
 from backupcore_libvirt.disks import SourceDisk, source_disks
 from backupcore_libvirt.image_size import keeps_data_elsewhere
-from backupcore_libvirt.overlay.stack import any_overlay, source_path
+from backupcore_libvirt.overlay.stack import any_overlay
+from backupcore_libvirt.qcow2_header import header_of
+from backupcore_libvirt.regular_file import Strange, open_file
 from backupcore_libvirt.states import State
-from backupcore_libvirt.vm_files import VMFile, nvram_file
+from backupcore_libvirt.used_files import used_files
+from backupcore_libvirt.vm_files import VMFile, nvram_file, tpm_file
 from backupcore_libvirt.xml import parse
 
 __all__ = ["fit", "require_replaceable"]
 
 _COPIED = ("security.selinux", "system.posix_acl_access")
-
-
-NVRAM = "nvram"
-"""What the file of the firmware's variables is called beside the disks: as the artifact of a backup."""
 
 
 def require_replaceable(
@@ -63,7 +61,9 @@ def require_replaceable(
             raise _no_file(domain, disk)
         if disk.encrypted:
             raise UnsupportedOperation(f"VM {domain.name}: disk {name} is encrypted", "Restore it with --to.")
-        found[name] = DiskFile(path=_regular(domain, name, Path(disk.path)), format=disk.format)
+        found[name] = DiskFile(
+            path=_regular(domain, name, Path(disk.path)), format=disk.format, needed=not disk.source.optional
+        )
         _require_whole(domain, disk)
     for element in parse(definition).iterfind("./devices/disk"):
         target = element.find("target")
@@ -73,14 +73,42 @@ def require_replaceable(
                 f"VM {domain.name}: the definition itself names a backing file of disk {target.get('dev')}",
                 f"Restore to new files with --to; or remove <backingStore>: {typed('virsh edit', domain.name)}",
             )
-    variables = nvram_file(definition) if nvram else None
-    if isinstance(variables, VMFile):
-        shape = "qcow2" if variables.format == "qcow2" else ""
-        found[NVRAM] = DiskFile(path=_regular(domain, NVRAM, variables.path), format=shape)
+    beside = (nvram_file(definition), tpm_file(definition, domain.uuid, connection.uri)) if nvram else ()
+    for one in beside:
+        # A TPM that has never been used has no folder either.
+        if isinstance(one, VMFile) and one.path.parent.is_dir():
+            _require_unlinked(domain, one)
+            shape = "qcow2" if one.format == "qcow2" else ""
+            found[one.artifact] = DiskFile(path=_regular(domain, one.artifact, one.path), format=shape, needed=False)
+    _require_gate(domain, found)
     _require_ours(connection, domain, found)
     for name, file in found.items():
         _require_closed(domain, name, file)
     return found
+
+
+def _require_unlinked(domain: Domain, file: VMFile) -> None:
+    """That a file in a folder which QEMU's user, or swtpm's, may write to is no link of theirs: we may be root, and
+    would exchange what it leads to.
+    """
+    try:
+        os.close(open_file(file.path))
+    except FileNotFoundError:
+        pass  # it comes back
+    except Strange as error:
+        raise UnsupportedOperation(f"VM {domain.name}: {file.path} ({file.artifact}) {error}", "Use --to.") from error
+    except OSError as error:
+        raise from_os_error(error, f"VM {domain.name}: {file.path}") from error
+
+
+def _require_gate(domain: Domain, found: dict[str, DiskFile]) -> None:
+    """That there is a disk without which the VM does not start: it is away while several files are exchanged."""
+    if len(found) > 1 and not any(file.needed for file in found.values()):
+        raise UnsupportedOperation(
+            f"VM {domain.name} starts without any of these disks (startupPolicy='optional'), so it could run on old "
+            "and new ones mixed after a restore that was cut off",
+            f"Remove startupPolicy from one of them ({typed('virsh edit', domain.name)}), or restore one at a time.",
+        )
 
 
 def _no_file(domain: Domain, disk: SourceDisk) -> UnsupportedOperation:
@@ -106,6 +134,8 @@ def _require_whole(domain: Domain, disk: SourceDisk) -> None:
         why = f"is only a part of {disk.path} (<slices>), and that file would be replaced as a whole"
     elif disk.source.data_file or (disk.format == "qcow2" and keeps_data_elsewhere(disk.path)):
         why = f"keeps its data in another file than {disk.path}, which would be left over"
+    elif disk.format == "qcow2" and (strange := _strange(disk.path)):
+        why = f"{strange}, and the restored one would be a plain image"
     elif disk.source.unknown:
         why = f"is more than its file {disk.path} (the definition has {', '.join(disk.source.unknown)})"
     if why:
@@ -114,6 +144,15 @@ def _require_whole(domain: Domain, disk: SourceDisk) -> None:
             "Restore it to a new file with --to, and the others with --disk; then write it there with the VM off "
             "(qemu-img convert -n), or let the definition name the new file.",
         )
+
+
+def _strange(path: str) -> str:
+    """What a plain image in its place would lose; damage is what a restore is there for."""
+    try:
+        header = header_of(path)
+    except OSError:
+        return ""  # one that is missing or cannot be read may be what is to be put right
+    return header.strange if header is not None and not header.damaged else ""
 
 
 def _require_off(domain: Domain) -> None:
@@ -147,7 +186,7 @@ def _require_ours(connection: Connection, domain: Domain, files: dict[str, DiskF
         if other.uuid == domain.uuid:
             continue
         try:
-            shared = next((path for path in _used(other) if path in by_path), None)
+            shared = next((path for path in used_files(other) if path in by_path), None)
         except NotFound:
             continue  # it was undefined meanwhile
         if shared is not None:
@@ -155,31 +194,6 @@ def _require_ours(connection: Connection, domain: Domain, files: dict[str, DiskF
                 f"VM {domain.name}: disk {by_path[shared]} ({shared}) is also used by VM {other.name}",
                 "Restore to new files with --to.",
             )
-
-
-def _used(domain: Domain) -> Iterator[Path]:
-    for xml in (domain.live_xml(), domain.inactive_xml()) if domain.is_persistent() else (domain.live_xml(),):
-        variables = nvram_file(xml)
-        if isinstance(variables, VMFile):
-            yield variables.path.resolve()
-        for disk in parse(xml).iterfind("./devices/disk"):
-            driver = disk.find("driver")
-            shape = driver.get("type", "raw") if driver is not None else "raw"
-            # Those of a running VM's whole chain stand in its definition, an inactive one names the top only.
-            for source in disk.iterfind(".//source"):
-                if name := source_path(domain, source):
-                    yield Path(name).resolve()
-                    yield from (Path(image).resolve() for image in _chain(Path(name), shape))
-                    shape = "raw"  # of the others it is the top that tells what lies below
-
-
-def _chain(path: Path, shape: str) -> Iterator[str]:
-    if shape == "raw":  # never probed: its format is what the guest wrote there
-        return
-    done = _run(["qemu-img", "info", "-U", "-f", shape, "--backing-chain", "--output=json", "--", str(path)])
-    if done.returncode == 0:
-        for image in json.loads(done.stdout):
-            yield str(image["filename"])
 
 
 def _require_closed(domain: Domain, disk: str, file: DiskFile) -> None:

@@ -44,6 +44,7 @@ from backupcore_libvirt.reading.ended import job_expected
 from backupcore_libvirt.reading.process import guarded, reader_of
 from backupcore_libvirt.reading.taken import taken_of
 from backupcore_libvirt.recovery import clear, recover
+from backupcore_libvirt.redacted import redacted
 from backupcore_libvirt.release.guard import Guard
 from backupcore_libvirt.release.servers import end_stray
 from backupcore_libvirt.settings import read as read_settings
@@ -77,13 +78,14 @@ class Libvirt:
     def prebackup(self, run: BackupRun, ctx: Context) -> Prepared:
         """Hold one instant of all disks, and begin to track what changes from there.
 
-        The artifacts: ``disk.<id>.qcow2`` per disk, ``vm.xml`` (the inactive definition, without secrets), and the
+        The artifacts: ``disk.<id>.qcow2`` per disk, ``vm.xml`` (the inactive definition, without libvirt's own secrets;
+        with REDACT=YES see `backupcore_libvirt.redacted`), and the
         files of `backupcore_libvirt.vm_files`. Their exports live until `postbackup`.
         """
         connection = ctx.stack.enter_context(Connection(self.uri))
         domain = connection.domain(run.vm.uuid)
         folder = RunFolder(self.scratch, run.id)
-        guard = guarded(self.uri, domain, folder, ctx)  # it gets ready while the VM is looked at
+        guard = guarded(self.uri, domain, folder, ctx, run.installation)  # it gets ready while the VM is looked at
         clear(domain, self.scratch, ctx)
         prepare(connection, domain, run, folder, ctx)
         mechanism = choose(connection, domain, run, self.scratch, ctx)
@@ -105,7 +107,7 @@ class Libvirt:
             ctx.stack.callback(disk_artifact.close)
         artifacts: list[Artifact] = [
             *(disk_artifact for disk_artifact, _ in taken),
-            BytesArtifact("vm.xml", domain.inactive_xml().encode()),
+            BytesArtifact("vm.xml", _stored(domain, run).encode()),
             *(file for file in files if isinstance(file, BytesArtifact)),
         ]
         return Prepared(
@@ -144,14 +146,14 @@ class Libvirt:
             else:
                 return
 
-    def recover(self, vm: VM, spent: Collection[str], ctx: Context) -> None:
+    def recover(self, vm: VM, spent: Collection[str], ctx: Context, installation: str = "") -> None:
         """Put right what dead runs of this VM have left; see `backupcore_libvirt.recovery`."""
         with Connection(self.uri) as connection:
             try:
                 domain = connection.domain(vm.uuid)
             except NotFound:
                 domain = None
-            recover(connection, domain, vm, self.scratch, spent=spent, ctx=ctx)
+            recover(connection, domain, vm, self.scratch, spent=spent, installation=installation, ctx=ctx)
 
     def vms(self) -> Sequence[VMState]:
         """Every VM of this host, by name. HypervisorError if libvirt is away."""
@@ -195,7 +197,7 @@ class Libvirt:
             with Connection(self.uri) as connection:
                 domain = connection.domain(run.vm.uuid)
                 clear(domain, self.scratch, ctx)
-                guard = guarded(self.uri, domain, RunFolder(self.scratch, run.id), ctx)
+                guard = guarded(self.uri, domain, RunFolder(self.scratch, run.id), ctx, run.installation)
                 yield hold_unchanged(connection, domain, run, disks, scratch=self.scratch, guard=guard, ctx=ctx)
         except BaseException:
             try:
@@ -213,14 +215,12 @@ class Libvirt:
     def forget(self, vm: VM, installation: str = "", *, foreign: bool = False) -> Sequence[str]:
         """Delete the checkpoints, bitmaps and overlays that this installation made on this VM, and return their names.
 
-        With `foreign` all other installations' checkpoints and bitmaps, and nothing else. Busy where a job runs.
+        With `foreign` those of all other installations, and nothing else. Busy where a job runs.
         """
         with Connection(self.uri) as connection:
             domain = connection.domain(vm.uuid)
             left_behind(domain, self.scratch)
-            if foreign:
-                return checkpoint.forget(domain, installation, foreign=True)
-            return forget(connection, domain, RunFolder(self.scratch, new_id()), installation)
+            return forget(connection, domain, RunFolder(self.scratch, new_id()), installation, foreign=foreign)
 
     def settings(self, vm: VM) -> Mapping[str, str]:
         """The VM's backup configuration out of its own metadata: upper-case keys (``MODE``) and their values."""
@@ -244,6 +244,7 @@ class Libvirt:
         keep_uuid: bool = False,
         new_mac: bool = False,
         boot: Mapping[str, Path] | None = None,
+        redact: bool = False,
     ) -> Definition:
         """A restored VM's definition; see `backupcore_libvirt.definition` for what is carried over."""
         return restored_definition(
@@ -256,6 +257,7 @@ class Libvirt:
             keep_uuid=keep_uuid,
             new_mac=new_mac,
             boot=boot,
+            redact=redact,
         )
 
     def require_definable(self, name: str, uuid: str | None, folder: Path) -> None:
@@ -306,6 +308,12 @@ class Libvirt:
         `try_vm`, does a backup of a VM made for it work?
         """
         return findings(self.uri, self.scratch, try_vm=try_vm)
+
+
+def _stored(domain: Domain, run: BackupRun) -> str:
+    """The definition that a backup keeps."""
+    xml = domain.inactive_xml()
+    return redacted(xml) if run.settings.get("REDACT") == "YES" else xml
 
 
 def _release(connection: Connection, run: BackupRun, outcome: Outcome, folder: RunFolder, ctx: Context) -> None:

@@ -20,13 +20,20 @@ __all__ = ["clear", "recover"]
 
 
 def recover(
-    connection: Connection, domain: Domain | None, vm: VM, scratch: Path, *, spent: Collection[str], ctx: Context
+    connection: Connection,
+    domain: Domain | None,
+    vm: VM,
+    scratch: Path,
+    *,
+    spent: Collection[str],
+    installation: str,
+    ctx: Context,
 ) -> None:
     """End dead runs' job, let the guest go on, bring its disks to rest, remove their folders, and checkpoints of the
     points in `spent`.
 
-    `domain` is None for a VM that is gone: only folders can be left of it. While a job runs that is no dead run's, the
-    VM is left alone.
+    Only overlays of `installation` are merged. `domain` is None for a VM that is gone: only folders can be left of it.
+    While a job runs that is no dead run's, the VM is left alone.
     """
     if domain is None:
         # Nothing of it runs any more, whatever a record of the freeze says.
@@ -42,7 +49,7 @@ def recover(
         spent = ()
     try:
         # First: while a disk lies on an overlay its bitmaps are in two files, and one of them cannot be written to.
-        finish(connection, domain, RunFolder(scratch, new_id()), ctx)
+        finish(connection, domain, RunFolder(scratch, new_id()), ctx, installation)
     except BackupError as error:
         errors.append(error)
     for name in checkpoint.delete(domain, spent) if spent else ():

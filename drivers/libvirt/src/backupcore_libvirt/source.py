@@ -7,7 +7,7 @@ know it as well: what is not known here is not read.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from backupcore_libvirt.xml import Element
@@ -17,6 +17,14 @@ __all__ = ["PLAIN", "Part", "Source", "source_of"]
 _ATTRIBUTES = {"file", "dev", "pool", "volume", "mode", "startupPolicy", "index"}
 _HARMLESS = {"seclabel", "privateData", "encryption"}
 """Encryption is looked at by itself."""
+_DRIVER = {
+    *("name", "type"),
+    # How the guest's requests come and go; what is in the image they do not change.
+    *("cache", "io", "ioeventfd", "event_idx", "iothread", "queues", "queue_size", "iommu", "ats", "packed"),
+    *("page_per_vq", "error_policy", "rerror_policy", "copy_on_read", "discard", "detect_zeroes", "discard_no_unref"),
+}
+_DRIVER_CHILDREN = {"metadata_cache", "iothreads", "statistics"}
+_TARGET = {"dev", "bus", "tray", "removable", "rotation_rate", "dpofua"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +41,8 @@ class Source:
 
     `part` is what of the file the disk is, None for all of it. `data_file` is the file in which a qcow2 image keeps its
     data, where the definition names it. `below` are the files that the definition puts below the image, whatever its
-    header says, "" for a volume of a pool; with `ends` there are no others. `unknown` is what else there is.
+    header says, "" for a volume of a pool; with `ends` there are no others. `unknown` is what else there is, of the
+    driver and the target as well. `optional` is whether the VM starts without the file.
     """
 
     part: Part | None = None
@@ -41,6 +50,7 @@ class Source:
     below: tuple[str, ...] = ()
     ends: bool = False
     unknown: tuple[str, ...] = ()
+    optional: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -61,11 +71,15 @@ PLAIN = Source()
 
 
 def source_of(disk: Element) -> Source:
-    """What the ``<source>`` and the ``<backingStore>`` of a ``<disk>`` say."""
+    """What the ``<source>``, the ``<backingStore>``, the ``<driver>`` and the ``<target>`` of a ``<disk>`` say."""
     source = disk.find("source")
     if source is None:
         return PLAIN
-    unknown = [f"@{name}" for name in source.attrib if name not in _ATTRIBUTES]
+    unknown = [
+        *_strange(disk.find("driver"), _DRIVER, _DRIVER_CHILDREN),
+        *_strange(disk.find("target"), _TARGET, set()),
+    ]
+    unknown += [f"@{name}" for name in source.attrib if name not in _ATTRIBUTES]
     part: Part | None = None
     data_file = ""
     for child in source:
@@ -77,7 +91,19 @@ def source_of(disk: Element) -> Source:
         elif child.tag not in _HARMLESS:
             unknown.append(str(child.tag))
     below, ends, strange = _below(disk)
-    return Source(part, data_file, below, ends, (*unknown, *strange))
+    optional = source.get("startupPolicy") == "optional"
+    return Source(part, data_file, below, ends, (*unknown, *strange), optional)
+
+
+def _strange(element: Element | None, attributes: Collection[str], children: Collection[str]) -> list[str]:
+    """What of an element is not listed; of a driver also a name other than QEMU's."""
+    if element is None:
+        return []
+    found = [f"{element.tag}/@{name}" for name in element.attrib if name not in attributes]
+    found += [f"{element.tag}/{child.tag}" for child in element if child.tag not in children]
+    if element.get("name", "qemu") != "qemu":
+        found.append(f"{element.tag}/@name={element.get('name')}")
+    return found
 
 
 def _part(slices: Element) -> Part | None:

@@ -18,6 +18,7 @@ from backupcore.typed import typed
 from backupcore_libvirt.backing import backing_of
 from backupcore_libvirt.disks import Bitmap, Node, SourceDisk
 from backupcore_libvirt.image_size import strange_kind
+from backupcore_libvirt.qcow2_header import header_of
 from backupcore_libvirt.qemu_nbd import image_options, is_locked
 from backupcore_libvirt.scratch import Owner
 from backupcore_libvirt.source import PLAIN
@@ -42,6 +43,7 @@ def stopped_nodes(vm: str, disks: Sequence[SourceDisk]) -> dict[str, Node]:
                 f"VM {vm} is off, and the file of disk {disk.id} ({disk.kind} {disk.path}) is not known",
                 "Start the VM: then libvirt tells it.",
             )
+        _check_header(vm, disk.id, disk)
         info = _info(disk)
         special: dict[str, Any] = info.get("format-specific", {}).get("data", {})
         found[disk.id] = Node(
@@ -125,6 +127,7 @@ def _files_below(vm: str, disk: SourceDisk, folders: Collection[Path], owner: Ca
         _check_backing_file(vm, disk, below.path, folders, owner)
         found.append(below.path)
         image = replace(image, path=below.path, format=below.shape, source=PLAIN)
+        _check_header(vm, disk.id, image)
         info = _info(image)
 
 
@@ -148,6 +151,23 @@ def _check_backing_file(
             f"If it is the right one, name it in <backingStore> ({typed('virsh edit', vm)}), let QEMU's user read it, "
             "or start the VM.",
         )
+
+
+def _check_header(vm: str, disk: str, image: SourceDisk) -> None:
+    """That an image has no features but those that are known here, whatever the QEMU of this host can read."""
+    if image.format != "qcow2":
+        return
+    try:
+        header = header_of(image.path, image.source.part.offset if image.source.part else 0)
+    except OSError:
+        return  # whoever reads it next says so
+    if header is None or not header.strange:
+        return
+    if header.damaged:
+        hint = f"Look at it, then repair it: {typed('qemu-img check -r all -f qcow2', image.path)}"
+    else:
+        hint = "Start the VM: it can be backed up while it runs, where its QEMU knows the image."
+    raise UnsupportedOperation(f"VM {vm} is off, and {image.path} (disk {disk}) {header.strange}", hint)
 
 
 def _check_data_file(

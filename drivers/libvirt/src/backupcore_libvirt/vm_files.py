@@ -21,7 +21,7 @@ from backupcore_libvirt.qemu_img import to_raw
 from backupcore_libvirt.regular_file import Strange, open_file
 from backupcore_libvirt.xml import Element, parse
 
-__all__ = ["VMFile", "nvram_file", "read", "vm_files"]
+__all__ = ["VMFile", "nvram_file", "read", "tpm_file", "vm_files"]
 
 LIMIT = 128 << 20
 """Bytes of one file; the core holds artifacts that are no disks in memory."""
@@ -54,6 +54,11 @@ def vm_files(domain: Domain, uri: str) -> tuple[tuple[VMFile, ...], tuple[LeftOu
 def nvram_file(xml: str) -> VMFile | LeftOut | None:
     """The file of the firmware's variables, or why it cannot be kept; None where there is none."""
     return _nvram(parse(xml))
+
+
+def tpm_file(xml: str, uuid: str, uri: str) -> VMFile | LeftOut | None:
+    """The file of the TPM's state, or why it cannot be kept; None where there is none."""
+    return _tpm(parse(xml), uuid, uri)
 
 
 def _nvram(root: Element) -> VMFile | LeftOut | None:

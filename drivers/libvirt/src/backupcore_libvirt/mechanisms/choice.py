@@ -37,7 +37,7 @@ def prepare(connection: Connection, domain: Domain, run: BackupRun, folder: RunF
     IncrementImpossible where the parent was taken in another way than this run shall be.
     """
     try:
-        left.merge_left(connection, domain, folder, ctx)
+        left.merge_left(connection, domain, folder, ctx, run.installation)
     except BackupError as error:
         # Whatever way is chosen then reads through what stays, and takes that disk whole. `settle` tries it again at
         # the end of the run, and tells it then: a warning now would be told twice.
@@ -138,7 +138,7 @@ def settle(
     """
     errors = []
     try:
-        left.settle(connection, domain, outcome, folder=folder, ctx=ctx)
+        left.settle(connection, domain, outcome, run.installation, folder=folder, ctx=ctx)
     except BackupError as error:
         errors.append(error)
     try:
@@ -148,17 +148,22 @@ def settle(
     return errors
 
 
-def finish(connection: Connection, domain: Domain, folder: RunFolder, ctx: Context) -> None:
+def finish(connection: Connection, domain: Domain, folder: RunFolder, ctx: Context, installation: str) -> None:
     """Bring the disks to rest where a dead run has not done so, whatever is known of it. `folder` is there afterwards
     no more. BackupError where something stays.
     """
     try:
-        left.merge_left(connection, domain, folder, ctx)
+        left.merge_left(connection, domain, folder, ctx, installation)
     finally:
         folder.remove()
 
 
-def forget(connection: Connection, domain: Domain, folder: RunFolder, installation: str) -> Sequence[str]:
-    """Remove all that increments of this installation would build on: checkpoints, bitmaps, overlays; their names."""
-    overlays = overlay_run.forget(connection, domain, folder)
-    return [*checkpoint.forget(domain, installation), *overlays]
+def forget(
+    connection: Connection, domain: Domain, folder: RunFolder, installation: str, *, foreign: bool = False
+) -> Sequence[str]:
+    """Remove all that increments of this installation would build on: checkpoints, bitmaps, overlays; their names.
+
+    With `foreign` what those of all other installations would.
+    """
+    overlays = overlay_run.forget(connection, domain, folder, installation, foreign=foreign)
+    return [*checkpoint.forget(domain, installation, foreign=foreign), *overlays]

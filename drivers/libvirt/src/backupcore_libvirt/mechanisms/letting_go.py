@@ -35,8 +35,11 @@ def let_go(uri: str, vm: str, folder: RunFolder) -> list[str]:
         return did + end(domain, folder)
 
 
-def merge_overlays(uri: str, vm: str, folder: RunFolder, stop: Callable[[], bool], undone: str = "") -> list[str]:
-    """Merge the overlays that a run has put on the disks of `vm` (its UUID) for its own time; a line for each.
+def merge_overlays(
+    uri: str, vm: str, folder: RunFolder, stop: Callable[[], bool], *, installation: str, undone: str = ""
+) -> list[str]:
+    """Merge the overlays that a run of `installation` has put on the disks of `vm` (its UUID) for its own time; a line
+    for each.
 
     `undone` is the point of a run that was given up for good, and whose overlays were to stay between backups: they are
     merged back as well. The guest goes on in them meanwhile. Tried for ten minutes, or until `stop` says that somebody
@@ -61,7 +64,7 @@ def merge_overlays(uri: str, vm: str, folder: RunFolder, stop: Callable[[], bool
             domain = connection.domain(vm)
         except NotFound:
             return []
-        merge_left(connection, domain, folder, ctx)
+        merge_left(connection, domain, folder, ctx, installation)
         if undone:
-            run.undo(connection, domain, undone, folder=folder, ctx=ctx, check=ctx.check)
+            run.undo(connection, domain, undone, installation, folder=folder, ctx=ctx, check=ctx.check)
     return list(ctx.put_right)

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from backupcore_libvirt.image_lock import knows_locks
 from backupcore_libvirt.mechanisms.mechanism import ByBitmaps
+from backupcore_libvirt.qcow2_header import files_of
 from backupcore_libvirt.qemu_nbd import QemuNbd
 from backupcore_libvirt.reading.export import Export, called
 from backupcore_libvirt.release.guard import Guard
@@ -20,13 +22,13 @@ __all__ = ["OffNbd"]
 class OffNbd(ByBitmaps):
     """The servers of one run: one per disk. They live until the end of the run's context, or `end_stray`.
 
-    From the first server on QEMU's lock keeps the VM off, so all disks show one instant; where one is a block device
-    the run is given up if the VM starts.
+    From before the first server on QEMU's lock keeps the VM off, and others from writing, so all disks show one
+    instant. Where one lies on a block device, or on a file system without locks, the run is given up if the VM starts.
     """
 
     def ready(self, guard: Guard) -> None:
         """Watch for a start of the VM, where no lock prevents it."""
-        guard.hold(*(["start"] if any(disk.kind == "block" for disk in self.look.disks) else []))
+        guard.hold(*([] if all(knows_locks(Path(file)) for file in self._files()) else ["start"]))
 
     def begin(self) -> datetime:
         """Begin to track changes.
@@ -40,8 +42,8 @@ class OffNbd(ByBitmaps):
 
     def serve(self, guard: Guard) -> Mapping[str, Export]:
         """Start the servers. Busy where the VM has been started meanwhile."""
-        # qemu-nbd itself keeps nobody from writing to a raw file that it reads.
-        guard.keep_closed([Path(disk.path) for disk in self.look.disks if disk.kind == "file"])
+        # qemu-nbd itself keeps nobody from writing to a raw file that it reads, nor to what lies below an image.
+        guard.keep_closed(self._files())
         exports = {}
         for disk in self.look.disks:
             self.ctx.check()
@@ -51,3 +53,13 @@ class OffNbd(ByBitmaps):
             self.ctx.stack.enter_context(server)
             exports[disk.id] = Export(replace(server.address, disk=called(self.domain.name, disk.id)), bitmap)
         return exports
+
+    def _files(self) -> list[str]:
+        """All that is read."""
+        return list(
+            dict.fromkeys(
+                file
+                for disk in self.look.disks
+                for file in files_of(disk.path, disk.format, disk.source.part.offset if disk.source.part else 0)
+            )
+        )

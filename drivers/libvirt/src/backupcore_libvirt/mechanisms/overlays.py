@@ -55,9 +55,9 @@ class Overlays:
             self.domain, self.run, self.plan, self.look.all_disks, self._sizes, live=self.look.live
         )
 
-    def serve(self, _guard: Guard) -> Mapping[str, Export]:
+    def serve(self, guard: Guard) -> Mapping[str, Export]:
         """Serve the files below the new overlays."""
-        return overlay_run.serve(self.domain, self.run, self.plan, folder=self.folder, ctx=self.ctx)
+        return overlay_run.serve(self.domain, self.run, self.plan, guard, folder=self.folder, ctx=self.ctx)
 
     @property
     def _sizes(self) -> Mapping[str, int]:

@@ -23,6 +23,7 @@ from backupcore_libvirt.overlay.stack import (
     Stack,
     base_of,
     files_below,
+    is_others,
     is_overlay,
     is_temporary,
     is_whole,
@@ -145,7 +146,15 @@ def lost(domain: Domain, scratch: Path) -> list[str]:
     return [*_unused(domain, left), *(path for path in left.detached if _holds(path))]
 
 
-def settle(connection: Connection, domain: Domain, outcome: Outcome, *, folder: RunFolder, ctx: Context) -> None:
+def settle(
+    connection: Connection,
+    domain: Domain,
+    outcome: Outcome,
+    installation: str,
+    *,
+    folder: RunFolder,
+    ctx: Context,
+) -> None:
     """Merge the overlays of a run, whether it was recorded or not and whether the VM runs or not, and remove them.
 
     Those of dead runs too, where the run could not merge them at its begin. Idempotent, also in a fresh process. Nobody
@@ -154,7 +163,7 @@ def settle(connection: Connection, domain: Domain, outcome: Outcome, *, folder: 
     """
     recorded = outcome.state is RunState.RECORDED
     check = _until_cancelled(domain, ctx) if recorded else _within(MERGE_LIMIT)
-    _merge(connection, domain, folder, ctx, check=check)
+    _merge(connection, domain, folder, ctx, installation, check=check)
     left = _find(domain, folder.scratch)
     for path in left.detached:
         if _holds(path):
@@ -176,9 +185,11 @@ def settle(connection: Connection, domain: Domain, outcome: Outcome, *, folder: 
         )
 
 
-def merge_left(connection: Connection, domain: Domain, folder: RunFolder, ctx: Context) -> None:
-    """Merge the overlays of whatever run that has ended without doing so, and say so to `ctx`. As `settle`."""
-    _merge(connection, domain, folder, ctx, check=ctx.check, told=True)
+def merge_left(connection: Connection, domain: Domain, folder: RunFolder, ctx: Context, installation: str) -> None:
+    """Merge the overlays of whatever run of this installation has ended without doing so, and say so to `ctx`. As
+    `settle`.
+    """
+    _merge(connection, domain, folder, ctx, installation, check=ctx.check, told=True)
 
 
 def _merge(
@@ -186,13 +197,14 @@ def _merge(
     domain: Domain,
     folder: RunFolder,
     ctx: Context,
+    installation: str,
     *,
     check: Callable[[], None],
     told: bool = False,
 ) -> None:
     left = _find(domain, folder.scratch)
     if left.of_disks:
-        _merge_all(connection, domain, folder, ctx, left, check=check, told=told)
+        _merge_all(connection, domain, folder, ctx, left, installation=installation, check=check, told=told)
     OverlayFolder(folder.scratch, domain.uuid).tidy()
 
 
@@ -203,12 +215,13 @@ def _merge_all(
     ctx: Context,
     left: _Left,
     *,
+    installation: str,
     check: Callable[[], None],
     told: bool,
 ) -> None:
     errors: list[BackupError] = []
     with working(folder, domain):
-        merger = Merger(connection, domain, folder.path, check)
+        merger = Merger(connection, domain, folder.path, check, installation)
         for stack in stacks(domain).values():
             try:
                 if _merge_one(merger, stack) and told:
@@ -225,6 +238,7 @@ def _merge_all(
             f"then run: {typed('vmkeep recover', domain.name)}",
         )
         for path in left.covered
+        if not is_others(path, installation)
     ]
     if errors:
         raise errors[0]
@@ -237,12 +251,13 @@ def _merge_all(
 def _merge_one(merger: Merger, stack: Stack) -> bool:
     """Merge what is temporary in this stack; whether there was something."""
     domain = merger.domain
-    if not stack.temporary():
+    assert merger.installation is not None
+    if not stack.temporary(merger.installation):
         return False
     if domain.is_active():
         merger.finish(stack)
         stack = stacks(domain)[stack.disk]
-    while places := stack.temporary():
+    while places := stack.temporary(merger.installation):
         # The upper ones first, one by one: where AppArmor keeps the lowest from being merged they do not pile up.
         high = places[-1]
         below, _ = stack.file(high - 1)

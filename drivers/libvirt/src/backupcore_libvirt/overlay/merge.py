@@ -10,7 +10,7 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from xml.etree.ElementTree import tostring
@@ -26,10 +26,20 @@ from backupcore_libvirt.libvirt_errors import code_of, is_away
 from backupcore_libvirt.overlay import device
 from backupcore_libvirt.overlay.folder import OverlayFolder
 from backupcore_libvirt.overlay.room import Growing, allocated
-from backupcore_libvirt.overlay.stack import Stack, is_overlay, is_regular, opened, source_path, stacks
+from backupcore_libvirt.overlay.stack import (
+    Overlay,
+    Stack,
+    is_others,
+    is_overlay,
+    is_regular,
+    opened,
+    source_path,
+    stacks,
+)
 from backupcore_libvirt.premade.image import is_untouched
 from backupcore_libvirt.qemu_nbd import QemuNbd, is_locked, is_served
 from backupcore_libvirt.scratch import reserve
+from backupcore_libvirt.used_files import used_files
 from backupcore_libvirt.versions import text
 from backupcore_libvirt.xml import Element, parse
 
@@ -50,13 +60,14 @@ class Merger:
     """Merges the overlays of one VM.
 
     `folder` is private to the run (a socket is made there), and lies in scratch; `check` is called while it waits, and
-    raises to give up.
+    raises to give up. Only overlays of `installation` are merged or removed, and those of nobody; all, with None.
     """
 
     connection: Connection
     domain: Domain
     folder: Path
     check: Callable[[], None]
+    installation: str | None = ""
 
     def merge(self, stack: Stack, low: int, high: int) -> None:
         """Write the overlays `low` to `high` of a disk into the file below them, and remove them.
@@ -65,13 +76,15 @@ class Merger:
         then a merge below the last overlay goes on in QEMU, and any other is given up.
         """
         below, _ = stack.file(low - 1)
+        for overlay in stack.overlays[low : high + 1]:
+            self._refuse_others(overlay)
         if is_served(below):  # of files QEMU's lock says so too, and of devices nothing does
             raise Busy(
                 f"VM {self.domain.name}: {below} is still read by a backup, so the overlay on it is not merged",
                 "Wait until that backup has ended; the next one merges it.",
             )
+        self._refuse_used(stack, [below, *(overlay.path for overlay in stack.overlays[low : high + 1])])
         for overlay in stack.overlays[low : high + 1]:
-            self._refuse_used(stack, overlay.path)
             self._refuse_snapshots(overlay.path)
             if overlay.temporary and not is_regular(stack.base):
                 device.require_same(overlay.path, stack.base)
@@ -292,10 +305,12 @@ class Merger:
         """
         used = {stack.base, *(overlay.path for overlay in stack.overlays)}
         for path in OverlayFolder(self.folder.parent, self.domain.uuid).of(stack.base, stack.disk):
+            if self.installation is not None and is_others(path, self.installation):
+                continue  # it may be about to be used
             if path in used or self._discard_untouched(stack, Path(path)) or qemu_img.is_open_elsewhere(path):
                 continue
             if qemu_img.is_empty(path):
-                self._refuse_used(stack, path)
+                self._refuse_used(stack, [path])
                 self._refuse_snapshots(path)
                 self._discard(path)
 
@@ -310,7 +325,7 @@ class Merger:
             return False
         try:
             with keep_closed([path]):
-                self._refuse_used(stack, str(path))
+                self._refuse_used(stack, [str(path)])
                 if any(str(path) in named(text, whole=True) for text in self._definitions()):
                     return False
                 path.unlink()
@@ -321,21 +336,37 @@ class Merger:
     def _definitions(self) -> tuple[str, str]:
         return self.domain.live_xml(), self.domain.inactive_xml()
 
-    def _refuse_used(self, stack: Stack, path: str) -> None:
-        """HypervisorError if another VM uses the file, or if the next start of this one would, and it runs now."""
-        users = []
+    def _refuse_used(self, stack: Stack, files: Sequence[str]) -> None:
+        """HypervisorError if another VM uses one of these files, as its disk or below it (a linked clone), or if the
+        next start of this one would use another than the top one, and it runs now.
+        """
+        real = {Path(path).resolve(): path for path in files}
+        users: dict[str, list[str]] = {}
         for other in self.connection.domains():
             with contextlib.suppress(NotFound):  # it has ended meanwhile
-                if other.uuid == self.domain.uuid:
+                if other.uuid != self.domain.uuid:
+                    for used in real.keys() & set(used_files(other)):
+                        users.setdefault(real[used], []).append(f"VM {other.name}")
+                elif other.is_active():
                     # What libvirt itself keeps right is the file that the VM writes to.
-                    if other.is_active() and path != stack.top and path in named(other.inactive_xml(), whole=False):
-                        users.append(f"the next start of VM {other.name}")
-                elif path in named(other.live_xml(), whole=True) | named(other.inactive_xml(), whole=True):
-                    users.append(f"VM {other.name}")
-        if users:
+                    next_start = named(other.inactive_xml(), whole=False)
+                    for overlay in (path for path in files if is_overlay(path) and path != stack.top):
+                        if overlay in next_start:
+                            users.setdefault(overlay, []).append(f"the next start of VM {other.name}")
+        for path, names in users.items():
             raise HypervisorError(
-                f"{path} of VM {self.domain.name} cannot be merged: it is used by {', '.join(users)}",
-                "See: virsh dumpxml --inactive; give that VM a disk of its own.",
+                f"{path} of VM {self.domain.name} is not merged, and stays: it is used by {', '.join(names)}",
+                "See: virsh dumpxml --inactive, and qemu-img info --backing-chain of its disks; give that VM a disk of "
+                f"its own (qemu-img convert), then run: {typed('vmkeep recover', self.domain.name)}",
+            )
+
+    def _refuse_others(self, overlay: Overlay) -> None:
+        """HypervisorError for an overlay of another installation: what it holds is that one's next increment."""
+        if self.installation is not None and not overlay.is_of(self.installation):
+            raise HypervisorError(
+                f"{overlay.path} of VM {self.domain.name} is not merged: it is of another installation "
+                f"({overlay.installation}…)",
+                f"That one merges it. If it is gone: {typed('vmkeep vm forget', self.domain.name, '--foreign')}",
             )
 
     def _refuse_unsafe(self, stack: Stack) -> None:

@@ -94,7 +94,7 @@ def plan(connection: Connection, domain: Domain, run: BackupRun, disks: Sequence
             next(iter(reasons)) if len(reasons) == 1 else "; ".join(f"disk {p.disk.id}: {p.why}" for p in parts)
         )
     for disk in disks:
-        overlay_path(found[disk.id].base, run.point, disk.id)
+        overlay_path(found[disk.id].base, run.point, disk.id, installation=run.installation)
     _require_room(disks)
     return Plan(parts)
 
@@ -137,6 +137,11 @@ def _hindering_files(run: BackupRun, found: Sequence[Stack]) -> str:
             return f"disk {stack.disk} has a snapshot of somebody else ({stack.foreign}) above an overlay of ours"
         if stack.unsafe:
             return f"disk {stack.disk}: {stack.unsafe}"
+        if foreign := stack.of_others(run.installation):
+            return (
+                f"disk {stack.disk} has overlays of another installation ({stack.overlays[foreign[0]].path}), which "
+                "collect since its backups; this one gets fulls (if that one is gone: vmkeep vm forget VM --foreign)"
+            )
         if any(overlay.point in others for overlay in stack.overlays):
             # Overlays collect since one backup: what they hold cannot be told since another one as well.
             return (
@@ -157,17 +162,18 @@ def _part(run: BackupRun, disk: SourceDisk, stack: Stack) -> Part:
         return Part(disk, stack, 0, "added since the last backup")
     index = stack.index(run.parent.point)
     if index is None:
-        return Part(disk, stack, 0, _why_not_told(run.parent.point, stack))
+        return Part(disk, stack, 0, _why_not_told(run.parent.point, run.installation, stack))
     size = qemu_img.info(stack.top, stack.top_shape).virtual_size
     if size < before.virtual_size:
         return Part(disk, stack, 0, f"it has shrunk from {before.virtual_size} to {size} bytes")
     return Part(disk, stack, len(stack.overlays) - index, "")
 
 
-def _why_not_told(point: str, stack: Stack) -> str:
-    lost = overlay_path(stack.base, point, stack.disk)
-    if os.path.lexists(lost):
-        return f"it lies on {stack.top}, no longer on {lost}, which holds what was written since the last backup"
+def _why_not_told(point: str, installation: str, stack: Stack) -> str:
+    for whose in {installation, ""}:  # older versions named none
+        lost = overlay_path(stack.base, point, stack.disk, installation=whose)
+        if os.path.lexists(lost):
+            return f"it lies on {stack.top}, no longer on {lost}, which holds what was written since the last backup"
     return "no overlay has collected changes since the last backup"
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from backupcore.context import Context
 from backupcore.errors import BackupError, Busy, Cancelled, HypervisorError, IncrementImpossible
@@ -30,8 +31,12 @@ from backupcore_libvirt.overlay.room import Growing
 from backupcore_libvirt.overlay.stack import Stack, any_overlay, is_temporary, overlay_path, overlays_beside, stacks
 from backupcore_libvirt.overlay.unwritten import is_unwritten, mark
 from backupcore_libvirt.premade.image import is_untouched, make_overlay
+from backupcore_libvirt.qcow2_header import files_of
 from backupcore_libvirt.qemu_nbd import QemuNbd
 from backupcore_libvirt.reading.export import Export, called
+
+if TYPE_CHECKING:  # the process of the guard loads this to merge
+    from backupcore_libvirt.release.guard import Guard
 
 __all__ = ["begin", "clear", "forget", "growing", "make", "prepare", "serve", "settle", "undo"]
 
@@ -51,7 +56,7 @@ def prepare(connection: Connection, domain: Domain, run: BackupRun, folder: RunF
     _put_back(domain, ctx)
     found = stacks(domain).values()
     closed = closed_below(connection, domain) if wanted(run) else ""
-    if any(stack.overlays for stack in found):
+    if any(len(stack.overlays) > len(stack.of_others(run.installation)) for stack in found):
         if (not wanted(run) or closed) and run.parent is not None:
             if any(stack.index(run.parent.point) is not None for stack in found):
                 raise IncrementImpossible(closed or "INCREMENT_MODE=SNAPSHOT is no longer set")
@@ -60,12 +65,12 @@ def prepare(connection: Connection, domain: Domain, run: BackupRun, folder: RunF
             if wanted(run) and not closed:
                 _mend(connection, domain, run, folder.path, ctx)
             else:
-                _leave(connection, domain, folder.path, ctx)
+                _leave(connection, domain, run.installation, folder.path, ctx)
     found = stacks(domain).values()
     if any(len(overlays_beside(stack.base, stack.disk)) > len(stack.overlays) for stack in found):
         with working(folder, domain):
             for stack in found:
-                Merger(connection, domain, folder.path, ctx.check).sweep(stack)
+                Merger(connection, domain, folder.path, ctx.check, run.installation).sweep(stack)
 
 
 def _put_back(domain: Domain, ctx: Context) -> None:
@@ -97,16 +102,27 @@ def _put_back(domain: Domain, ctx: Context) -> None:
             )
 
 
-def forget(connection: Connection, domain: Domain, folder: RunFolder) -> list[str]:
-    """Bring the VM back to its plain disks, whatever increments would build on its overlays; the overlays' files."""
+def forget(
+    connection: Connection, domain: Domain, folder: RunFolder, installation: str, *, foreign: bool = False
+) -> list[str]:
+    """Merge this installation's overlays, whatever increments would build on them, or with `foreign` all others'; their
+    files.
+    """
     gone: list[str] = []
     if not any_overlay(domain):
         return gone
     with working(folder, domain):
-        merger = Merger(connection, domain, folder.path, _never)
+        merger = Merger(connection, domain, folder.path, _never, None if foreign else installation)
         for stack in stacks(domain).values():
-            gone += [overlay.path for overlay in stack.overlays]
-            merger.merge_all(stack)
+            others = stack.of_others(installation)
+            if not foreign and not others:
+                gone += [overlay.path for overlay in stack.overlays]
+                merger.merge_all(stack)
+                continue
+            mine = [index for index in range(len(stack.overlays)) if index not in others]
+            for index in reversed(others if foreign else mine):
+                gone.append(stack.overlays[index].path)
+                merger.merge(stacks(domain)[stack.disk], index, index)
     folder.remove()
     OverlayFolder(folder.scratch, domain.uuid).tidy()
     return gone
@@ -117,7 +133,7 @@ def _mend(connection: Connection, domain: Domain, run: BackupRun, folder: Path, 
 
     What cannot be done is logged, and no reason not to back up: the increment then reads one overlay more.
     """
-    merger = Merger(connection, domain, folder, ctx.check)
+    merger = Merger(connection, domain, folder, ctx.check, run.installation)
     for stack in stacks(domain).values():
         if domain.is_active():
             merger.finish(stack)
@@ -125,7 +141,7 @@ def _mend(connection: Connection, domain: Domain, run: BackupRun, folder: Path, 
     own = {run.parent.point} | set(run.spent) if run.parent else set(run.spent)
     others = set(run.keep or ()) - own
     for stack in stacks(domain).values():
-        if any(overlay.point in others for overlay in stack.overlays):
+        if any(overlay.point in others for overlay in stack.overlays) or stack.of_others(run.installation):
             continue
         recorded = max((index for index, overlay in enumerate(stack.overlays) if overlay.point in own), default=-1)
         try:
@@ -175,7 +191,7 @@ def make(run: BackupRun, plan: Plan, sizes: Mapping[str, int]) -> None:
     `settle`, or with the next run.
     """
     for part in plan.parts:
-        path = overlay_path(part.stack.base, run.point, part.disk.id)
+        path = _new(run, plan)[part.disk.id]
         make_overlay(Path(path), sizes[part.disk.id], part.stack.top, part.stack.top_shape)
 
 
@@ -220,7 +236,9 @@ def clear(domain: Domain, installation: str, *, live: bool) -> None:
         raise Busy(f"VM {domain.name} was {'switched off' if live else 'started'} just now", "Run the backup again.")
 
 
-def serve(domain: Domain, run: BackupRun, plan: Plan, *, folder: RunFolder, ctx: Context) -> Mapping[str, Export]:
+def serve(
+    domain: Domain, run: BackupRun, plan: Plan, guard: Guard, *, folder: RunFolder, ctx: Context
+) -> Mapping[str, Export]:
     """Serve the files below the new overlays; exports by disk ID.
 
     The servers live until the end of `ctx`, or `end_stray`.
@@ -232,6 +250,9 @@ def serve(domain: Domain, run: BackupRun, plan: Plan, *, folder: RunFolder, ctx:
             raise HypervisorError(
                 f"VM {domain.name}: libvirt has put an overlay on disk {part.disk.id}, but the VM does not use it"
             )
+    # Of raw files qemu-nbd keeps nobody away, and whoever merged into one now would tear what is being read.
+    files = [file for part in plan.parts for file in files_of(part.stack.top, part.stack.top_shape)]
+    guard.keep_closed(list(dict.fromkeys(files)), list(new.values()))
     exports = {}
     for part in plan.parts:
         ctx.check()
@@ -244,7 +265,10 @@ def serve(domain: Domain, run: BackupRun, plan: Plan, *, folder: RunFolder, ctx:
 
 def _new(run: BackupRun, plan: Plan) -> Mapping[str, str]:
     """Where the new overlay of each disk goes."""
-    return {part.disk.id: overlay_path(part.stack.base, run.point, part.disk.id) for part in plan.parts}
+    return {
+        part.disk.id: overlay_path(part.stack.base, run.point, part.disk.id, installation=run.installation)
+        for part in plan.parts
+    }
 
 
 def settle(
@@ -258,26 +282,34 @@ def settle(
     and no error: only a further run's overlay above it makes the merge possible.
     """
     if outcome.state is not RunState.RECORDED:
-        undo(connection, domain, run.point, folder=folder, ctx=ctx, check=_within(UNDO_LIMIT))
+        undo(connection, domain, run.point, run.installation, folder=folder, ctx=ctx, check=_within(UNDO_LIMIT))
         return
     check = _until_cancelled(domain, ctx)
-    _settle(connection, domain, run.point, folder=folder, ctx=ctx, check=check, recorded=True)
+    _settle(connection, domain, run.point, run.installation, folder=folder, ctx=ctx, check=check, recorded=True)
 
 
 def undo(
-    connection: Connection, domain: Domain, point: str, *, folder: RunFolder, ctx: Context, check: Callable[[], None]
+    connection: Connection,
+    domain: Domain,
+    point: str,
+    installation: str,
+    *,
+    folder: RunFolder,
+    ctx: Context,
+    check: Callable[[], None],
 ) -> None:
-    """Bring the disks to rest after a run that came to nothing, of which only the point is known. As `settle`.
+    """Bring the disks to rest after a run that came to nothing, of which only point and owner are known. As `settle`.
 
     `check` is called while it waits, and raises to give up.
     """
-    _settle(connection, domain, point, folder=folder, ctx=ctx, check=check, recorded=False)
+    _settle(connection, domain, point, installation, folder=folder, ctx=ctx, check=check, recorded=False)
 
 
 def _settle(
     connection: Connection,
     domain: Domain,
     point: str,
+    installation: str,
     *,
     folder: RunFolder,
     ctx: Context,
@@ -285,7 +317,7 @@ def _settle(
     recorded: bool,
 ) -> None:
     if f".backupcore-{point}-" not in domain.live_xml():
-        _remove_unused(connection, domain, point, folder)
+        _remove_unused(connection, domain, point, installation, folder)
         return
     found = stacks(domain)
     if all(stack.index(point) is None for stack in found.values()):
@@ -293,7 +325,7 @@ def _settle(
     newer = _newer(found.values(), point)
     errors: list[BackupError] = []
     with working(folder, domain):
-        merger = Merger(connection, domain, folder.path, check)
+        merger = Merger(connection, domain, folder.path, check, installation)
         for stack in found.values():
             try:
                 if domain.is_active():
@@ -327,19 +359,19 @@ def _mark(domain: Domain) -> None:
             mark(stack.overlays[0].path, stack.base)
 
 
-def _remove_unused(connection: Connection, domain: Domain, point: str, folder: RunFolder) -> None:
+def _remove_unused(connection: Connection, domain: Domain, point: str, installation: str, folder: RunFolder) -> None:
     """Remove the overlays that were made for a run which then put none on any disk."""
     unused = [
         disk.id
         for disk in (located(domain, one) for one in source_disks(domain.live_xml()))
         if disk.kind == "file"
         and disk.path.startswith("/")
-        and any(Path(disk.path).parent.glob(f"*.backupcore-{point}-{disk.id}.qcow2"))
+        and any(Path(disk.path).parent.glob(f"*.backupcore-{point}-{disk.id}.*qcow2"))
     ]
     if not unused:
         return
     with working(folder, domain):
-        merger = Merger(connection, domain, folder.path, _never)
+        merger = Merger(connection, domain, folder.path, _never, installation)
         for disk, stack in stacks(domain).items():
             if disk in unused:
                 merger.sweep(stack)
@@ -374,12 +406,12 @@ def _undone(stack: Stack, point: str) -> tuple[int, int]:
     return (top, top) if stack.overlays and stack.index(point) == top else (0, -1)
 
 
-def _leave(connection: Connection, domain: Domain, folder: Path, ctx: Context) -> None:
-    """Bring the VM back to its plain disks: every overlay of ours goes into its base. Idempotent.
+def _leave(connection: Connection, domain: Domain, installation: str, folder: Path, ctx: Context) -> None:
+    """Bring the VM back to its plain disks: every overlay of this installation goes into its base. Idempotent.
 
     What cannot be done is logged: a backup by changed block tracking works with overlays below it as well.
     """
-    merger = Merger(connection, domain, folder, ctx.check)
+    merger = Merger(connection, domain, folder, ctx.check, installation)
     for stack in stacks(domain).values():
         try:
             merger.merge_all(stack)

@@ -1,9 +1,12 @@
 """Overlays: the files in which a disk's changes collect under INCREMENT_MODE=SNAPSHOT, as the disks themselves tell.
 
-An overlay is a qcow2 file beside the disk's own, ``<file>.backupcore-<point>-<disk>.qcow2``, with that file (the base)
-or an older overlay below it. It holds what was written since the instant of its point, until the next overlay. So the
-files of a disk, its *stack*, say which points they reach back to; nothing else records it, and a name counts only where
-the file below is the one that it says.
+An overlay is a qcow2 file beside the disk's own, ``<file>.backupcore-<point>-<disk>.<installation>.qcow2``, with that
+file (the base) or an older overlay below it. It holds what was written since the instant of its point, until the next
+overlay. So the files of a disk, its *stack*, say which points they reach back to; nothing else records it, and a name
+counts only where the file below is the one that it says.
+
+``<installation>`` are the first letters of the ID of whose run has made it: nobody else merges or removes it. Names of
+older versions do not say it: these are anybody's.
 
 One that is called ``….temporary.qcow2`` is there for a single run (`temporary`): no increment ever reads it, and
 whoever finds it after its run merges it. That of a block device lies in scratch (`folder`), and its name holds the
@@ -36,6 +39,7 @@ __all__ = [
     "base_of",
     "disk_of",
     "files_below",
+    "is_others",
     "is_overlay",
     "is_regular",
     "is_temporary",
@@ -50,10 +54,12 @@ __all__ = [
 ]
 
 _NAME = re.compile(
-    r"(?P<base>/.+)\.backupcore-(?P<point>[0-9a-f]{32})-(?P<disk>[A-Za-z0-9]+)(?P<temporary>\.temporary)?\.qcow2",
+    r"(?P<base>/.+)\.backupcore-(?P<point>[0-9a-f]{32})-(?P<disk>[A-Za-z0-9]+)(\.(?P<installation>[0-9a-f]{8}))?"
+    r"(?P<temporary>\.temporary)?\.qcow2",
     re.DOTALL,
 )
 _OF_DEVICE = re.compile(r"/(?:.+/)?overlays/[0-9a-f-]{36}/(?P<device>%2F[^/]+)", re.DOTALL)
+_SHORT = 8  # letters of an installation's ID
 _NAME_LIMIT = 255  # bytes of one component of a path, on every file system that holds images
 SETTLED_LIMIT = 1.0
 _MOST = 200  # files of one chain: what libvirt takes
@@ -61,12 +67,20 @@ _MOST = 200  # files of one chain: what libvirt takes
 
 @dataclass(frozen=True, slots=True)
 class Overlay:
-    """One overlay: its file, the point since which it collects, the disk it was made for, whether for one run only."""
+    """One overlay: its file, the point since which it collects, the disk it was made for, whether for one run only.
+
+    `installation` are the first letters of the ID of whose it is, "" for anybody's.
+    """
 
     path: str
     point: str
     disk: str
     temporary: bool = False
+    installation: str = ""
+
+    def is_of(self, installation: str) -> bool:
+        """Whether the installation of this ID may merge it."""
+        return self.installation in ("", installation[:_SHORT])
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,22 +120,42 @@ class Stack:
                 return index
         return None
 
-    def temporary(self) -> list[int]:
-        """The places of the overlays that were made for one run only, lowest first."""
-        return [index for index, overlay in enumerate(self.overlays) if overlay.temporary]
+    def temporary(self, installation: str) -> list[int]:
+        """The places of this installation's overlays that were made for one run only, lowest first."""
+        return [
+            index for index, overlay in enumerate(self.overlays) if overlay.temporary and overlay.is_of(installation)
+        ]
+
+    def of_others(self, installation: str) -> list[int]:
+        """The places of the overlays that this installation leaves alone, lowest first."""
+        return [index for index, overlay in enumerate(self.overlays) if not overlay.is_of(installation)]
 
     def file(self, index: int) -> tuple[str, str]:
         """(path, format) of overlay number `index`; of the base for -1."""
         return (self.overlays[index].path, "qcow2") if index >= 0 else (self.base, self.shape)
 
 
-def overlay_path(base: str, point: str, disk: str, *, temporary: bool = False, folder: Path | None = None) -> str:
+def overlay_path(
+    base: str,
+    point: str,
+    disk: str,
+    *,
+    installation: str = "",
+    temporary: bool = False,
+    folder: Path | None = None,
+) -> str:
     """Where the overlay of a point goes: beside the file, or into `folder` where that is a device.
+
+    Where there is no room for the installation in its name it is anybody's.
 
     HypervisorError if that name is too long.
     """
     start = base if folder is None else str(folder / quote(os.fsencode(base), safe=""))
-    path = f"{start}.backupcore-{point}-{disk}{'.temporary' if temporary else ''}.qcow2"
+    rest = f"{'.temporary' if temporary else ''}.qcow2"
+    path = f"{start}.backupcore-{point}-{disk}{rest}"
+    named = f"{start}.backupcore-{point}-{disk}.{installation[:_SHORT]}{rest}"
+    if installation and len(os.fsencode(Path(named).name)) <= _NAME_LIMIT:
+        return named
     if len(os.fsencode(Path(path).name)) > _NAME_LIMIT:
         raise HypervisorError(
             f"disk {disk}: the name of an overlay of {base} would be longer than {_NAME_LIMIT} bytes",
@@ -155,6 +189,12 @@ def disk_of(path: str) -> str:
     """The disk that an overlay of this name was made for; "" for any other path."""
     name = _NAME.fullmatch(path)
     return name["disk"] if name else ""
+
+
+def is_others(path: str, installation: str) -> bool:
+    """Whether a file has the name of an overlay of another installation than this one."""
+    name = _NAME.fullmatch(path)
+    return name is not None and (name["installation"] or "") not in ("", installation[:_SHORT])
 
 
 def point_of(path: str) -> str:
@@ -235,7 +275,8 @@ def _stack(disk: SourceDisk) -> Stack:
             break
         if not _lies_on(path, below.path):
             break
-        overlays.append(Overlay(path, name["point"], name["disk"], temporary=name["temporary"] is not None))
+        temporary = name["temporary"] is not None
+        overlays.append(Overlay(path, name["point"], name["disk"], temporary, name["installation"] or ""))
         elsewhere = elsewhere or image.data_elsewhere
         path, shape = below.path, below.shape
         if len(overlays) > _MOST:

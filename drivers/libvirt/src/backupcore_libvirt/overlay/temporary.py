@@ -31,6 +31,7 @@ from backupcore_libvirt.overlay.folder import OverlayFolder
 from backupcore_libvirt.overlay.room import Growing, require_room
 from backupcore_libvirt.overlay.stack import Stack, is_regular, overlay_path, stacks
 from backupcore_libvirt.premade.image import make_overlay
+from backupcore_libvirt.qcow2_header import files_of
 from backupcore_libvirt.qemu_nbd import QemuNbd
 from backupcore_libvirt.reading.export import Export, called
 from backupcore_libvirt.scratch import Owner
@@ -77,6 +78,7 @@ def plan(domain: Domain, run: BackupRun, seen: Look, scratch: Path) -> tuple[Hel
                 found[disk.id].base,
                 run.point,
                 disk.id,
+                installation=run.installation,
                 temporary=True,
                 folder=folder.path if found[disk.id].on_device else None,
             ),
@@ -178,7 +180,8 @@ def serve(
             )
     # Whoever merged an overlay now, by hand or with another configuration, would tear what is being read; of raw files
     # qemu-nbd itself keeps nobody away.
-    guard.keep_closed([Path(one.stack.top) for one in held])
+    files = [file for one in held for file in files_of(one.stack.top, one.stack.top_shape)]
+    guard.keep_closed(list(dict.fromkeys(files)), [one.overlay for one in held])
     exports = {}
     for one in held:
         ctx.check()

@@ -16,9 +16,12 @@ __all__ = ["guarded", "reader_of"]
 _SERVE = "backupcore.disk.reader.service:serve"
 
 
-def guarded(uri: str, domain: Domain, folder: RunFolder, ctx: Context) -> Guard:
-    """The guard of a run, with the process that shall read for it. Returns at once: both get ready meanwhile."""
-    return Guard(uri, domain.uuid, domain.name, folder, ctx, serve=(_SERVE, *pair()))
+def guarded(uri: str, domain: Domain, folder: RunFolder, ctx: Context, installation: str) -> Guard:
+    """The guard of a run of `installation`, with the process that shall read for it. Returns at once: both get ready
+    meanwhile.
+    """
+    serve = (_SERVE, *pair())
+    return Guard(uri, domain.uuid, domain.name, folder, ctx, installation=installation, serve=serve)
 
 
 def reader_of(guard: Guard, ctx: Context) -> Reader:

@@ -35,7 +35,10 @@ DEATH_LIMIT = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What has to be known of a run for that; `folder` is its private one, `owner` the number of its process."""
+    """What has to be known of a run for that; `folder` is its private one, `owner` the number of its process.
+
+    `installation` is whose run it is.
+    """
 
     uri: str
     vm: str
@@ -43,6 +46,7 @@ class Run:
     scratch: RunFolder
     folder: Path
     owner: int
+    installation: str = ""
 
 
 def give_up(run: Run, error: BackupError | None, clients: Sequence[Admitted], reader: int | None) -> list[str]:

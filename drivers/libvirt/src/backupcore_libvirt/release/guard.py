@@ -22,7 +22,15 @@ from backupcore import guard as core
 from backupcore import verdict
 from backupcore.context import Context
 from backupcore.disk.nbd.admission import leaves
-from backupcore.errors import BackupError, Cancelled, HypervisorError, TargetFull, dump_error, load_error
+from backupcore.errors import (
+    BackupError,
+    Cancelled,
+    HypervisorError,
+    TargetFull,
+    dump_error,
+    from_os_error,
+    load_error,
+)
 from backupcore.process import stopped
 from backupcore.thread import aside
 from backupcore_libvirt.folder import RunFolder
@@ -30,6 +38,7 @@ from backupcore_libvirt.image_lock import keep_closed
 from backupcore_libvirt.libvirt_errors import is_away
 from backupcore_libvirt.mechanisms.letting_go import let_go
 from backupcore_libvirt.overlay.room import Growing
+from backupcore_libvirt.reading.still import Stamps, require_still, stamps
 from backupcore_libvirt.release.giving_up import DEATH_LIMIT, mark
 
 __all__ = ["Guard"]
@@ -65,6 +74,7 @@ class Guard:
         folder: RunFolder,
         ctx: Context,
         *,
+        installation: str = "",
         serve: tuple[str, socket.socket, socket.socket] | None = None,
     ) -> None:
         self.folder = folder
@@ -74,6 +84,7 @@ class Guard:
         """The number of the process that was forked to serve, once the guard is ready."""
         self._uri = uri
         self._vm = vm
+        self._installation = installation
         self._ctx = ctx
         self._held = False
         self._gone = False  # the process
@@ -143,18 +154,33 @@ class Guard:
             raise self._ended_early()
         self._say("hold", watch=watch, room=[asdict(disk) for disk in room])
 
-    def keep_closed(self, files: Sequence[Path]) -> None:
+    def keep_closed(self, files: Sequence[str], there: Sequence[str] = ()) -> None:
         """Have the guard hold QEMU's lock on these files until the release, so that nobody writes to what is read.
 
-        Not this process, which may be stopped, and the lock would hinder the merge then. Busy where somebody has one
-        open for writing; HypervisorError.
+        Not this process, which may be stopped, and the lock would hinder the merge then. Where one is written to all
+        the same, or one of `there` vanishes, the run is given up: at the latest when all was read, before it is
+        recorded. Busy where somebody has one open for writing; HypervisorError.
         """
-        with keep_closed(files):
-            self._say("keep", files=[os.fspath(file) for file in files])
+        paths = [Path(file) for file in files]
+        with keep_closed(paths):
+            try:
+                before = stamps(files)
+            except OSError as error:
+                raise from_os_error(error, f"the disks of VM {self.name}") from error
+            self._ctx.on_complete(partial(self._require_still, before, there))
+            self._say("keep", stamps=before, there=there)
             if not self._kept.wait(START_LIMIT) or self._refusal is not None:
                 raise self._refusal or HypervisorError(
                     f"the process that guards the guest of VM {self.name} does not answer", "Run the backup again."
                 )
+
+    def _require_still(self, before: Stamps, there: Sequence[str]) -> None:
+        if self._taken:  # of an attempt that came to nothing; its overlays are merged by now
+            return
+        try:
+            require_still(self.name, before, there)
+        except OSError as error:
+            raise from_os_error(error, f"the disks of VM {self.name}, which were read") from error
 
     def freezing(self, limit: float) -> None:
         """The guest is about to be brought to rest; unless `thawed` is told within `limit` seconds, it is let go on."""
@@ -332,6 +358,7 @@ class Guard:
             "uri": self._uri,
             "vm": self._vm,
             "name": self.name,
+            "installation": self._installation,
             "scratch": str(self.folder.scratch),
             "run": self.folder.run,
             "folder": str(self._ctx.folder.absolute()),

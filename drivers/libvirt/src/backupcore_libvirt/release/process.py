@@ -23,9 +23,10 @@ from backupcore.guard import SOCKET
 from backupcore.thread import aside
 from backupcore_libvirt.connection import Connection
 from backupcore_libvirt.folder import RunFolder
-from backupcore_libvirt.image_lock import keep_closed
+from backupcore_libvirt.image_lock import keep_closed, knows_locks
 from backupcore_libvirt.mechanisms.letting_go import merge_overlays
 from backupcore_libvirt.overlay.room import Growing
+from backupcore_libvirt.reading.still import Stamps
 from backupcore_libvirt.release.admission import Admitted
 from backupcore_libvirt.release.control import Control
 from backupcore_libvirt.release.giving_up import Run, end_clients, give_up, is_marked, mark
@@ -33,7 +34,7 @@ from backupcore_libvirt.release.loop import Loop
 from backupcore_libvirt.release.own_unit import OwnUnit
 from backupcore_libvirt.release.owner_line import OwnerLine, say
 from backupcore_libvirt.release.rest import Rest
-from backupcore_libvirt.release.watching import WATCHES, Devices, Room, Watch
+from backupcore_libvirt.release.watching import WATCHES, Merges, Room, Watch, Writes
 
 __all__ = ["guard"]
 
@@ -47,7 +48,8 @@ def guard(asked: dict[str, Any], reader: int | None) -> None:
     """Guard the run that is asked for, until all of it is released. Says so when it is ready."""
     unit = OwnUnit(asked["run"])
     scratch = RunFolder(Path(asked["scratch"]), asked["run"])
-    run = Run(asked["uri"], asked["vm"], asked["name"], scratch, Path(asked["folder"]), asked["owner"])
+    folder = Path(asked["folder"])
+    run = Run(asked["uri"], asked["vm"], asked["name"], scratch, folder, asked["owner"], asked["installation"])
     try:
         with Connection(run.uri) as connection:  # what cannot be reached now would not be in need
             connection.domain(run.vm)
@@ -156,7 +158,7 @@ class _Guard:
                     watches.append(Room(self._run, *self._telling, self._growing))
                 self._watch(watches)
             case "keep":
-                self._keep([Path(file) for file in what["files"]])
+                self._keep({path: stamp and tuple(stamp) for path, stamp in what["stamps"].items()}, what["there"])
             case "freeze":
                 self._rest.due = time.monotonic() + float(what["limit"])
             case "thawed":
@@ -169,14 +171,16 @@ class _Guard:
             case "done":
                 self._done = True
 
-    def _keep(self, files: list[Path]) -> None:
+    def _keep(self, before: Stamps, there: list[str]) -> None:
         try:
-            self._kept.enter_context(keep_closed(files))
+            self._kept.enter_context(keep_closed([Path(path) for path in before]))
         except BackupError as error:
             say({"said": "failed", **dump_error(error)})
         else:
-            if any(disk.on_device for disk in self._growing):
-                self._watch([Devices(self._run, *self._telling, self._growing)])
+            watches: list[Watch] = [Writes(self._run, *self._telling, before, there)]
+            if unlocked := [disk for disk in self._growing if not knows_locks(Path(disk.below))]:
+                watches.append(Merges(self._run, *self._telling, unlocked))
+            self._watch(watches)
             say({"said": "kept"})
 
     @property
@@ -199,7 +203,7 @@ class _Guard:
         self._turn_asked = False
         self._kept.close()
         for watch in self._watches:
-            if isinstance(watch, Devices):  # the owner itself merges now
+            if isinstance(watch, Merges | Writes):  # the owner itself merges now
                 watch.stop_asked.set()
         self._phase = "the owner releases"
         clients = self._control.refuse_clients()
@@ -303,7 +307,14 @@ class _Guard:
             try:
                 # What a dead owner has published is recorded yet, and nothing of it undone: only what is marked is.
                 undone = self._point() if is_marked(self._run.folder) else ""
-                did = merge_overlays(self._run.uri, self._run.vm, self._run.scratch, lambda: self._turn_asked, undone)
+                did = merge_overlays(
+                    self._run.uri,
+                    self._run.vm,
+                    self._run.scratch,
+                    lambda: self._turn_asked,
+                    installation=self._run.installation,
+                    undone=undone,
+                )
             except BackupError as found:
                 if not self._turn_asked:  # else the owner tries it, and tells
                     self._loop.tell(partial(say, {"said": "warning", "message": found.in_full}))

@@ -3,8 +3,9 @@
 - QEMU 7.2 stops the guest when a scratch file cannot grow. So a run is given up before the scratch file system is full
   (`scratch.reserve`), and at once where QEMU has stopped the guest all the same.
 - A file that is read keeps a VM that is off from starting, by QEMU's lock on it, and whoever else from merging an
-  overlay on it. A device does not: libvirt gives each VM device nodes of its own, and locks are a node's. What is then
-  written would tear the backup.
+  overlay on it. A device does not: libvirt gives each VM device nodes of its own, and locks are a node's; nor does a
+  file system without locks. What is then written would tear the backup.
+- What is written without QEMU, which no lock prevents, the file itself tells.
 
 Each look has a thread of its own, since libvirt, or a file system, may not answer.
 """
@@ -15,18 +16,20 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
-from backupcore.errors import BackupError, Busy, HypervisorError, NotFound, TargetFull
+from backupcore.errors import BackupError, Busy, HypervisorError, NotFound, TargetFull, from_os_error
 from backupcore_libvirt.connection import ACTIVE_COMMIT, COMMIT, IO_ERROR, OFF, PAUSED, Connection, Domain
 from backupcore_libvirt.disks import located, source_disks
 from backupcore_libvirt.libvirt_errors import is_away
 from backupcore_libvirt.overlay.room import Growing, too_full
+from backupcore_libvirt.reading.still import Stamps, require_still
 from backupcore_libvirt.release.giving_up import Run
 from backupcore_libvirt.scratch import scratch_room
 
-__all__ = ["WATCHES", "Devices", "Room", "Watch", "vm_ended"]
+__all__ = ["WATCHES", "Merges", "Room", "Watch", "Writes", "vm_ended"]
 
 FREE_EVERY = 0.1  # seconds; a guest that overwrites 2 GB/s takes 200 MiB of the reserve in one interval
 STATE_EVERY = 0.5
+WRITES_EVERY = 0.2
 START_EVERY = 0.1  # a VM is active for libvirt from before its QEMU runs, and its firmware takes longer than that
 
 
@@ -204,7 +207,8 @@ class _Start(_Asking):
         if not domain.is_active():
             return None
         return Busy(
-            f"VM {self._run.name} was started while its disks were read; of block devices that is not prevented",
+            f"VM {self._run.name} was started while its disks were read; on block devices, and on file systems without "
+            "locks, that is not prevented",
             "Run it again: the VM is then backed up while it runs.",
         )
 
@@ -212,9 +216,33 @@ class _Start(_Asking):
         """It was undefined: nobody starts it."""
 
 
-class Devices(_Asking):
-    """Whether the devices below overlays stay as they are, once the VM uses these (`growing`). libvirt is not kept from
-    a merge of somebody else's, nor from a start of the VM on its devices.
+class Writes(Watch):
+    """Whether the files that are read stay unwritten, since `before`, and those of `there` stay where they are."""
+
+    def __init__(
+        self,
+        run: Run,
+        trouble: Callable[[BackupError], None],
+        remark: Callable[[str], None],
+        before: Stamps,
+        there: Sequence[str],
+    ) -> None:
+        super().__init__(run, trouble, remark)
+        self._before = before
+        self._there = there
+
+    def _look(self) -> BackupError | None:
+        while not self.stop_asked.wait(WRITES_EVERY):
+            try:
+                require_still(self._run.name, self._before, self._there)
+            except OSError as error:
+                return from_os_error(error, f"the disks of VM {self._run.name}, which are read")
+        return None
+
+
+class Merges(_Asking):
+    """Whether what lies below overlays without a lock stays as it is, once the VM uses these (`growing`). libvirt is
+    not kept from a merge of somebody else's, nor from a start of the VM on what lies below.
     """
 
     every = START_EVERY
@@ -227,7 +255,7 @@ class Devices(_Asking):
         growing: Sequence[Growing],
     ) -> None:
         super().__init__(run, trouble, remark)
-        self._overlays = {disk.disk: disk for disk in growing if disk.on_device}
+        self._overlays = {disk.disk: disk for disk in growing}
 
     def _ask(self, domain: Domain) -> BackupError | None:
         if not self._overlays or not domain.is_active():
@@ -237,7 +265,7 @@ class Devices(_Asking):
             if now.get(disk) == held.below or self._is_merged(domain, disk):
                 return Busy(
                     f"VM {self._run.name}: disk {disk} was merged, or the VM was started without its overlay, while a "
-                    f"backup read {held.below}; of block devices that is not prevented",
+                    f"backup read {held.below}; on block devices and file systems without locks that is not prevented",
                     "Leave its overlays alone while it is backed up (virsh blockcommit), and run the backup again.",
                 )
         return None
