@@ -170,7 +170,7 @@ def test_what_is_refused(host: Host):
     "step",
     [
         pytest.param("vmkeep.in_place:_ready return", marks=pytest.mark.soak),
-        "vmkeep.swap:_swap return",
+        "vmkeep.swap:_put return",
         pytest.param("vmkeep.swap:carry_out return", marks=pytest.mark.soak),
     ],
     ids=["before", "between", "after"],
@@ -188,7 +188,10 @@ def test_a_vm_that_is_started_while_its_disks_are_swapped_never_runs_on_old_ones
             host.vm.start()
             host.vm.destroy()
         else:
-            with pytest.raises(libvirt.libvirtError, match='Failed to get "write" lock|failed to connect to monitor'):
+            with pytest.raises(
+                libvirt.libvirtError,
+                match='Failed to get "write" lock|failed to connect to monitor|No such file or directory',
+            ):
                 host.vm.start()
     finally:
         process.send_signal(signal.SIGCONT)
@@ -220,7 +223,8 @@ KILLED = {
     "the disks are being checked": ("backupcore_libvirt.in_place:fit call", 1, False),
     "the journal says ready": ("vmkeep.swap:write return", 1, False),
     "the chain is closed": ("vmkeep.catalog.images:close return", 0, True),
-    "one disk is swapped": ("vmkeep.swap:_swap return", 0, True),
+    "one disk is away": ("vmkeep.swap:_take_away return", 0, True),
+    "one disk is swapped": ("vmkeep.swap:_put return", 0, True),
     "all disks are swapped": ("vmkeep.swap:carry_out return", 0, True),
 }
 
@@ -260,6 +264,40 @@ def test_killed_on_the_way_the_vm_has_all_old_or_all_new_disks(host: Host, names
     taken = host.backup()
     assert (taken["type"], "restored in place" in taken["reason"]) == ("FULL", True)
     assert host.differing(taken["image"], taken["increment"], after) == []
+
+
+@pytest.mark.parametrize(
+    "step", [0, pytest.param(1, marks=pytest.mark.soak), pytest.param(2, marks=pytest.mark.soak), 3]
+)
+def test_after_a_power_cut_the_vm_starts_on_no_mix_of_disks(host: Host, step: int):
+    """The journal lies there, nobody holds a lock, and libvirt starts the VM before anything of ours runs."""
+    truth = host.note_truth("first")
+    host.backup()
+    host.vm.destroy()
+    scribble(host, 1)
+    at, passes = ("vmkeep.swap:_rename call", 0) if step == 0 else ("vmkeep.swap:_rename return", step - 1)
+    later = contents(host)
+    killed = host.run("restore", "1", "--in-place", at=at, LAB_PASS=str(passes))
+    assert killed.code == -signal.SIGKILL, killed.err
+    if step == 0:
+        assert equal(contents(host), later)
+        host.vm.start()
+        host.vm.destroy()
+    elif step == 3:
+        assert equal(contents(host), truth)
+        host.vm.start()
+        host.vm.destroy()
+    else:
+        with pytest.raises(libvirt.libvirtError, match="No such file or directory"):
+            host.vm.start()
+    listed = host.run("vm", "list").out
+    assert "a restore in place (image 1, increment 0) is under way, or was cut off" in listed
+    assert ("it lacks the file of disk vda, so it cannot start" in listed) is (step in (1, 2))
+    (told,) = host.ask("recover", host.vm.name)
+    assert told["errors"] == []
+    assert equal(contents(host), later if step == 0 else truth)
+    assert "restore in place" not in host.run("vm", "list").out
+    host.vm.start()
 
 
 @pytest.fixture
@@ -353,12 +391,49 @@ def test_the_variables_of_the_firmware_come_back_with_all_disks(uefi: Host):
     assert not [name for name in files(uefi) if name.startswith(".")]
     # Cut off between the disk and the variables, `recover` brings both to their end.
     variables.write_bytes(later)
-    killed = uefi.run("restore", "1", "--in-place", at="vmkeep.swap:_swap return")
+    killed = uefi.run("restore", "1", "--in-place", at="vmkeep.swap:_put return")
     assert killed.code == -signal.SIGKILL, killed.err
     (told,) = uefi.ask("recover", uefi.vm.name)
     assert told["errors"] == []
     assert variables.read_bytes() == first
     uefi.vm.start()
+
+
+@pytest.fixture
+def tpm(make_vm, libvirt_uri: str, vm_folder: Path) -> Iterator[tuple[Host, Path]]:
+    """A host whose VM has a TPM that was used, and the file of its state."""
+    device = "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>"
+    vm = make_vm([DiskSpec(target="vda", size=4 * MIB)], label="tpm", devices=device)
+    vm.destroy()
+    state = Path(f"/var/lib/libvirt/swtpm/{vm.uuid}/tpm2/tpm2-00.permall")
+    state.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+    state.write_bytes(b"keys")
+    yield Host(vm_folder, vm, libvirt_uri, driver="lab"), state
+    shutil.rmtree(state.parents[1])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="that folder is root's")
+def test_the_state_of_the_tpm_comes_back_with_all_disks(tpm: tuple[Host, Path]):
+    host, state = tpm
+    host.backup()
+    state.write_bytes(b"other keys")
+    state.chmod(0o640)
+    host.ask("restore", "1", "--in-place", "--disk", "vda")
+    assert state.read_bytes() == b"other keys", "with one disk it stays"
+    # Cut off while the disk has lost its name, `recover` brings both to their end.
+    killed = host.run("restore", "1", "--in-place", at="vmkeep.swap:_put return")
+    assert killed.code == -signal.SIGKILL, killed.err
+    assert not (host.vm.folder / "vda.qcow2").exists()
+    assert state.read_bytes() == b"keys"
+    (told,) = host.ask("recover", host.vm.name)
+    assert told["errors"] == []
+    assert (host.vm.folder / "vda.qcow2").exists()
+    assert state.read_bytes() == b"keys"
+    assert state.stat().st_mode & 0o777 == 0o640
+    done = host.ask("restore", "1", "--in-place")
+    assert done["tpm"]["path"] == str(state)
+    assert Path(done["tpm"]["kept"]).read_bytes() == b"keys"
+    assert [one["id"] for one in done["disks"]] == ["vda"]
 
 
 @pytest.fixture

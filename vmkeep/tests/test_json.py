@@ -92,7 +92,7 @@ def printed(site):
     found["restore"] = site.run("restore", "1", "--to", str(site.folder / "to"), "--json").json
     disk = RestoredDisk(id="vda", path=Path("/vda"), virtual_size=1, layers=(), artifact="disk.vda.qcow2")
     image = Image(uuid="0" * 32, number=1, vm=WEB, datastore="nas", state="open", increments=())
-    done = Replaced(vm=WEB, image=image, number=0, disks=(disk,), kept={}, nvram=Path("/nvram"))
+    done = Replaced(vm=WEB, image=image, number=0, disks=(disk,), kept={}, nvram=Path("/nvram"), tpm=Path("/tpm"))
     found["restore --in-place"] = restores.replaced(done, "files")
     for command in (
         "datastore list",

@@ -96,6 +96,18 @@ def test_files_that_the_vm_consists_of_besides_come_back_beside_its_disks(site):
     assert one["beside"] == [], "a disk without its VM"
 
 
+def test_what_the_definition_lacks_is_told_by_what_it_does_to_the_guest(site, chain):
+    told = site.run("restore", "1", "--to", str(site.folder / "to"), "--redact")
+    assert told.code == 0, told.err
+    assert "left out of the definition (loses a device): devices/hostdev\n" in told.out
+    assert "cosmetic" not in told.out, "there is none"
+    made = site.run("restore", "1", "--to", str(site.folder / "again"), "--json").json
+    assert made["left_out"] == ["devices/hostdev"]
+    assert made["left_out_effects"] == {"will_not_boot": [], "loses_a_device": ["devices/hostdev"], "cosmetic": []}
+    refused = site.run("restore", "1", "--in-place", "--redact")
+    assert (refused.code, "--redact cannot go with --in-place" in refused.err) == (2, True)
+
+
 @pytest.mark.parametrize("existing", ["copy-disk-vdb.qcow2", "copy.xml", "copy-initrd"])
 @pytest.mark.parametrize("dangling", [False, True])
 def test_nothing_is_overwritten(site, chain, existing, dangling):

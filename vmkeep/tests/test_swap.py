@@ -94,14 +94,24 @@ swap.carry_out(swaps)
 """
 
 
+def lacks(tmp_path, swaps) -> bool:
+    """Whether a VM with these disks could not start now: one of them is missing."""
+    return not all(one.path.exists() for one in swaps.disks)
+
+
+def killed(tmp_path, step: int) -> bool:
+    """Carry the journal out in a process that dies before one of its steps; whether it has come to that."""
+    done = subprocess.run([sys.executable, "-c", KILL, str(tmp_path), str(step), WEB.uuid], check=False)
+    assert done.returncode in (0, 9)
+    return done.returncode == 9
+
+
 @pytest.mark.parametrize("step", range(6))
 def test_cut_off_before_any_of_its_steps_it_is_brought_to_an_end(tmp_path, swaps, step):
-    """The steps are link and rename for vda and vdb, then rename for vdc; the process dies before one of them."""
+    """The steps are link and rename for vda and vdb, then rename for vdc, which is missing; it dies before one."""
     swap.write(tmp_path, swaps)
-    done = subprocess.run([sys.executable, "-c", KILL, str(tmp_path), str(step), WEB.uuid], check=False)
-    assert done.returncode == (9 if step < 5 else 0)
-    assert (tmp_path / "vda").exists()
-    assert (tmp_path / "vdb").exists(), "a disk always has its name"
+    assert killed(tmp_path, step) is (step < 5)
+    assert lacks(tmp_path, swaps) is (step < 5)
     settled, said = swap.settle(tmp_path, WEB, off)
     if step < 2:  # no disk was swapped yet
         assert settled is None
@@ -115,6 +125,52 @@ def test_cut_off_before_any_of_its_steps_it_is_brought_to_an_end(tmp_path, swaps
         assert swap.pending(tmp_path, WEB) == swaps, "until the rest has followed"
 
 
+@pytest.fixture
+def whole(tmp_path, swaps):
+    """The same with no disk missing, and the variables of the firmware, without which a VM starts."""
+    (tmp_path / "vdc").write_text("old vdc")
+    (tmp_path / "nvram").write_text("old nvram")
+    (tmp_path / ".new/nvram").write_text("new nvram")
+    nvram = replace(
+        swaps.disks[0],
+        disk="nvram",
+        new=tmp_path / ".new/nvram",
+        path=tmp_path / "nvram",
+        kept=tmp_path / "nvram.kept",
+        old_stamp=swap.stamp(tmp_path / "nvram"),
+        new_stamp=swap.stamp(tmp_path / ".new/nvram"),
+        needed=False,
+    )
+    third = replace(swaps.disks[2], kept=tmp_path / "vdc.kept", old_stamp=swap.stamp(tmp_path / "vdc"))
+    return replace(swaps, disks=(nvram, *swaps.disks[:2], third))
+
+
+@pytest.mark.parametrize("step", range(9))
+def test_between_all_old_and_all_new_disks_one_is_missing(tmp_path, whole, step):
+    """vda is taken away, then link and rename for the variables, vdb and vdc, then rename for vda."""
+    swap.write(tmp_path, whole)
+    old = contents(tmp_path)
+    assert whole.gate is whole.disks[1]
+    assert killed(tmp_path, step) is (step < 8)
+    now = {name: text.split()[0] for name, text in contents(tmp_path).items() if "." not in name}
+    assert (set(now.values()) == {"old"}) is (step == 0) or "vda" not in now
+    assert ("vda" not in now) is (0 < step < 8), now
+    told = swap.remark(tmp_path, WEB)
+    assert "vmkeep recover web1" in told
+    assert ("lacks the file of disk vda, so it cannot start" in told) is (0 < step < 8)
+    settled, _ = swap.settle(tmp_path, WEB, off)
+    if not step:
+        assert settled is None
+        assert contents(tmp_path) == old
+        assert swap.remark(tmp_path, WEB) == ""
+        return
+    assert settled == whole
+    assert set(contents(tmp_path).values()) == {
+        *(f"new {one.disk}" for one in whole.disks),
+        *(f"old {one.disk}" for one in whole.disks),
+    }
+
+
 @pytest.mark.parametrize("how", ["runs", "wrote to a new disk", "wrote to an old disk", "a new file is gone"])
 def test_with_some_disks_swapped_and_the_vm_started_since_only_the_user_can_tell(tmp_path, swaps, how):
     swap.write(tmp_path, swaps)
@@ -126,10 +182,36 @@ def test_with_some_disks_swapped_and_the_vm_started_since_only_the_user_can_tell
     if how == "a new file is gone":
         (tmp_path / ".new/vdb").unlink()
     before = contents(tmp_path)
-    with pytest.raises(HypervisorError, match="with vda restored and vdb, vdc not") as error:
+    why = {"runs": "the VM runs", "a new file is gone": "is gone"}.get(how, "was written to or exchanged")
+    with pytest.raises(HypervisorError, match=f"with vda restored and vdb, vdc not, and .*{why}") as error:
         swap.settle(tmp_path, WEB, lambda _files: nullcontext(how != "runs"))
-    assert f"mv {tmp_path}/vda.kept {tmp_path}/vda" in error.value.hint
+    assert f"mv -f {tmp_path}/vda.kept {tmp_path}/vda" in error.value.hint
     assert contents(tmp_path) == before, "nothing is touched"
+
+
+def test_disks_that_were_moved_away_leave_no_empty_command(tmp_path, swaps):
+    swap.write(tmp_path, swaps)
+    for one in swaps.disks:
+        one.path.unlink(missing_ok=True)
+        one.new.unlink()
+    with pytest.raises(HypervisorError, match="with none restored and vda, vdb, vdc not, .* vda is gone") as error:
+        swap.settle(tmp_path, WEB, off)
+    assert "put the old ones back" not in error.value.hint
+    assert "vmkeep restore 3 --in-place" in error.value.hint
+
+
+def test_a_journal_of_an_older_version_that_was_cut_off(tmp_path, whole):
+    """It gave every disk a second name and then a new file, one after the other."""
+    swap.write(tmp_path, whole)
+    (journal,) = (tmp_path / "swaps").iterdir()
+    journal.write_text(journal.read_text().replace('"needed": true', '"x": 0').replace('"needed": false', '"x": 0'))
+    os.link(tmp_path / "vda", tmp_path / "vda.kept")
+    (tmp_path / "vdb").rename(tmp_path / "vdb.kept")
+    (tmp_path / ".new/vdb").rename(tmp_path / "vdb")
+    assert swap.pending(tmp_path, WEB) == whole
+    assert swap.settle(tmp_path, WEB, off)[0] == whole
+    assert contents(tmp_path)["vda"] == "new vda"
+    assert contents(tmp_path)["vda.kept"] == "old vda"
 
 
 def test_a_vm_that_ran_before_any_disk_was_swapped_keeps_its_disks(tmp_path, swaps):

@@ -70,6 +70,7 @@ def test_updateconf_stores_and_shows(site):
         "volatile_disks": [],
         "exclude_disks": [],
         "encrypted_disks": "REFUSE",
+        "redact": "NO",
         "own": ["backup_volatile", "keep_last", "mode"],
     }
 

@@ -75,6 +75,7 @@ class Defaults:
     verify_flatten: Literal["SAMPLE", "ALL"] | None = None
     backup_volatile: bool | None = None
     encrypted_disks: Literal["REFUSE", "PLAIN"] | None = None
+    redact: bool | None = None
 
     @property
     def settings(self) -> dict[str, str]:

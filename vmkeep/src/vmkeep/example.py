@@ -32,6 +32,7 @@ _HEAD = """\
 # freeze_timeout = 10             # seconds that the guest may stand still
 # backup_volatile = false         # true: also transient disks and those that a VM calls volatile
 # encrypted_disks = "REFUSE"      # "PLAIN": backups of encrypted disks hold their contents unencrypted
+# redact = false                  # true: stored definitions lack arguments of QEMU, descriptions and the like
 # keep_last = 0                   # how many backups to keep, 7 say; 0: all
 # full_every = 0                  # a new image every so many increments, or days ("30d"); 0: never
 # verify_flatten = "SAMPLE"       # or "ALL": read everything back where a store has merged on its own side

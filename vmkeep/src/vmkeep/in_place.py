@@ -1,4 +1,4 @@
-"""Restoring disks in the place of a powered-off VM's own, and with all of them the variables of its firmware.
+"""Restoring disks in the place of a powered-off VM's own, and with all of them its firmware's variables and its TPM.
 
 They are written beside the old ones, checked, then swapped in (`vmkeep.swap`) while the VM cannot start. The old ones
 stay until the user says otherwise. What tracked changes lay in them, so the VM's next backups are fulls.
@@ -28,14 +28,15 @@ from vmkeep.workplace import Workplace
 __all__ = ["Replaced", "restore_in_place"]
 
 _NAME = 255  # bytes; what a file name may have
-_NVRAM = "nvram"
+_BESIDE = {"nvram": "NVRAM", "tpm": "TPM state"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replaced:
     """What a restore in place did. `kept` maps a disk's ID to its old file; it lacks those that are gone.
 
-    `nvram` is the file of the firmware's variables where that was replaced as well; its old one is kept as "nvram".
+    `nvram` is the file of the firmware's variables where that was replaced as well, `tpm` that of the TPM's state; the
+    old ones are kept as "nvram" and "tpm".
     """
 
     vm: VM
@@ -44,6 +45,7 @@ class Replaced:
     disks: tuple[core.RestoredDisk, ...]
     kept: Mapping[str, Path]
     nvram: Path | None = None
+    tpm: Path | None = None
 
 
 def restore_in_place(
@@ -57,9 +59,9 @@ def restore_in_place(
 ) -> Replaced:
     """Put the disks of increment `number` (None: the last) of the image `reference` in the place of its VM's own.
 
-    With `disks`, only those, and not the variables of its firmware. The VM must be powered off (Busy); NotFound if it
-    is not on this host. Until all new disks are written and checked nothing of the VM is touched. With `drop_old` the
-    old files are removed at the end.
+    With `disks`, only those, and neither the variables of its firmware nor the state of its TPM. The VM must be powered
+    off (Busy); NotFound if it is not on this host. Until all new disks are written and checked nothing of the VM is
+    touched. With `drop_old` the old files are removed at the end.
     """
     image = images.find(place.catalog_if_any, reference)
     try:
@@ -91,13 +93,15 @@ def restore_in_place(
         for disk in made.disks:
             ctx.check()
             place.hypervisor.fit(disk.path, files[disk.id])
-        if _NVRAM in made.files and _NVRAM in new:
-            variables = made.files[_NVRAM]
-            variables = as_qcow2(variables) if files[_NVRAM].format == "qcow2" else variables
-            write_new(new[_NVRAM], variables, files[_NVRAM].path)
-            place.hypervisor.fit(new[_NVRAM], files[_NVRAM])
-        elif _NVRAM in made.files and not disks:
-            ctx.log.warning("VM %s has no NVRAM now, so that of the backup was left out", vm.name)
+        if not disks:
+            for name, called in _BESIDE.items():
+                if name in made.files and name in new:
+                    contents = made.files[name]
+                    contents = as_qcow2(contents) if files[name].format == "qcow2" else contents
+                    write_new(new[name], contents, files[name].path)
+                    place.hypervisor.fit(new[name], files[name])
+                elif name in made.files:
+                    ctx.log.warning("VM %s has no %s now, so that of the backup was left out", vm.name, called)
         ctx.check()
         ctx.progress.phase("swap")
         # The old files stay locked under whatever name: a VM that starts in between fails, on old and new ones mixed.
@@ -119,7 +123,8 @@ def restore_in_place(
             number=increment.id,
             disks=tuple(replace(disk, path=files[disk.id].path) for disk in made.disks),
             kept={} if drop_old else kept,
-            nvram=next((one.path for one in swaps.disks if one.disk == _NVRAM), None),
+            nvram=next((one.path for one in swaps.disks if one.disk == "nvram"), None),
+            tpm=next((one.path for one in swaps.disks if one.disk == "tpm"), None),
         )
 
 
@@ -150,6 +155,7 @@ def _plan(vm: VM, image: Image, number: int, files: Mapping[str, DiskFile]) -> s
                 kept=_kept(file.path, f"before-restore-{now:%Y%m%dT%H%M%S}") if file.path.exists() else None,
                 old_stamp="",
                 new_stamp="",
+                needed=file.needed,
             )
             for disk, file in files.items()
         ),
@@ -157,10 +163,11 @@ def _plan(vm: VM, image: Image, number: int, files: Mapping[str, DiskFile]) -> s
 
 
 def _ready(swaps: swap.Swaps) -> swap.Swaps:
-    """With the stamps of both files; what the backup does not hold (NVRAM) is not swapped."""
+    """With the stamps of both files, which are on the disk; what the backup does not hold (NVRAM) is not swapped."""
     made = [one for one in swaps.disks if one.new.exists()]
     for folder in swaps.folders - {one.new.parent for one in made}:
         folder.rmdir()
+    swap.keep({one.new.parent for one in made})
     stamped = (replace(one, old_stamp=swap.stamp(one.path), new_stamp=swap.stamp(one.new)) for one in made)
     return replace(swaps, ready=True, disks=tuple(stamped))
 

@@ -94,7 +94,8 @@ def put_right(place: Workplace, vm: VM, did: list[str], other: Datastore | None 
         did.append(f"run {run[:8]}: written down as failed, its process was killed or found no room to do so")
     with _context(place, did) as ctx:
         try:
-            place.hypervisor.recover(vm, points.spent(place.catalog, vm, place.installation), ctx)
+            spent = points.spent(place.catalog, vm, place.installation)
+            place.hypervisor.recover(vm, spent, ctx, place.installation.id)
         except BackupError as error:
             errors.append(error)
 
@@ -154,7 +155,8 @@ def follow(place: Workplace, swaps: swap.Swaps) -> None:
         if image.state == "open":
             images.close(place.catalog, image, swaps.reason)
     with _context(place, []) as ctx:
-        place.hypervisor.recover(swaps.vm, points.spent(place.catalog, swaps.vm, place.installation), ctx)
+        spent = points.spent(place.catalog, swaps.vm, place.installation)
+        place.hypervisor.recover(swaps.vm, spent, ctx, place.installation.id)
     swap.forget(place.state, swaps)
 
 

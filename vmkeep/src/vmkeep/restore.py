@@ -6,7 +6,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from backupcore import chain
@@ -14,7 +14,7 @@ from backupcore import restore as core
 from backupcore.context import Progress
 from backupcore.disk.in_memory import as_qcow2
 from backupcore.errors import ConfigError, IntegrityError, NotFound, from_os_error
-from backupcore.hypervisor import Definition
+from backupcore.hypervisor import Definition, Effect
 from backupcore.model import VM, Image
 from vmkeep import lock, volumes
 from vmkeep.catalog import images
@@ -44,7 +44,8 @@ class Files:
     """What a restore made.
 
     `definition` is None where none was asked for (some disks only) or none could be made (`no_definition` says why);
-    `left_out` are the parts of the stored definition that it does not hold. `vm` is the VM that was defined from it.
+    `left_out` are the parts of the stored definition that it does not hold, `left_out_effects` the same by what their
+    loss does to the guest. `vm` is the VM that was defined from it.
     `beside` are the files of `BESIDE`, by artifact. `pool` is the storage pool that the disks are in.
     """
 
@@ -57,6 +58,7 @@ class Files:
     beside: Mapping[str, Path]
     no_definition: str = ""
     left_out: tuple[str, ...] = ()
+    left_out_effects: Mapping[Effect, tuple[str, ...]] = field(default_factory=dict)
     vm: VM | None = None
     pool: str | None = None
 
@@ -71,6 +73,7 @@ def restore(
     name: str | None = None,
     no_ip: bool = False,
     no_nic: bool = False,
+    redact: bool = False,
     form: core.Form | None = None,
     pool: str | None = None,
     define: Define | None = None,
@@ -137,6 +140,7 @@ def restore(
             image,
             no_ip=no_ip,
             no_nic=no_nic,
+            redact=redact,
             whole=not disks,
             define=define,
         )
@@ -209,6 +213,7 @@ def _publish(
     *,
     no_ip: bool,
     no_nic: bool,
+    redact: bool,
     whole: bool,
     define: Define | None,
 ) -> Files:
@@ -219,6 +224,7 @@ def _publish(
     nvram_format = "raw"
     why_not = ""
     left_out: tuple[str, ...] = ()
+    effects: Mapping[Effect, tuple[str, ...]] = {}
     beside = {name: names.file(name) for name in BESIDE if whole and name in made.files}
     finished += [_write(staged.used, path, made.files[name]) for name, path in beside.items()]
     if whole:
@@ -232,6 +238,7 @@ def _publish(
                 nvram=nvram,
                 no_ip=no_ip,
                 no_nic=no_nic,
+                redact=redact,
                 keep_uuid=bool(define and define.keep_uuid),
                 new_mac=bool(define and not define.keep_mac),
                 boot={name: path for name, path in beside.items() if name in BOOT},
@@ -240,7 +247,8 @@ def _publish(
             made_definition, why_not = None, "the backup holds none"
         if made_definition is not None:
             definition = names.definition
-            left_out, nvram_format = made_definition.left_out, made_definition.nvram_format
+            left_out, effects = made_definition.left_out, made_definition.effects
+            nvram_format = made_definition.nvram_format
             finished.append(_write(staged.definition, definition, made_definition.xml))
     if nvram:
         variables = made.files["nvram"]
@@ -256,6 +264,7 @@ def _publish(
         beside=beside,
         no_definition=why_not,
         left_out=left_out,
+        left_out_effects=effects,
     )
 
 
@@ -268,6 +277,7 @@ def _definition(
     nvram: Path | None,
     no_ip: bool,
     no_nic: bool,
+    redact: bool,
     keep_uuid: bool,
     new_mac: bool,
     boot: Mapping[str, Path],
@@ -287,6 +297,7 @@ def _definition(
         keep_uuid=keep_uuid,
         new_mac=new_mac,
         boot=boot,
+        redact=redact,
     )
     return made, ""
 

@@ -27,6 +27,7 @@ LEGAL: Mapping[str, tuple[str, ...]] = {
     "VOLATILE_DISKS": (),  # disk IDs
     "EXCLUDE_DISKS": (),  # disk IDs
     "ENCRYPTED_DISKS": ("REFUSE", "PLAIN"),
+    "REDACT": ("YES", "NO"),  # whether the stored definition lacks what people may have written secrets into
 }
 NUMBERS: Mapping[str, tuple[int, int]] = {"KEEP_LAST": (0, 999_999), "FREEZE_TIMEOUT": (1, 600)}
 """The settings that are numbers: from, to."""
@@ -54,6 +55,7 @@ BUILT_IN: Mapping[str, str] = {
     "VOLATILE_DISKS": "",
     "EXCLUDE_DISKS": "",
     "ENCRYPTED_DISKS": "REFUSE",
+    "REDACT": "NO",
 }
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from backupcore.errors import ConfigError
 from backupcore.hypervisor import Checkpoint, VMState
 from backupcore.model import Image
-from vmkeep import lock, settings
+from vmkeep import lock, settings, swap
 from vmkeep.catalog import images, runs
 from vmkeep.workplace import Workplace
 
@@ -40,7 +40,15 @@ class Detail:
 def listing(place: Workplace) -> list[Listing]:
     """Every VM of the hypervisor, by name."""
     dates = images.last_dates(place.catalog_if_any)
-    return [Listing(found=found, last_backup=dates.get(found.vm.uuid)) for found in place.hypervisor.vms()]
+    return [
+        Listing(found=_told(place, found), last_backup=dates.get(found.vm.uuid)) for found in place.hypervisor.vms()
+    ]
+
+
+def _told(place: Workplace, found: VMState) -> VMState:
+    """With what this host itself knows of it."""
+    remark = swap.remark(place.state, found.vm)
+    return replace(found, remarks=(*found.remarks, remark)) if remark else found
 
 
 def detail(place: Workplace, vm: str) -> Detail:
@@ -48,7 +56,7 @@ def detail(place: Workplace, vm: str) -> Detail:
     found = place.hypervisor.find(vm, place.config.defaults)
     own = place.hypervisor.settings(found.vm)
     return Detail(
-        found=found,
+        found=_told(place, found),
         settings=settings.effective(own, place.config.defaults, found.vm.name),
         own=frozenset(own),
         images=tuple(images.where(place.catalog_if_any, vm=found.vm.uuid)),

@@ -92,9 +92,9 @@ class FileHypervisor(MemoryHypervisor):
         if self.path.with_name("fail-release").exists():
             raise HypervisorError("the guest could not be released", "See to it.")
 
-    def recover(self, vm: VM, spent: Collection[str], ctx: Context) -> None:
+    def recover(self, vm: VM, spent: Collection[str], ctx: Context, installation: str = "") -> None:
         self.read()
-        super().recover(vm, spent, ctx)
+        super().recover(vm, spent, ctx, installation)
         save(self.path, self.guests.values())
 
     def require_definable(self, name: str, uuid: str | None, folder: Path) -> None:

@@ -24,6 +24,8 @@ from vmkeep.workplace import Workplace
 
 __all__ = ["restore"]
 
+_BESIDE = {"nvram": "NVRAM", "tpm": "TPM state"}
+
 
 @click.command(short_help="Restore a backup's disks and definition to new files.")
 @click.argument("image", metavar="ID")
@@ -48,6 +50,7 @@ __all__ = ["restore"]
 @click.option("--drop-old", is_flag=True, help="With --in-place: remove the old disks afterwards.")
 @click.option("--no-ip", is_flag=True, help="The definition gets no IP and no MAC addresses.")
 @click.option("--no-nic", is_flag=True, help="The definition gets no network interfaces.")
+@click.option("--redact", is_flag=True, help="The definition gets no title, description or strings of SMBIOS.")
 @common
 @click.pass_obj
 def restore(
@@ -71,6 +74,7 @@ def restore(
     keep_mac: bool,
     in_place: bool,
     drop_old: bool,
+    redact: bool,
 ) -> None:
     """Restore image ID (a number, a UUID, or a prefix of one) to new files. Nothing is ever overwritten.
 
@@ -106,6 +110,7 @@ def restore(
             name=name,
             no_ip=no_ip,
             no_nic=no_nic,
+            redact=redact,
             form=form if _given("form") else None,
             pool=pool,
             define=work.Define(keep_uuid=keep_uuid, keep_mac=keep_mac) if define else None,
@@ -134,6 +139,7 @@ def _check_one_way(*, verify_only: bool, stdout: bool, device: Path | None, over
             ("name", "name"),
             ("no_ip", "no-ip"),
             ("no_nic", "no-nic"),
+            ("redact", "redact"),
             ("pool", "pool"),
             ("define", "define"),
             ("in_place", "in-place"),
@@ -179,8 +185,9 @@ def _show(files: work.Files) -> None:
         output.line(f"{path}  ({'TPM state' if name == 'tpm' else name})")
     if files.definition:
         output.line(f"{files.definition}  (definition)")
-    if files.left_out:
-        output.line(f"left out of the definition: {', '.join(files.left_out)}")
+    for effect, paths in files.left_out_effects.items():
+        if paths:
+            output.line(f"left out of the definition ({effect}): {', '.join(paths)}")
     if files.vm:
         output.line(f"VM {files.vm.name} ({files.vm.uuid}) is defined; look it through: virsh dumpxml {files.vm.uuid}")
     elif files.definition:
@@ -201,7 +208,7 @@ def _check_together(*, define: bool, keep_uuid: bool, keep_mac: bool, in_place: 
         raise click.UsageError("--drop-old goes with --in-place", ctx)
     given = [
         f"--{name.replace('_', '-')}"
-        for name in ("folder", "pool", "name", "no_ip", "no_nic", "define")
+        for name in ("folder", "pool", "name", "no_ip", "no_nic", "redact", "define")
         if _given(name)
     ]
     if in_place and given:
@@ -229,8 +236,10 @@ def _in_place(
         )
     if done.nvram:
         output.line(f"{done.nvram}  (UEFI variables)")
+    if done.tpm:
+        output.line(f"{done.tpm}  (TPM state)")
     for name, path in done.kept.items():
-        output.line(f"the old {'NVRAM' if name == 'nvram' else 'disk'} is kept: {path}")
+        output.line(f"the old {_BESIDE.get(name, 'disk')} is kept: {path}")
     output.line("The next backup of this VM is a full in a new image.")
     if done.kept:
         output.line(f"When all is well: {typed('rm', *done.kept.values())}")

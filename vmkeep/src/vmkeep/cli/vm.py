@@ -241,6 +241,11 @@ def _number(key: str) -> click.IntRange:
 @click.option(
     "--encrypted-disks", type=_choice("ENCRYPTED_DISKS"), help="PLAIN: backups hold what the guest sees, unencrypted."
 )
+@click.option(
+    "--redact",
+    type=_choice("REDACT"),
+    help="YES: the stored definition lacks what may be secret: QEMU's arguments, texts.",
+)
 @click.option("--keep-chains", metavar="N", help='How many closed images; 0: all, "": as --keep-last.')
 @click.option("--full-every", metavar="N|Nd", help="A new image every N increments or days; 0: never.")
 @click.option("--verify-flatten", type=_choice("VERIFY_FLATTEN"), help="Read a sample or all of it back.")
@@ -263,6 +268,7 @@ def updateconf(
     volatile_disks: str | None,
     exclude_disks: str | None,
     encrypted_disks: str | None,
+    redact: str | None,
 ) -> None:
     """Change the backup settings of VM; without options, show them. They are kept in the VM's own definition."""
     given = {
@@ -279,6 +285,7 @@ def updateconf(
         "VOLATILE_DISKS": volatile_disks,
         "EXCLUDE_DISKS": exclude_disks,
         "ENCRYPTED_DISKS": encrypted_disks,
+        "REDACT": redact,
     }
     changes = {key: value for key, value in given.items() if value is not None}
     found = vms.configure(workplace(asked), name, changes)

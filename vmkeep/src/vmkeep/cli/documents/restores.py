@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from backupcore.hypervisor import EFFECTS
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from backupcore.model import Image
     from backupcore.restore import RestoredDisk
@@ -37,10 +40,13 @@ def replaced(done: Replaced, driver: str) -> Document:
             {**_restored(done.image, disk, driver), "kept": str(done.kept[disk.id]) if disk.id in done.kept else None}
             for disk in done.disks
         ],
-        "nvram": {"path": str(done.nvram), "kept": str(done.kept["nvram"]) if "nvram" in done.kept else None}
-        if done.nvram
-        else None,
+        "nvram": _beside(done, "nvram", done.nvram),
+        "tpm": _beside(done, "tpm", done.tpm),
     }
+
+
+def _beside(done: Replaced, name: str, path: Path | None) -> Document | None:
+    return {"path": str(path), "kept": str(done.kept[name]) if name in done.kept else None} if path else None
 
 
 def restore(files: Files, driver: str) -> Document:
@@ -54,6 +60,9 @@ def restore(files: Files, driver: str) -> Document:
         "pool": files.pool,
         "disks": [_restored(files.image, disk, driver) for disk in files.disks],
         "left_out": list(files.left_out),
+        "left_out_effects": {
+            effect.replace(" ", "_"): list(files.left_out_effects.get(effect, ())) for effect in EFFECTS
+        },
         "uuid": files.vm.uuid if files.vm else None,
     }
 
