@@ -104,12 +104,16 @@ def _programs(root: Path) -> str:
 
 
 def _with_its_own_user(command: Sequence[str], folder: Path) -> list[str]:
-    """As root, sshd insists on a user and an empty folder of its own: it gets them in a mount namespace."""
+    """As root, sshd insists on a user and an empty folder of its own: it gets them in a mount namespace.
+
+    There nobody's account is locked either, as root's is on many a host; without PAM sshd would let no key in.
+    """
     (folder / "passwd").write_text(Path("/etc/passwd").read_text() + "sshd:x:65533:65534::/run/sshd:/bin/false\n")
-    script = (
-        f"mount --bind {shlex.quote(str(folder / 'passwd'))} /etc/passwd"
-        " && mount -t tmpfs tmpfs /run && mkdir -m 0755 /run/sshd && exec " + shlex.join(command)
-    )
+    shadow = folder / "shadow"
+    shadow.touch(mode=0o600)
+    shadow.write_text(f"{getpass.getuser()}:*:19000:0:99999:7:::\n")
+    mounts = "".join(f"mount --bind {shlex.quote(str(folder / name))} /etc/{name} && " for name in ("shadow", "passwd"))
+    script = f"{mounts}mount -t tmpfs tmpfs /run && mkdir -m 0755 /run/sshd && exec " + shlex.join(command)
     return ["unshare", "--mount", "sh", "-c", script]
 
 

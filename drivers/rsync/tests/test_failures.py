@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import threading
@@ -23,7 +24,8 @@ from backupcore.errors import (
     TargetUnavailable,
     from_os_error,
 )
-from backupcore.model import SourceRef
+from backupcore.life import Life
+from backupcore.model import BytesArtifact, SourceRef
 from backupcore.options import build
 from backupcore.testing import processes
 from backupcore.testing.given import Failing, Held, Made
@@ -89,7 +91,10 @@ def test_a_clean_up_that_hangs_is_left_to_the_next_run(
     assert "until the next backup of this VM from this host removes it" in caplog.text
     assert "not done within" in caplog.text
     assert list(root.glob("*/.*.part"))
+    part = next(iter(root.glob("*/.*.part")))
+    part.rename(str(part).replace(str(Life.own()), str(replace(Life.own(), started="1"))))  # its process has ended
     build(Rsync, over_ssh(ssh_server, root)).prebackup(run, ctx)
+    ctx.touch()
     assert not list(root.glob("*/.*.part"))
 
 
@@ -156,37 +161,118 @@ def test_an_argument_that_rsync_does_not_know(kind: Kind, ctx: Context) -> None:
     assert kind.everything() == []
 
 
+def left_behind(kind: Kind, vm: str, id_: str, writer: str) -> Path:
+    """A folder with part of a backup, as a run of `writer` would have left it."""
+    folder = kind.root / vm / (id_ if kind.name == "daemon" else f".{id_}.{writer}.part")
+    folder.mkdir(parents=True)
+    (folder / "disk.vda.qcow2").touch()
+    if kind.name == "daemon":
+        (folder / f".part.{writer}").touch()
+    return folder
+
+
 def test_what_this_installation_left_is_swept_and_nothing_else(kind: Kind, ctx: Context) -> None:
     """By its ID; what an older version began, by the host's name. A clone has the same name, and another ID."""
     run, driver = replace(new_run(), installation="a" * 32), kind.driver()
-    vm = kind.root / run.vm.uuid
-    dead, other, foreign = (f"{digit * 32}" for digit in "def")
-    mine, clone = "7" * 32, "8" * 32
-    for folder, who in ((mine, run.installation), (clone, "b" * 32)):
-        part = vm / folder if kind.name == "daemon" else vm / f".{folder}.{who}.{'1' * 32}.part"
-        part.mkdir(parents=True)
-        (part / "disk.vda.qcow2").touch()
-        if kind.name == "daemon":
-            (part / f".part.{who}.{'1' * 32}").touch()
-    if kind.name == "daemon":
-        (vm / dead).mkdir(parents=True)
-        (vm / dead / f".part.{run.host}.{'1' * 32}").touch()
-        (vm / dead / "disk.vda.qcow2").touch()
-        (vm / other).mkdir()
-        (vm / other / f".part.{run.host}-b.{'1' * 32}").touch()
-        (vm / foreign).mkdir()
-        (vm / foreign / "disk.vda.qcow2").touch()
-    else:
-        (vm / f".{dead}.{run.host}.{'1' * 32}.part").mkdir(parents=True)
-        (vm / f".{dead}.{run.host}.{'1' * 32}.part" / "disk.vda.qcow2").touch()
-        (vm / f".{other}.{run.host}-b.{'1' * 32}.part").mkdir()
-        (vm / ".x.part").mkdir()
-        (vm / f".{foreign}.{run.host}.{'2' * 32}.part").symlink_to("/")
+    mine, number = run.installation, "1" * 32
+    own = Life.own()
+    dead = replace(own, started="1")
+    gone = [
+        left_behind(kind, run.vm.uuid, digit * 32, f"{who}.{number}{life}")
+        for digit, who, life in (
+            ("1", mine, f".{dead}"),
+            ("2", mine, f".{replace(own, boot='0' * 31 + '1')}"),
+            ("3", run.host, f".{dead}"),
+            ("4", mine, ""),
+            ("5", run.host, ""),
+        )
+    ]
+    for folder in gone[3:]:  # an older version's: no life in its name, and no movement
+        for path in (*folder.iterdir(), folder):
+            os.utime(path, (0, 0))
+    for digit, who, life in (
+        ("6", mine, f".{own}"),
+        ("7", mine, f".{replace(dead, namespace='1')}"),
+        ("8", run.host, f".{replace(own, boot='0' * 31 + '1')}"),  # another host may have this name
+        ("9", "b" * 32, f".{dead}"),
+        ("a", f"{run.host}-b", f".{dead}"),
+        ("b", mine, ""),
+        ("c", mine, ".x"),
+    ):
+        left_behind(kind, run.vm.uuid, digit * 32, f"{who}.{number}{life}")
+    (kind.root / run.vm.uuid / ".x.part").mkdir()
+    (kind.root / run.vm.uuid / f".{'d' * 32}.{mine}.{number}.{dead}.part").symlink_to("/")
     before = set(kind.everything())
     driver.prebackup(run, ctx)
-    gone = before - set(kind.everything())
-    assert all(any(folder in name for name in gone) for folder in (dead, mine))
-    assert all(dead in name or f"/.{mine}" in name or f"/{mine}" in name for name in gone)
+    assert set(kind.everything()) == before, "as long as somebody else may work on this VM, nothing is removed"
+    ctx.touch()
+    swept = {str(folder.relative_to(kind.root)) for folder in gone}
+    assert {name for name in before - set(kind.everything()) if name.count("/") == 1} == swept
+
+
+def test_what_another_run_writes_is_left_alone(kind: Kind, ctx: Context, tmp_path: Path) -> None:
+    run = replace(new_run(), installation="a" * 32)
+    held = Held(Made("disk.vdb.qcow2", 8 << 20), 4 << 20, tmp_path)
+    stored: list[SourceRef] = []
+    first = threading.Thread(
+        target=lambda: stored.append(kind.driver().backup([held, *new_artifacts()], run, ctx).source)
+    )
+    first.start()
+    try:
+        assert processes.wait_for(lambda: held.reached)
+        with Context(tmp_path / "run") as other:
+            kind.driver().prebackup(replace(new_run(run.vm.uuid), installation=run.installation), other)
+            other.touch()
+    finally:
+        held.let_go()
+        first.join()
+    found = {one.name: one.size for one in kind.driver().restore(stored[0], ctx)}
+    assert found["disk.vdb.qcow2"] == held.size
+
+
+@pytest.mark.parametrize("kind", ["folder"], indirect=True)
+def test_a_locked_folder_is_somebody_elses_work(kind: Kind, ctx: Context) -> None:
+    run = replace(new_run(), installation="a" * 32)
+    writer = f"{run.installation}.{'1' * 32}.{replace(Life.own(), started='1')}"
+    folder = left_behind(kind, run.vm.uuid, "d" * 32, writer)
+    handle = os.open(folder, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    kind.driver().prebackup(run, ctx)
+    ctx.touch()
+    assert folder.exists()
+    os.close(handle)
+    kind.driver().prebackup(run, ctx)
+    ctx.touch()
+    assert not folder.exists()
+
+
+class Meddling(BytesArtifact):
+    """An artifact with whose reading the disk vanishes from the target."""
+
+    def __init__(self, name: str, data: bytes, root: Path) -> None:
+        super().__init__(name, data)
+        self._root = root
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        for path in self._root.rglob("disk.vda.qcow2"):
+            path.unlink()
+        return super().read_at(offset, length)
+
+
+@pytest.mark.parametrize("kind", ["folder", "host"], indirect=True)
+def test_a_backup_from_which_a_disk_has_vanished_is_not_published(kind: Kind, ctx: Context, tmp_path: Path) -> None:
+    *artifacts, manifest = new_artifacts()
+    driver = kind.driver()
+    if kind.name == "folder":
+        manifest = Meddling(manifest.name, b"{}", kind.root)
+    else:
+        wrapper = tmp_path / "ssh"
+        lose = f'case "$*" in *"mv --"*) find "{tmp_path}" -name disk.vda.qcow2 -delete;; esac'
+        wrapper.write_text(f'#!/bin/sh\n{lose}\nexec ssh -F none "$@"\n')
+        wrapper.chmod(0o755)
+        driver = kind.driver(ssh=str(wrapper))
+    raises(IntegrityError, r"disk\.vda\.qcow2 is", lambda: driver.backup([*artifacts, manifest], new_run(), ctx))
+    assert kind.everything() == []
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ def shell(request: pytest.FixtureRequest) -> list[str]:
     return [str(kernel.busybox()), "sh"]
 
 
-def run(shell: list[str], script: str, *arguments: str | Path, path: Path | None = None) -> tuple[int, str]:
+def run(shell: list[str], script: str, *arguments: str | int | Path, path: Path | None = None) -> tuple[int, str]:
     environment = {"PATH": f"{path}:{os.environ['PATH']}" if path else os.environ["PATH"], "LC_ALL": "C"}
     command = [*shell, "-c", script, "sh", *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -80,11 +80,18 @@ def test_nothing_is_published_that_is_not_on_the_disk(target: Path, tmp_path: Pa
 def test_from_the_beginning_to_the_end(shell: list[str], target: Path) -> None:
     part = begun(shell, target)
     code, said = run(shell, host.CHECK + 'set -- "$1" "$3"; ' + host.PARTS, target, "sh", VM)
-    assert (code, said) == (0, f"./{VM}/{part.name}\n")
-    assert run(shell, host.PUBLISH, target, VM, part.name, ID) == (0, "")
+    assert (code, said) == (0, f"part ./{VM}/{part.name}\n")
+    sizes = ("disk.vda.qcow2", 1, "manifest.json", 0, ".labels/number=0", 0)
+    for wrong in (("disk.vda.qcow2", 2), ("disk.vdb.qcow2", 1), (".labels/number=0", 1)):
+        assert run(shell, host.PUBLISH, target, VM, part.name, ID, *sizes, *wrong) == (0, f"differs: {wrong[0]}\n")
+    assert part.exists()
+    assert run(shell, host.PUBLISH, target, VM, part.name, ID, *sizes) == (0, "")
     assert run(shell, host.READ, target / VM / ID / "disk.vda.qcow2") == (0, "x")
     assert run(shell, host.PUBLISH, target, VM, part.name, ID)[0] == 1, "what is there is not replaced"
     other = begun(shell, target)
+    for path in (*other.rglob("*"), other):
+        os.utime(path, (0, 0))
+    assert run(shell, host.PARTS, target, VM) == (0, f"still ./{VM}/{other.name}\n")
     assert run(shell, host.SWEEP, target, VM, other.name) == (0, "")
     assert not other.exists()
     (target / VM / "link").symlink_to(target / VM / ID)

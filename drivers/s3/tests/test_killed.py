@@ -57,6 +57,7 @@ def test_killed_midway(
         wait_for(lambda: (tmp_path / "reached").exists() and len(uploads()) == 1)
         # While it lives nobody touches it, not even a run of the same VM on the same host.
         driver.prebackup(make_run(run.vm.uuid), ctx)
+        ctx.touch()
         assert len(uploads()) == len(unfinished()) == 1
     finally:
         ours.send_signal(signal.SIGKILL)
@@ -64,10 +65,13 @@ def test_killed_midway(
     assert list(driver.sources(ctx)) == []
 
     driver.prebackup(make_run(), ctx)  # another VM
+    ctx.touch()
     driver.prebackup(make_run(run.vm.uuid, host="host-b"), ctx)
+    ctx.touch()
     assert len(uploads()) == len(unfinished()) == 1
     again = make_run(run.vm.uuid)
     driver.prebackup(again, ctx)
+    ctx.touch()
     assert uploads() == unfinished() == []
     stored = driver.backup(make_artifacts(1000), again, ctx)
     assert [one.source for one in driver.sources(ctx)] == [stored.source]
@@ -90,6 +94,7 @@ def test_killed_between_the_manifest_and_the_end(
     assert [one.size for one in driver.sources(ctx)] == [sum(one.size for one in artifacts)]
     assert [one.name for one in driver.restore(source, ctx)] == [one.name for one in artifacts]
     driver.prebackup(make_run(run.vm.uuid), ctx)
+    ctx.touch()
     assert keys(client, bucket) == [f"{folder}/{one.name}" for one in artifacts]
 
 

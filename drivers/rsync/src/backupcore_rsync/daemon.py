@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from backupcore.errors import ConfigError, IntegrityError, TargetFull
+from backupcore.errors import BackupError, ConfigError, IntegrityError, TargetFull
 from backupcore.model import Artifact, Usage
-from backupcore_rsync.layout import LABELS, MANIFEST, VM_FOLDERS, Token, by_token, mark, marks_of, rules
+from backupcore_rsync.layout import LABELS, MANIFEST, OLD, VM_FOLDERS, Token, by_token, mark, marked, rules
 from backupcore_rsync.place import Upload
 from backupcore_rsync.programs import STALLED, Programs
 from backupcore_rsync.target import DaemonTarget
@@ -59,19 +60,24 @@ class Daemon:
         self._send("asking", ctx, _fresh(ctx), "--dry-run")
 
     def ready(self, run: BackupRun, ctx: Context) -> None:
-        """`check`, and remove what runs of this host have left unfinished for this VM."""
+        """`check`, and remove what dead runs of this installation have left unfinished for this VM, in the end."""
         self.check(ctx)
+        ctx.on_touch(lambda: self._sweep(run, ctx))
+
+    def _sweep(self, run: BackupRun, ctx: Context) -> None:
         vm = run.vm.uuid
-        names = [f"+ /{vm}/", f"+ /{vm}/*/", f"+ /{vm}/*/.part.*", f"+ /{vm}/*/{MANIFEST}", "- *"]
-        ours = marks_of(run)
-        left = [
-            token
-            for token, files in by_token(self._listing(names, ctx)).items()
-            if MANIFEST not in files and any(ours.fullmatch(name) for name in files)
-        ]
-        if left:
-            ctx.log.info("removing what a run that was killed has left in %s: %s", self.name, ", ".join(map(str, left)))
-            self.remove(left, ctx)
+        names = [f"+ /{vm}/", f"+ /{vm}/*/", f"+ /{vm}/*/*", "- *"]
+        try:
+            found = self._programs.dated_listing(self.target, names, f"listing {self.name}", ctx)
+            times = by_token({path: time for path, (_, time) in found.items() if not path.endswith("/")})
+            left = [token for token, files in times.items() if _is_left(files, run)]
+            if left:
+                said = ", ".join(map(str, left))
+                ctx.log.info("removing what a run that was killed has left in %s: %s", self.name, said)
+                self.remove(left, ctx)
+        except BackupError as error:  # as where the daemon deletes nothing
+            ctx.check()
+            ctx.log.warning("what a run that was killed has left stays in %s: %s", self.name, error)
 
     def files(self, folders: Iterable[str] | None, ctx: Context) -> dict[str, int]:
         """One listing."""
@@ -190,6 +196,14 @@ class FetchedArtifact(Artifact):
             return os.fdopen(handle, "rb", 1 << 20)
         finally:
             shutil.rmtree(folder, ignore_errors=True)  # an open file stays readable, and is gone with its last reader
+
+
+def _is_left(files: Mapping[str, int], run: BackupRun) -> bool:
+    """Whether a folder with these files (name -> time of its last change) is what a dead run of ours has left."""
+    of_ours = next((found for name in files if (found := marked(name, run))), None)
+    if of_ours is None or MANIFEST in files:
+        return False
+    return of_ours.is_over if of_ours.life else max(files.values()) < time.time() - OLD
 
 
 def _fresh(ctx: Context) -> Path:

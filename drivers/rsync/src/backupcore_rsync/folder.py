@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from itertools import count, cycle
@@ -18,8 +20,8 @@ from backupcore.disk.reader import memory
 from backupcore.errors import AccessDenied, ContractViolation, IntegrityError, TargetUnavailable, from_os_error
 from backupcore.model import Artifact, Usage
 from backupcore.mounts import unmounted
-from backupcore_rsync.layout import LABELS, MANIFEST, Token, label_names, part, parts_of
-from backupcore_rsync.place import Upload
+from backupcore_rsync.layout import LABELS, MANIFEST, OLD, Token, begun, label_names, part
+from backupcore_rsync.place import Upload, changed, differing, expected
 
 if TYPE_CHECKING:
     from backupcore import Context
@@ -55,13 +57,26 @@ class Folder:
             )
 
     def ready(self, run: BackupRun, ctx: Context) -> None:
-        """`check`, and remove what runs of this host have left unfinished for this VM."""
+        """`check`, and remove what dead runs of this installation have left unfinished for this VM, in the end."""
         self.check(ctx)
-        ours = parts_of(run)
+        ctx.on_touch(lambda: self._sweep(run, ctx))
+
+    def _sweep(self, run: BackupRun, ctx: Context) -> None:
         for entry in _entries(self._path / run.vm.uuid):
-            if entry.is_dir(follow_symlinks=False) and ours.fullmatch(entry.name):
-                ctx.log.info("removing what a run that was killed has left: %s", entry.path)
-                shutil.rmtree(entry.path)
+            ctx.check()
+            of_ours = begun(entry.name, run) if entry.is_dir(follow_symlinks=False) else None
+            if of_ours is None:
+                continue
+            try:
+                with _held(Path(entry.path)) as free:
+                    over = of_ours.is_over if of_ours.life else _untouched(Path(entry.path))
+                    if free and over:
+                        ctx.log.info("removing what a run that was killed has left: %s", entry.path)
+                        shutil.rmtree(entry.path)
+            except FileNotFoundError:  # its own run has ended it meanwhile
+                continue
+            except OSError as error:
+                ctx.log.warning("what a run that was killed has left stays: %s: %s", entry.path, error.strerror)
 
     def files(self, folders: Iterable[str] | None, ctx: Context) -> dict[str, int]:
         """The plain files in these folders, or of all backups. Links are nothing of ours."""
@@ -96,7 +111,7 @@ class Folder:
 
     def store(self, upload: Upload) -> None:
         """By rsync."""
-        with self._publishing(upload.token, upload.run, upload.ctx) as folder:
+        with self._publishing(upload.token, upload.run, upload.ctx, upload.sizes) as folder:
             # Not --sparse: the artifacts hold no runs of zeros, and looking for them costs a pass over every byte.
             upload.copy([f"{upload.view}/", str(upload.labels)], f"{folder}/", ["--inplace"])
             name = str(folder.relative_to(self._path))
@@ -104,7 +119,8 @@ class Folder:
 
     def write(self, artifacts: Sequence[Artifact], token: Token, run: BackupRun, ctx: Context) -> None:
         """Without rsync, and so without a view in which it could read the artifacts."""
-        with self._publishing(token, run, ctx) as folder:
+        sizes = {artifact.name: artifact.size for artifact in artifacts}
+        with self._publishing(token, run, ctx, sizes) as folder:
             labels = folder / LABELS
             labels.mkdir(mode=0o700)
             for name in label_names(run):
@@ -115,8 +131,12 @@ class Folder:
                 done += artifact.size
 
     @contextmanager
-    def _publishing(self, token: Token, run: BackupRun, ctx: Context) -> Iterator[Path]:
-        """A hidden folder to write to; then every file and folder of it goes to the disk; then one rename."""
+    def _publishing(self, token: Token, run: BackupRun, ctx: Context, sizes: Mapping[str, int]) -> Iterator[Path]:
+        """A hidden folder to write to; then every file and folder of it goes to the disk; then one rename.
+
+        It is locked until then, so that whoever shares the file system sees that somebody is at work on it. Where that
+        cannot be, its name tells. What is published is what was written: names and sizes are looked at in the end.
+        """
         vm = self._path / token.vm
         folder = vm / part(token, run)
         for tries in count(1):
@@ -130,17 +150,21 @@ class Folder:
                     raise
             else:
                 break
-        yield folder
-        for place, _, names in os.walk(folder):
-            for file in names:
-                ctx.check()
-                path = Path(place, file)
-                # An empty one, as every label is, has nothing but its name, which the folder's sync takes along; each
-                # sync of its own waits for the disk once more.
-                if path.stat().st_size:
-                    _sync(path)
-            _sync(Path(place))
+        with _held(folder):
+            yield folder
+            for place, _, names in os.walk(folder):
+                for file in names:
+                    ctx.check()
+                    path = Path(place, file)
+                    # An empty one, as every label is, has nothing but its name, which the folder's sync takes along;
+                    # each sync of its own waits for the disk once more.
+                    if path.stat().st_size:
+                        _sync(path)
+                _sync(Path(place))
         ctx.check()
+        name = str(folder.relative_to(self._path))
+        if wrong := differing(expected(sizes, run), self.files([name], ctx), name):
+            raise changed(self.name, wrong)
         folder.rename(vm / token.id)
         _sync(vm)
 
@@ -247,6 +271,29 @@ def _write(artifact: Artifact, path: Path, ctx: Context, before: int) -> None:
             ctx.progress.done(before + artifact.size)
     if artifact.read_at(artifact.size, 1):
         raise ContractViolation(f"{artifact.name} goes on after its {artifact.size} bytes")
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Hold a folder's lock in the block, where the file system has locks; False where another process has it."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # NFS locks no folder that is open for reading; others lock nothing
+            pass
+        yield True
+    finally:
+        os.close(handle)
+
+
+def _untouched(folder: Path) -> bool:
+    """Whether nothing in it has changed for `OLD` seconds."""
+    paths = [folder, *(Path(place, name) for place, _, names in os.walk(folder) for name in names)]
+    return all(path.lstat().st_mtime < time.time() - OLD for path in paths)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -12,16 +12,16 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from backupcore.child import ChildStream
+from backupcore.errors import BackupError
 from backupcore.model import Artifact, Usage
-from backupcore_rsync.layout import VM_FOLDERS, Token, part, parts_of, rules
-from backupcore_rsync.place import Upload
+from backupcore_rsync.layout import VM_FOLDERS, Token, begun, part, rules
+from backupcore_rsync.place import Upload, changed, expected
 from backupcore_rsync.programs import Programs
 from backupcore_rsync.target import HostTarget
 
 if TYPE_CHECKING:
     from backupcore import Context
     from backupcore.child import Child
-    from backupcore.errors import BackupError
     from backupcore.model import BackupRun
     from backupcore_rsync.driver import Rsync
 
@@ -37,7 +37,12 @@ CHECK = (
     '[ -r "$1" ] && [ -w "$1" ] && [ -x "$1" ] || { echo "$1: permission denied" >&2; exit 1; }; '
     'command -v "$2" >/dev/null || { echo "$2: not found" >&2; exit 127; }; '
 )
-PARTS = _ENTER + 'for one in ./"$2"/.*.part; do [ ! -d "$one" ] || [ -L "$one" ] || echo "$one"; done'
+# "still": nothing in it has changed for a day. A `find` that fails says nothing of that.
+PARTS = _ENTER + (
+    'for one in ./"$2"/.*.part; do [ ! -d "$one" ] || [ -L "$one" ] || { '
+    'if young=$(find "$one" -mtime -1 2>/dev/null) && [ -z "$young" ]; then echo "still $one"; else echo "part $one"; '
+    "fi; }; done"
+)
 SWEEP = _ENTER + 'vm=$2; shift 2; for one; do rm -rf -- "./$vm/$one" || exit 1; done'
 # Twice: whoever removes the last backup of the VM takes the empty folder along.
 BEGIN = (
@@ -45,6 +50,10 @@ BEGIN = (
 )
 PUBLISH = (
     _ENTER + 'cd -- "$2" && [ ! -e "$4" ] || { echo "$2: no such folder" >&2; exit 1; }; '
+    # The size as ls shows it: a file that has shrunk or gone since it was copied is not published.
+    'size() { set -- $(ls -ln -- "$1" 2>/dev/null); echo "$5"; }; vm=$2; part=$3; id=$4; shift 4; '
+    'while [ $# -gt 1 ]; do [ "$(size "$part/$1")" = "$2" ] || { echo "differs: $1"; exit 0; }; shift 2; done; '
+    'set -- . "$vm" "$part" "$id"; '
     # A sync that knows no arguments, or takes none, is told by its answer for the folder; it then syncs everything.
     'if sync -- "$3" 2>/dev/null; then sync -- "$3"/* "$3"/.labels/* "$3"/.labels "$3"; else sync; fi || exit 1; '
     'mv -- "$3" "$4" && { sync -- . .. 2>/dev/null || sync; }'
@@ -83,14 +92,28 @@ class Host:
         self._ask(CHECK, "asking", ctx, self.options.rsync_path)
 
     def ready(self, run: BackupRun, ctx: Context) -> None:
-        """`check`, and remove what runs of this host have left unfinished for this VM."""
+        """`check`, and remove what dead runs of this installation have left unfinished for this VM, in the end."""
         # shift: PARTS takes the VM where CHECK takes the program
         found = self._ask(CHECK + 'set -- "$1" "$3"; ' + PARTS, "asking", ctx, self.options.rsync_path, run.vm.uuid)
-        ours = parts_of(run)
-        left = [name for line in found.splitlines() if ours.fullmatch(name := line.rpartition("/")[2])]
-        if left:
-            ctx.log.info("removing what a run that was killed has left in %s: %s", self.name, ", ".join(left))
+        if parts := [line.split(" ", 1) for line in found.splitlines() if line.startswith(("still ", "part "))]:
+            ctx.on_touch(
+                lambda: self._sweep({path.rpartition("/")[2]: how == "still" for how, path in parts}, run, ctx)
+            )
+
+    def _sweep(self, parts: dict[str, bool], run: BackupRun, ctx: Context) -> None:
+        left = [
+            name
+            for name, still in parts.items()
+            if (of_ours := begun(name, run)) and (of_ours.is_over if of_ours.life else still)
+        ]
+        if not left:
+            return
+        ctx.log.info("removing what a run that was killed has left in %s: %s", self.name, ", ".join(left))
+        try:
             self._ask(SWEEP, "tidying up", ctx, run.vm.uuid, *left)
+        except BackupError as error:
+            ctx.check()
+            ctx.log.warning("what a run that was killed has left stays in %s: %s", self.name, error)
 
     def files(self, folders: Iterable[str] | None, ctx: Context) -> dict[str, int]:
         """One listing by rsync."""
@@ -112,7 +135,10 @@ class Host:
         upload.copy([f"{upload.view}/", str(upload.labels)], destination, ["--inplace"])
         upload.check(self.files([folder], upload.ctx), folder)
         # As long as it takes: all that was written may still lie in that host's memory.
-        self._ask(PUBLISH, "publishing in", upload.ctx, token.vm, hidden, token.id, limit=SYNC)
+        sizes = [str(word) for one in expected(upload.sizes, upload.run).items() for word in one]
+        said = self._ask(PUBLISH, "publishing in", upload.ctx, token.vm, hidden, token.id, *sizes, limit=SYNC)
+        if found := re.search(r"^differs: (.*)$", said, re.MULTILINE):
+            raise changed(self.name, f"{found[1]} is not as it was")
 
     def abandon(self, token: Token, run: BackupRun, ctx: Context) -> None:
         """Remove the hidden folder, or the published one if only the last step failed."""

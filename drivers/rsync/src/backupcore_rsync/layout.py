@@ -5,10 +5,11 @@
     <VM uuid>/<32 hex>/disk.vda.qcow2      the artifacts, as plain files
                        manifest.json       there only when the backup is complete
                        .labels/number=0    one empty file per label: a listing of names is all that `sources` needs
-                       .part.<who>.<run>   at a daemon: who began this folder
-    <VM uuid>/.<32 hex>.<who>.<run>.part/  a backup under way, or what is left of one (a daemon cannot rename)
+                       .part.<who>.<run>.<life>   at a daemon: who began this folder
+    <VM uuid>/.<32 hex>.<who>.<run>.<life>.part/  a backup under way, or what is left of one (a daemon cannot rename)
 
-Who: the ID of the installation, or the host's name where a run has none, as before installations were known.
+Who: the ID of the installation, or the host's name where a run has none, as before installations were known. Life: that
+of the process which writes it (`backupcore.life`); older versions left it out.
 """
 
 from __future__ import annotations
@@ -19,20 +20,23 @@ from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
 from backupcore.errors import ContractViolation
+from backupcore.life import Life
 from backupcore.model import BackupRun, new_id
 
 __all__ = [
     "LABELS",
     "MANIFEST",
+    "OLD",
+    "Begun",
     "Token",
     "artifacts",
+    "begun",
     "by_token",
     "label_names",
     "labels",
     "mark",
-    "marks_of",
+    "marked",
     "part",
-    "parts_of",
     "rules",
 ]
 
@@ -42,7 +46,11 @@ LABELS = ".labels"  # no artifact can have this name
 VM_FOLDERS = "????????-????-????-????-????????????"
 """VMs' folders, as a wildcard of rsync's; `Token.parse` is exact."""
 
+OLD = 86400
+"""Seconds without a change after which what does not say whose life it began with counts as left behind."""
+
 _TOKEN = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\.([0-9a-f]{32})")
+_WHO = 80  # letters of whoever began something, in a file name
 _ARTIFACT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,126}")
 
 
@@ -77,17 +85,36 @@ class Token:
 
 
 def _writer(run: BackupRun) -> str:
-    """Who stores this, and the run, as part of a file name of at most 255 bytes."""
-    return f"{_names(run)[0]}.{quote(run.id, safe='')[:40]}"
+    """Who stores this, the run, and this process, as part of a file name of at most 255 bytes."""
+    who = quote(run.installation or run.host, safe="")[:_WHO]
+    return f"{who}.{quote(run.id, safe='')[:40]}.{Life.own()}"
 
 
-def _names(run: BackupRun) -> list[str]:
-    """By which names what this run's installation has begun is known, today's first."""
-    return [quote(name, safe="")[:120] for name in (run.installation, run.host) if name]
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """What a name says of a backup that a run of this installation has begun, finished or not."""
+
+    life: Life | None
+    """That of the process which writes it; None where an older version has begun it."""
+    sure: bool
+    """Whether it is this host's for certain: the installation's ID tells, a host's name does not."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody writes it any more, for certain."""
+        return self.life is not None and self.life.is_over(this_host=self.sure)
 
 
-def _any_name(run: BackupRun) -> str:
-    return "|".join(re.escape(name) for name in _names(run))
+def _begun(pattern: str, name: str, run: BackupRun) -> Begun | None:
+    own = quote(run.installation, safe="")[:_WHO]
+    names = [own] if own else []
+    names += [quote(run.host, safe="")[:most] for most in (_WHO, 120) if run.host]
+    who = "|".join(re.escape(one) for one in names)
+    found = re.fullmatch(pattern % rf"(?P<who>{who})\.[^./]{{1,40}}(?:\.(?P<life>[0-9a-f-]+))?", name)
+    if not found:
+        return None
+    life = Life.parse(found["life"] or "")
+    return None if found["life"] and life is None else Begun(life, found["who"] == own)
 
 
 def part(token: Token, run: BackupRun) -> str:
@@ -95,9 +122,9 @@ def part(token: Token, run: BackupRun) -> str:
     return f".{token.id}.{_writer(run)}.part"
 
 
-def parts_of(run: BackupRun) -> re.Pattern[str]:
-    """The names of folders that a run of this installation has begun, finished or not. Nobody else's match."""
-    return re.compile(rf"\.[0-9a-f]{{32}}\.(?:{_any_name(run)})\.[^./]{{1,40}}\.part")
+def begun(name: str, run: BackupRun) -> Begun | None:
+    """What the name of a folder says that `part` has given in a run of this installation; None for anybody else's."""
+    return _begun(r"\.[0-9a-f]{32}\.%s\.part", name, run)
 
 
 def mark(run: BackupRun) -> str:
@@ -105,9 +132,9 @@ def mark(run: BackupRun) -> str:
     return f".part.{_writer(run)}"
 
 
-def marks_of(run: BackupRun) -> re.Pattern[str]:
-    """The marks of all runs of this installation."""
-    return re.compile(rf"\.part\.(?:{_any_name(run)})\.[^./]{{1,40}}")
+def marked(name: str, run: BackupRun) -> Begun | None:
+    """The same of a file that `mark` has named."""
+    return _begun(r"\.part\.%s", name, run)
 
 
 def label_names(run: BackupRun) -> list[str]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from backupcore import Context
     from backupcore.model import Artifact, BackupRun, Usage
 
-__all__ = ["Place", "Upload"]
+__all__ = ["Place", "Upload", "changed", "differing", "expected"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +35,34 @@ class Upload:
 
     def check(self, there: Mapping[str, int], folder: str, *, but: str = "") -> None:
         """Hold a listing against what should be in `folder`: an argument of the user's may leave files out."""
-        expected = {**self.sizes, **{f"{LABELS}/{name}": 0 for name in label_names(self.run)}}
-        expected.pop(but, None)
-        for name, size in expected.items():
-            found = there.get(f"{folder}/{name}")
-            if found != size:
-                state = "is missing" if found is None else f"has {found} bytes"
-                raise IntegrityError(
-                    f"rsync reported no error, but {name} {state} in the target ({size} bytes were shown to it)",
-                    "Check rsync_arguments of this datastore.",
-                )
+        wanted = {name: size for name, size in expected(self.sizes, self.run).items() if name != but}
+        if wrong := differing(wanted, there, folder):
+            raise IntegrityError(
+                f"rsync reported no error, but {wrong}", "Check rsync_arguments of this datastore, then run it again."
+            )
+
+
+def expected(sizes: Mapping[str, int], run: BackupRun) -> dict[str, int]:
+    """The files of a complete backup: path below its folder -> size. `sizes` are those of its artifacts."""
+    return {**sizes, **{f"{LABELS}/{name}": 0 for name in label_names(run)}}
+
+
+def differing(wanted: Mapping[str, int], there: Mapping[str, int], folder: str) -> str:
+    """What in a listing of `folder` is not as it is wanted, in words; "" if all of it is there."""
+    for name, size in wanted.items():
+        found = there.get(f"{folder}/{name}")
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes"
+            return f"{name} {state} in the target ({size} bytes were given to it)"
+    return ""
+
+
+def changed(name: str, wrong: str) -> IntegrityError:
+    """The error for a backup that is not published, since somebody else has changed what was stored of it."""
+    return IntegrityError(
+        f"{name}: all was stored, but {wrong}: somebody else has changed it before it was published",
+        "Nothing of it was kept. See who else writes to the target, then run it again.",
+    )
 
 
 class Place(Protocol):
@@ -55,7 +73,11 @@ class Place(Protocol):
         """How messages call it."""
 
     def ready(self, run: BackupRun, ctx: Context) -> None:
-        """It answers and takes writes; what runs of this host have left unfinished for this VM is removed."""
+        """It answers and takes writes.
+
+        What runs of this installation that are dead have left unfinished for this VM is removed, once nothing hinders
+        this run any more (`Context.on_touch`). What cannot be removed is told, and hinders nothing.
+        """
 
     def check(self, ctx: Context) -> None:
         """It answers and takes writes, as far as can be told without one."""

@@ -6,6 +6,8 @@ import os
 import pwd
 import re
 import shlex
+import time
+from calendar import timegm
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
@@ -29,7 +31,7 @@ STALLED = 1800
 
 # All else comes from the options: an RSYNC_* variable of the user's shell must not send a backup elsewhere.
 _INHERITED = ("PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "SSH_AUTH_SOCK")
-_LISTED = re.compile(r"([-d])\S{9}\S? +([0-9]+) \S+ \S+ (.+)")
+_LISTED = re.compile(r"([-d])\S{9}\S? +([0-9]+) ([0-9]+/[0-9/]+ [0-9:]+) (.+)")
 
 
 class Programs:
@@ -44,7 +46,7 @@ class Programs:
         result.setdefault("PATH", os.defpath)
         if "HOME" not in result:  # cron and systemd may set none
             result["HOME"] = pwd.getpwuid(os.getuid()).pw_dir
-        return result | {"LC_ALL": "C"}  # their words are read
+        return result | {"LC_ALL": "C", "TZ": "UTC0"}  # their words and dates are read
 
     def ssh(self) -> list[str]:
         """The ssh command, without the host. ssh takes the first value of an option, so the user's own wins."""
@@ -127,13 +129,23 @@ class Programs:
         self, target: HostTarget | DaemonTarget, rules: Iterable[str], what: str, ctx: Context
     ) -> dict[str, int]:
         """What lies below the target and passes these filter rules: path -> size; a folder's path ends with a slash."""
+        return {path: size for path, (size, _) in self.dated_listing(target, rules, what, ctx).items()}
+
+    def dated_listing(
+        self, target: HostTarget | DaemonTarget, rules: Iterable[str], what: str, ctx: Context
+    ) -> dict[str, tuple[int, int]]:
+        """The same with the time of the last change, in seconds since 1970."""
         source = f"{target.at}:{target.path}/" if isinstance(target, HostTarget) else f"{target.url}/"
         arguments = ["--recursive", "--list-only", "--no-human-readable", *(f"--filter={rule}" for rule in rules)]
         child = self.start_rsync(target, [*arguments, "--", source])
         answer = self.ask(child, what, ctx, limit=STALLED)
         # Links, devices and names with odd characters are nothing of ours.
         found = (_LISTED.fullmatch(line) for line in answer.decode(errors="replace").splitlines())
-        return {hit[3] if hit[1] == "-" else f"{hit[3]}/": int(hit[2]) if hit[1] == "-" else 0 for hit in found if hit}
+        return {
+            hit[4] if hit[1] == "-" else f"{hit[4]}/": (int(hit[2]) if hit[1] == "-" else 0, _seconds(hit[3]))
+            for hit in found
+            if hit
+        }
 
     def transfer(self, child: Child, what: str, ctx: Context, before: int = 0) -> int:
         """Follow an rsync that copies, to its end, and tell the progress; how many bytes were copied with it.
@@ -151,6 +163,14 @@ class Programs:
         if code:
             raise self.failed(child, code, what)
         return before + count
+
+
+def _seconds(date: str) -> int:
+    """A date of rsync's listing, in UTC; now where it is none, so that it is not taken for old."""
+    try:
+        return timegm(time.strptime(date, "%Y/%m/%d %H:%M:%S"))
+    except ValueError:
+        return int(time.time())
 
 
 def _rsync_quoted(word: str) -> str:

@@ -54,7 +54,8 @@ class Store:
         probe = Place.new(run.vm.uuid).key(UNFINISHED)
         answer = bucket.call("create_multipart_upload", "beginning an upload", Key=probe, **bucket.how(probe))
         bucket.abort(probe, answer["UploadId"])
-        self._sweep(places, run, ctx)
+        # Once it is certain that nobody else works on this VM.
+        ctx.on_touch(lambda: self._sweep(places, run, ctx))
 
     def _sweep(self, places: dict[Place, dict[str, int]], run: BackupRun, ctx: Context) -> None:
         for place, names in places.items():

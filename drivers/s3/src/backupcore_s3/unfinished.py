@@ -7,10 +7,10 @@ leaves it, with parts that the store charges for and that no listing of objects 
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
+from backupcore.life import Life
 from backupcore.model import BackupRun
 
 __all__ = ["is_dead", "mark"]
@@ -19,7 +19,7 @@ __all__ = ["is_dead", "mark"]
 def mark(run: BackupRun) -> bytes:
     """The mark of an upload of this process."""
     who = {"host": run.host, "installation": run.installation}
-    return json.dumps({**who, "run": run.id, **_life(os.getpid())}, indent=1).encode()
+    return json.dumps({**who, "run": run.id, **asdict(Life.own())}, indent=1).encode()
 
 
 def is_dead(marked: bytes, run: BackupRun) -> bool:
@@ -35,29 +35,8 @@ def is_dead(marked: bytes, run: BackupRun) -> bool:
         boot, namespace, pid, started = (said[key] for key in ("boot", "namespace", "pid", "started"))
     except (ValueError, LookupError, TypeError, AttributeError):
         return False
-    here = _life(os.getpid())
-    if not (boot and here["boot"]) or not isinstance(pid, int):
+    if not isinstance(pid, int) or not all(isinstance(one, str) for one in (boot, namespace, started)):
         return False
-    if boot != here["boot"]:
-        return True
-    # A container may have our host name, and processes that we cannot see.
-    return bool(namespace) and namespace == here["namespace"] and started != _started(pid)
-
-
-def _life(pid: int) -> dict[str, Any]:
-    try:
-        namespace = str(Path("/proc/self/ns/pid").readlink())
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        namespace = boot = ""
-    return {"boot": boot, "namespace": namespace, "pid": pid, "started": _started(pid)}
-
-
-def _started(pid: int) -> str:
-    """When a process began, in the kernel's own ticks since the boot; "" if there is none. IDs are used again."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return ""
-    fields = stat.rpartition(")")[2].split()  # its name, in brackets, may hold anything
-    return "" if fields[0] in "ZX" else fields[19]
+    # Older versions wrote "pid:[4026531836]", and the boot's ID with its dashes.
+    number = "".join(filter(str.isdigit, namespace))
+    return Life(boot.replace("-", ""), number, pid, started).is_over(this_host=True)
