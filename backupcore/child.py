@@ -23,11 +23,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from backupcore.errors import BackupError, ConfigError, IntegrityError
+from backupcore.process import children
 
 if TYPE_CHECKING:
     from backupcore.context import Context
 
-__all__ = ["Child", "ChildStream"]
+__all__ = ["MOVED", "Child", "ChildStream", "bytes_moved"]
 
 PATIENCE = 5.0
 """Seconds that a program has to clean up after SIGINT (restic removes its lock) before it is killed."""
@@ -35,6 +36,10 @@ PATIENCE = 5.0
 TAIL = 16 << 10
 """How many bytes of stderr are kept, the last ones."""
 
+MOVED = 64 << 10
+"""Bytes: less is no movement. A keep-alive of ssh is some, and a connection that is refused and tried again."""
+
+EVERY = 0.5  # seconds between two looks at what has been moved
 PIPE = 1 << 20  # a pipe of the default 64 KiB costs three quarters of the throughput of a dump
 PR_SET_PDEATHSIG = 1
 
@@ -64,7 +69,10 @@ class Child:
         self._code: int | None = None
         self._said: str | None = None
         self.late = False
-        """True once the limit of `within` has passed."""
+        """True once a limit (of `within`, of `while_moving`) has passed."""
+        self.late_for: tuple[str, ...] = ()
+        """The names of the programs that it had started and that were there when that happened."""
+        self._ended = threading.Event()
         self.release: Callable[[], None] | None = None
         """Called after a SIGKILL. A process that waits in the kernel for a file of ours does not even end by that."""
 
@@ -111,6 +119,11 @@ class Child:
         return int(self._process.pid)
 
     @property
+    def is_alive(self) -> bool:
+        """Whether it is still there. One that has closed its stdout may be."""
+        return bool(self._process.is_alive())
+
+    @property
     def errors(self) -> str:
         """The last that it wrote to stderr."""
         if self._said is None:
@@ -126,13 +139,35 @@ class Child:
     def within(self, seconds: float) -> None:
         """Stop it unless it ends within so many seconds."""
 
-        def expire() -> None:
-            self.late = True
-            self.stop()
-
-        self._limit = threading.Timer(seconds, expire)
+        self._limit = threading.Timer(seconds, self.expire)
         self._limit.daemon = True
         self._limit.start()
+
+    def while_moving(self, seconds: float, *, busy: Callable[[], bool] = lambda: True) -> None:
+        """Stop it once it, and what it has started, have neither read nor written for so many seconds while `busy`.
+
+        A question that takes long because there is much to answer goes on; one that nobody answers ends.
+        """
+
+        def watch() -> None:
+            before, idle = -MOVED, 0.0
+            while not self._ended.wait(min(EVERY, seconds)):
+                moved = bytes_moved(self.pid)
+                if moved > before + MOVED or not busy():
+                    before, idle = moved, 0.0
+                    continue
+                idle += EVERY
+                if idle >= seconds:
+                    self.expire()
+                    return
+
+        threading.Thread(target=watch, name="child-moves", daemon=True).start()
+
+    def expire(self) -> None:
+        """Stop it as one that is `late`."""
+        self.late_for = tuple(_command(one) for one in children(self.pid))
+        self.late = True
+        self.stop()
 
     def stop(self) -> None:
         """SIGINT, and SIGKILL if it is still there after `PATIENCE`. Returns at once; from any thread, repeatable."""
@@ -173,13 +208,25 @@ class Child:
         except Exception:  # sh raises for any code but 0; what a code means is the driver's to say
             if self._process.exit_code is None:
                 raise
+        self._ended.set()
         with self._lock:
             self._code = int(self._process.exit_code)
+            if self._killer is not None:
+                self._end_group()
         for timer in (self._limit, self._killer):
             if timer is not None:
                 timer.cancel()
                 timer.join()  # it may be at work
         return self._code
+
+    def _end_group(self) -> None:
+        """End what it has started, and what has heard no SIGINT: a script that waits for a vault, say.
+
+        Its number is not given again as long as there is anybody in its group.
+        """
+        if not Path(f"/proc/{self.pid}").exists():
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
 
     def __enter__(self) -> Child:
         return self
@@ -193,6 +240,25 @@ class Child:
         if self._code is None:
             self.wait()
         self._close()
+
+
+def bytes_moved(process: int) -> int:
+    """Bytes that a process and those below it have read and written: files, pipes and sockets (proc(5), io)."""
+    total = 0
+    with suppress(OSError):  # it has ended
+        place = Path("/proc", str(process))
+        fields = dict(line.split(": ") for line in (place / "io").read_text().splitlines())
+        total = int(fields["rchar"]) + int(fields["wchar"])
+        for below in place.glob("task/*/children"):
+            total += sum(bytes_moved(int(child)) for child in below.read_text().split())
+    return total
+
+
+def _command(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/comm").read_text(errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def _before_exec(parent: int) -> Callable[[], None]:
@@ -218,9 +284,20 @@ class ChildStream(io.RawIOBase):
     """
 
     def __init__(
-        self, child: Child, size: int, what: str, failed: Callable[[Child, int], BackupError], ctx: Context | None
+        self,
+        child: Child,
+        size: int,
+        what: str,
+        failed: Callable[[Child, int], BackupError],
+        ctx: Context | None,
+        *,
+        limit: float = 0,
     ) -> None:
+        """`limit`: seconds for which a read may wait while the child moves no byte (`Child.while_moving`); 0: any."""
         super().__init__()
+        self._reading = False
+        if limit:
+            child.while_moving(limit, busy=lambda: self._reading)
         self._child = child
         self._size = size
         self._what = what
@@ -243,7 +320,11 @@ class ChildStream(io.RawIOBase):
         """Fill `buffer` with the next bytes and return how many; 0 at the end."""
         if self._ended:
             return 0
-        count = self._child.output.readinto(buffer) or 0
+        self._reading = True
+        try:
+            count = self._child.output.readinto(buffer) or 0
+        finally:
+            self._reading = False
         self._count += count
         if self._count > self._size:
             raise IntegrityError(f"{self._what}: more than its {self._size} bytes came")
@@ -252,6 +333,7 @@ class ChildStream(io.RawIOBase):
         return count
 
     def _end(self) -> None:
+        self._reading = True  # to its end, which may not come either
         if self._child.output.read(1):
             raise IntegrityError(f"{self._what}: more than its {self._size} bytes came")
         code = self._child.wait()

@@ -177,7 +177,8 @@ def sentences(message: str, hint: str) -> str:
 
 def dump_error(error: BackupError) -> dict[str, str]:
     """An error as JSON can carry it, for `load_error` in another process: kind, message, hint."""
-    return {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
+    known = next(kind for kind in type(error).__mro__ if globals().get(kind.__name__) is kind)  # a driver has its own
+    return {"kind": known.__name__, "message": error.message, "hint": error.hint}
 
 
 def load_error(said: object) -> BackupError:

@@ -28,6 +28,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, MsgspecError, Struct, json
 
+from backupcore.disk.extents import CLUSTER
+from backupcore.disk.table import DIGEST
 from backupcore.draft import FORMAT, NAME, ManifestArtifact
 from backupcore.errors import IntegrityError, UnsupportedOperation
 from backupcore.model import Disk, Type
@@ -138,9 +140,13 @@ class Manifest(Struct, frozen=True, kw_only=True):
         if (self.parent is None) != (self.type is Type.FULL):
             raise ValueError("a full has no parent, an increment has one")
         digests = {part.name: part.digest for part in self.artifacts}
+        sizes = {part.name: part.size for part in self.artifacts}
         for disk in self.disks:
             if disk.artifact != f"disk.{disk.id}.qcow2" or digests.get(disk.sums) != disk.sums_digest:
                 raise ValueError(f"disk {disk.id} and its artifacts do not agree")
+            # 0.05 % of the disk, whatever a store may claim: they are fetched before anything of it is believed.
+            if sizes[disk.sums] % DIGEST or sizes[disk.sums] > -(-disk.size // CLUSTER) * DIGEST:
+                raise ValueError(f"disk {disk.id} of {disk.size} bytes has sums of {sizes[disk.sums]} bytes")
             if self.type is Type.FULL and not disk.whole:
                 raise ValueError(f"disk {disk.id} of a full is not whole")
             if disk.order == "file" and not disk.whole:

@@ -38,6 +38,11 @@ class Sshd:
     process: subprocess.Popen[bytes]
 
     @property
+    def logins(self) -> int:
+        """How many logins it has taken so far."""
+        return (self.identity.parent / "log").read_text().count("Accepted publickey")
+
+    @property
     def client(self) -> list[str]:
         """The words of an ssh command for it, without the host."""
         return [
@@ -52,8 +57,8 @@ class Sshd:
 
 
 @contextmanager
-def sshd(folder: Path) -> Iterator[Sshd]:
-    """An sshd with keys in `folder`, for the time of the block; sftp included."""
+def sshd(folder: Path, settings: str = "") -> Iterator[Sshd]:
+    """An sshd with keys in `folder`, for the time of the block; sftp included. `settings` go into its configuration."""
     root = fetch()
     libraries = {
         path.parent for name in ("libwrap0", "libwtmpdb0") for path in (LAB / "packages" / name).rglob("*.so.*")
@@ -65,7 +70,9 @@ def sshd(folder: Path) -> Iterator[Sshd]:
     (folder / "sshd_config").write_text(
         f"ListenAddress 127.0.0.1\nPort {port}\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized_keys\n"
         "StrictModes no\nUsePAM no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\nPidFile none\n"
-        "PermitRootLogin prohibit-password\nSubsystem sftp internal-sftp\nMaxStartups 100\n" + _programs(root)
+        "PermitRootLogin prohibit-password\nSubsystem sftp internal-sftp\nMaxStartups 100\n"
+        + settings
+        + _programs(root)
     )
     key = (folder / "host.pub").read_text().split()
     (folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {key[0]} {key[1]}\n")
@@ -136,6 +143,16 @@ def rclone(folder: Path, *arguments: str) -> Iterator[int]:
     command = [str(program), "serve", *arguments, "--addr", f"127.0.0.1:{port}", str(folder)]
     environment = os.environ | {"RCLONE_CONFIG": os.devnull}
     with (folder.parent / f"{folder.name}.log").open("wb") as log, _running(command, log, port, environment):
+        yield port
+
+
+@contextmanager
+def silent() -> Iterator[int]:
+    """A server that takes connections and never says a word, for the time of the block; its port."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(100)
+        port: int = server.getsockname()[1]
         yield port
 
 

@@ -12,7 +12,7 @@ from moto.server import ThreadedMotoServer
 from s3_proxy import Proxy
 
 from backupcore.context import Context
-from backupcore.errors import AccessDenied, UnsupportedOperation
+from backupcore.errors import AccessDenied, TargetUnavailable
 from backupcore.model import BackupRun, BytesArtifact
 from backupcore_s3 import S3
 
@@ -141,6 +141,6 @@ def test_what_lies_in_an_archive(
     aws.copy_object(
         Bucket="backups", Key=key, CopySource={"Bucket": "backups", "Key": key}, StorageClass="DEEP_ARCHIVE"
     )
-    with pytest.raises(UnsupportedOperation, match="InvalidObjectState") as caught:
+    with pytest.raises(TargetUnavailable, match="InvalidObjectState") as caught:
         driver.restore(source, ctx)[0].read_at(0, 10)
     assert "restore-object" in caught.value.hint

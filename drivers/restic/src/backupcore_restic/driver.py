@@ -37,6 +37,9 @@ MANIFEST = "manifest.json"
 CHECK = 10.0
 """Seconds within which a repository must answer a `check`: a person waits for that."""
 
+LONG = 1800.0
+"""Seconds that a ``restic prune`` or ``check`` may stand still: it asks for one small thing after another."""
+
 LINE = 1 << 20  # the longest line of restic's progress that is taken in at once
 
 
@@ -173,6 +176,8 @@ class Restic:
                     code = child.wait()
             ctx.check()
             view.check()
+            if stall.error and repository.waits_for_password(child):
+                raise repository.no_password(what)
             if stall.error:
                 raise stall.error
             if code:
@@ -275,11 +280,15 @@ class Restic:
         repository = Repository(self)
         ctx.progress.phase("pruning")
         repack = [f"--max-repack-size={self.max_repack_size}"] if self.max_repack_size else []
-        repository.write(["prune", f"--max-unused={self.max_unused}", *repack], "pruning", ctx)
+        repository.write(["prune", f"--max-unused={self.max_unused}", *repack], "pruning", ctx, still=self._long)
         ctx.progress.phase("checking")
         data = [f"--read-data-subset={self.check_data}"] if self.check_data else []
-        repository.write(["check", *data], "checking", ctx)
+        repository.write(["check", *data], "checking", ctx, still=self._long)
         return True
+
+    @property
+    def _long(self) -> float:
+        return max(LONG, self.timeout)
 
     @property
     def _soon(self) -> float:

@@ -48,7 +48,12 @@ class DumpedArtifact(Artifact):
         # A prune that runs meanwhile removes only what no snapshot uses; at worst the dump fails, loudly.
         child = repository.start(["--no-lock", "dump", self.snapshot, f"/{self.name}"])
         stream = ChildStream(
-            child, self.size, what, lambda ended, code: repository.failed(ended, code, what), self._ctx
+            child,
+            self.size,
+            what,
+            lambda ended, code: repository.failed(ended, code, what),
+            self._ctx,
+            limit=self._options.timeout,
         )
         return io.BufferedReader(stream, 1 << 20)
 

@@ -10,7 +10,6 @@ import errno
 import os
 import select
 import threading
-import time
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -106,12 +105,16 @@ class Mount:
     def _until_mounted(self, child: Child, view: Path) -> str:
         output = select.poll()
         output.register(child.output, select.POLLIN)
-        end = time.monotonic() + self._limit
+        ready = threading.Event()
+        child.while_moving(self._limit, busy=lambda: not ready.is_set())
         while str(view) not in mount_points():
             if output.poll(LOOK) and not child.output.read(1 << 16):
-                return str(self._repository.failed(child, child.wait(), "restic mount"))
-            if time.monotonic() > end:
-                return f"restic mount was not ready within {self._limit} s"
+                failed = self._repository.failed(child, child.wait(), f"reading {self._repository.name}")
+                if child.late:  # a restic dump would wait for the same
+                    self._ctx.check()
+                    raise failed
+                return str(failed)
+        ready.set()
         return ""
 
     def _end(self, mounted: Mounted) -> None:

@@ -6,9 +6,11 @@ import json
 import os
 import pwd
 import re
+import shlex
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from logging import Logger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -54,6 +56,8 @@ MEMORY = 2 << 30
 
 CLEAN_UP = 60.0
 """Seconds for all that is tidied up after a failure."""
+
+_LISTEN = 0.5  # seconds between two looks at what restic complains of
 
 OPENING = "opening the restic repository"
 
@@ -184,6 +188,8 @@ class Repository:
     def failed(self, child: Child, code: int, what: str) -> BackupError:
         """The error for a child that ended with `code`."""
         secrets = self.environment()[1]
+        if child.late and self.waits_for_password(child):
+            return self.no_password(what)
         if child.late:
             return TooLate(
                 f"{what}: {last_words(child.errors, secrets)} (given up: no answer in time)",
@@ -191,14 +197,50 @@ class Repository:
             )
         return translate(code, child.errors, what, secrets)
 
+    def waits_for_password(self, child: Child) -> bool:
+        """Whether a restic that was given up was waiting for the command that prints its password."""
+        command = self._options.password_command
+        started = {name for name in child.late_for if not name.startswith("fusermount")}
+        if not command or not started:
+            return False
+        if self._options.repository.startswith(("sftp:", "rclone:")):  # those start a program as well
+            return _program_of(command)[:15] in started  # the kernel keeps 15 letters
+        return True
+
+    def no_password(self, what: str) -> TargetUnavailable:
+        """The error for a password that did not come; the command's arguments may hold a secret, its name does not."""
+        program = _program_of(self._options.password_command)
+        return TooLate(
+            f"{what}: the command {program} of the option password_command has not given the repository's password, "
+            "and was ended",
+            "Run it by hand: does it wait for somebody, as for a vault that is locked?",
+        )
+
     def ask(
-        self, arguments: Sequence[str], what: str, ctx: Context | None = None, *, limit: float | None = None
+        self,
+        arguments: Sequence[str],
+        what: str,
+        ctx: Context | None = None,
+        *,
+        limit: float | None = None,
+        still: float | None = None,
+        refused: Callable[[str], bool] = lambda said: False,
     ) -> bytes:
-        """Run restic to its end and return what it wrote to stdout. `ctx` cancels it, `limit` is in seconds."""
+        """Run restic to its end and return what it wrote to stdout. `ctx` cancels it, `limit` is in seconds.
+
+        Without a limit it may take as long as it moves bytes: `still` are the seconds that it may stand still, the
+        option timeout if None. Once `refused` says of a line of its stderr that trying again is in vain, it is ended.
+        """
         what = f"{what} {self.name}"
-        with self.start(arguments) as child, ctx.on_cancel(child.stop) if ctx else nullcontext():
+        with (
+            self.start(arguments) as child,
+            ctx.on_cancel(child.stop) if ctx else nullcontext(),
+            _heard(child, refused),
+        ):
             if limit:
                 child.within(limit)
+            else:
+                child.while_moving(still or self._options.timeout)
             answer = bytearray()
             while block := child.output.read(1 << 20):
                 answer += block
@@ -212,10 +254,17 @@ class Repository:
             return bytes(answer)
 
     def write(
-        self, arguments: Sequence[str], what: str, ctx: Context | None = None, *, limit: float | None = None
+        self,
+        arguments: Sequence[str],
+        what: str,
+        ctx: Context | None = None,
+        *,
+        limit: float | None = None,
+        still: float | None = None,
+        refused: Callable[[str], bool] = lambda said: False,
     ) -> bytes:
         """`ask` for a command that takes a lock: see `locking`."""
-        return self.locking(lambda: self.ask(arguments, what, ctx, limit=limit), ctx)
+        return self.locking(lambda: self.ask(arguments, what, ctx, limit=limit, still=still, refused=refused), ctx)
 
     def locking(self, work: Callable[[], T], ctx: Context | None) -> T:
         """`work`, once more when dead locks are gone, and for `lock_wait` seconds again while somebody holds one.
@@ -333,6 +382,8 @@ class Repository:
         """Name -> size of the plain files at a snapshot's root; None if there is no such snapshot."""
         try:
             answer = self.ask(["--no-lock", "ls", "--json", snapshot], f"reading snapshot {snapshot[:8]} of", ctx)
+        except TooLate:
+            raise
         except BackupError:
             # 0.14 says that of one that is gone and ends well; 0.18 fails with its backend's words, which are many.
             if self.lacks(snapshot, ctx):
@@ -340,6 +391,8 @@ class Repository:
             raise
         there, files = False, {}
         for line in answer.splitlines():
+            if not line.startswith(b"{"):  # a wrapper's word
+                continue
             node = _json(line, dict)
             kind = node.get("struct_type") or node.get("message_type")
             if kind == "snapshot":
@@ -379,7 +432,7 @@ class Repository:
         """
         end = time.monotonic() + CLEAN_UP
         try:
-            left = [one["id"] for one in self.snapshots(tag, None, CLEAN_UP)]
+            left = [one["id"] for one in self.snapshots(tag, None, min(CLEAN_UP, self._options.timeout))]
             if left:
                 forget = ["forget", *left]
                 try:
@@ -409,6 +462,33 @@ class Repository:
         return found[0] if len(found) == 1 else None
 
 
+@contextmanager
+def _heard(child: Child, refused: Callable[[str], bool]) -> Iterator[None]:
+    """End a restic that tries again and again what was refused for good: it would do so for minutes."""
+    ended = threading.Event()
+
+    def listen() -> None:
+        while not ended.wait(_LISTEN):
+            if any(refused(line) for line in child.errors.splitlines()):
+                child.stop()
+                return
+
+    thread = threading.Thread(target=listen, name="restic-heard", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _program_of(command: str) -> str:
+    try:
+        return Path(shlex.split(command)[0]).name
+    except (ValueError, IndexError):
+        return ""
+
+
 def _until(end: float) -> float:
     return max(1.0, end - time.monotonic())
 
@@ -426,10 +506,14 @@ def _program(name: str, path: str) -> Any:
 
 
 def _json(text: bytes, kind: type[Any] = list) -> Any:
+    """The JSON document in an answer. A wrapper around restic may have said something in the lines before it."""
     try:
-        value = json.loads(text or b"null")
+        value = json.loads(_from_json_on(text) or b"null")
     except ValueError as error:
-        raise IntegrityError("restic's answer is no JSON") from error
+        said = text.decode(errors="replace").strip()
+        raise IntegrityError(
+            f"restic's answer is no JSON: {redact(said):.80}", "Is the option binary a wrapper that prints something?"
+        ) from error
     if value is None:  # an empty list, as Go writes it
         return kind()
     if not isinstance(value, kind):
@@ -447,6 +531,13 @@ def _require_password(path: Path) -> None:
         return  # restic says what is wrong with it
     if empty:
         raise ConfigError(f"the password file {path} is empty", "Write the repository's password into it.")
+
+
+def _from_json_on(text: bytes) -> bytes:
+    """`text` from the first line on that begins as JSON of restic's does; all of it where none does."""
+    lines = text.splitlines(keepends=True)
+    at = next((at for at, line in enumerate(lines) if line.lstrip()[:1] in (b"[", b"{") or line.strip() == b"null"), 0)
+    return b"".join(lines[at:])
 
 
 def _read_environment(path: Path) -> dict[str, str]:

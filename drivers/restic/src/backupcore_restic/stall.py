@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from backupcore.child import Child
+from backupcore.child import MOVED, Child, bytes_moved
 from backupcore.errors import BackupError, TargetFull, TargetUnavailable
 
 __all__ = ["Stall"]
@@ -25,7 +25,6 @@ ROOM = 16 << 20
 """Bytes: the least that restic wants to write at once, one pack."""
 
 EVERY = 0.5
-MOVED = 64 << 10  # bytes; less may be a status line that was written and not yet read, or a keep-alive of ssh
 
 
 class Stall:
@@ -61,14 +60,14 @@ class Stall:
     def _watch(self) -> None:
         before, idle = -MOVED, 0.0
         while not self._ended.wait(EVERY):
-            moved = _bytes_moved(self._child.pid) - self.said
+            moved = bytes_moved(self._child.pid) - self.said
             if moved > before + MOVED or not self._busy():
                 before, idle = moved, 0.0
                 continue
             idle += EVERY
             if (idle >= FULL_AFTER and self._is_full()) or idle >= self._limit:
+                self._child.expire()
                 self.error = self._reason(idle)
-                self._child.stop()
                 return
 
     def _is_full(self) -> bool:
@@ -86,15 +85,3 @@ class Stall:
             f"{self._what}: restic has neither read nor written for {idle:.0f} s, and was ended",
             "Is the repository's server up and reachable from here, and does the hypervisor answer?",
         )
-
-
-def _bytes_moved(process: int) -> int:
-    """Bytes that a process and those below it have read and written: files, pipes and sockets (proc(5), io)."""
-    total = 0
-    with suppress(OSError):  # it has ended
-        place = Path("/proc", str(process))
-        fields = dict(line.split(": ") for line in (place / "io").read_text().splitlines())
-        total = int(fields["rchar"]) + int(fields["wchar"])
-        for children in place.glob("task/*/children"):
-            total += sum(_bytes_moved(int(child)) for child in children.read_text().split())
-    return total

@@ -18,7 +18,7 @@ from backupcore.errors import BackupError, ConfigError, IntegrityError, TargetFu
 from backupcore.model import Artifact, Usage
 from backupcore_rsync.layout import LABELS, MANIFEST, OLD, VM_FOLDERS, Token, by_token, mark, marked, rules
 from backupcore_rsync.place import Upload
-from backupcore_rsync.programs import STALLED, Programs
+from backupcore_rsync.programs import STALLED, Programs, patiently
 from backupcore_rsync.target import DaemonTarget
 
 if TYPE_CHECKING:
@@ -49,10 +49,13 @@ class Daemon:
         return self._programs.listing(self.target, wanted, f"listing {self.name}", ctx)
 
     def _send(self, what: str, ctx: Context, folder: Path, *arguments: str) -> None:
-        child = self._programs.start_rsync(
-            self.target, ["--recursive", *arguments, "--", f"{folder}/", f"{self.target.url}/"]
-        )
-        self._programs.ask(child, f"{what} {self.name}", ctx, limit=STALLED)
+        command = ["--recursive", *arguments, "--", f"{folder}/", f"{self.target.url}/"]
+
+        def send() -> None:
+            child = self._programs.start_rsync(self.target, command)
+            self._programs.ask(child, f"{what} {self.name}", ctx, limit=STALLED)
+
+        patiently(send, ctx)
 
     def check(self, ctx: Context) -> None:
         """The daemon takes the login and knows the path; it would take a file (asked by a copy of nothing, dry)."""
@@ -187,8 +190,13 @@ class FetchedArtifact(Artifact):
         try:
             arguments = ["--whole-file", "--inplace", f"--timeout={STALLED}"]
             source = f"{self._at.target.url}/{self._path}"
-            child = programs.start_rsync(self._at.target, [*arguments, "--", source, f"{folder}/"])
-            programs.ask(child, what, self._ctx)
+            command = [*arguments, "--", source, f"{folder}/"]
+            patiently(
+                lambda: programs.ask(
+                    programs.start_rsync(self._at.target, command), what, self._ctx, still=self._at.options.timeout
+                ),
+                self._ctx,
+            )
             try:
                 handle = os.open(folder / self.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             except OSError as error:

@@ -28,7 +28,7 @@ from backupcore_rsync.folder import Folder
 from backupcore_rsync.host import Host
 from backupcore_rsync.layout import MANIFEST, Token
 from backupcore_rsync.place import Place, Upload
-from backupcore_rsync.programs import STALLED, Programs
+from backupcore_rsync.programs import STALLED, Programs, patiently
 from backupcore_rsync.target import DaemonTarget, FolderTarget, HostTarget, Target, parse
 
 __all__ = ["Rsync"]
@@ -141,8 +141,12 @@ class Rsync:
                     *arguments,
                     *self._transfer_arguments(),
                 ]
+                programs = place.programs(ctx) if isinstance(place, Host) else Programs(self)
+                patiently(lambda: transfer(programs, [*command, "--", *sources, destination]), ctx)
+
+            def transfer(programs: Programs, command: Sequence[str]) -> None:
                 with (
-                    Programs(self).start_rsync(parse(self.target), [*command, "--", *sources, destination]) as child,
+                    programs.start_rsync(parse(self.target), command) as child,
                     ctx.on_cancel(child.stop),
                 ):
                     # A read that hangs, of a hypervisor that does, holds rsync in the kernel until the view is gone.
@@ -151,10 +155,11 @@ class Rsync:
                     if view.failed:  # before the line above
                         child.stop()
                     try:
-                        copied.append(Programs(self).transfer(child, what, ctx, copied[-1]))
+                        copied.append(programs.transfer(child, what, ctx, copied[-1]))
                     except Cancelled:
                         raise
                     except BackupError:
+                        running.remove(child)
                         view.check()  # what rsync says of it is "Input/output error"
                         raise
                     view.check()

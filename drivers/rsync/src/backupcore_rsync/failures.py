@@ -17,7 +17,11 @@ from backupcore.errors import (
     TargetUnavailable,
 )
 
-__all__ = ["translate"]
+__all__ = ["Refused", "translate"]
+
+
+class Refused(TargetUnavailable):
+    """Nobody was let in, so nothing was done: the same can be tried again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,23 @@ def _text(pattern: str) -> re.Pattern[str]:
 
 _ACCOUNT = "Check the account of this datastore, and the owner and permissions of the target."
 
+_UP = "Is it up, reachable from here, and mounted over there?"
+
 RULES = (
+    Rule(
+        Refused,
+        _text(
+            r"^ssh: connect to host .*: connection refused$|^(kex|ssh)_exchange_identification: "
+            r"|^@error: max connections"
+        ),
+        _UP,
+    ),
+    Rule(
+        ConfigError,
+        _text(r"is your shell clean\?"),
+        "The account's shell prints something at its start: what its startup files (~/.bashrc and the like) print must "
+        "go to terminals only.",
+    ),
     Rule(
         AccessDenied,
         _text(r"remote host identification has changed"),
@@ -90,15 +110,19 @@ RULES = (
         "Check the options of this datastore.",
         (1, 4),
     ),
-    Rule(AccessDenied, _text(r"\((13|1|30)\)$|permission denied|not permitted|read-only file system"), _ACCOUNT),
+    Rule(
+        AccessDenied,
+        _text(r"\((13|1|30)\)$|: (permission denied|operation not permitted|read-only file system)$"),
+        _ACCOUNT,
+    ),
     Rule(
         TargetUnavailable,
         _text(
             r"connection (refused|reset|timed out|closed)|could not resolve|no route to host|network is unreachable"
-            r"|name or service not known|broken pipe|timeout|timed out|max connections"
+            r"|name or service not known|broken pipe|timeout|timed out"
             r"|no such (file|folder)"
         ),
-        "Is it up, reachable from here, and mounted over there?",
+        _UP,
     ),
 )
 

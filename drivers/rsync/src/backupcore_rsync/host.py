@@ -12,11 +12,12 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from backupcore.child import ChildStream
-from backupcore.errors import BackupError
+from backupcore.errors import BackupError, ConfigError
 from backupcore.model import Artifact, Usage
 from backupcore_rsync.layout import VM_FOLDERS, Token, begun, part, rules
+from backupcore_rsync.login import login
 from backupcore_rsync.place import Upload, changed, expected
-from backupcore_rsync.programs import Programs
+from backupcore_rsync.programs import Programs, patiently
 from backupcore_rsync.target import HostTarget
 
 if TYPE_CHECKING:
@@ -29,6 +30,12 @@ __all__ = ["Host"]
 
 AT_ONCE = 500
 """Backups that one script removes: some 70 bytes each, and Linux takes 128 KiB in one argument of ssh's."""
+
+ANSWERS = "backupcore answers"
+HELLO = f'echo "{ANSWERS}"; '
+"""What comes before it is the account's own: a message of the day, or that it takes no commands."""
+
+_SSH_ITSELF = 255  # ssh's exit code for what it says itself; negative ones are signals
 
 _ENTER = 'cd -- "$1" || { echo "$1: no such folder, or closed" >&2; exit 1; }; '
 
@@ -75,21 +82,47 @@ class Host:
     def __init__(self, options: Rsync, target: HostTarget) -> None:
         self.options = options
         self.target = target
-        self._programs = Programs(options)
+
+    def programs(self, ctx: Context, *, patient: bool = True) -> Programs:
+        """ssh and rsync by the one login of the run; where it is not `patient`, one that is refused is not repeated."""
+
+        def connect() -> str:
+            return patiently(lambda: login(self.options, self.target, ctx), ctx, pauses=None if patient else ())
+
+        return Programs(self.options, ctx.once((Host, self.options), connect))
 
     @property
     def name(self) -> str:
         """How messages call it."""
         return f"{self.target.at}:{self.target.path.removeprefix('./')}"
 
-    def _ask(self, script: str, what: str, ctx: Context | None, *arguments: str, limit: float | None = None) -> str:
-        child = self._programs.start_ssh(self.target, script, self.target.path, *arguments)
-        limit = limit or self.options.timeout
-        return self._programs.ask(child, f"{what} {self.name}", ctx, limit=limit).decode(errors="replace")
+    def _ask(
+        self,
+        script: str,
+        what: str,
+        ctx: Context,
+        *arguments: str,
+        limit: float | None = None,
+        patient: bool = True,
+    ) -> str:
+        what = f"{what} {self.name}"
+        programs = self.programs(ctx, patient=patient)
+
+        def ask() -> bytes:
+            child = programs.start_ssh(self.target, HELLO + script, self.target.path, *arguments)
+            return programs.ask(
+                child,
+                what,
+                ctx,
+                limit=limit or self.options.timeout,
+                judge=lambda code, answer: _no_clean_shell(code, answer, child.errors, what),
+            )
+
+        return patiently(ask, ctx, None if patient else ()).decode(errors="replace").partition(f"{ANSWERS}\n")[2]
 
     def check(self, ctx: Context) -> None:
         """The host takes the login and has rsync; the folder is there and can be written to."""
-        self._ask(CHECK, "asking", ctx, self.options.rsync_path)
+        self._ask(CHECK, "asking", ctx, self.options.rsync_path, patient=False)
 
     def ready(self, run: BackupRun, ctx: Context) -> None:
         """`check`, and remove what dead runs of this installation have left unfinished for this VM, in the end."""
@@ -118,11 +151,11 @@ class Host:
     def files(self, folders: Iterable[str] | None, ctx: Context) -> dict[str, int]:
         """One listing by rsync."""
         folders = None if folders is None else list(folders)
-        return self._programs.listing(self.target, rules(folders), f"listing {self.name}", ctx)
+        return self.programs(ctx).listing(self.target, rules(folders), f"listing {self.name}", ctx)
 
     def holds_backups(self, ctx: Context) -> bool:
         """True if any VM has a folder there."""
-        found = self._programs.listing(self.target, [f"+ /{VM_FOLDERS}/", "- *"], f"listing {self.name}", ctx)
+        found = self.programs(ctx).listing(self.target, [f"+ /{VM_FOLDERS}/", "- *"], f"listing {self.name}", ctx)
         return any(Token.parse(f"{path.rstrip('/')}.{'0' * 32}") for path in found)
 
     def store(self, upload: Upload) -> None:
@@ -175,6 +208,7 @@ class HostArtifact(Artifact):
         self._at = at
         self._path = path
         self._ctx: Context | None = ctx
+        self._programs = at.programs(ctx)
         self.name = path.rpartition("/")[2]
         self.size = size
 
@@ -183,11 +217,30 @@ class HostArtifact(Artifact):
 
     def open(self) -> BinaryIO:
         """The file from byte 0; an ssh that fails raises from the read that meets it."""
-        programs = Programs(self._at.options)
+        programs = self._programs
         what = f"reading {self._path} in {self._at.name}"
         child = programs.start_ssh(self._at.target, READ, f"{self._at.target.path}/{self._path}")
 
         def failed(ended: Child, code: int) -> BackupError:
             return programs.failed(ended, code, what)
 
-        return io.BufferedReader(ChildStream(child, self.size, what, failed, self._ctx), 1 << 20)
+        limit = self._at.options.timeout
+        return io.BufferedReader(ChildStream(child, self.size, what, failed, self._ctx, limit=limit), 1 << 20)
+
+
+def _no_clean_shell(code: int, answer: bytes, errors: str, what: str) -> BackupError | None:
+    """The error for an account that runs no commands, or whose shell says more than it is asked; None if it is well."""
+    before, answers, _ = answer.decode(errors="replace").partition(f"{ANSWERS}\n")
+    said = " ".join(before.split())[:200]
+    if answers and said:
+        return ConfigError(
+            f"{what}: the account's shell prints something at its start: {said}",
+            "rsync cannot work so: what its startup files (~/.bashrc and the like) print must go to terminals only.",
+        )
+    if not answers and 0 <= code < _SSH_ITSELF and (said or not errors.strip()):
+        return ConfigError(
+            f"{what}: the account runs no commands there (exit code {code}{f': {said}' if said else ''})",
+            "It needs a shell, and rsync: an account for SFTP only (ForceCommand internal-sftp), or one whose shell is "
+            "nologin, takes no backups.",
+        )
+    return None

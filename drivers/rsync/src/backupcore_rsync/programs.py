@@ -8,20 +8,20 @@ import re
 import shlex
 import time
 from calendar import timegm
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from backupcore.child import Child
 from backupcore.errors import BackupError, ConfigError, IntegrityError, TargetUnavailable
-from backupcore_rsync.failures import translate
+from backupcore_rsync.failures import Refused, translate
 from backupcore_rsync.target import DaemonTarget, HostTarget
 
 if TYPE_CHECKING:
     from backupcore import Context
     from backupcore_rsync.driver import Rsync
 
-__all__ = ["Programs"]
+__all__ = ["Programs", "patiently"]
 
 ANSWER = 1 << 30
 """Bytes that a program may answer with: a listing of some 500,000 backups."""
@@ -29,16 +29,26 @@ ANSWER = 1 << 30
 STALLED = 1800
 """Seconds without a byte after which a transfer is given up. A merge may read for minutes before it writes."""
 
+PAUSES = (1.0, 3.0, 8.0, 20.0)
+"""Seconds before a target that let nobody in is asked again: a daemon that still counts the last connection, a sshd
+that takes few logins at once, a firewall that takes six connections in 30 s (``ufw limit``)."""
+
+T = TypeVar("T")
+
 # All else comes from the options: an RSYNC_* variable of the user's shell must not send a backup elsewhere.
 _INHERITED = ("PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "SSH_AUTH_SOCK")
 _LISTED = re.compile(r"([-d])\S{9}\S? +([0-9]+) ([0-9]+/[0-9/]+ [0-9:]+) (.+)")
 
 
 class Programs:
-    """rsync and ssh, as the driver's options describe them. Holds nothing open; pickles as its options."""
+    """rsync and ssh, as the driver's options describe them. Holds nothing open; pickles as its options.
 
-    def __init__(self, options: Rsync) -> None:
+    `control` is the socket of a connection that others share (`backupcore_rsync.login`), "" where there is none.
+    """
+
+    def __init__(self, options: Rsync, control: str = "") -> None:
         self._options = options
+        self._control = control
 
     def environment(self) -> dict[str, str]:
         """What the programs find in their environment."""
@@ -58,7 +68,12 @@ class Programs:
             "ConnectTimeout": str(options.timeout),
             "ServerAliveInterval": "15",
             "ServerAliveCountMax": "8",
+            "LogLevel": "ERROR",  # no banner: its words would be taken for ssh's
+            "RequestTTY": "no",
+            "RemoteCommand": "none",
         }
+        if self._control:
+            settings |= {"ControlMaster": "no", "ControlPath": _ssh_quoted(self._control)}
         if options.known_hosts_file:
             settings["UserKnownHostsFile"] = _ssh_quoted(str(options.known_hosts_file.expanduser().absolute()))
             settings["GlobalKnownHostsFile"] = "/dev/null"  # the file named is the one that counts
@@ -75,6 +90,23 @@ class Programs:
         # One line, and single quotes only: whatever shell the account has passes it on to sh as it is.
         line = " ".join(["exec", "sh", "-c", *map(shlex.quote, (script, "sh", *arguments))])
         return self._start(program, [*rest, target.login, line], "the option ssh")
+
+    def start_login(self, target: HostTarget, control: str) -> Child:
+        """An ssh that logs in, runs nothing, and lets others use its connection by the socket `control`."""
+        program, *rest = self.ssh()
+        more = ["-M", "-N", "-o", f"ControlPath={_ssh_quoted(control)}", "-o", "ControlPersist=no"]
+        return self._start(program, [*rest, *more, target.login], "the option ssh")
+
+    def shares_already(self, target: HostTarget, ctx: Context) -> bool:
+        """Whether the user's own configuration of ssh has connections shared, which is his affair then."""
+        program, *rest = self.ssh()
+        child = self._start(program, [*rest, "-G", target.login], "the option ssh")
+        try:
+            said = self.ask(child, "asking ssh for its configuration", ctx, limit=self._options.timeout)
+        except (ConfigError, TargetUnavailable):  # no OpenSSH, or one older than 6.8
+            return True
+        found = re.search(r"^controlpath (.+)$", said.decode(errors="replace"), re.MULTILINE | re.IGNORECASE)
+        return found is not None and found[1] != "none"
 
     def start_rsync(self, target: object, arguments: Sequence[str]) -> Child:
         """rsync with these arguments; `target` decides how it connects."""
@@ -108,11 +140,26 @@ class Programs:
             return TargetUnavailable(f"{what}: no answer in time", "Is it up, and reachable from here?")
         return error
 
-    def ask(self, child: Child, what: str, ctx: Context | None, *, limit: float | None = None) -> bytes:
-        """Let a child run to its end; what it wrote to stdout. `ctx` cancels it, `limit` is in seconds."""
+    def ask(
+        self,
+        child: Child,
+        what: str,
+        ctx: Context | None,
+        *,
+        limit: float | None = None,
+        still: float | None = None,
+        judge: Callable[[int, bytes], BackupError | None] = lambda code, answer: None,
+    ) -> bytes:
+        """Let a child run to its end; what it wrote to stdout. `ctx` cancels it.
+
+        `limit` are the seconds that it may take, `still` those that it may stand still. `judge` may know better what a
+        code and an answer mean.
+        """
         with child, ctx.on_cancel(child.stop) if ctx else nullcontext():
             if limit:
                 child.within(limit)
+            if still:
+                child.while_moving(still)
             answer = bytearray()
             while block := child.output.read(1 << 20):
                 answer += block
@@ -121,6 +168,8 @@ class Programs:
             code = child.wait()
             if ctx:
                 ctx.check()
+            if not child.late and (judged := judge(code, bytes(answer))):
+                raise judged
             if code:
                 raise self.failed(child, code, what)
             return bytes(answer)
@@ -137,8 +186,12 @@ class Programs:
         """The same with the time of the last change, in seconds since 1970."""
         source = f"{target.at}:{target.path}/" if isinstance(target, HostTarget) else f"{target.url}/"
         arguments = ["--recursive", "--list-only", "--no-human-readable", *(f"--filter={rule}" for rule in rules)]
-        child = self.start_rsync(target, [*arguments, "--", source])
-        answer = self.ask(child, what, ctx, limit=STALLED)
+        answer = patiently(
+            lambda: self.ask(
+                self.start_rsync(target, [*arguments, "--", source]), what, ctx, still=self._options.timeout
+            ),
+            ctx,
+        )
         # Links, devices and names with odd characters are nothing of ours.
         found = (_LISTED.fullmatch(line) for line in answer.decode(errors="replace").splitlines())
         return {
@@ -163,6 +216,20 @@ class Programs:
         if code:
             raise self.failed(child, code, what)
         return before + count
+
+
+def patiently(work: Callable[[], T], ctx: Context | None, pauses: Sequence[float] | None = None) -> T:
+    """`work`, again after each of these pauses (`PAUSES` if None) where it was not even let in."""
+    for pause in PAUSES if pauses is None else pauses:
+        try:
+            return work()
+        except Refused as error:
+            if ctx is None:  # in a process of a view's
+                time.sleep(pause)
+                continue
+            ctx.log.info("%s; trying again in %.0f s", error, pause)
+            ctx.wait(pause)
+    return work()
 
 
 def _seconds(date: str) -> int:

@@ -111,9 +111,9 @@ RULES = (
         ),
     ),
     Rule(
-        UnsupportedOperation,
+        TargetUnavailable,  # no damage: all of it is there, and comes back
         _codes("InvalidObjectState"),
-        "The object lies in an archive: have the store restore it first (aws s3api restore-object).",
+        "The object lies in an archive: have the store restore it first (aws s3api restore-object), then run it again.",
     ),
     Rule(UnsupportedOperation, _codes("NotImplemented MethodNotAllowed EntityTooLarge 405 501")),
     Rule(IntegrityError, _codes("InvalidRange 416")),
