@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any, BinaryIO
 
 import pluggy
@@ -198,6 +199,12 @@ class Datastore:
             return Usage()
         with self._translated("usage"):
             return checked_usage(self._answer("usage", Usage, ctx=ctx))
+
+    def locks(self, sources: Sequence[SourceRef], ctx: Context) -> dict[SourceRef, datetime | None]:
+        """Those of these sources that the datastore would not delete now, and until when; {} where it cannot say."""
+        if not sources or not self.implements("locks"):
+            return {}
+        return dict(self._answer("locks", Mapping, sources=tuple(sources), ctx=ctx))
 
     def maintain(self, ctx: Context) -> bool:
         """Let the driver tidy up and look for damage, which may take hours; False if it has nothing of the kind."""

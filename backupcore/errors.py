@@ -7,6 +7,7 @@
     ├── TargetUnavailable     retryable: the datastore is away; try again later
     ├── TargetFull            make room in the place that the message names (datastore, scratch, restore folder)
     ├── AccessDenied          the credentials or permissions do not suffice
+    │   └── Locked            the datastore keeps what should be deleted, by a lock or by policy; `until` says how long
     ├── NotFound              no VM, disk, image, increment or datastore of that name
     │   └── SourceNotFound    the datastore holds no complete source of that token
     ├── IntegrityError        stored bytes are not what was written: do not restore from them
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping
+from datetime import datetime
 from typing import ClassVar
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "HypervisorError",
     "IncrementImpossible",
     "IntegrityError",
+    "Locked",
     "NotFound",
     "SourceNotFound",
     "TargetFull",
@@ -86,6 +89,17 @@ class TargetFull(BackupError):
 
 class AccessDenied(BackupError):
     """The credentials or permissions do not suffice."""
+
+
+class Locked(AccessDenied):
+    """The datastore refuses to delete: a lock, or a policy (append-only) that is as somebody wanted it.
+
+    Nothing was deleted. `until` is when it can be, None where nobody says.
+    """
+
+    def __init__(self, message: str, hint: str = "", *, until: datetime | None = None) -> None:
+        super().__init__(message, hint)
+        self.until = until
 
 
 class NotFound(BackupError):

@@ -4,8 +4,9 @@
 
 A *driver* is a class decorated with `backupcore.driver`; it is found under the entry-point group ``backupcore.drivers``
 and implements `backup`, `restore`, `delete` and `sources`; `prebackup`, `postbackup`, `flatten`, `check`, `usage` and
-`maintain` are optional. A *hypervisor* (``backupcore.hypervisors``) implements `prebackup` and `postbackup`, and the
-Python protocol of `backupcore.hypervisor`. Site plugins may wrap any hook with ``@hookimpl(wrapper=True)``.
+`locks` and `maintain` are optional. A *hypervisor* (``backupcore.hypervisors``) implements `prebackup` and
+`postbackup`, and the Python protocol of `backupcore.hypervisor`. Site plugins may wrap any hook with
+``@hookimpl(wrapper=True)``.
 
 The life of a run::
 
@@ -32,12 +33,14 @@ Arguments and fields are only ever added.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import pluggy
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from backupcore.context import Context
     from backupcore.model import (
         Artifact,
@@ -141,7 +144,16 @@ def delete(sources: Sequence[SourceRef], ctx: Context) -> bool:
 
     Nothing but these sources is touched. Killed at any line, each of them is whole or gone: what makes it a backup goes
     first. No object of the driver gives back from a cache what was deleted. A store that refuses (a lock, a policy) is
-    AccessDenied with its reason.
+    Locked with its reason and, where it says so, until when; one that does not take these credentials is AccessDenied.
+    """
+
+
+@hookspec(firstresult=True)
+def locks(sources: Sequence[SourceRef], ctx: Context) -> Mapping[SourceRef, datetime | None]:
+    """Which of these sources the store would refuse to delete now, and until when (None where nobody says).
+
+    Optional, for stores that can say so in a few quick questions, as by an object's retention date: retention does not
+    begin what it could not end. What is absent is not locked. Changes nothing.
     """
 
 

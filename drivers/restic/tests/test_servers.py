@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from restic_odd import BrokenArtifact
 
 from backupcore.context import Context
-from backupcore.errors import BackupError, SourceNotFound, TargetUnavailable
+from backupcore.errors import BackupError, HypervisorError, Locked, SourceNotFound, TargetUnavailable
 from backupcore.model import BackupRun, BytesArtifact
 from backupcore_restic import Restic
 from lab.servers import free_port, rclone, sshd
@@ -70,6 +72,34 @@ def test_a_repository_on_a_server(
         driver.restore(source, ctx)
     assert SECRET not in caplog.text
     assert SECRET not in repr(driver)
+
+
+def test_a_server_that_deletes_nothing(
+    options: Callable[..., Restic],
+    ctx: Context,
+    make_run: Callable[..., BackupRun],
+    make_artifacts: Callable[..., list[BytesArtifact]],
+    tmp_path: Path,
+) -> None:
+    """It is told at once, and as a policy; restic would try it for a minute and a half."""
+    place = tmp_path / "served"
+    place.mkdir()
+    with rclone(place, "restic", "--append-only") as port:
+        driver = options(f"rest:http://127.0.0.1:{port}/web/")
+        assert driver.check(ctx), "the first backup creates it"
+        run = make_run()
+        driver.prebackup(run, ctx)
+        source = driver.backup(make_artifacts(), run, ctx).source
+        began = time.monotonic()
+        with pytest.raises(Locked, match="403") as caught:
+            driver.delete([source], ctx)
+        assert time.monotonic() - began < 20
+        assert caught.value.until is None
+        assert [one.source for one in driver.sources(ctx)] == [source]
+        driver.prebackup(make_run(builds_on=(source,)), ctx)
+        broken = [BrokenArtifact("disk.vdb.qcow2", 4 << 20), *make_artifacts()]
+        with pytest.raises(HypervisorError):
+            driver.backup(broken, make_run(), ctx)
 
 
 def test_a_server_that_has_gone(table: dict[str, object], options: Callable[..., Restic], ctx: Context) -> None:

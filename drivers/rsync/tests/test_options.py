@@ -134,7 +134,8 @@ def test_what_reaches_rsync_and_ssh(tmp_path: Path, ctx: Context, monkeypatch: p
     expected = [
         *("-F", "my file", "-i", "/keys/it's mine", "-p", "2222", "-o", "BatchMode=yes"),
         *("-o", "StrictHostKeyChecking=yes", "-o", "ConnectTimeout=7", "-o", "ServerAliveInterval=15"),
-        *("-o", "ServerAliveCountMax=8", "-o", 'UserKnownHostsFile="/keys/known hosts"'),
+        *("-o", "ServerAliveCountMax=8", "-o", "LogLevel=ERROR", "-o", "RequestTTY=no", "-o", "RemoteCommand=none"),
+        *("-o", 'UserKnownHostsFile="/keys/known hosts"'),
         *("-o", "GlobalKnownHostsFile=/dev/null", "-o", "IdentitiesOnly=yes"),
     ]
     assert ssh.arguments[:-2] == expected

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from backupcore.errors import AccessDenied, BackupError, ConfigError, TargetFull, TargetUnavailable
-from backupcore_rsync.failures import translate
+from backupcore_rsync.failures import Refused, translate
 
 CLOSED = (
     "rsync: connection unexpectedly closed (0 bytes received so far) [sender]\nrsync error: x (code 12) at io.c(231)\n"
@@ -43,7 +43,7 @@ CHANGED = (
         (12, f"{CHANGED}{CLOSED}", AccessDenied, "REMOTE HOST IDENTIFICATION"),
         (255, "Host key verification failed.\n", AccessDenied, "Host key"),
         (255, "me@nas: Permission denied (publickey,password).\n", AccessDenied, "publickey"),
-        (255, "ssh: connect to host nas port 22: Connection refused\n", TargetUnavailable, "refused"),
+        (255, "ssh: connect to host nas port 22: Connection refused\n", Refused, "refused"),
         (255, "ssh: Could not resolve hostname nas: Name or service not known\n", TargetUnavailable, "resolve"),
         (255, "Connection to nas closed by remote host.\n", TargetUnavailable, "closed"),
         (12, f"bash: line 1: rsync: command not found\n{CLOSED}", ConfigError, "rsync: command not found"),
@@ -57,7 +57,15 @@ CHANGED = (
         ),
         (5, "@ERROR: auth failed on module vms\nrsync error: …", AccessDenied, "auth failed"),
         (5, "@ERROR: Unknown module 'x'\n", ConfigError, "Unknown module"),
-        (5, "@ERROR: max connections (1) reached -- try again later\n", TargetUnavailable, "max connections"),
+        (5, "@ERROR: max connections (1) reached -- try again later\n", Refused, "max connections"),
+        (
+            2,
+            "protocol version mismatch -- is your shell clean?\n(see the rsync manpage for an explanation)\n",
+            ConfigError,
+            "clean",
+        ),
+        (1, "This host is not permitted to strangers\nmkdir: x: Permission denied\n", AccessDenied, "mkdir"),
+        (255, "Access is not permitted here\nConnection closed by 10.0.0.1 port 22\n", TargetUnavailable, "closed"),
         (
             10,
             "rsync: [Receiver] failed to connect to nas (10.0.0.1): Connection refused (111)\n",

@@ -99,6 +99,11 @@ class Proxy:
         body = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
         self._rule(pattern, lambda _: Answer(status, [("Content-Type", "application/xml")], body), times)
 
+    def page(self, status: int, body: bytes, location: str = "") -> None:
+        """Answer everything with a page for browsers."""
+        headers = [("Content-Type", "text/html"), *([("Location", location)] if location else [])]
+        self._rule("", lambda _: Answer(status, headers, body), 1 << 30)
+
     def listen(self, heard: Callable[[Request], None]) -> None:
         """Call `heard` with every request."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from backupcore.errors import (
     ConfigError,
     HypervisorError,
     IntegrityError,
+    Locked,
     SourceNotFound,
     TargetFull,
     TargetUnavailable,
@@ -157,13 +159,19 @@ REFUSALS = [
     (400, "AuthorizationHeaderMalformed", "expecting 'eu-west-1'", ConfigError, "region"),
     (400, "KMS.NotFoundException", "no such key", ConfigError, "sse_kms_key_id"),
     (501, "NotImplemented", "not here", UnsupportedOperation, ""),
+    (402, "", "", AccessDenied, "paid"),
+    (407, "", "", ConfigError, "proxy"),
+    (413, "", "", UnsupportedOperation, "size"),
+    (429, "", "", TargetUnavailable, "concurrency"),
     (400, "EntityTooLarge", "too large", UnsupportedOperation, ""),
     (500, "InternalError", "sorry", TargetUnavailable, ""),
     (418, "SomethingNew", "odd", TargetUnavailable, ""),
 ]
 
 
-@pytest.mark.parametrize(("status", "code", "message", "error", "hint"), REFUSALS, ids=[one[1] for one in REFUSALS])
+@pytest.mark.parametrize(
+    ("status", "code", "message", "error", "hint"), REFUSALS, ids=[one[1] or str(one[0]) for one in REFUSALS]
+)
 def test_refusals(
     options: Options,
     bucket: str,
@@ -180,7 +188,7 @@ def test_refusals(
 ) -> None:
     driver = options(bucket, endpoint_url=proxy.url, retries=0)
     proxy.answer(r"PUT .*/disk", status, code, message)
-    with pytest.raises(error, match=f"{message}.*{code}") as caught:
+    with pytest.raises(error, match=f"{message}.*{code or status}") as caught:
         driver.backup(make_artifacts(10), make_run(), ctx)
     assert type(caught.value) is error
     assert hint in caught.value.hint
@@ -362,8 +370,9 @@ def test_a_delete_that_is_refused(
 ) -> None:
     source = through.backup(make_artifacts(10), make_run(), ctx).source
     proxy.answer(r"DELETE .*/manifest.json", 403, "AccessDenied", "explicit deny in a policy", times=1)
-    with pytest.raises(AccessDenied, match="explicit deny in a policy"):
+    with pytest.raises(Locked, match="explicit deny in a policy") as caught:
         through.delete([source], ctx)
+    assert caught.value.until is None
     assert through.restore(source, ctx)
     # Deletes go by the manifest first: what is interrupted later is no source any more, and the next attempt ends it.
     proxy.answer(r"DELETE .*/disk", 403, "AccessDenied", "explicit deny in a policy", times=1)
@@ -372,6 +381,57 @@ def test_a_delete_that_is_refused(
     assert list(through.sources(ctx)) == []
     assert through.delete([source], ctx)
     assert through.usage(ctx).used == 0
+
+
+PAGE = b"<!DOCTYPE html>\n<html><title>Console</title></html>"
+
+
+@pytest.mark.parametrize(
+    ("status", "location", "text"),
+    [
+        (301, "", r"it sends elsewhere \(HTTP 301\)"),
+        (302, "https://nas/login", r"it sends elsewhere \(HTTP 302: https://nas/login\)"),
+        (307, "https://me:geheim@nas/", r"HTTP 307: https://\*\*\*@nas/"),
+        (200, "", "a web page came"),
+    ],
+)
+def test_what_answers_there_is_no_store(
+    through: S3,
+    proxy: Proxy,
+    ctx: Context,
+    make_run: Runs,
+    make_artifacts: Artifacts,
+    status: int,
+    location: str,
+    text: str,
+) -> None:
+    proxy.page(status, PAGE, location)
+    run = make_run()
+    calls = (
+        lambda: through.check(ctx),
+        lambda: through.prebackup(run, ctx),
+        lambda: through.backup(make_artifacts(10), run, ctx),
+        lambda: list(through.sources(ctx)),
+    )
+    for call in calls:
+        with pytest.raises(ConfigError, match=text) as caught:
+            call()
+        assert "endpoint_url" in caught.value.hint
+
+
+def test_tls_that_the_server_does_not_speak(through: S3, ctx: Context, proxy: Proxy, options: Options) -> None:
+    wrong = options(through.bucket, endpoint_url=proxy.url.replace("http:", "https:"), retries=0)
+    with pytest.raises(ConfigError) as caught:
+        wrong.check(ctx)
+    assert "http://" in caught.value.hint
+
+
+def test_a_key_that_may_not_list_uploads(
+    through: S3, ctx: Context, proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy.answer(r"GET [^ ]*[?&]uploads", 403, "AccessDenied", "no identity-based policy allows it")
+    assert through.check(ctx)
+    assert "s3:ListBucketMultipartUploads" in caplog.text
 
 
 def test_a_source_under_object_lock(
@@ -393,5 +453,11 @@ def test_a_source_under_object_lock(
     with pytest.raises(AccessDenied, match=r"Object Lock \(COMPLIANCE until 20") as caught:
         driver.delete([SourceRef(f"{other}.{'0' * 32}"), source], ctx)
     assert "Nothing was deleted" in caught.value.hint
+    [(locked, until)] = driver.locks([SourceRef(f"{other}.{'0' * 32}"), source], ctx).items()
+    assert locked == source
+    assert isinstance(caught.value, Locked)
+    assert caught.value.until == until
+    assert until is not None
+    assert timedelta(hours=23) < until - datetime.now(UTC) <= timedelta(days=1)
     assert [one.source for one in driver.sources(ctx)] == [source]
     assert len(driver.restore(source, ctx)) == 5

@@ -25,6 +25,7 @@ from backupcore_s3.client import connect
         ({"bucket": "b", "pasword": "geheim"}, "pasword"),
         ({"bucket": "abc", "prefix": "a/../geheim"}, "prefix"),
         ({"bucket": "abc", "prefix": "a\ngeheim"}, "prefix"),
+        ({"bucket": "abc", "prefix": "/lead//geheim/"}, "prefix: must not hold //"),
         ({"bucket": "abc", "prefix": "geheim" * 100}, "prefix: 500"),
         ({"bucket": "abc", "endpoint_url": "geheim"}, "endpoint_url: http"),
         ({"bucket": "abc", "endpoint_url": "ftp://geheim"}, "endpoint_url: http"),

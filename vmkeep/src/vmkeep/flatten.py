@@ -10,17 +10,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from backupcore.chain import lineage
 from backupcore.context import Context, Progress
 from backupcore.datastore import Datastore
-from backupcore.errors import BackupError, ContractViolation, IntegrityError, UnsupportedOperation
+from backupcore.errors import BackupError, ContractViolation, IntegrityError, Locked, UnsupportedOperation
 from backupcore.hypervisor import Hypervisor
 from backupcore.model import VM, Image, Increment, SourceRef, Stored
 from backupcore.typed import typed
 from vmkeep import lock, settings
-from vmkeep.catalog import flattens, images, tokens
+from vmkeep.catalog import flattens, holds, images, tokens
 from vmkeep.workplace import Workplace
 
 if TYPE_CHECKING:
@@ -170,22 +171,45 @@ def finish_locked(place: Workplace, image: Image) -> Image:
 def delete_leftovers(
     place: Workplace, vm: str, ctx: Context, stores: Mapping[str, Datastore] | None = None
 ) -> list[str]:
-    """Delete what flattens of `vm` (UUID) have left, newest first; returns what could not be deleted, and why."""
+    """Delete what flattens of `vm` (UUID) have left, newest first; returns what could not be deleted, and why.
+
+    What the datastore keeps by a lock or a policy is noted (`catalog.holds`) and put off.
+    """
     left = flattens.leftovers(place.catalog, vm)
+    now = datetime.now(UTC)
+    refusing = _refusing(place, now) if left else set()
     opened = dict(stores or {})
     warnings = []
-    for name in sorted({one.datastore for one in left}):
+    for name in sorted({one.datastore for one in left} - refusing):
         these = [one for one in left if one.datastore == name]
         try:
             if name not in opened:
                 opened[name] = place.datastore(name)
             opened[name].delete([one.source for one in these], ctx)
+        except Locked as error:  # as somebody wanted it: told once, and put off
+            kind = holds.LOCK if error.until else holds.POLICY
+            if image := _last(place, vm, name):
+                holds.hold(place.catalog, image.number, error.until, kind, now)
+            log.info("%d old backups in %s are merged, and stay for now: %s", len(these), name, error.in_full)
         except BackupError as error:
             count = f"{len(these)} old backups in {name}"
             warnings.append(f"{count} are merged, but could not be deleted: {error.in_full}")
         else:
             flattens.drop(place.catalog, these)
+            holds.release(place.catalog, name)
     return warnings
+
+
+def _refusing(place: Workplace, now: datetime) -> set[str]:
+    """The datastores that have deleted nothing when they were last asked, not long ago."""
+    held = {number for number, one in holds.active(place.catalog, now).items() if one.kind == holds.POLICY}
+    return {one.datastore for one in images.where(place.catalog) if one.number in held} if held else set()
+
+
+def _last(place: Workplace, vm: str, datastore: str) -> Image | None:
+    """The newest image that the VM (UUID) has there, or any image there."""
+    found = [one for one in images.where(place.catalog) if one.datastore == datastore]
+    return next((one for one in reversed(found) if one.vm.uuid == vm), found[-1] if found else None)
 
 
 def _verify_all(place: Workplace, vm: VM) -> bool:

@@ -9,11 +9,11 @@ from typing import Literal
 
 from backupcore import chain
 from backupcore.context import Progress
-from backupcore.errors import BackupError, Cancelled
+from backupcore.errors import BackupError, Cancelled, Locked
 from backupcore.model import VM
 from backupcore.typed import typed
 from vmkeep import deletion, flatten, settings
-from vmkeep.catalog import chains, flattens, images
+from vmkeep.catalog import chains, flattens, holds, images
 from vmkeep.workplace import Workplace
 
 __all__ = ["Action", "Plan", "apply", "plan", "prune"]
@@ -61,11 +61,16 @@ def _now() -> datetime:
 def plan(
     place: Workplace, *, vm: VM | None = None, datastore: str | None = None, clock: Callable[[], datetime] = _now
 ) -> list[Plan]:
-    """What retention would do now, for all VMs that have images or for one. Touches nothing. `clock` tells it."""
+    """What retention would do now, for all VMs that have images or for one. Touches nothing. `clock` tells it.
+
+    What a datastore is known not to delete as yet stays.
+    """
+    now = clock()
+    held = holds.active(place.catalog_if_any, now)
     found = chains.chains(
         place.catalog_if_any,
         place.installation_if_any,
-        now=clock(),
+        now=now,
         vm=vm.uuid if vm else None,
         datastore=datastore,
     )
@@ -73,7 +78,21 @@ def plan(
     for one in found:
         if one.vm.uuid not in known:
             known[one.vm.uuid] = _settings(place, one.vm)
-    return [_plan(one, known[one.vm.uuid]) for one in found]
+    return [_put_off(_plan(one, known[one.vm.uuid]), held) for one in found]
+
+
+def _put_off(due: Plan, held: Mapping[int, holds.Hold]) -> Plan:
+    """The same, without what ends in a delete that the datastore is known to refuse."""
+    return replace(
+        due,
+        actions=tuple(
+            _kept(one, held[one.image]) if one.what != "keep" and one.image in held else one for one in due.actions
+        ),
+    )
+
+
+def _kept(action: Action, held: holds.Hold) -> Action:
+    return replace(action, what="keep", to=None, why=f"{action.why}, but {holds.words(held)}")
 
 
 def _settings(place: Workplace, vm: VM) -> Mapping[str, str] | BackupError:
@@ -128,6 +147,8 @@ def apply(place: Workplace, due: Plan, *, progress: Progress | None = None) -> P
 
 def _apply(place: Workplace, action: Action, progress: Progress | None) -> Action:
     try:
+        if action.what != "keep" and (held := _locked(place, action)):
+            return _kept(action, held)
         if action.what == "flatten":
             done = flatten.flatten(place, str(action.image), to=action.to, progress=progress)
             return replace(action, done=True, error="; ".join(done.warnings))
@@ -136,9 +157,31 @@ def _apply(place: Workplace, action: Action, progress: Progress | None) -> Actio
             return replace(action, done=True)
     except Cancelled:
         raise  # the user wants the rest to stop as well
+    except Locked as error:
+        kind = holds.LOCK if error.until else holds.POLICY
+        return _kept(action, holds.hold(place.catalog, action.image, error.until, kind, _now()))
     except BackupError as error:
         return replace(action, error=error.in_full)
     return action
+
+
+def _locked(place: Workplace, action: Action) -> holds.Hold | None:
+    """What keeps the sources that this action would delete in the end; it is noted for the next time.
+
+    A flatten that is begun before would leave one more full each time, and delete nothing.
+    """
+    now = _now()
+    if known := holds.active(place.catalog, now).get(action.image):  # by what was done just before
+        return known
+    [image] = images.where(place.catalog, number=action.image)
+    going = [one.source for one in image.increments if action.to is None or one.id <= action.to]
+    with place.context() as ctx:
+        found = place.datastore(image.datastore).locks(going, ctx)
+    if not found:
+        return None
+    dates = [until for until in found.values() if until]
+    until = max(dates) if len(dates) == len(found) else None
+    return holds.hold(place.catalog, action.image, until, holds.LOCK, now)
 
 
 def prune(

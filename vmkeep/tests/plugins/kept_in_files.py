@@ -23,7 +23,14 @@ from typing import BinaryIO
 import backupcore
 from backupcore import hookimpl
 from backupcore.context import Context
-from backupcore.errors import HypervisorError, IncrementImpossible, SourceNotFound, TargetFull, TargetUnavailable
+from backupcore.errors import (
+    HypervisorError,
+    IncrementImpossible,
+    Locked,
+    SourceNotFound,
+    TargetFull,
+    TargetUnavailable,
+)
 from backupcore.hypervisor import Checkpoint, VMState
 from backupcore.model import (
     VM,
@@ -193,7 +200,8 @@ class FileDriver:
     So does ``deaf``, whatever the user wants; ``exit`` ends the process with the exit code in it, ``close-all`` closes
     every file that the process has open, and with ``owes`` it cannot tidy up. With ``fork`` it is killed and leaves a
     child behind, with ``fork-and-return`` that child goes on with the backup. ``token`` holds the token of each
-    backup, as of a driver that keeps a folder a day.
+    backup, as of a driver that keeps a folder a day. With ``append-only`` it deletes nothing; all that is there when
+    ``locked-until`` is made is locked until the date in that.
     """
 
     path: Path = backupcore.option("where the backups lie")
@@ -270,8 +278,24 @@ class FileDriver:
         return [FileArtifact(file) for file in files]
 
     @hookimpl
+    def locks(self, sources: Sequence[SourceRef]) -> dict[SourceRef, datetime | None]:
+        lock = self.path / "locked-until"
+        if not lock.exists():
+            return {}
+        until = datetime.fromisoformat(lock.read_text())
+        made = lock.stat().st_mtime_ns
+        there = [one for one in sources if (self.path / one.token).is_dir() and until > datetime.now(UTC)]
+        return {one: until for one in there if (self.path / one.token).stat().st_mtime_ns < made}
+
+    @hookimpl
     def delete(self, sources: Sequence[SourceRef]) -> bool:
         wild(self.path, "delete")
+        if (self.path / "append-only").exists():
+            with (self.path / "refused").open("a") as file:
+                file.write("x")
+            raise Locked(f"{self.path} is append-only", "It waits.")
+        if locked := self.locks(sources):
+            raise Locked(f"{self.path} locks", "It waits.", until=max(filter(None, locked.values())))
         if (self.path / "fail-delete").exists():
             raise TargetUnavailable(f"{self.path} is away", "Bring it back.")
         for source in sources:

@@ -25,7 +25,7 @@ from backupcore.errors import (
     UnsupportedOperation,
 )
 
-__all__ = ["NoRepository", "last_words", "redact", "translate"]
+__all__ = ["NoRepository", "last_words", "redact", "refuses_to_delete", "translate"]
 
 
 class NoRepository(TargetUnavailable):
@@ -146,6 +146,15 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
     for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
     return _IN_URL.sub("***@", text)
+
+
+def refuses_to_delete(line: str) -> bool:
+    """Whether restic says here that its server deletes no snapshot, for this key or for anybody: 403, and its words.
+
+    restic tries that again for minutes; the server's answer stays the same.
+    """
+    pattern = r"\bremove\b.*<?snapshot/.*(\b403\b|forbidden|access ?denied)|append-only"
+    return re.search(pattern, line, re.IGNORECASE) is not None
 
 
 def _lines(errors: str) -> list[str]:

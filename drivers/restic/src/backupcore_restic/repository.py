@@ -22,12 +22,13 @@ from backupcore.errors import (
     Busy,
     ConfigError,
     IntegrityError,
+    Locked,
     SourceNotFound,
     TargetUnavailable,
     from_os_error,
 )
 from backupcore.small_file import NotAFile, read_small
-from backupcore_restic.failures import last_words, redact, translate
+from backupcore_restic.failures import last_words, redact, refuses_to_delete, translate
 
 if TYPE_CHECKING:
     from backupcore import Context
@@ -423,7 +424,17 @@ class Repository:
         """Remove these snapshots; the space comes back with the next prune."""
         wanted = list(snapshots)
         for first in range(0, len(wanted), 1000):  # 64 bytes each; Linux takes 2 MiB of arguments
-            self.write(["forget", *wanted[first : first + 1000]], "deleting from", ctx, limit=limit)
+            arguments = ["forget", *wanted[first : first + 1000]]
+            try:
+                self.write(arguments, "deleting from", ctx, limit=limit, refused=refuses_to_delete)
+            except AccessDenied as error:
+                if not refuses_to_delete(error.message):
+                    raise
+                raise Locked(
+                    error.message,
+                    "Nothing was deleted. If the repository is append-only as you want it, retention waits; else check "
+                    "what its server, or these credentials, may delete.",
+                ) from error
 
     def drop(self, tag: str, log: Logger) -> None:
         """Forget whatever a failed backup has left under its tag, in `CLEAN_UP` seconds at most.
@@ -436,7 +447,7 @@ class Repository:
             if left:
                 forget = ["forget", *left]
                 try:
-                    self.ask(forget, "tidying up in", limit=_until(end))
+                    self.ask(forget, "tidying up in", limit=_until(end), refused=refuses_to_delete)
                 except Busy:
                     self.unlock(None, _until(end))
                     self.ask(forget, "tidying up in", limit=_until(end))

@@ -13,6 +13,7 @@ from backupcore.errors import (
     AccessDenied,
     BackupError,
     ConfigError,
+    Locked,
     TargetFull,
     TargetUnavailable,
 )
@@ -84,6 +85,11 @@ RULES = (
         TargetFull,
         _text(r"\((28|122|69)\)$|no space left on device|disk quota exceeded"),
         "Make room there, or delete old backups, then run it again.",
+    ),
+    Rule(
+        Locked,
+        _text(r"configured to refuse --delete"),
+        "The daemon deletes nothing (refuse options in its rsyncd.conf). If that is as you want it, retention waits.",
     ),
     Rule(
         AccessDenied,

@@ -7,6 +7,7 @@ connections shared by a configuration of his own (ControlPath) keeps that.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import time
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["login"]
 
-NAME = "ssh"
 LONGEST = 107 - 17
 """Bytes of a socket's path: what the kernel takes, less what ssh appends to the name while it makes it."""
 
@@ -36,11 +36,13 @@ def login(options: Rsync, target: HostTarget, ctx: Context) -> str:
 
     Raises what hinders the login.
     """
-    path = ctx.folder / NAME
+    programs = Programs(options)
+    # Another user, key or host is another connection.
+    whose = hashlib.sha256("\0".join([*programs.ssh(), target.login]).encode()).hexdigest()
+    path = ctx.folder / f"ssh-{whose[:8]}"
     if len(os.fsencode(path)) > LONGEST:
         ctx.log.info("%s is too long for a socket: each question to %s is a login of its own", path, target.at)
         return ""
-    programs = Programs(options)
     if _answers(path):  # of the run that is being tidied up after
         return str(path)
     if programs.shares_already(target, ctx):

@@ -16,7 +16,7 @@ from botocore import exceptions as boto
 from backupcore.errors import BackupError, IntegrityError, TargetUnavailable
 from backupcore_s3.body import Body, Pace, Stopped
 from backupcore_s3.client import connect
-from backupcore_s3.failures import code, is_absent, is_unknown_to_server, translate
+from backupcore_s3.failures import NoStore, code, is_absent, is_unknown_to_server, translate
 from backupcore_s3.keys import clean_prefix
 
 try:
@@ -63,6 +63,12 @@ def again_if_damaged(attempt: Callable[[], T]) -> T:
             if code(error) not in _DAMAGED:
                 raise
     return attempt()
+
+
+def _sound(operation: str, answer: Any) -> Any:
+    if operation == "create_multipart_upload" and "UploadId" not in answer:
+        raise NoStore("its answer has no upload in it")
+    return answer
 
 
 class Bucket:
@@ -116,10 +122,10 @@ class Bucket:
         if "Key" in arguments:
             arguments["Key"] = self.prefix + arguments["Key"]
         try:
-            return getattr(client, operation)(Bucket=self.options.bucket, **{**extra, **arguments})
+            return _sound(operation, getattr(client, operation)(Bucket=self.options.bucket, **{**extra, **arguments}))
         except Stopped as stopped:
             raise stopped.reason from None
-        except (boto.ClientError, boto.BotoCoreError) as error:
+        except (boto.ClientError, boto.BotoCoreError, NoStore) as error:
             raise translate(error, f"{self.name}: {what}") from error
 
     def checked(self, attempt: Callable[[bool], T]) -> T:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -15,7 +15,7 @@ from botocore.loaders import create_loader
 
 from backupcore.errors import ConfigError
 from backupcore_s3.body import Pace
-from backupcore_s3.failures import translate
+from backupcore_s3.failures import require_store, translate
 
 if TYPE_CHECKING:
     from backupcore_s3.driver import S3
@@ -74,10 +74,17 @@ def _connect(options: S3, pace: Pace, *, hurry: bool) -> Any:
             response_checksum_validation="when_required",
         ),
     )
+    client.meta.events.register("before-parse.s3", partial(_look, bool(options.endpoint_url)))
     if options.limit_upload:
         client.meta.events.register("before-sign.s3", pace.signing)
         client.meta.events.register("before-send.s3", pace.sending)
     return client
+
+
+def _look(own_endpoint: bool, response_dict: Any, **_: Any) -> None:
+    # Amazon itself redirects to a bucket's region, which botocore knows how to follow.
+    if own_endpoint:
+        require_store(response_dict["status_code"], response_dict["headers"], response_dict["body"])
 
 
 @cache

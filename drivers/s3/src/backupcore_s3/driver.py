@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -15,6 +15,8 @@ from backupcore.errors import ConfigError
 from backupcore.model import Artifact, BackupRun, Listed, Merge, SourceRef, Stored, Usage
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from backupcore_s3.store import Store
 
 __all__ = ["S3"]
@@ -59,6 +61,10 @@ class S3:
             wrong.append("bucket: no name of a bucket, nor an access point's ARN")
         if any(part in {".", ".."} for part in self.prefix.split("/")) or not self.prefix.isprintable():
             wrong.append("prefix: must not hold . or .. as a folder, nor control characters")
+        if "//" in self.prefix.strip("/"):
+            wrong.append(
+                "prefix: must not hold // : many a store makes one folder of it, and lists other keys than it got"
+            )
         if len(self.prefix.encode()) > 500:
             wrong.append("prefix: 500 bytes at most")
         wrong += _wrong_endpoint(self.endpoint_url)
@@ -110,6 +116,11 @@ class S3:
     def delete(self, sources: Sequence[SourceRef], ctx: Context) -> bool:
         """The manifest first, so that what is left of an interrupted delete is never restorable."""
         return self._store.delete(sources, ctx)
+
+    @hookimpl
+    def locks(self, sources: Sequence[SourceRef], ctx: Context) -> Mapping[SourceRef, datetime | None]:
+        """A request for each source, several at once: its manifest's date."""
+        return self._store.locks(sources, ctx)
 
     @hookimpl
     def sources(self, ctx: Context) -> Iterable[Listed]:

@@ -8,6 +8,7 @@ and off SeaweedFS and moto where these can be made to fail so.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from botocore import exceptions as boto
@@ -23,7 +24,23 @@ from backupcore.errors import (
     UnsupportedOperation,
 )
 
-__all__ = ["code", "is_absent", "is_unknown_to_server", "redact", "translate"]
+__all__ = ["NoStore", "code", "is_absent", "is_unknown_to_server", "redact", "require_store", "translate"]
+
+_REDIRECTS = range(300, 400)
+_NOT_CHANGED = 304
+
+
+class NoStore(Exception):
+    """What answers at the endpoint is no S3 store, or sends elsewhere. Its text says which, and what it said."""
+
+
+def require_store(status: int, headers: Mapping[str, str], body: object) -> None:
+    """Look at an answer before botocore does, which follows a redirection for ever and believes any page: NoStore."""
+    if status in _REDIRECTS and status != _NOT_CHANGED:
+        where = headers.get("location", "")
+        raise NoStore(f"it sends elsewhere (HTTP {status}{f': {where}' if where else ''})")
+    if status < _REDIRECTS.start and isinstance(body, bytes) and _PAGE.match(body):
+        raise NoStore(f"a web page came (HTTP {status}), and no answer of a store")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +133,17 @@ RULES = (
         "The object lies in an archive: have the store restore it first (aws s3api restore-object), then run it again.",
     ),
     Rule(UnsupportedOperation, _codes("NotImplemented MethodNotAllowed EntityTooLarge 405 501")),
+    Rule(
+        UnsupportedOperation,
+        _codes("413"),
+        "A web server in front of the store takes no request of that size: have it take 64 MiB at least.",
+    ),
+    Rule(
+        ConfigError,
+        _codes("407"),
+        "A proxy wants a login: check the proxy settings of this host (HTTPS_PROXY), or the option endpoint_url.",
+    ),
+    Rule(AccessDenied, _codes("402"), "The provider wants to be paid, or the account is suspended: ask there."),
     Rule(IntegrityError, _codes("InvalidRange 416")),
     Rule(SourceNotFound, _codes("NoSuchKey NoSuchVersion 404")),
     Rule(
@@ -126,7 +154,9 @@ RULES = (
     ),
     Rule(
         TargetUnavailable,
-        _codes("SlowDown ServiceUnavailable Throttling ThrottlingException RequestLimitExceeded 503"),
+        _codes(
+            "SlowDown ServiceUnavailable Throttling ThrottlingException RequestLimitExceeded TooManyRequests 429 503"
+        ),
         "The store asks for fewer requests: lower the option concurrency, or try again later.",
     ),
     Rule(
@@ -148,7 +178,10 @@ RULES = (
     ),
 )
 
+_UNTRUSTED = "CERTIFICATE_VERIFY_FAILED"  # OpenSSL's name for a certificate that cannot be trusted
+
 _UNKNOWN = _codes("NotImplemented InvalidRequest InvalidArgument UnsupportedArgument MethodNotAllowed 400 501")
+_PAGE = re.compile(rb"\s*<(!doctype\s+html|html)\b", re.IGNORECASE)
 _IN_URL = re.compile(r"(?<=//)[^/@\s]*@")
 
 
@@ -160,7 +193,11 @@ def redact(text: str) -> str:
 def code(error: BaseException | None) -> str:
     """The store's error code behind an error that `translate` made, or of boto3's own; "" if there is none."""
     found = error.__cause__ if isinstance(error, BackupError) else error
-    return str(found.response.get("Error", {}).get("Code", "")) if isinstance(found, boto.ClientError) else ""
+    if not isinstance(found, boto.ClientError):
+        return ""
+    # A web server in front of the store gives none.
+    status = found.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return str(found.response.get("Error", {}).get("Code") or status or "")
 
 
 def is_absent(error: BaseException) -> bool:
@@ -176,9 +213,22 @@ def is_unknown_to_server(error: BaseException) -> bool:
 def translate(error: Exception, what: str) -> BackupError:
     """The error for what boto3 raised; `what` says what was being done, and where."""
     said = code(error)
+    if isinstance(error, NoStore):
+        return ConfigError(
+            redact(f"{what}: {error}"),
+            "Check the option endpoint_url: the address of the store's S3 service itself, not of its console, with "
+            "http:// or https:// as it speaks, and region.",
+        )
+    if isinstance(error, boto.SSLError) and _UNTRUSTED not in str(error):
+        return ConfigError(
+            redact(f"{what}: {' '.join(str(error).split()):.500}"),
+            "Does it speak TLS at all? If not, the option endpoint_url begins with http://.",
+        )
     if isinstance(error, boto.ClientError):
-        reason = str(error.response.get("Error", {}).get("Message") or said or "the store refused")
-        reason = f"{reason} ({said})" if said and said not in reason else reason
+        status = str(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") or "")
+        reason = str(error.response.get("Error", {}).get("Message") or "the store refused")
+        reason = f"{reason} ({said})" if said and said != status and said not in reason else reason
+        reason = f"{reason} (HTTP {status})" if status and status not in reason else reason
     else:
         reason = str(error) or type(error).__name__
     message = redact(f"{what}: {' '.join(reason.split()):.500}")

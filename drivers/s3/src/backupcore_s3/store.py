@@ -8,7 +8,7 @@ from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from backupcore.errors import AccessDenied, BackupError, IncrementImpossible, SourceNotFound
+from backupcore.errors import AccessDenied, BackupError, IncrementImpossible, Locked, SourceNotFound
 from backupcore.model import Artifact, BackupRun, Listed, Merge, SourceRef, Stored, Usage
 from backupcore_s3.bucket import Bucket
 from backupcore_s3.crew import Crew
@@ -31,6 +31,9 @@ PROBE = "_check"
 """The object that `check` writes and removes."""
 
 _SMALL_REQUESTS = 16  # at once, where next to no data is moved: a listing waits for answers and for nothing else
+_REFUSED = {"AccessDenied", "Forbidden", "403", "ObjectLocked", "WORMProtected", "XMinioObjectLocked"}
+"""Codes for a delete that this key, which is known, may not do."""
+
 _MANIFEST = 16 << 20  # bytes of a manifest that a listing reads
 
 
@@ -191,27 +194,52 @@ class Store:
         crew.work((partial(self._remove, place) for place in places), len(places))
         return True
 
+    def locks(self, sources: Sequence[SourceRef], ctx: Context) -> dict[SourceRef, datetime | None]:
+        """Those under Object Lock, and until when; None for a legal hold, which has no date."""
+        places = [place for place in (Place.of_token(source.token) for source in sources) if place]
+        found: dict[SourceRef, datetime | None] = {}
+
+        def look(place: Place) -> None:
+            if lock := self._lock(place):
+                found[place.source] = lock[1]
+
+        Crew(_SMALL_REQUESTS, ctx.check).work((partial(look, place) for place in places), len(places))
+        return found
+
+    def _lock(self, place: Place) -> tuple[str, datetime | None] | None:
+        """What keeps a source, in words, and until when; None if nothing does."""
+        found = self.bucket.head(place.key(MANIFEST)) or {}
+        if found.get("ObjectLockLegalHoldStatus") == "ON":
+            return "a legal hold", None
+        until = found.get("ObjectLockRetainUntilDate")
+        if until is None or until <= datetime.now(UTC):
+            return None
+        return f"{found.get('ObjectLockMode', 'a lock')} until {until:%Y-%m-%d %H:%M %Z}", until
+
     def _require_unlocked(self, place: Place) -> None:
-        """AccessDenied for an object under a lock.
+        """Locked for an object under a lock.
 
         A store that keeps versions would hide it and keep its bytes, and call that a success.
         """
-        found = self.bucket.head(place.key(MANIFEST))
-        if found is None:
-            return
-        until = found.get("ObjectLockRetainUntilDate")
-        held = found.get("ObjectLockLegalHoldStatus") == "ON"
-        if held or (until is not None and until > datetime.now(UTC)):
-            reason = (
-                "a legal hold" if held else f"{found.get('ObjectLockMode', 'a lock')} until {until:%Y-%m-%d %H:%M %Z}"
-            )
-            raise AccessDenied(
+        if lock := self._lock(place):
+            reason, until = lock
+            raise Locked(
                 f"{self.bucket.name}: {place.source} is under Object Lock ({reason}) and cannot be deleted",
                 "Nothing was deleted. It can be once the lock has ended.",
+                until=until,
             )
 
     def _remove(self, place: Place) -> None:
-        self.bucket.delete(place.key(MANIFEST))
+        try:
+            self.bucket.delete(place.key(MANIFEST))
+        except AccessDenied as error:
+            if code(error) not in _REFUSED:
+                raise
+            raise Locked(
+                error.message,
+                "The access key may not delete (s3:DeleteObject), or a lock is on it. If that is as you want it, "
+                "retention waits; else see the README of backupcore-s3.",
+            ) from error
         clear(self.bucket, place)
 
     # Looking
@@ -223,6 +251,7 @@ class Store:
             break
         upload = bucket.call("create_multipart_upload", "beginning an upload", Key=PROBE, **bucket.how(PROBE))
         bucket.abort(PROBE, upload["UploadId"])
+        self._look_for_uploads(ctx)
         if self._locks_by_default():
             ctx.log.info("%s locks whatever is written, so no write was tried", bucket.name)
             return True
@@ -238,6 +267,21 @@ class Store:
                 bucket.call("delete_object", "deleting what the check has written", Key=PROBE, **_version(second))
             self._warn(ctx, "ignores")
         return True
+
+    def _look_for_uploads(self, ctx: Context) -> None:
+        """Warn where what a dead run has uploaded could not be found again."""
+        try:
+            for _ in self.bucket.uploads(PROBE, "listing uploads"):
+                break
+        except AccessDenied as error:
+            ctx.log.warning(
+                "%s; so parts of a backup that was killed stay there unseen, and are charged for: allow"
+                " s3:ListBucketMultipartUploads, or have a lifecycle rule abort uploads that are some days old",
+                error,
+            )
+        except BackupError as error:
+            if not is_unknown_to_server(error):
+                raise
 
     def _warn(self, ctx: Context, what: str) -> None:
         ctx.log.warning(

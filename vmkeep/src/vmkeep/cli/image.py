@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from datetime import UTC, datetime
 
 import click
 
 from backupcore.errors import ConfigError, IntegrityError
 from backupcore.model import Image
 from vmkeep import deletion
-from vmkeep.catalog import images
+from vmkeep.catalog import holds, images
 from vmkeep.cli import exits, output
 from vmkeep.cli.asked import Asked, common
 from vmkeep.cli.documents import images as documents
@@ -37,16 +38,18 @@ def image() -> None:
 @click.pass_obj
 def list_(asked: Asked, vm: str | None) -> None:
     """List every image in the catalog."""
-    found = images.listed(workplace(asked).catalog_if_any, vm=vm)
+    catalog = workplace(asked).catalog_if_any
+    found = images.listed(catalog, vm=vm)
+    held = holds.active(catalog, datetime.now(UTC))
     if asked.json:
-        output.document(documents.images(found))
+        output.document(documents.images(found, held))
         return
     rows = [
         (
             str(one.image.number),
             one.image.vm.name,
             one.image.datastore,
-            one.image.state,
+            f"{one.image.state}, {_until(held[one.image.number])}" if one.image.number in held else one.image.state,
             str(one.count),
             size(one.size),
             date(one.last),
@@ -67,14 +70,17 @@ def show(asked: Asked, reference: str) -> None:
     place = workplace(asked)
     catalog = place.catalog_if_any
     found = images.find(catalog, reference)
+    held = holds.active(catalog, datetime.now(UTC)).get(found.number)
     if asked.json:
-        output.document(documents.image(found))
+        output.document(documents.image(found, held))
         return
     output.line(f"Image {found.number} ({found.uuid}), {found.state}{', pinned' if found.pinned else ''}")
     output.line(f"VM {found.vm.name} ({found.vm.uuid}) in datastore {found.datastore}")
     if not place.installation_if_any.owns(found):
         whose = f"installation {found.installation}" if found.installation else "an installation that is not known"
         output.line(f"Written by {whose}{f' (host {found.host:.80})' if found.host else ''}; retention leaves it alone")
+    if held:
+        output.line(f"Nothing of it is deleted now: {holds.words(held)}")
     tokens = images.tokens(catalog)
     rows = [
         (
@@ -228,6 +234,10 @@ def _pin(asked: Asked, reference: str, *, pinned: bool) -> None:
         output.document({"id": found.number, "image_uuid": found.uuid, "pinned": pinned})
     elif not asked.quiet:
         output.line(f"image {found.number} of VM {found.vm.name} is {'pinned' if pinned else 'not pinned any more'}")
+
+
+def _until(held: holds.Hold) -> str:
+    return f"locked until {held.until:%Y-%m-%d}" if held.until else "not deletable"
 
 
 def _ask(found: Image) -> None:

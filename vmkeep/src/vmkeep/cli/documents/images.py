@@ -8,9 +8,11 @@ from vmkeep.cli.documents import parts
 from vmkeep.cli.figures import iso
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from datetime import datetime
 
     from backupcore.model import Image
+    from vmkeep.catalog.holds import Hold
     from vmkeep.catalog.images import Listed
     from vmkeep.cli.documents.parts import Document
     from vmkeep.flatten import Done
@@ -55,7 +57,7 @@ def flatten(done: Done) -> Document:
     }
 
 
-def _image(found: Image, date: datetime | None, size: int) -> Document:
+def _image(found: Image, date: datetime | None, size: int, held: Hold | None) -> Document:
     return {
         "id": found.number,
         "image_uuid": found.uuid,
@@ -69,14 +71,15 @@ def _image(found: Image, date: datetime | None, size: int) -> Document:
         "pinned": found.pinned,
         "host": found.host or None,
         "installation": found.installation or None,
+        "held": {"kind": held.kind, "until": iso(held.until), "noted": iso(held.noted)} if held else None,
     }
 
 
-def image(found: Image) -> Document:
+def image(found: Image, held: Hold | None = None) -> Document:
     """``vmkeep image show``."""
     date = found.increments[0].date if found.increments else None
     return {
-        **_image(found, date, sum(increment.size for increment in found.increments)),
+        **_image(found, date, sum(increment.size for increment in found.increments), held),
         "increments": [
             {
                 "id": increment.id,
@@ -95,9 +98,9 @@ def image(found: Image) -> Document:
     }
 
 
-def images(found: list[Listed]) -> list[Document]:
-    """``vmkeep image list``."""
-    return [_image(one.image, one.first, one.size) for one in found]
+def images(found: list[Listed], held: Mapping[int, Hold]) -> list[Document]:
+    """``vmkeep image list``; `held` by number."""
+    return [_image(one.image, one.first, one.size, held.get(one.image.number)) for one in found]
 
 
 def verify(result: Result) -> Document:
