@@ -121,6 +121,16 @@ def with_disk(**change: object) -> dict[str, Any]:
         with_disk(id="vda\n"),
         with_disk(artifact="disk.vdb.qcow2"),
         with_disk(sums_digest="c" * 64),
+        {
+            **WHOLE,
+            "artifacts": [
+                {**one, **({"size": 1 << 40} if one["name"] == "sums.vda" else {})} for one in WHOLE["artifacts"]
+            ],
+        },
+        {
+            **WHOLE,
+            "artifacts": [{**one, **({"size": 33} if one["name"] == "sums.vda" else {})} for one in WHOLE["artifacts"]],
+        },
         with_disk(whole=False),
         with_disk(whole=1),
         with_disk(size=-1),

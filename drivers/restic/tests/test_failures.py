@@ -359,3 +359,19 @@ def test_a_restore_can_be_cancelled(shared: Restic, kept: Kept, ctx: Context) ->
         ctx.cancel()
         with pytest.raises(Cancelled):
             stream.read()
+
+
+def test_a_wrapper_that_says_something_before_restic_does(
+    options: Options, kept: Kept, shared: Restic, ctx: Context, make_run: Runs, tmp_path: Path
+) -> None:
+    wrapper = tmp_path / "restic"
+    wrapper.write_text('#!/bin/sh\necho "[notice] using the wrapper"\necho\nexec restic "$@"\n')
+    wrapper.chmod(0o755)
+    driver = options(shared.repository, binary=str(wrapper))
+    assert driver.check(ctx)
+    driver.prebackup(make_run(), ctx)
+    assert kept[0] in [one.source for one in driver.sources(ctx)]
+    assert len(driver.restore(kept[0], ctx)) == len(kept[1])
+    wrapper.write_text('#!/bin/sh\necho "sudo: a terminal is required"\n')
+    with pytest.raises(IntegrityError, match="no JSON: sudo"):
+        driver.sources(ctx)

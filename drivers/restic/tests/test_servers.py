@@ -53,6 +53,7 @@ def test_a_repository_on_a_server(
 ) -> None:
     driver = options(**table)
     assert driver.check(ctx), "the first backup creates it"
+    assert driver.usage(ctx).used is None
     run, given = make_run(), make_artifacts()
     driver.prebackup(run, ctx)
     source = driver.backup(given, run, ctx).source

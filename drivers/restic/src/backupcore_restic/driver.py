@@ -260,7 +260,10 @@ class Restic:
         """Of a folder of this host: its files, and their file system. Elsewhere what restic counts in time."""
         folder = Repository(self).folder
         if folder is None:
-            return Usage(used=Repository(self).stored(ctx, self.timeout))
+            try:
+                return Usage(used=Repository(self).stored(ctx, self.timeout))
+            except NoRepository:  # the first backup creates it
+                return Usage()
         if not folder.is_dir():
             return Usage()
         used = 0

@@ -58,6 +58,9 @@ MEMORY = 2 << 30
 CLEAN_UP = 60.0
 """Seconds for all that is tidied up after a failure."""
 
+_WORDS = 20
+"""Lines before an answer that may be a wrapper's."""
+
 _LISTEN = 0.5  # seconds between two looks at what restic complains of
 
 OPENING = "opening the restic repository"
@@ -518,13 +521,18 @@ def _program(name: str, path: str) -> Any:
 
 def _json(text: bytes, kind: type[Any] = list) -> Any:
     """The JSON document in an answer. A wrapper around restic may have said something in the lines before it."""
-    try:
-        value = json.loads(_from_json_on(text) or b"null")
-    except ValueError as error:
-        said = text.decode(errors="replace").strip()
+    rest = text or b"null"
+    for _ in range(_WORDS):
+        try:
+            value = json.loads(rest)
+            break
+        except ValueError:
+            _, _, rest = rest.partition(b"\n")
+    else:
+        said = " ".join(text[:1000].decode(errors="replace").split())
         raise IntegrityError(
             f"restic's answer is no JSON: {redact(said):.80}", "Is the option binary a wrapper that prints something?"
-        ) from error
+        )
     if value is None:  # an empty list, as Go writes it
         return kind()
     if not isinstance(value, kind):
@@ -542,13 +550,6 @@ def _require_password(path: Path) -> None:
         return  # restic says what is wrong with it
     if empty:
         raise ConfigError(f"the password file {path} is empty", "Write the repository's password into it.")
-
-
-def _from_json_on(text: bytes) -> bytes:
-    """`text` from the first line on that begins as JSON of restic's does; all of it where none does."""
-    lines = text.splitlines(keepends=True)
-    at = next((at for at, line in enumerate(lines) if line.lstrip()[:1] in (b"[", b"{") or line.strip() == b"null"), 0)
-    return b"".join(lines[at:])
 
 
 def _read_environment(path: Path) -> dict[str, str]:

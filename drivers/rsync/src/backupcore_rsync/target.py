@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ def parse(text: str) -> Target:
         return _daemon(text)
     if text.startswith(("/", "./", "../", "~")):
         folder = Path(text).expanduser().absolute()
-        if not folder.name:
+        if os.path.normpath(folder).strip("/") == "":
             raise ConfigError("target: must not be the root of the file system")
         return FolderTarget(folder)
     return _host(text)
@@ -71,8 +72,9 @@ def _daemon(text: str) -> DaemonTarget:
             "target: must be rsync://[user@]host[:port]/module[/path]; a password goes into password_file"
         )
     _no_wildcards(text[found.end("at") :])
+    path = _tidy(found["path"] or "")
     # The dot: a daemon takes what follows the module for an option if it begins with a dash.
-    return DaemonTarget(f"rsync://{found['at']}/{found['module']}/.{found['path'] or ''}".rstrip("/"), text.rstrip("/"))
+    return DaemonTarget(f"rsync://{found['at']}/{found['module']}/.{path}", text.rstrip("/"))
 
 
 def _host(text: str) -> HostTarget:
@@ -84,10 +86,29 @@ def _host(text: str) -> HostTarget:
     path = found["path"].removeprefix("~/")
     if path.startswith(":"):
         raise ConfigError("target: write a daemon's module as rsync://host/module")
+    if path.startswith("~"):
+        raise ConfigError("target: the home of another account is not looked up: write the path in full")
     _no_wildcards(path)
+    folder = _tidy(path)
+    if path.startswith("/") and not folder:
+        raise ConfigError("target: must not be the root of the file system")
     user = f"{found['user']}@" if found["user"] else ""
-    folder = path if path.startswith("/") else f"./{path}"
-    return HostTarget(user + found["host"].strip("[]"), user + found["host"], folder.rstrip("/"))
+    return HostTarget(
+        user + found["host"].strip("[]"), user + found["host"], folder if path.startswith("/") else f".{folder}"
+    )
+
+
+def _tidy(path: str) -> str:
+    """The path with a slash before each of its folders, and none that is empty or a dot; "" if there is no folder.
+
+    rsync's filters, which name what is deleted, would know another form of it than its listings show.
+    """
+    parts = [part for part in path.split("/") if part not in {"", "."}]
+    if ".." in parts:
+        raise ConfigError("target: must not hold .. as a folder: write where it leads to")
+    if not path.isprintable():
+        raise ConfigError("target: must not hold control characters")
+    return "".join(f"/{part}" for part in parts)
 
 
 def _no_wildcards(path: str) -> None:
