@@ -39,6 +39,9 @@ TAIL = 16 << 10
 MOVED = 64 << 10
 """Bytes: less is no movement. A keep-alive of ssh is some, and a connection that is refused and tried again."""
 
+_UNSEEN = 10
+"""So many times the limit for a program of which nobody can see what it moves."""
+
 EVERY = 0.5  # seconds between two looks at what has been moved
 PIPE = 1 << 20  # a pipe of the default 64 KiB costs three quarters of the throughput of a dump
 PR_SET_PDEATHSIG = 1
@@ -63,6 +66,8 @@ class Child:
         # Memory, and no pipe: a Go program dies at its first word on a broken stderr. restic says a word when it gets
         # SIGINT, before it removes its lock; so it would leave the lock whenever we are killed.
         self._errors = os.memfd_create("stderr")
+        self.name = Path(str(program)).name
+        """That of the program, for messages: its arguments may hold what nobody should see."""
         self._lock = threading.Lock()
         self._killer: threading.Timer | None = None
         self._limit: threading.Timer | None = None
@@ -153,11 +158,11 @@ class Child:
             before, idle = -MOVED, 0.0
             while not self._ended.wait(min(EVERY, seconds)):
                 moved = bytes_moved(self.pid)
-                if moved > before + MOVED or not busy():
-                    before, idle = moved, 0.0
+                if not busy() or (moved is not None and moved > before + MOVED):
+                    before, idle = moved or before, 0.0
                     continue
                 idle += EVERY
-                if idle >= seconds:
+                if idle >= seconds * (_UNSEEN if moved is None else 1):
                     self.expire()
                     return
 
@@ -242,15 +247,26 @@ class Child:
         self._close()
 
 
-def bytes_moved(process: int) -> int:
-    """Bytes that a process and those below it have read and written: files, pipes and sockets (proc(5), io)."""
+def bytes_moved(process: int) -> int | None:
+    """Bytes that a process and those below it have read and written: files, pipes and sockets (proc(5), io).
+
+    None where the kernel does not tell this user, as of a program that runs as another one (sudo), or has capabilities.
+    """
     total = 0
-    with suppress(OSError):  # it has ended
+    try:
         place = Path("/proc", str(process))
         fields = dict(line.split(": ") for line in (place / "io").read_text().splitlines())
         total = int(fields["rchar"]) + int(fields["wchar"])
         for below in place.glob("task/*/children"):
-            total += sum(bytes_moved(int(child)) for child in below.read_text().split())
+            for child in below.read_text().split():
+                moved = bytes_moved(int(child))
+                if moved is None:
+                    return None
+                total += moved
+    except PermissionError:
+        return None
+    except OSError:  # it has ended
+        pass
     return total
 
 

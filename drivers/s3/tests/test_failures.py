@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -432,6 +433,19 @@ def test_a_key_that_may_not_list_uploads(
     proxy.answer(r"GET [^ ]*[?&]uploads", 403, "AccessDenied", "no identity-based policy allows it")
     assert through.check(ctx)
     assert "s3:ListBucketMultipartUploads" in caplog.text
+
+
+def test_a_command_for_credentials_that_never_ends(options: Options, bucket: str, ctx: Context, tmp_path: Path) -> None:
+    vault = tmp_path / "vault"
+    vault.write_text(f'#!/bin/sh\necho $$ > "{tmp_path}/started"\ntrap "" INT TERM\nsleep 600\n')
+    vault.chmod(0o755)
+    keys = tmp_path / "keys"
+    keys.write_text(f"[default]\ncredential_process = {vault} --item geheim\n")
+    driver = options(bucket, credentials_file=str(keys), timeout=1)
+    with pytest.raises(AccessDenied, match="vault gave none within 1 s") as caught:
+        driver.check(ctx)
+    assert "geheim" not in str(caught.value)
+    assert not Path("/proc", (tmp_path / "started").read_text().strip()).exists()
 
 
 def test_a_source_under_object_lock(

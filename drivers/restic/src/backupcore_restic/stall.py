@@ -60,7 +60,10 @@ class Stall:
     def _watch(self) -> None:
         before, idle = -MOVED, 0.0
         while not self._ended.wait(EVERY):
-            moved = bytes_moved(self._child.pid) - self.said
+            seen = bytes_moved(self._child.pid)
+            if seen is None:  # it runs as another user
+                continue
+            moved = seen - self.said
             if moved > before + MOVED or not self._busy():
                 before, idle = moved, 0.0
                 continue

@@ -137,7 +137,9 @@ class Programs:
         """The error for a child that ended with `code`."""
         error = translate(code, child.errors, what)
         if child.late:  # whatever it says now is about the signal that ended it
-            return TargetUnavailable(f"{what}: no answer in time", "Is it up, and reachable from here?")
+            return TargetUnavailable(
+                f"{what}: no answer in time, so {child.name} was ended", "Is it up, and reachable from here?"
+            )
         return error
 
     def ask(

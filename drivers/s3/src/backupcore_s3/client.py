@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import ipaddress
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
 from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import boto3
 import botocore.session
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError
+from botocore.credentials import ProcessProvider
+from botocore.exceptions import BotoCoreError, CredentialRetrievalError
 from botocore.loaders import create_loader
 
 from backupcore.errors import ConfigError
@@ -49,6 +55,7 @@ def _connect(options: S3, pace: Pace, *, hurry: bool) -> Any:
         # send backups elsewhere.
         profile = profile or "default"
     session = boto3.Session(botocore_session=core, profile_name=profile)
+    _limit_process(core, profile or "default", 10 if hurry else options.timeout)
     region = options.region or session.region_name or "us-east-1"
     client = session.client(
         "s3",
@@ -79,6 +86,36 @@ def _connect(options: S3, pace: Pace, *, hurry: bool) -> Any:
         client.meta.events.register("before-sign.s3", pace.signing)
         client.meta.events.register("before-send.s3", pace.sending)
     return client
+
+
+def _limit_process(core: Any, profile: str, limit: float) -> None:
+    """A profile's ``credential_process`` may wait for a vault that is locked; botocore would wait with it."""
+    resolver = core.get_component("credential_provider")
+    name = ProcessProvider.METHOD
+    if name in {one.METHOD for one in resolver.providers}:
+        resolver.insert_before(
+            name, ProcessProvider(profile, lambda: core.full_config, popen=partial(_Limited, limit=limit))
+        )
+
+
+class _Limited(subprocess.Popen[bytes]):
+    """A program that is ended with its whole group where it gives nothing in time."""
+
+    def __init__(self, command: Sequence[str], *, limit: float, **more: Any) -> None:
+        super().__init__(command, start_new_session=True, **more)
+        self._name = Path(command[0]).name
+        self._limit = limit
+
+    def communicate(self, input: bytes | None = None, timeout: float | None = None) -> tuple[bytes, bytes]:  # noqa: A002
+        """What it wrote. CredentialRetrievalError if it has not ended in time."""
+        try:
+            return super().communicate(input, self._limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.pid, signal.SIGKILL)
+            super().communicate()
+            raise CredentialRetrievalError(
+                provider=ProcessProvider.METHOD, error_msg=f"{self._name} gave none within {self._limit:.0f} s"
+            ) from None
 
 
 def _look(own_endpoint: bool, response_dict: Any, **_: Any) -> None:
