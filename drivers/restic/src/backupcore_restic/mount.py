@@ -109,11 +109,11 @@ class Mount:
         child.while_moving(self._limit, busy=lambda: not ready.is_set())
         while str(view) not in mount_points():
             if output.poll(LOOK) and not child.output.read(1 << 16):
-                failed = self._repository.failed(child, child.wait(), f"reading {self._repository.name}")
+                code = child.wait()
                 if child.late:  # a restic dump would wait for the same
                     self._ctx.check()
-                    raise failed
-                return str(failed)
+                    raise self._repository.failed(child, code, f"reading {self._repository.name}")
+                return str(self._repository.failed(child, code, "restic mount"))
         ready.set()
         return ""
 
