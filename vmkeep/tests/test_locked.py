@@ -102,6 +102,15 @@ def test_a_store_that_is_append_only_is_asked_again_after_a_week(site, nights):
     assert listed(site)["held"] is None
 
 
+def test_a_flatten_by_hand_is_done_and_says_what_stays(site, nights):
+    nights(3)
+    (site.store / "locked-until").write_text((datetime.now(UTC) + timedelta(days=1)).isoformat())
+    done = site.run("image", "flatten", "1")
+    assert done.code == 0
+    assert "stays for now: its datastore locks it until" in done.out
+    assert stored(site) == 4
+
+
 def test_an_image_that_is_locked_stays(site):
     assert site.run("vm", "updateconf", "web1", "--mode", "FULL", "--keep-last", "2").code == 0
     for _ in range(2):

@@ -428,11 +428,19 @@ def test_tls_that_the_server_does_not_speak(through: S3, ctx: Context, proxy: Pr
 
 
 def test_a_key_that_may_not_list_uploads(
-    through: S3, ctx: Context, proxy: Proxy, caplog: pytest.LogCaptureFixture
+    through: S3,
+    ctx: Context,
+    proxy: Proxy,
+    make_run: Runs,
+    make_artifacts: Artifacts,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     proxy.answer(r"GET [^ ]*[?&]uploads", 403, "AccessDenied", "no identity-based policy allows it")
     assert through.check(ctx)
     assert "s3:ListBucketMultipartUploads" in caplog.text
+    source = through.backup(make_artifacts(10), make_run(), ctx).source
+    assert through.delete([source], ctx), "it has none"
+    assert through.usage(ctx).used == 0
 
 
 def test_a_command_for_credentials_that_never_ends(options: Options, bucket: str, ctx: Context, tmp_path: Path) -> None:

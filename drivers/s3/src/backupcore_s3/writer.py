@@ -9,7 +9,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from backupcore.disk.reader import memory
-from backupcore.errors import BackupError, ContractViolation, IntegrityError
+from backupcore.errors import AccessDenied, BackupError, ContractViolation, IntegrityError
 from backupcore.model import Artifact, BackupRun
 from backupcore_s3.body import Body
 from backupcore_s3.bucket import Bucket
@@ -186,7 +186,11 @@ class Writer:
 def clear(bucket: Bucket, place: Place, *, keep_mark: bool = False) -> None:
     """Remove what lies at a place that has no manifest; its mark last, so that a second attempt finds the rest."""
     what = "clearing an unfinished upload"
-    for key, upload in list(bucket.uploads(place.folder, what)):
+    try:
+        uploads = list(bucket.uploads(place.folder, what))
+    except AccessDenied:  # `check` warns of a key that may not list them; a backup that was complete has none
+        uploads = []
+    for key, upload in uploads:
         bucket.abort(key, upload)
     marker = place.key(UNFINISHED)
     for one in list(bucket.objects(place.folder, what)):

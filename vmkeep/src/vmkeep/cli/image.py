@@ -172,6 +172,8 @@ def flatten(asked: Asked, reference: str, to: int | None, verify_all: bool) -> i
             f"image {done.image.number}: increments {done.merged[0].id} to {done.full.id} are one full now,"
             f" {size(done.full.size)}{added}, {seconds(done.seconds)}"
         )
+        if held := holds.active(place.catalog, datetime.now(UTC)).get(done.image.number):
+            output.line(f"image {done.image.number}: what it was made from stays for now: {holds.words(held)}")
     for warning in done.warnings:
         output.remark(asked, warning)
     return exits.WARNING if done.warnings else 0
