@@ -24,6 +24,7 @@ from one place, ``raise TargetFull(...) from error``; an `OSError` that leaves a
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Mapping
 from datetime import datetime
@@ -192,7 +193,8 @@ def sentences(message: str, hint: str) -> str:
 def dump_error(error: BackupError) -> dict[str, str]:
     """An error as JSON can carry it, for `load_error` in another process: kind, message, hint."""
     known = next(kind for kind in type(error).__mro__ if globals().get(kind.__name__) is kind)  # a driver has its own
-    return {"kind": known.__name__, "message": error.message, "hint": error.hint}
+    until = error.until.isoformat() if isinstance(error, Locked) and error.until else ""
+    return {"kind": known.__name__, "message": error.message, "hint": error.hint, **({"until": until} if until else {})}
 
 
 def load_error(said: object) -> BackupError:
@@ -201,4 +203,8 @@ def load_error(said: object) -> BackupError:
         said = {}
     kind = globals().get(str(said.get("kind", "")))
     known = kind if isinstance(kind, type) and issubclass(kind, BackupError) else Cancelled
-    return known(str(said.get("message", "the run was given up")), str(said.get("hint", "")))
+    message, hint = str(said.get("message", "the run was given up")), str(said.get("hint", ""))
+    if known is Locked:
+        with contextlib.suppress(ValueError):
+            return Locked(message, hint, until=datetime.fromisoformat(str(said.get("until", ""))))
+    return known(message, hint)

@@ -52,6 +52,7 @@ def test_every_error_has_its_exit_code():
         "HypervisorError": 11,
         "IncrementImpossible": 9,
         "IntegrityError": 8,
+        "Locked": 7,
         "NotFound": 4,
         "SourceNotFound": 4,
         "TargetFull": 6,

@@ -40,16 +40,14 @@ def login(options: Rsync, target: HostTarget, ctx: Context) -> str:
     # Another user, key or host is another connection.
     whose = hashlib.sha256("\0".join([*programs.ssh(), target.login]).encode()).hexdigest()
     path = ctx.folder / f"ssh-{whose[:8]}"
-    if len(os.fsencode(path)) > LONGEST:
-        ctx.log.info("%s is too long for a socket: each question to %s is a login of its own", path, target.at)
-        return ""
-    if _answers(path):  # of the run that is being tidied up after
-        return str(path)
+    control = _short(path, ctx)
+    if path.exists() and _answers(control):  # of the run that is being tidied up after
+        return control
     if programs.shares_already(target, ctx):
         return ""
     what = f"connecting to {target.at}"
     with ExitStack() as stack:
-        child = stack.enter_context(programs.start_login(target, str(path)))
+        child = stack.enter_context(programs.start_login(target, control))
         end = time.monotonic() + options.timeout
         while not path.exists():
             ctx.wait(LOOK)
@@ -63,9 +61,18 @@ def login(options: Rsync, target: HostTarget, ctx: Context) -> str:
                 child.expire()
                 raise programs.failed(child, child.wait(), what)
         ctx.stack.push(stack.pop_all())
-    return str(path)
+    return control
 
 
-def _answers(path: Path) -> bool:
+def _short(path: Path, ctx: Context) -> str:
+    """The path of a socket as it fits into an address; where it is long, by way of a descriptor of its folder."""
+    if len(os.fsencode(path)) <= LONGEST:
+        return str(path)
+    folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    ctx.stack.callback(os.close, folder)
+    return f"/proc/{os.getpid()}/fd/{folder}/{path.name}"
+
+
+def _answers(control: str) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
-        return path.exists() and probe.connect_ex(str(path)) == 0
+        return probe.connect_ex(control) == 0
