@@ -204,9 +204,13 @@ class Disk:
 
     `id` is the target name in the VM (``vda``), `artifact` names the artifact with its blocks, `virtual_size` is what
     the guest sees. `whole` is true where the artifact does not build on the parent: in a full, or for a disk added
-    since. `reason` says why a disk is whole within an increment, "" otherwise. `path` and `tail` stay on the host, for
-    the hypervisor: where the disk lay, since it must not take another image's changes for this one's, and the last
-    ranges that held data (offset, length), by which it notices a disk that was cut meanwhile.
+    since. `reason` says why a disk is whole within an increment, "" otherwise.
+
+    The rest stays on the host, for the hypervisor, which must not take another disk's changes for this one's: `path` is
+    where the disk lay; `tail` its last ranges that held data (offset, length); `marked` whether its image bears a mark
+    of the point; `below` the files below it, in order, as they were (real path, inode, bytes, time of the last write in
+    ns; 0 for what tells nothing), None where that is not known; `probes` what a few of its clusters held: the offset,
+    and the digest (BLAKE3 in hex) of the 64 KiB there, or of what is left of the disk.
     """
 
     id: str
@@ -216,10 +220,16 @@ class Disk:
     reason: str = ""
     path: str = ""
     tail: tuple[tuple[int, int], ...] = ()
+    marked: bool = False
+    below: tuple[tuple[str, int, int, int], ...] | None = None
+    probes: tuple[tuple[int, str], ...] = ()
 
     def __post_init__(self) -> None:
         # JSON has no tuples, and the catalog keeps it as JSON.
         object.__setattr__(self, "tail", tuple((offset, length) for offset, length in self.tail))
+        object.__setattr__(self, "probes", tuple((offset, digest) for offset, digest in self.probes))
+        if self.below is not None:
+            object.__setattr__(self, "below", tuple((path, *rest) for path, *rest in self.below))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

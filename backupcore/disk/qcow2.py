@@ -141,6 +141,10 @@ class Layout(Tables):
         """The extents, neighbours of one kind joined."""
         return iter(self._extents)
 
+    def names(self, offset: int) -> bool:
+        """Whether the file says anything of the guest's byte at `offset`, data or zeros."""
+        return self._extents.at(offset) is not None
+
     def index(self, offset: int) -> int:
         """The number of data clusters before the guest offset: the index, in file order, of one that lies there."""
         place = self._extents.index_at(offset)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import subprocess
@@ -15,8 +16,9 @@ import pytest
 from kept_in_files import WEB
 
 from backupcore.errors import BackupError, ConfigError, ContractViolation, IntegrityError, UnsupportedOperation
-from backupcore.model import BackupRun, Disk, Increment, Link, SourceRef, Type, new_id
+from backupcore.model import BackupRun, Disk, Increment, Link, Prepared, SourceRef, Type, new_id
 from backupcore.session import Recorded
+from vmkeep import adoption, folders
 from vmkeep.catalog import images, runs
 from vmkeep.catalog.database import Catalog
 
@@ -66,6 +68,36 @@ def test_what_was_recorded_is_read_back_equal(catalog):
     image = images.find(catalog, "1")
     assert image.increments == (first.increment, second.increment)
     assert (image.uuid, image.vm, image.state, image.pinned) == (first.run.image, WEB, "open", False)
+
+
+def proved(one: Recorded, *probes: tuple[int, str]) -> Recorded:
+    """The same, with what the hypervisor wants to know of the disk at the next backup."""
+    below = (("/base.qcow2", 7, 1 << 20, 1_700_000_000_123_456_789),)
+    disks = tuple(replace(disk, marked=True, below=below, probes=probes) for disk in one.increment.disks)
+    return replace(one, increment=replace(one.increment, disks=disks))
+
+
+def test_what_proves_a_disk_is_read_back_for_the_increment_that_is_built_on(catalog):
+    first = proved(recorded(), (0, "ab" * 32))
+    second = proved(recorded(first), (65536, "cd" * 32), (1 << 40, "ef" * 32))
+    for one in (first, second):
+        runs.record(catalog, one)
+    (image,) = images.where(catalog)
+    assert image.increments[-1] == second.increment
+    assert image.increments[0].disks == tuple(
+        replace(disk, marked=False, below=None, probes=()) for disk in first.increment.disks
+    )
+
+
+def test_a_run_in_its_folder_keeps_what_proves_its_parents_disks(tmp_path):
+    first = proved(recorded(), (0, "ab" * 32))
+    link = Link(point=first.increment.point, digest="0" * 64, disks=first.increment.disks)
+    run = replace(recorded(first).run, parent=link)
+    assert folders.load_run(folders.dump_run(run)) == run
+    prepared = Prepared(artifacts=(), date=datetime.now(UTC), consistency="off", frozen_seconds=0.0, disks=link.disks)
+    adoption.note(tmp_path, run, prepared)
+    noted = json.loads((tmp_path / "prepared.json").read_text())
+    assert tuple(Disk(**disk) for disk in noted["disks"]) == link.disks
 
 
 def test_one_image_is_open_per_vm_and_datastore(catalog):

@@ -20,6 +20,7 @@ OF_AN_INCREMENT = {
     "a size": "size = 'abc'",
     "a source": "source = '../../../etc'",
     "a source of bytes": "source = x'00ff'",
+    "what proves its disks": "probes = '[1]'",
     "a parent": "pid = 'x'",
     "a point": "point = x'00'",
     "a reason with a flipped bit": "reason = CAST(x'77e56231' AS TEXT)",

@@ -64,6 +64,12 @@ def wait_for(condition: Callable[[], object], what: str, limit: float = 10.0) ->
         time.sleep(0.01)
 
 
+def _with_marks(disk: str, names: Sequence[str]) -> list[str]:
+    marks = {name for name in names if re.fullmatch(r"backupcore-[0-9a-f-]{32,}-[a-z]+", name)}
+    assert marks <= {f"{name}-{disk}" for name in names}, "a mark stays without its bitmap"
+    return sorted(set(names) - marks)
+
+
 class SmallVM(VM):
     """A VM of the lab, and what libvirt and QEMU hold of its backups."""
 
@@ -92,19 +98,22 @@ class SmallVM(VM):
         return {checkpoint.getName() for checkpoint in self.domain.listAllCheckpoints(0)}
 
     def bitmaps(self) -> dict[str, list[str]]:
-        """The bitmaps on each qcow2 disk, as QEMU has them, or as they lie in the images of a VM that is off."""
+        """The bitmaps on each qcow2 disk, as QEMU has them, or as they lie in the images of a VM that is off.
+
+        Each of ours has its mark beside it, or none has; marks are left out.
+        """
         found = {}
         if not self.active:
             for target in self.targets():
                 info = json.loads(qemu_img("info", "--output=json", self.disk(target)))
                 if info["format"] == "qcow2":
                     listed = info["format-specific"]["data"].get("bitmaps", ())
-                    found[target] = sorted(bitmap["name"] for bitmap in listed)
+                    found[target] = _with_marks(target, [bitmap["name"] for bitmap in listed])
             return found
         for node in self.monitor("query-named-block-nodes", flat=True):
             for target in self.targets():
                 if node["drv"] == "qcow2" and node["file"] == str(self.disk(target)):
-                    found[target] = sorted(bitmap["name"] for bitmap in node.get("dirty-bitmaps", ()))
+                    found[target] = _with_marks(target, [bitmap["name"] for bitmap in node.get("dirty-bitmaps", ())])
         return found
 
     def write(self, target: str, *commands: str) -> None:
@@ -319,8 +328,12 @@ def small(_shared: SmallVM) -> Iterator[SmallVM]:
     _shared.untouched()
     yield _shared
     for checkpoint in _shared.domain.listAllCheckpoints(0):
+        name = checkpoint.getName()
         with contextlib.suppress(libvirt.libvirtError):
             checkpoint.delete(0)
+        for disk in _shared.targets():
+            with contextlib.suppress(libvirt.libvirtError, KeyError):  # its mark, which libvirt leaves
+                _shared.monitor("block-dirty-bitmap-remove", node=_shared.node(disk), name=f"{name}-{disk}")
     if _shared.domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
         _shared.domain.resume()
 
@@ -653,7 +666,7 @@ def same(tmp_path: Path) -> Callable[[Sequence[dict[str, Path]], dict[str, Path]
 class Chains:
     """The chains of one VM in datastores "a" and "b", taken by the session; keeps what the disks held at each point.
 
-    `installation` is who takes them, "" as before there were any.
+    `installation` is who takes them, "" as before there were any; `settings` are the VM's.
     """
 
     hypervisor: Libvirt
@@ -663,6 +676,7 @@ class Chains:
     truths: dict[str, dict[str, Path]] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=itertools.count)
     installation: str = ""
+    settings: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("a", "b"):
@@ -677,7 +691,8 @@ class Chains:
         return next((image for image in reversed(self.images) if image.datastore == store), None)
 
     def plan(self, vm: SmallVM, store: str = "a", *, reset: bool = False) -> BackupRun:
-        run = plan(self.newest(store), vm=vm.identity, host="here", datastore=store, settings={}, reset=reset)
+        newest, settings = self.newest(store), self.settings
+        run = plan(newest, vm=vm.identity, host="here", datastore=store, settings=settings, reset=reset)
         return dataclasses.replace(run, keep=self.kept, installation=self.installation)
 
     def context(self) -> Context:
@@ -685,15 +700,18 @@ class Chains:
         folder.mkdir(mode=0o700)
         return Context(folder)
 
-    def backup(self, vm: SmallVM, store: str = "a", *, reset: bool = False) -> Recorded:
-        """Take one, with the truth beside it; nothing of it is left, and nothing went wrong afterwards."""
+    def backup(self, vm: SmallVM, store: str = "a", *, reset: bool = False, warned: bool = False) -> Recorded:
+        """Take one, with the truth beside it; nothing of it is left, and nothing went wrong afterwards.
+
+        Where it is to be `warned` something has to be told instead.
+        """
         truth = vm.copy(self.folder / f"truth{next(self.numbers)}")
         run = self.plan(vm, store, reset=reset)
         with self.context() as ctx:
             recorded = run_backup(self.stores[store], run, ctx, record=self.record)
         self.truths[recorded.increment.point] = {disk.id: truth[disk.id] for disk in recorded.increment.disks}
-        assert not recorded.warnings
-        assert not list(self.hypervisor.scratch.iterdir())
+        assert bool(recorded.warnings) is warned, recorded.warnings
+        assert warned or not list(self.hypervisor.scratch.iterdir())
         return recorded
 
     def record(self, recorded: Recorded) -> None:

@@ -85,7 +85,7 @@ def withdraw(place: Workplace, folder: Path, why: BackupError, store: Datastore,
 def _noted(folder: Path) -> tuple[BackupRun, tuple[Disk, ...]] | None:
     """What `note` wrote; None where the run did not come that far, or it cannot be read."""
     try:
-        noted = json.loads(read_small(folder / _NAME))
+        noted = json.loads(read_small(folder / _NAME, folders.RECORD_LIMIT))
         return folders.load_run(noted["run"]), tuple(Disk(**disk) for disk in noted["disks"])
     except FileNotFoundError:
         return None

@@ -30,9 +30,12 @@ from backupcore.model import VM, BackupRun, Disk, Link, SourceRef, Type, new_id
 from backupcore.small_file import read_small, require_file
 from vmkeep import full_state
 
-__all__ = ["dead", "dead_runs", "dump_run", "keep", "load_run", "of", "own", "sweep"]
+__all__ = ["RECORD_LIMIT", "dead", "dead_runs", "dump_run", "keep", "load_run", "of", "own", "sweep"]
 
 log = logging.getLogger("vmkeep.folders")
+
+RECORD_LIMIT = 16 << 20
+"""Bytes of a run's record: some 10 KB for each of its disks."""
 
 _GRACE = 600  # seconds; a folder without a lock file is being made, unless it is older than this
 
@@ -178,7 +181,7 @@ def _dead_folders(state: Path) -> list[Path]:
 
 def _load(record: Path) -> BackupRun | None:
     try:
-        return load_run(read_small(record).decode())
+        return load_run(read_small(record, RECORD_LIMIT).decode())
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, OSError) as error:

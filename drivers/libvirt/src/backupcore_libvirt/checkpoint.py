@@ -2,7 +2,8 @@
 
 The bitmaps are the truth. libvirt's record is lost by an undefine, by the end of a transient VM, and was never made
 for a VM that was off; it outlives bitmaps that a crash of QEMU has lost. So a disk's changes are told by the parent's
-bitmap alone, on the image that the disk was at the parent; the record is made anew where libvirt asks for it.
+bitmap alone, on the image that the disk was at the parent; the record is made anew where libvirt asks for it. Each has
+a mark beside it (`backupcore_libvirt.marks`), by which the disk is known again.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 
 from backupcore.errors import BackupError, HypervisorError, IncrementImpossible
 from backupcore.hypervisor import Checkpoint
-from backupcore.model import BackupRun, Link, Outcome, RunState
+from backupcore.model import BackupRun, Disk, Link, Outcome, RunState
 from backupcore_libvirt.connection import CHECKPOINT_INCONSISTENT, NO_CHECKPOINT, Domain
 from backupcore_libvirt.disks import Node, SourceDisk, located, nodes, source_disks
 from backupcore_libvirt.libvirt_errors import code_of
+from backupcore_libvirt.reading.cut import REASON as CUT
+from backupcore_libvirt.stamps import Stamp, changed
 from backupcore_libvirt.stopped import remove_bitmap, stopped_nodes
 from backupcore_libvirt.xml import parse
 
@@ -33,18 +36,31 @@ __all__ = [
     "found",
     "is_ours",
     "make_known",
+    "mark_name",
     "of_others",
     "recorded_paths",
     "since",
     "tidy",
 ]
 
-_OURS = re.compile(r"backupcore-(?:(?P<installation>[0-9a-f]{32})-)?(?P<point>[0-9a-f]{32})")
+_OURS = re.compile(
+    r"backupcore-(?:(?P<installation>[0-9a-f]{32})-)?(?P<point>[0-9a-f]{32})(?:-(?P<marked>[A-Za-z0-9._-]+))?"
+)
 
 
 def checkpoint_name(point: str, installation: str = "") -> str:
     """The checkpoint of a point; bitmaps have its name too. Older versions wrote no installation into it."""
     return f"backupcore-{installation}-{point}" if installation else f"backupcore-{point}"
+
+
+def mark_name(checkpoint: str, disk: str) -> str:
+    """The mark beside the bitmap of a checkpoint, on the image of this disk."""
+    return f"{checkpoint}-{disk}"
+
+
+def _is_mark(name: str) -> bool:
+    found = _OURS.fullmatch(name)
+    return found is not None and found["marked"] is not None
 
 
 def is_ours(name: str) -> bool:
@@ -95,8 +111,17 @@ class Since:
     whole: Mapping[str, str]
 
 
-def since(domain: Domain, parent: Link, disks: Sequence[SourceDisk], opened: Mapping[str, Node]) -> Since:
-    """What can tell the changes of `disks` since `parent`. IncrementImpossible with the reasons if nothing can."""
+def since(
+    domain: Domain,
+    parent: Link,
+    disks: Sequence[SourceDisk],
+    opened: Mapping[str, Node],
+    below: Mapping[str, Sequence[Stamp]],
+) -> Since:
+    """What can tell the changes of `disks` since `parent`. IncrementImpossible with the reasons if nothing can.
+
+    `below` are the files below each disk.
+    """
     name = _name_of(domain, parent.point, opened)
     held = {disk.id: disk for disk in parent.disks}
     recorded: Mapping[str, str] | None = None
@@ -110,7 +135,9 @@ def since(domain: Domain, parent: Link, disks: Sequence[SourceDisk], opened: Map
         if not path:
             recorded = recorded_paths(domain, name) if recorded is None else recorded
             path = recorded.get(disk.id, "")
-        if reason := _why_whole(disk, opened[disk.id], name, path, before.virtual_size):
+        if reason := _why_whole(disk, opened[disk.id], name, path, before) or _why_not_known(
+            disk, opened[disk.id], name, before, below
+        ):
             whole[disk.id] = reason
     changed = tuple(disk.id for disk in disks if disk.id not in whole)
     if not changed:
@@ -123,20 +150,23 @@ def _name_of(domain: Domain, point: str, opened: Mapping[str, Node]) -> str:
 
     Nobody but its chain knows a point, so whoever's name stands beside it is of no importance.
     """
-    bitmaps = {bitmap.name for node in opened.values() for bitmap in node.bitmaps if _point(bitmap.name) == point}
+    every = {bitmap.name for node in opened.values() for bitmap in node.bitmaps if _point(bitmap.name) == point}
+    bitmaps = {name for name in every if not _is_mark(name)}
     names = bitmaps or {name for name in domain.checkpoints() if _point(name) == point}
     return min(names, default=checkpoint_name(point))
 
 
-def _why_whole(disk: SourceDisk, node: Node, name: str, path: str, size: int) -> str:  # noqa: PLR0911 - one return a rule
+def _why_whole(  # noqa: PLR0911 - one return a rule
+    disk: SourceDisk, node: Node, name: str, path: str, before: Disk
+) -> str:
     if disk.format == "raw":
         return "raw: changed blocks are tracked in qcow2 only"
     if path and path != disk.path:
         # Another image under the same target, two disks swapped, or an overlay: its bitmap counts other changes.
         return f"it is now {disk.path}, at the last backup it was {path}"
-    if node.virtual_size < size:
+    if node.virtual_size < before.virtual_size:
         # Its bitmap looks healthy, but what lay behind the cut is stale.
-        return f"it has shrunk from {size} to {node.virtual_size} bytes"
+        return f"it has shrunk from {before.virtual_size} to {node.virtual_size} bytes"
     bitmap = next((bitmap for bitmap in node.bitmaps if bitmap.name == name), None)
     if bitmap is None:
         return "the bitmap of the last backup is missing: QEMU has crashed, it was removed, or this is another image"
@@ -147,6 +177,22 @@ def _why_whole(disk: SourceDisk, node: Node, name: str, path: str, size: int) ->
     if not path:
         return "which image it was at the last backup is not known any more"
     return ""
+
+
+def _why_not_known(disk: SourceDisk, node: Node, name: str, before: Disk, below: Mapping[str, Sequence[Stamp]]) -> str:
+    """Why it may not be the disk that it was, or "": the bitmap of the last backup is there, and looks healthy."""
+    marks = {bitmap.name: bitmap for bitmap in node.bitmaps if _is_mark(bitmap.name) and _is_beside(bitmap.name, name)}
+    own = marks.get(mark_name(name, disk.id))
+    if own is None and (marks or before.marked):
+        # All disks have a bitmap of that name: another one's file may have come to this path.
+        return f"{disk.path} bears no mark of the last backup of this disk: it is the image of another disk"
+    if own is not None and own.dirty == 0:
+        return CUT
+    return changed(before.below, below[disk.id]) if before.below is not None else ""
+
+
+def _is_beside(mark: str, checkpoint: str) -> bool:
+    return mark.startswith(f"{checkpoint}-")
 
 
 def recorded_paths(domain: Domain, name: str) -> dict[str, str]:
@@ -198,25 +244,25 @@ def tidy(domain: Domain, run: BackupRun, outcome: Outcome) -> None:
     def superfluous(name: str) -> bool:
         return _point(name) in gone or (strays and _point(name) not in kept and _is_of(name, run.installation))
 
-    _remove(domain, superfluous)
+    _remove(domain, superfluous, run.installation)
 
 
 def found(domain: Domain) -> list[Checkpoint]:
     """Every checkpoint and bitmap that backupcore made on this VM, in whichever installation, running or not."""
-    names = {name for name in domain.checkpoints() if _OURS.fullmatch(name)}
+    names = {name for name in domain.checkpoints() if is_ours(name)}
     for node in _trackable(domain).values():
         names.update(_ours(node, lambda _: True))
     return [
         Checkpoint(name=name, point=match["point"], installation=match["installation"] or "")
         for name in sorted(names)
-        if (match := _OURS.fullmatch(name))
+        if not _is_mark(name) and (match := _OURS.fullmatch(name))
     ]
 
 
 def of_others(domain: Domain, opened: Mapping[str, Node], installation: str) -> list[str]:
     """The names of the checkpoints, and of the bitmaps on these disks, that other installations have made."""
     names = {*domain.checkpoints(), *(bitmap.name for node in opened.values() for bitmap in node.bitmaps)}
-    return sorted(name for name in names if is_ours(name) and not _is_of(name, installation))
+    return sorted(name for name in names if is_ours(name) and not _is_mark(name) and not _is_of(name, installation))
 
 
 def delete(domain: Domain, points: Collection[str]) -> list[str]:
@@ -224,7 +270,7 @@ def delete(domain: Domain, points: Collection[str]) -> list[str]:
 
     HypervisorError where one stays.
     """
-    return _remove(domain, lambda name: _point(name) in points)
+    return _remove(domain, lambda name: _point(name) in points, "")
 
 
 def forget(domain: Domain, installation: str = "", *, foreign: bool = False) -> list[str]:
@@ -232,49 +278,53 @@ def forget(domain: Domain, installation: str = "", *, foreign: bool = False) -> 
 
     Those that say no installation go with them. With `foreign` all others go instead.
     """
-    return _remove(domain, lambda name: _is_of(name, installation) is not foreign)
+    return _remove(domain, lambda name: _is_of(name, installation) is not foreign, installation)
 
 
-def _remove(domain: Domain, chosen: Callable[[str], bool]) -> list[str]:
+def _remove(domain: Domain, chosen: Callable[[str], bool], installation: str) -> list[str]:
     """Delete those of our checkpoints and bitmaps that are `chosen`; their names.
+
+    Their marks go with them, and those of this installation that somebody has left without their bitmap.
 
     Children stay: other chains' checkpoints may hang below these in libvirt's tree.
     """
     records = {name for name in domain.checkpoints() if _OURS.fullmatch(name) and chosen(name)}
     if domain.is_active():
         try:
-            gone = _remove_running(domain, records, chosen)
+            gone = _remove_running(domain, records, chosen, installation)
         except HypervisorError:
             if domain.is_active():
                 raise
-            gone = _remove_stopped(domain, chosen)
+            gone = _remove_stopped(domain, chosen, installation)
     else:
-        gone = _remove_stopped(domain, chosen)
+        gone = _remove_stopped(domain, chosen, installation)
     for name in records.intersection(domain.checkpoints()):
         domain.delete_checkpoint(name, metadata_only=True)
-    return sorted(gone | records)
+    return sorted(name for name in gone | records if not _is_mark(name))
 
 
-def _remove_running(domain: Domain, records: Collection[str], chosen: Callable[[str], bool]) -> set[str]:
+def _remove_running(
+    domain: Domain, records: Collection[str], chosen: Callable[[str], bool], installation: str
+) -> set[str]:
     for name in records:
         # It refuses one that has lost a bitmap on some disk; the others go below.
         with suppress(HypervisorError):
             domain.delete_checkpoint(name)
     gone = set()
     for node in nodes(domain, _trackable_disks(domain)).values():
-        for name in _ours(node, chosen):
+        for name in (*_ours(node, chosen), *_bereft(node, chosen, installation)):
             domain.query("block-dirty-bitmap-remove", node=node.name, name=name)
             gone.add(name)
     return gone
 
 
-def _remove_stopped(domain: Domain, chosen: Callable[[str], bool]) -> set[str]:
+def _remove_stopped(domain: Domain, chosen: Callable[[str], bool], installation: str) -> set[str]:
     # libvirt deletes bitmaps of running VMs only; for others it can just forget them, and they would stay in the image.
     gone = set()
     disks = _trackable_disks(domain)
     found = stopped_nodes(domain.name, disks)
     for disk in disks:
-        for name in _ours(found[disk.id], chosen):
+        for name in (*_ours(found[disk.id], chosen), *_bereft(found[disk.id], chosen, installation)):
             remove_bitmap(disk, name)
             gone.add(name)
     return gone
@@ -298,3 +348,13 @@ def _trackable(domain: Domain) -> Mapping[str, Node]:
 
 def _ours(node: Node, chosen: Callable[[str], bool]) -> list[str]:
     return [bitmap.name for bitmap in node.bitmaps if _OURS.fullmatch(bitmap.name) and chosen(bitmap.name)]
+
+
+def _bereft(node: Node, chosen: Callable[[str], bool], installation: str) -> list[str]:
+    """The marks that are not `chosen` and have lost their bitmap (`virsh checkpoint-delete`): they prove nothing."""
+    names = {bitmap.name for bitmap in node.bitmaps}
+    return [
+        name
+        for name in _ours(node, lambda name: not chosen(name) and _is_mark(name) and _is_of(name, installation))
+        if not any(_is_beside(name, other) for other in names)
+    ]

@@ -10,13 +10,14 @@ from pathlib import Path
 from backupcore.errors import Busy, IncrementImpossible, UnsupportedOperation
 from backupcore.model import BackupRun, LeftOut
 from backupcore.typed import typed
-from backupcore_libvirt.checkpoint import Since, since
+from backupcore_libvirt.checkpoint import Since, mark_name, since
 from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.disks import DiskChoice, Node, SourceDisk, away_at_the_start, located, nodes, source_disks
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.freeze import Freeze, plan
 from backupcore_libvirt.owner import qemu_owner
 from backupcore_libvirt.scratch import Owner, check_scratch
+from backupcore_libvirt.stamps import Stamp, stamps_below
 from backupcore_libvirt.states import State, consistency_of, stopped_by_an_error
 from backupcore_libvirt.stopped import check_files, stopped_nodes
 from backupcore_libvirt.versions import require, require_stopped
@@ -30,7 +31,7 @@ class Look:
     """What was found: the disks to back up, all disks by ID, those that get a bitmap, and what the run needs.
 
     `live` is whether QEMU runs for the VM, `stopped` whether QEMU has stopped its guest after an I/O error, `since` is
-    None for a full. `files` are what the VM consists of besides,
+    None for a full. `below` are the files below each disk. `files` are what the VM consists of besides,
     `remarks` what its settings say in vain.
     """
 
@@ -39,6 +40,7 @@ class Look:
     tracked: tuple[str, ...]
     left_out: tuple[LeftOut, ...]
     nodes: Mapping[str, Node]
+    below: Mapping[str, tuple[Stamp, ...]]
     live: bool
     stopped: bool
     since: Since | None
@@ -52,6 +54,11 @@ class Look:
     def bitmaps(self) -> Mapping[str, str]:
         """The bitmap that tells what changed, for each disk that is not taken whole."""
         return dict.fromkeys(self.since.changed, self.since.name) if self.since else {}
+
+    def mark_of(self, disk: str) -> str | None:
+        """The parent's mark on this disk, if it bears one."""
+        name = mark_name(self.since.name, disk) if self.since else None
+        return name if any(bitmap.name == name for bitmap in self.nodes[disk].bitmaps) else None
 
     def narrowed(self, disks: Collection[str]) -> Look:
         """The same for these disks alone, by ID."""
@@ -101,7 +108,9 @@ def look(connection: Connection, domain: Domain, run: BackupRun, scratch: Path) 
                 f"VM {domain.name}: a block job (commit, copy or pull) works on disk {disk.id}",
                 f"Run it again once that has ended. It is shown by: {typed('virsh blockjob', domain.name, disk.id)}",
             )
-    builds_on = since(domain, run.parent, disks, opened) if run.parent is not None else None
+    # A running VM's definition tells what its QEMU has opened; of one that is off it must not say anything else.
+    below = {disk.id: stamps_below(disk.path, disk.format, disk.source.below if live else ()) for disk in disks}
+    builds_on = since(domain, run.parent, disks, opened, below) if run.parent is not None else None
     RunFolder(scratch, run.id).check_length()
     # Of a VM that is off only we read, and nothing is written to scratch.
     owner = qemu_owner(xml, connection) if live else Owner(os.geteuid(), os.getegid())
@@ -119,6 +128,7 @@ def look(connection: Connection, domain: Domain, run: BackupRun, scratch: Path) 
         tracked=tracked,
         left_out=(*left_out, *not_kept),
         nodes=opened,
+        below=below,
         live=live,
         stopped=stopped_by_an_error(domain),
         since=builds_on,

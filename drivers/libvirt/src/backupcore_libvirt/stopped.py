@@ -23,7 +23,7 @@ from backupcore_libvirt.qemu_nbd import image_options, is_locked
 from backupcore_libvirt.scratch import Owner
 from backupcore_libvirt.source import PLAIN
 
-__all__ = ["add_bitmaps", "check_files", "remove_bitmap", "stopped_nodes"]
+__all__ = ["add_bitmaps", "check_files", "merge_bitmap", "remove_bitmap", "stopped_nodes"]
 
 LOCK_LIMIT = 5.0
 """Seconds to wait for a lock: a QEMU that ends holds its own for a moment."""
@@ -208,6 +208,12 @@ def add_bitmaps(disks: Sequence[SourceDisk], name: str) -> None:
             with suppress(BackupError):  # what it raises hides the cause, and postbackup tries again
                 remove_bitmap(disk, name)
         raise
+
+
+def merge_bitmap(disk: SourceDisk, name: str, source: Path, bitmap: str) -> None:
+    """Make a disabled bitmap `name` with the bits that `bitmap` has in the qcow2 image `source`, of the same size."""
+    bits = ["--merge", bitmap, "-b", str(source), "-F", "qcow2"]
+    _qemu_img("bitmap", "--add", "--disable", *bits, disk=disk, more=[name])
 
 
 def remove_bitmap(disk: SourceDisk, name: str) -> None:

@@ -47,6 +47,7 @@ _DAMAGED = """
     WHERE typeof(pid) <> 'integer' OR typeof(size) <> 'integer' OR type NOT IN ('FULL', 'INCREMENT')
     OR typeof(point) <> 'text' OR typeof(source) <> 'text' OR source GLOB '*[^A-Za-z0-9._=-]*' OR source = ''
     OR typeof(disks) <> 'text' OR substr(disks, 1, 2) NOT IN ('[{', '[]') OR NOT json_valid(disks)
+    OR CAST(substr(probes, 1, 1) AS TEXT) <> '{'
     OR typeof(date) <> 'text' OR date NOT GLOB '[0-9][0-9][0-9][0-9]-[01][0-9]-[0-3][0-9]T*+00:00'
 """
 
@@ -69,6 +70,12 @@ def _increment(row: Row) -> Increment:
     )
 
 
+def _with_proofs(last: Increment, row: Row) -> Increment:
+    """The last increment of an image, whose row it is, with what proves its disks: nothing is built on the others."""
+    known = rows.proofs(row)
+    return replace(last, disks=tuple(replace(disk, **known.get(disk.id, {})) for disk in last.disks))
+
+
 def _load(connection: Connection, query: str, values: Mapping[str, object]) -> list[Image]:
     """The images that a query finds, with their increments."""
     return [_whole(connection, row) for row in connection.execute(query, values).fetchall()]
@@ -82,6 +89,10 @@ def _whole(connection: Connection, row: Row) -> Image:
     for one in connection.execute(of_one, (number,)).fetchall():
         with rows.reading(f"image {number}, increment {one['id']!r:.20}", _hint(row)):
             increments.append(_increment(one))
+            last = one
+    if increments:
+        with rows.reading(f"image {number}, increment {increments[-1].id}", _hint(row)):
+            increments[-1] = _with_proofs(increments[-1], last)
     return _image(row, tuple(increments))
 
 
@@ -362,16 +373,20 @@ def insert(
 
     `sequence` is its place among all that were recorded here, None for one that was found in its datastore.
     """
-    disks = [{key.name: getattr(disk, key.name) for key in fields(Disk)} for disk in increment.disks]
+    kept = [key.name for key in fields(Disk) if key.name not in rows.PROOFS]
+    disks = [{name: getattr(disk, name) for name in kept} for disk in increment.disks]
+    known = any(disk.marked or disk.probes or disk.below is not None for disk in increment.disks)
+    proofs = {disk.id: {name: getattr(disk, name) for name in rows.PROOFS} for disk in increment.disks}
     row = (
         *(number, increment.id, increment.pid, increment.type.value, increment.point, increment.source.token),
         *(increment.size, increment.date.astimezone(UTC).isoformat(), increment.consistency, increment.reason),
         *(increment.digest, json.dumps(disks), stored, read, frozen_seconds, seconds, sequence),
+        json.dumps(proofs).encode() if known else None,
     )
     connection.execute(
         "INSERT INTO increments (image, id, pid, type, point, source, size, date, consistency, reason, digest, disks,"
-        " stored, read, frozen_seconds, seconds, sequence)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        " stored, read, frozen_seconds, seconds, sequence, probes)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         row,
     )
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from sqlite3 import Row
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from backupcore.errors import ContractViolation, IntegrityError
 from backupcore.model import Disk, SourceRef
 from vmkeep.catalog.database import HINT
 
-__all__ = ["WRONG", "date", "disks", "optional", "reading", "required", "source"]
+__all__ = ["PROOFS", "WRONG", "date", "disks", "optional", "proofs", "reading", "required", "source"]
 
 T = TypeVar("T")
+
+PROOFS = ("marked", "below", "probes")
+"""The fields of a disk that lie in a column of their own: only of the last increment of an image are they needed."""
 
 WRONG = (ValueError, TypeError, KeyError, AttributeError, OverflowError)
 """What reading a row that is wrong raises, here and where it is made use of."""
@@ -79,3 +82,19 @@ def disks(row: Row) -> tuple[Disk, ...]:
     if made is None or not all(isinstance(disk.id, str) and isinstance(disk.virtual_size, int) for disk in made):
         raise ValueError(f"disks is {text!r:.60}")
     return made
+
+
+def proofs(row: Row) -> Mapping[str, Mapping[str, Any]]:
+    """Those fields of an increment's disks, by ID. ValueError if they are none."""
+    text = row["probes"]
+    if text is None:
+        return {}
+    try:
+        found = json.loads(text)
+        made = {key: Disk(id=key, artifact="", virtual_size=0, whole=True, **value) for key, value in found.items()}
+        wrong = [key for key, value in found.items() if set(value) - set(PROOFS)]
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        made, wrong = {}, [""]
+    if wrong or not all(isinstance(digest, str) for disk in made.values() for _, digest in disk.probes):
+        raise ValueError(f"probes is {text!r:.60}")
+    return {key: {name: getattr(disk, name) for name in PROOFS} for key, disk in made.items()}

@@ -74,7 +74,8 @@ _TABLES = (
         sequence INTEGER,
         -- What has proved that it can be restored, and when (a verify, a trial start): a JSON object.
         proof TEXT,
-        -- Digests of a few clusters of each disk, by which the next increment tells whether it is the same disk.
+        -- By what the next increment tells whether each disk is the same: a JSON object, by disk the fields marked,
+        -- below and probes of `backupcore.model.Disk`. NULL where nothing was noted.
         probes BLOB,
         PRIMARY KEY (image, id),
         UNIQUE (image, point)

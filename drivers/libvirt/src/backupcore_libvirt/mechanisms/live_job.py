@@ -30,7 +30,7 @@ class LiveJob(ByBitmaps):
     socket: JobSocket
 
     def ready(self, guard: Guard) -> None:
-        """Have libvirt know the checkpoint that an increment builds on, and make the scratch files."""
+        """Have libvirt know the checkpoint that an increment builds on, and make the scratch files and the marks."""
         if self.look.stopped:
             self.folder.note_stopped()
         guard.hold("scratch", "life" if self.look.stopped else "state")
@@ -38,6 +38,7 @@ class LiveJob(ByBitmaps):
             make_known(self.domain, self.look.since, self.look.all_disks)
         for disk in self.look.disks:
             make_empty(self.folder.disk(disk.id), self.look.nodes[disk.id].virtual_size, self.look.owner)
+        self.mark()
 
     def begin(self) -> datetime:
         """Begin the job and the checkpoint, in one call."""
@@ -63,6 +64,7 @@ class LiveJob(ByBitmaps):
                     called(self.domain.name, disk.id),
                 ),
                 bitmap_name(disk.id) if disk.id in bitmaps else None,
+                marked=disk.id in self.bearing,
             )
             for disk in self.look.disks
         }

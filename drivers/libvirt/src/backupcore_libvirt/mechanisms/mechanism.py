@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Protocol, Self
 
 from backupcore.context import Context
 from backupcore.model import BackupRun, DiskEstimate
-from backupcore_libvirt.checkpoint import checkpoint_name
+from backupcore_libvirt.checkpoint import checkpoint_name, mark_name
 from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.look import Look
+from backupcore_libvirt.marks import add
 from backupcore_libvirt.reading.export import Export
 from backupcore_libvirt.reading.taken import estimate_of
 from backupcore_libvirt.release.guard import Guard
@@ -67,11 +68,22 @@ class ByBitmaps:
     folder: RunFolder
     ctx: Context
     look: Look
+    bearing: set[str] = field(default_factory=set, kw_only=True)
+    """The disks that bear the mark of this run's point."""
 
     @property
     def checkpoint(self) -> str:
         """The name of the checkpoint, and of the bitmaps, that tell what changes after this run."""
         return checkpoint_name(self.run.point, self.run.installation)
+
+    @property
+    def marks(self) -> Mapping[str, str]:
+        """The mark that each tracked disk gets."""
+        return {disk: mark_name(self.checkpoint, disk) for disk in self.look.tracked}
+
+    def mark(self) -> None:
+        """Put the marks on the disks of a running VM, before anything tracks what changes."""
+        self.bearing.update(add(self.domain, self.marks, self.look.nodes, self.run.id))
 
     def narrowed(self, disks: Collection[str]) -> Self:
         """The same for these disks alone."""

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from backupcore_libvirt.image_lock import knows_locks
+from backupcore_libvirt.marks import add_stopped
 from backupcore_libvirt.mechanisms.mechanism import ByBitmaps
 from backupcore_libvirt.qcow2_header import files_of
 from backupcore_libvirt.qemu_nbd import QemuNbd
@@ -37,6 +38,8 @@ class OffNbd(ByBitmaps):
         the export and again in the next increment.
         """
         tracked = [disk for disk in self.look.disks if disk.id in self.look.tracked]
+        images = {disk.id: (disk, self.look.nodes[disk.id].virtual_size) for disk in tracked}
+        self.bearing.update(add_stopped(images, self.marks, self.ctx.folder))
         add_bitmaps(tracked, self.checkpoint)
         return datetime.now(UTC)
 
@@ -48,10 +51,14 @@ class OffNbd(ByBitmaps):
         for disk in self.look.disks:
             self.ctx.check()
             bitmap = self.look.bitmaps.get(disk.id)
+            # Only so is it told here whether the parent's mark still has its bit.
+            mark = self.look.mark_of(disk.id) if bitmap else None
             socket = self.folder.socket_of(disk.id)
-            server = QemuNbd(socket, disk.path, disk.format, part=disk.source.part, bitmaps=[bitmap] if bitmap else [])
+            bitmaps = [name for name in (bitmap, mark) if name]
+            server = QemuNbd(socket, disk.path, disk.format, part=disk.source.part, bitmaps=bitmaps)
             self.ctx.stack.enter_context(server)
-            exports[disk.id] = Export(replace(server.address, disk=called(self.domain.name, disk.id)), bitmap)
+            address = replace(server.address, disk=called(self.domain.name, disk.id))
+            exports[disk.id] = Export(address, bitmap, mark=mark, marked=disk.id in self.bearing)
         return exports
 
     def _files(self) -> list[str]:

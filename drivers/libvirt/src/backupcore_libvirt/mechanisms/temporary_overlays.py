@@ -35,6 +35,7 @@ class TemporaryOverlays(ByBitmaps):
         """
         guard.hold("guest", room=[one.growing for one in self.held])
         temporary.make(self.domain, self.held, self.folder.scratch, self.look.owner)
+        self.mark()
         points = checkpoint_xml(self.checkpoint, self.look.all_disks, self.look.tracked)
         if points is not None:
             self.domain.create_checkpoint(points)
@@ -45,4 +46,5 @@ class TemporaryOverlays(ByBitmaps):
 
     def serve(self, guard: Guard) -> Mapping[str, Export]:
         """Serve the files below the overlays."""
-        return temporary.serve(self.domain, self.held, self.look.bitmaps, guard, folder=self.folder, ctx=self.ctx)
+        found = temporary.serve(self.domain, self.held, self.look.bitmaps, guard, folder=self.folder, ctx=self.ctx)
+        return {disk: replace(export, marked=disk in self.bearing) for disk, export in found.items()}

@@ -17,6 +17,7 @@ from backupcore_libvirt.checkpoint import Since, is_ours
 from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.disks import SourceDisk
 from backupcore_libvirt.overlay.stack import Stack, is_regular, overlay_path, stacks
+from backupcore_libvirt.overlay.unwritten import written
 from backupcore_libvirt.scratch import reserve
 from backupcore_libvirt.versions import text
 
@@ -166,6 +167,8 @@ def _part(run: BackupRun, disk: SourceDisk, stack: Stack) -> Part:
     size = qemu_img.info(stack.top, stack.top_shape).virtual_size
     if size < before.virtual_size:
         return Part(disk, stack, 0, f"it has shrunk from {before.virtual_size} to {size} bytes")
+    if why := written(stack.overlays[index].path):
+        return Part(disk, stack, 0, why)
     return Part(disk, stack, len(stack.overlays) - index, "")
 
 

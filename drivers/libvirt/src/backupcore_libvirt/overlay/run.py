@@ -29,7 +29,7 @@ from backupcore_libvirt.overlay.merge import Merger, set_source
 from backupcore_libvirt.overlay.plan import Plan, closed_below, wanted
 from backupcore_libvirt.overlay.room import Growing
 from backupcore_libvirt.overlay.stack import Stack, any_overlay, is_temporary, overlay_path, overlays_beside, stacks
-from backupcore_libvirt.overlay.unwritten import is_unwritten, mark
+from backupcore_libvirt.overlay.unwritten import is_unwritten, mark, note, written
 from backupcore_libvirt.premade.image import is_untouched, make_overlay
 from backupcore_libvirt.qcow2_header import files_of
 from backupcore_libvirt.qemu_nbd import QemuNbd
@@ -250,6 +250,8 @@ def serve(
             raise HypervisorError(
                 f"VM {domain.name}: libvirt has put an overlay on disk {part.disk.id}, but the VM does not use it"
             )
+        if not part.stack.overlays:  # otherwise what lies below is merged first, by us or by whoever does it for us
+            note(new[part.disk.id])
     # Of raw files qemu-nbd keeps nobody away, and whoever merged into one now would tear what is being read.
     files = [file for part in plan.parts for file in files_of(part.stack.top, part.stack.top_shape)]
     guard.keep_closed(list(dict.fromkeys(files)), list(new.values()))
@@ -353,10 +355,12 @@ def _settle(
 
 
 def _mark(domain: Domain) -> None:
-    """Have each disk's lowest overlay tell what its base is now, for `_put_back`."""
+    """Have each disk's lowest overlay tell what its base is now, for `_put_back` and the next increment."""
     for stack in stacks(domain).values():
         if stack.overlays and not stack.overlays[0].temporary:
             mark(stack.overlays[0].path, stack.base)
+            if written(stack.overlays[0].path) is None:
+                note(stack.overlays[0].path)
 
 
 def _remove_unused(connection: Connection, domain: Domain, point: str, installation: str, folder: RunFolder) -> None:

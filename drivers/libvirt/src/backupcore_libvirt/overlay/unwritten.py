@@ -12,10 +12,13 @@ import json
 import os
 from contextlib import suppress
 
-__all__ = ["is_unwritten", "mark"]
+from backupcore_libvirt.stamps import changed, stamps_below
+
+__all__ = ["is_unwritten", "mark", "note", "written"]
 
 _NAME = "user.backupcore.base"
 _LONGEST = 1024
+_BELOW = "user.backupcore.below"
 
 
 def mark(overlay: str, base: str) -> None:
@@ -30,6 +33,28 @@ def is_unwritten(overlay: str, base: str) -> bool:
         return os.getxattr(overlay, _NAME, follow_symlinks=False)[:_LONGEST] == _stamp(base)
     except OSError:
         return False
+
+
+def note(overlay: str) -> None:
+    """Write down what all files below an overlay are by now: what it holds counts from them.
+
+    Only where no overlay of ours is among them: one that is shall be merged, and that writes to the one below.
+    """
+    with suppress(OSError):  # as above; a long chain may be more than a file system takes
+        text = json.dumps(stamps_below(overlay, "qcow2")).encode()
+        os.setxattr(overlay, _BELOW, text, follow_symlinks=False)
+
+
+def written(overlay: str) -> str | None:
+    """Which of the files below an overlay were written to, or exchanged, since `note`, as a reason; "" if none was;
+    None where nothing tells.
+    """
+    try:
+        noted = json.loads(os.getxattr(overlay, _BELOW, follow_symlinks=False))
+        then = tuple((str(path), int(inode), int(size), int(time)) for path, inode, size, time in noted)
+    except (OSError, ValueError, TypeError):
+        return None
+    return changed(then, stamps_below(overlay, "qcow2"))
 
 
 def _stamp(base: str) -> bytes:

@@ -22,7 +22,7 @@ from backupcore.disk.qcow2 import Layout
 from backupcore.errors import HypervisorError, from_os_error
 from backupcore_libvirt.scratch import Owner
 
-__all__ = ["is_untouched", "make_empty", "make_overlay"]
+__all__ = ["is_untouched", "make_empty", "make_overlay", "write_new"]
 
 # Of a header, as QEMU's docs/interop/qcow2.txt has it: where the offset and the length of the backing file's name
 # stand, where the disk's size, and where the extensions begin, the first of which names the backing file's format.
@@ -112,6 +112,11 @@ def _tables(size: int) -> bytes:
     """The whole file of a disk that holds nothing."""
     layout = Layout(size, ())
     return layout.tables(0, layout.size)
+
+
+def write_new(path: Path, image: bytearray) -> None:
+    """Make a file of our own that nobody else may read; ConfigError where the name is taken."""
+    _write(path, image, Owner(os.geteuid(), os.getegid()), 0o600)
 
 
 def _write(path: Path, tables: bytearray, owner: Owner, mode: int) -> None:

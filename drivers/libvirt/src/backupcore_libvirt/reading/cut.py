@@ -14,10 +14,10 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 from backupcore.disk.extents import CLUSTER, Extent, Kind, coalesce, complement, intersect
-from backupcore.disk.nbd import ALLOCATION, Address, Client, allocation
+from backupcore.disk.nbd import ALLOCATION, Address, Client, allocation, dirty
 from backupcore.disk.qcow2 import Layout
 
-__all__ = ["REASON", "tail", "was_cut"]
+__all__ = ["REASON", "has_lost_its_bit", "tail", "was_cut"]
 
 REASON = "it was shrunk and grown again since the last backup"
 
@@ -41,6 +41,13 @@ def was_cut(address: Address, layout: Layout, before: Sequence[tuple[int, int]])
     with Client(address, [ALLOCATION]) as client:
         found = allocation(client, offset, min(CLUSTER, client.size - offset))
         return all(extent.kind is Kind.ZERO for extent in found)
+
+
+def has_lost_its_bit(address: Address, mark: str) -> bool:
+    """Whether a mark is empty: its one bit is that of the disk's end when it was made."""
+    context = f"qemu:dirty-bitmap:{mark}"
+    with Client(address, [context]) as client:
+        return not any(dirty(client, context, 0, client.size))
 
 
 def _untouched(before: Sequence[tuple[int, int]], layout: Layout) -> Iterator[Extent]:

@@ -21,12 +21,15 @@ _IMAGE_CLUSTER = 2 << 20
 class Export:
     """Where one disk of a run can be read, and what tells the changes there.
 
-    That is a bitmap, or how many files of a chain hold them, from the top (`depth`). Neither for the whole disk.
+    That is a bitmap, or how many files of a chain hold them, from the top (`depth`). Neither for the whole disk. `mark`
+    is the bitmap that is the parent's mark, where it is exported; `marked` whether the image bears that of this run.
     """
 
     address: Address
     bitmap: str | None
     depth: int = 0
+    mark: str | None = None
+    marked: bool = False
 
     @property
     def whole(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from backupcore.disk.qcow2 import DiskArtifact
+from backupcore.disk.qcow2 import DiskArtifact, Layout
 from backupcore.disk.reader import Reader
 from backupcore.model import BackupRun, Disk, DiskEstimate
 from backupcore_libvirt.connection import Domain
@@ -12,8 +12,9 @@ from backupcore_libvirt.disks import SourceDisk
 from backupcore_libvirt.image_size import strange_kind
 from backupcore_libvirt.look import Look
 from backupcore_libvirt.reading.cut import REASON as CUT
-from backupcore_libvirt.reading.cut import tail, was_cut
+from backupcore_libvirt.reading.cut import has_lost_its_bit, tail, was_cut
 from backupcore_libvirt.reading.export import Export, layout_of
+from backupcore_libvirt.reading.probes import Probe, carried, chosen, digests, failed, places, worth_keeping
 
 __all__ = ["estimate_of", "taken_of"]
 
@@ -22,22 +23,48 @@ def taken_of(disk: SourceDisk, export: Export, seen: Look, run: BackupRun, reade
     """The artifact of one disk: what changed, or all of it. Only the reader's process connects to the export."""
     reason = seen.since.whole.get(disk.id, "") if seen.since else ""
     then = next((one for one in run.parent.disks if one.id == disk.id), None) if run.parent else None
-    held = then.tail if then else ()
     layout = reader.call(layout_of, export, then.virtual_size if then else None)
-    if export.bitmap is not None and reader.call(was_cut, export.address, layout, held):
-        export, reason = replace(export, bitmap=None), CUT
-        layout = reader.call(layout_of, export)
-    whole = export.whole
+    probes: tuple[Probe, ...] = ()
+    if not export.whole and then is not None:
+        reason, probes = _proved(export, layout, then, reader)
+        if reason:
+            export = replace(export, bitmap=None, depth=0)
+            layout = reader.call(layout_of, export)
+    if export.whole and run.tracked:
+        probes = worth_keeping(reader.call(digests, export.address, places(layout), layout.virtual_size))
     found = DiskArtifact(f"disk.{disk.id}.qcow2", layout, export.address, reader=reader)
     return found, Disk(
         id=disk.id,
         artifact=found.name,
         virtual_size=layout.virtual_size,
-        whole=whole,
+        whole=export.whole,
         reason=reason,
         path=disk.path,
-        tail=tail(layout, () if whole else held),
+        tail=tail(layout, () if export.whole or then is None else then.tail),
+        marked=export.marked,
+        below=seen.below[disk.id],
+        probes=probes,
     )
+
+
+def _proved(export: Export, layout: Layout, then: Disk, reader: Reader) -> tuple[str, tuple[Probe, ...]]:
+    """Why the changes since the parent are not believed, or ""; and the probes for the next backup.
+
+    `layout` is what is said to have changed since.
+    """
+    if export.mark is not None and reader.call(has_lost_its_bit, export.address, export.mark):
+        return CUT, ()
+    # Where there is a mark it has told, of a running VM by what QEMU knows of it.
+    if export.bitmap is not None and not then.marked and reader.call(was_cut, export.address, layout, then.tail):
+        return CUT, ()
+    old = carried(then.probes, layout)
+    new = places(layout)
+    if not then.probes:  # the parent was taken before there were any
+        new += places(reader.call(layout_of, replace(export, bitmap=None, depth=0)))
+    kept = chosen([offset for offset, _ in old], new)
+    offsets = sorted({*kept, *(offset for offset, _ in old)})
+    now = reader.call(digests, export.address, offsets, layout.virtual_size)
+    return failed(old, now), worth_keeping({offset: now[offset] for offset in kept})
 
 
 def estimate_of(domain: Domain, disk: SourceDisk, seen: Look) -> DiskEstimate:
