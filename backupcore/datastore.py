@@ -180,8 +180,14 @@ class Datastore:
         if sources and self._answer("delete", bool, sources=tuple(sources), ctx=ctx) is not True:
             raise ContractViolation(f"driver {self.kind}: delete did not delete {', '.join(map(str, sources))}")
 
-    def sources(self, ctx: Context) -> list[Listed]:
-        """Every complete source in the datastore, of all VMs and hosts."""
+    def sources(self, ctx: Context, vm: str = "") -> list[Listed]:
+        """Every complete source in the datastore, of all VMs and hosts.
+
+        With `vm` (a UUID) those of that VM at least, among which may be some that are not complete.
+        """
+        if vm and self.implements("sources_of"):
+            with self._translated("sources_of"):
+                return checked_listed(self._answer("sources_of", object, vm=vm, ctx=ctx))
         with self._translated("sources"):
             return checked_listed(self._answer("sources", object, ctx=ctx))
 

@@ -3,8 +3,8 @@
 """The contract between the core and its plugins, and its manual.
 
 A *driver* is a class decorated with `backupcore.driver`; it is found under the entry-point group ``backupcore.drivers``
-and implements `backup`, `restore`, `delete` and `sources`; `prebackup`, `postbackup`, `flatten`, `check`, `usage` and
-`locks` and `maintain` are optional. A *hypervisor* (``backupcore.hypervisors``) implements `prebackup` and
+and implements `backup`, `restore`, `delete` and `sources`; `prebackup`, `postbackup`, `flatten`, `sources_of`, `check`,
+`usage`, `locks` and `maintain` are optional. A *hypervisor* (``backupcore.hypervisors``) implements `prebackup` and
 `postbackup`, and the Python protocol of `backupcore.hypervisor`. Site plugins may wrap any hook with
 ``@hookimpl(wrapper=True)``.
 
@@ -162,6 +162,15 @@ def sources(ctx: Context) -> Iterable[Listed]:
     """Every complete source in the datastore, of all VMs and hosts, with the labels stored beside it.
 
     A source whose manifest is missing is not complete and not listed. What is not a backup of ours is skipped.
+    """
+
+
+@hookspec(firstresult=True)
+def sources_of(vm: str, ctx: Context) -> Iterable[Listed]:
+    """The same for one VM (a UUID), which every backup asks: what others have removed, or added, is noticed by it.
+
+    Optional; without it the core asks for all. Worth having where it is quicker. Other VMs' sources may be in the
+    answer, and such as are not complete: who acts on one looks at its manifest first.
     """
 
 

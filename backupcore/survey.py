@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from backupcore.manifest import Manifest
     from backupcore.model import Artifact, Listed
 
-__all__ = ["Found", "Remark", "Survey", "look_at", "put_together", "survey"]
+__all__ = ["Branch", "Found", "Remark", "look_at", "put_together", "read", "stood_for"]
 
 _AT_ONCE = 4  # manifests that are read beside each other: most stores answer slowly, not little
 _LARGEST = 1 << 31  # numbers of increments: a database takes no more than 63 bits, and nobody has as many
@@ -61,24 +61,25 @@ class Remark:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Survey:
-    """What was found: images (closed, without a number of this host), and the sources that belong to none."""
+class Branch:
+    """A chain that can be restored, oldest first, and the image that it is: closed, without a number of this host.
 
-    images: tuple[Image, ...]
-    remarks: tuple[Remark, ...]
+    Two branches of one image share their first sources, where somebody went on from an older increment than the last.
+    The image of each has the UUID that its last manifest says, so both may have the same.
+    """
+
+    chain: tuple[Found, ...]
+    image: Image
 
 
-def survey(datastore: Datastore, ctx: Context, *, known: Collection[SourceRef] = ()) -> Survey:
-    """Read the manifest of every source but those in `known`, and put together what belongs together.
+def read(datastore: Datastore, listed: Iterable[Listed], ctx: Context) -> tuple[tuple[Found, ...], tuple[Remark, ...]]:
+    """Read the manifest of every source that is `listed`.
 
     A source that is damaged or foreign is a remark; a datastore that does not answer is an error.
     """
-    ctx.progress.phase("look")
-    listed = [one for one in datastore.sources(ctx) if one.source not in known]
-    ctx.progress.phase("read manifests")
-    answers = list(each(lambda one: _look(datastore, one, ctx), listed, _AT_ONCE))
-    images, remarks = put_together(datastore.name, [one for one in answers if isinstance(one, Found)])
-    return Survey(images=images, remarks=(*(one for one in answers if isinstance(one, Remark)), *remarks))
+    answers = list(each(lambda one: _look(datastore, one, ctx), list(listed), _AT_ONCE))
+    found = tuple(one for one in answers if isinstance(one, Found))
+    return found, tuple(one for one in answers if isinstance(one, Remark))
 
 
 def _look(datastore: Datastore, listed: Listed, ctx: Context) -> Found | Remark:
@@ -132,42 +133,70 @@ def _require_all(manifest: Manifest, artifacts: dict[str, Artifact], what: str) 
         raise IntegrityError(f"{what}: missing, or of another size: {', '.join(sorted(wrong))}")
 
 
-def put_together(datastore: str, found: Iterable[Found]) -> tuple[tuple[Image, ...], tuple[Remark, ...]]:
-    """The images that these sources make up, oldest first, and a remark about every source that is in none of them."""
+def put_together(
+    datastore: str, found: Iterable[Found], *, prefer: Collection[SourceRef] = ()
+) -> tuple[tuple[Branch, ...], tuple[Remark, ...]]:
+    """The branches that these sources make up, oldest first, and a remark about every source that is in none of them.
+
+    Each point that can be restored is in one, but for those that a full of one of them stands for. Of `prefer` none is
+    left out for a full's claim to stand for it, and where several sources hold one point, one of these is taken.
+    """
     groups: dict[str, list[Found]] = {}
     for one in found:
-        groups.setdefault(one.manifest.image, []).append(one)
-    images: list[Image] = []
+        groups.setdefault(one.manifest.vm.uuid, []).append(one)
+    branches: list[Branch] = []
     remarks: list[Remark] = []
     for group in groups.values():
-        chain = _longest(group)
-        if chain:
-            images.append(_image(datastore, chain))
-        remarks += _others(group, chain)
-    images.sort(key=lambda image: (image.began or image.increments[0].date, image.uuid))
-    return tuple(images), tuple(remarks)
+        chains = _chains(group, set(prefer))
+        branches += (Branch(chain=tuple(chain), image=_image(datastore, chain)) for chain in chains)
+        remarks += _others(group, chains)
+    branches.sort(key=lambda one: (one.image.began or one.image.increments[0].date, one.image.uuid))
+    return tuple(branches), tuple(remarks)
 
 
-def _longest(group: Sequence[Found]) -> list[Found]:
-    """The chain to the last increment that can be restored, oldest first; empty if none can be."""
-    parents: dict[SourceRef, Found | None] = {}  # of those that can be restored
+def _chains(group: Sequence[Found], prefer: Collection[SourceRef]) -> list[list[Found]]:
+    """The chains of one VM to every last increment that can be restored, oldest first; an image's longest first."""
+    parents = _parents(group, prefer)
+    able = [one for one in group if one.source in parents]
+    able.sort(key=lambda one: (one.manifest.number, one.source in prefer, not one.manifest.replaces, one.date))
+    chains: list[list[Found]] = []
+    taken: set[str] = set()
+    merged: set[str] = set()
+    for one in reversed(able):
+        if one.manifest.point in taken or (one.manifest.point in merged and one.source not in prefer):
+            continue
+        chain: list[Found] = []
+        tip: Found | None = one
+        while tip is not None:
+            chain.append(tip)
+            tip = parents[tip.source]
+        chains.append(chain[::-1])
+        taken |= {link.manifest.point for link in chain}
+        merged |= stood_for(chain)
+    return chains
+
+
+def stood_for(chain: Iterable[Found]) -> set[str]:
+    """The points that fulls of a chain stand for. The last that one names is its own, or none of us has made it."""
+    named = (one.manifest for one in chain)
+    return {point for one in named if one.replaces[-1:] == (one.point,) for point in one.replaces}
+
+
+def _parents(group: Sequence[Found], prefer: Collection[SourceRef]) -> dict[SourceRef, Found | None]:
+    """What each source that can be restored builds on (None: nothing); the others are left out."""
+    of_point: dict[str, list[Found]] = {}  # of those that can be restored
+    parents: dict[SourceRef, Found | None] = {}
     for one in sorted(group, key=lambda one: (one.manifest.number, one.source.token)):
         if one.manifest.parent is None:
             parents[one.source] = None
-            continue
-        ready = [other for other in group if other.source in parents and _carries(other, one)]
-        if ready:
+        else:
+            ready = [other for other in of_point.get(one.manifest.parent.point, ()) if _carries(other, one)]
+            if not ready:
+                continue
             # What was recorded before a flatten has been proved; its result is taken where parts of that are gone.
-            parents[one.source] = min(ready, key=lambda other: bool(other.manifest.replaces))
-    able = [one for one in group if one.source in parents]
-    if not able:
-        return []
-    tip: Found | None = max(able, key=lambda one: (one.manifest.number, not one.manifest.replaces, one.date))
-    chain: list[Found] = []
-    while tip is not None:
-        chain.append(tip)
-        tip = parents[tip.source]
-    return chain[::-1]
+            parents[one.source] = min(ready, key=lambda it: (it.source not in prefer, bool(it.manifest.replaces)))
+        of_point.setdefault(one.manifest.point, []).append(one)
+    return parents
 
 
 def _carries(parent: Found, child: Found) -> bool:
@@ -177,7 +206,6 @@ def _carries(parent: Found, child: Found) -> bool:
         and link.point == manifest.point
         and link.digest in (parent.digest, manifest.stands_for)
         and manifest.number < child.manifest.number
-        and manifest.vm.uuid == child.manifest.vm.uuid
     )
 
 
@@ -200,7 +228,7 @@ def _image(datastore: str, chain: Sequence[Found]) -> Image:
         for one, before in zip(chain, [None, *chain], strict=False)
     ]
     return Image(
-        uuid=first.manifest.image,
+        uuid=last.manifest.image,
         number=0,
         vm=VM(uuid=last.manifest.vm.uuid, name=last.manifest.vm.name),
         datastore=datastore,
@@ -213,25 +241,23 @@ def _image(datastore: str, chain: Sequence[Found]) -> Image:
     )
 
 
-def _others(group: Sequence[Found], chain: Sequence[Found]) -> list[Remark]:
-    taken = {one.source for one in chain}
-    merged = {point for one in chain for point in one.manifest.replaces}
-    numbers = {one.manifest.number: one for one in chain}
+def _others(group: Sequence[Found], chains: Sequence[Sequence[Found]]) -> list[Remark]:
+    taken = {one.source for chain in chains for one in chain}
+    merged = {point for chain in chains for point in stood_for(chain)}
+    used = {one.manifest.point: one.source for chain in chains for one in chain}
     remarks = []
     for one in group:
         if one.source in taken:
             continue
         what = f"increment {one.manifest.number} of image {one.manifest.image}, VM {one.manifest.vm.name}"
-        beside = numbers.get(one.manifest.number)
         kind: Literal["unused", "damaged"] = "unused"
-        if one.manifest.point in merged:
+        if one.manifest.point in used:
+            why = f"source {used[one.manifest.point]} is used for it"
+        elif one.manifest.point in merged:
             why = "it was merged into a later full"
-        elif beside is not None:
-            why = f"source {beside.source} is used for it"
-        elif one.manifest.parent is None:
-            why = "no chain that was found needs it"
         else:
             kind = "damaged"
-            why = f"it builds on point {one.manifest.parent.point}, which is not there or cannot be restored"
+            on = one.manifest.parent.point if one.manifest.parent else "nothing"
+            why = f"it builds on point {on}, which is not there or cannot be restored"
         remarks.append(Remark(source=one.source, kind=kind, why=f"{what}: {why}", image=one.manifest.image))
     return remarks

@@ -284,6 +284,8 @@ def test_an_unknown_vm(site):
 def test_after_a_source_was_removed_by_hand_the_next_is_a_full_and_says_why(site, which):
     sources = [site.run("backup", "web1", "--json").json["source"] for _ in range(2)]
     shutil.rmtree(site.store / sources[which])
-    told = site.run("backup", "web1", "--json").json
-    assert (told["type"], told["image"], told["reason"]) == ("FULL", 2, f"source {sources[which]} is gone")
+    told = site.run("backup", "web1", "--json")
+    made = json.loads(told.out)
+    assert (told.code, made["type"], made["image"]) == (3, "FULL", 2)
+    assert made["reason"].startswith(f"increment {which} of image 1 (source {sources[which]}) is no longer in")
     assert site.run("restore", "2", "--to", str(site.folder / "to")).code == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 from kept_in_files import WEB
@@ -31,6 +32,8 @@ def test_a_chain_in_an_rsync_datastore(site):
 
     # An increment whose parent is gone is a full, and says why.
     shutil.rmtree(target / WEB.uuid / first["source"].rpartition(".")[2])
-    third = site.run("backup", "web1", "--json").json
+    told = site.run("backup", "web1", "--json")
+    third = json.loads(told.out)
+    assert told.code == 3
     assert third["type"] == "FULL"
     assert "no longer in" in third["reason"]

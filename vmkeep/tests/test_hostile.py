@@ -49,7 +49,7 @@ def another_vms(site, sources: list[str]) -> None:
 
 
 LINKS = {
-    "missing": (lambda site, s: shutil.rmtree(site.store / s[1]), 4, "no source"),
+    "missing": (lambda site, s: shutil.rmtree(site.store / s[1]), 4, "no longer in datastore nas"),
     "damaged": (lambda site, s: os.truncate(site.store / s[1] / "disk.vda.qcow2", 0), 8, "has 0 bytes"),
     "another VM's": (another_vms, 8, "backup of another VM"),
     "out of order": (lambda site, s: exchange(site.store / s[1], site.store / s[2]), 8, "not the backup that was"),

@@ -110,13 +110,14 @@ def test_images_that_are_found_later_do_not_come_before_the_open_one(site, night
     assert removed == [2], "the older of the two that were found, though its number is not the lowest"
 
 
-def test_what_the_catalog_knows_stays_as_it_is(site, nights):
+def test_what_the_catalog_knows_stays_and_what_is_lost_is_marked(site, nights):
     site.run("image", "pin", "1")
     before = site.run("image", "list", "--json").json
     first = sources(site)[0]
     (site.store / first).rename(site.folder / "elsewhere")
     told = site.run("catalog", "rebuild", "nas")
-    assert told.code == 0
+    assert (told.code, "image 1, VM web1: increment 0: lost" in told.out) == (0, True)
+    before[0]["state"] = "damaged"
     assert site.run("image", "list", "--json").json == before
     checked = site.run("catalog", "check", "nas", "--json")
     assert checked.code == 8
@@ -125,16 +126,16 @@ def test_what_the_catalog_knows_stays_as_it_is(site, nights):
     ]
 
 
-def test_an_image_of_which_only_a_part_is_known_is_not_touched(site, nights):
+def test_an_image_of_which_only_a_part_is_known_gets_the_rest(site, nights):
     made = site.run("backup", "db1", "--json").json
     with Workplace(load(site.config)).catalog.writing() as connection:
         connection.execute("DELETE FROM increments WHERE source = ?", (made["source"],))
-    told = site.run("catalog", "rebuild", "nas", "--json").json
-    assert (told["added"], [one["kind"] for one in told["remarks"]]) == ([], ["unused"])
-    assert sources(site, 2) != [made["source"]]
     checked = site.run("catalog", "check", "--json").json
     assert [one["source"] for one in checked["unused"]] == [made["source"]]
-    assert (site.store / made["source"]).exists()
+    told = site.run("catalog", "rebuild", "nas", "--json").json
+    assert (told["added"], told["remarks"], told["changed"][0]["added"]) == ([], [], [1])
+    assert sources(site, 2)[1] == made["source"]
+    assert site.run("catalog", "check").code == 0
 
 
 def test_another_host_finds_everything_and_its_retention_touches_nothing(site, nights):
@@ -215,13 +216,14 @@ def test_two_sources_of_one_number(site, nights):
     earlier = copy_of(site, kept[3], lambda one: one.update(point="ab" * 16, date="2001-01-01T00:00:00Z"))
     lose(site)
     made = site.run("catalog", "rebuild", "nas", "--json").json
-    assert [one["increments"] for one in made["added"]] == [[0, 1, 2, 3], [0], [0]]
+    assert [one["increments"] for one in made["added"]] == [[0, 1, 2, 3], [0, 1, 2, 3], [0], [0]], "two ends"
     unused = {one["source"] for one in made["remarks"]}
-    assert earlier in unused
-    assert len(unused & {exact, kept[1]}) == 1, "one of two that are the same"
+    assert len(unused) == len(unused & {exact, kept[1]}) == 1, "one of two that are the same"
     assert {one["kind"] for one in made["remarks"]} == {"unused"}
-    assert [one["increments"][0]["point"] for one in shown(site)] == [one["increments"][0]["point"] for one in before]
-    assert restored(site, 1, 3) == nights[1, 3]
+    ends = {sources(site, image)[3]: image for image in (1, 2)}
+    assert ends.keys() == {kept[3], earlier}
+    assert restored(site, ends[kept[3]], 3) == nights[1, 3]
+    assert len(before) == len(shown(site)) - 1
 
 
 HARM = {

@@ -68,7 +68,7 @@ def test_a_byte_that_was_changed_is_found_and_the_next_backup_is_a_full(site, ch
 def test_a_source_that_is_gone_and_one_that_was_exchanged(site, chain):
     (site.store / chain[1]).rename(site.folder / "there")
     told = json.loads(site.run("image", "verify", "1", "--json").out)
-    assert ["no source" in one["problem"] for one in told["increments"]] == [False, True, False]
+    assert ["is no longer in" in one["problem"] for one in told["increments"]] == [False, True, False]
     assert "increment 1, which it builds on" in told["increments"][2]["problem"]
     (site.store / chain[2]).rename(site.store / chain[1])
     (site.folder / "there").rename(site.store / chain[2])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 
@@ -16,7 +16,7 @@ from backupcore.hypervisor import VMState
 from backupcore.model import VM, BackupRun, Estimate, Image, Prepared, RunState, SourceRef, Type
 from backupcore.session import Recorded, run_backup
 from backupcore.typed import typed
-from vmkeep import adoption, flatten, folders, full_state, interrupt, lock, recovery, retention, settings
+from vmkeep import adoption, flatten, folders, full_state, interrupt, lock, recovery, retention, settings, standing
 from vmkeep.attended import UnderWay, attended, end_at_once, spoilt
 from vmkeep.catalog import flattens, images, ownership, points, runs, tokens
 from vmkeep.catalog.database import Catalog
@@ -127,7 +127,7 @@ def _take(place: Workplace, vm: str, under_way: UnderWay, *, reset: bool, progre
         run = _run(place, found, name, newest, catalog=place.catalog, own=place.installation, reset=reset)
         interrupt.check()
         runs.begin(place.catalog, run)
-        numbers: list[int] = []
+        numbers, told = list[int](), list[str]()  # the image's number, once it is recorded; what `_held` found out
         with _written_down(place, run):
             ended: list[Context] = []  # with something stored that could not be recorded: the next run does
             folder = stack.enter_context(folders.own(place.state, run, stays=lambda: bool(ended)))
@@ -142,9 +142,6 @@ def _take(place: Workplace, vm: str, under_way: UnderWay, *, reset: bool, progre
                 except BackupError as error:  # it is for whoever looks; the record will say what is wrong
                     log.info("how far run %s is could not be written down: %s", begun.id, error)
 
-            def given(source: SourceRef) -> None:
-                tokens.check_new(place.catalog, name, store.kind, source)
-
             def record(done: Recorded) -> None:
                 _require_lock(place, found.vm)
                 room.unlink(missing_ok=True)
@@ -153,7 +150,8 @@ def _take(place: Workplace, vm: str, under_way: UnderWay, *, reset: bool, progre
 
             try:
                 with interrupt.cancels(ctx), ctx:
-                    recorded = run_backup(store, run, ctx, record=record, note=note, given=given)
+                    held = _held(place, store, run, newest, ctx=ctx, told=told)
+                    recorded = run_backup(store, held, ctx, record=record, note=note, given=_new(place, store))
             except (OSError, BackupError) as error:  # what breaks because of a closed file says anything
                 _require_lock(place, found.vm)
                 if ctx.unrecorded is None or not isinstance(error, BackupError):
@@ -165,17 +163,54 @@ def _take(place: Workplace, vm: str, under_way: UnderWay, *, reset: bool, progre
                 ) from error
             finally:
                 under_way.folder_goes()
-                for line in ctx.owed:
-                    log.warning("datastore %s: %s", name, line)
+                _tell(name, ctx, () if under_way.recorded else told)
         shared.close()
-        under_way.recorded = Taken(recorded=recorded, image=numbers[0], warnings=recorded.warnings)
+        under_way.recorded = Taken(recorded=recorded, image=numbers[0], warnings=recorded.warnings, found=tuple(told))
         done, warnings = retention.after(place, found.vm, name, progress=progress)
         return Taken(
             recorded=recorded,
             image=numbers[0],
             retention=tuple(action for due in done for action in due.actions),
             warnings=(*recorded.warnings, *warnings),
+            found=tuple(told),
         )
+
+
+def _new(place: Workplace, store: Datastore) -> Callable[[SourceRef], None]:
+    """What refuses a token that was given before."""
+    return lambda source: tokens.check_new(place.catalog, store.name, store.kind, source)
+
+
+def _tell(datastore: str, ctx: Context, told: Iterable[str]) -> None:
+    """Log what was found out before a run that came to nothing, and what it owes."""
+    for line in told:
+        log.warning("%s", line)
+    for line in ctx.owed:
+        log.warning("datastore %s: %s", datastore, line)
+
+
+def _held(
+    place: Workplace, store: Datastore, run: BackupRun, newest: Image | None, *, ctx: Context, told: list[str]
+) -> BackupRun:
+    """The run, once the VM's images were held against the datastore: a full where an increment would build on what is
+    gone, or make a second end of a chain that goes on elsewhere. What the user has to know is added to `told`.
+    """
+    try:
+        held = standing.hold(place, store, ctx, vm=run.vm, datastore=run.datastore, newest=newest)
+    except BackupError as error:
+        ctx.check()
+        if error.retryable and run.type is Type.INCREMENT:
+            raise
+        # Whoever may write there need not be allowed to read; and a full needs nothing of what is there.
+        log.warning("datastore %s was not held against the catalog: %s", run.datastore, error.in_full)
+        return run
+    told += held.warnings
+    if run.type is Type.INCREMENT and held.why_full:
+        return run.as_full(held.why_full)
+    if run.type is Type.INCREMENT and held.newest is not None:
+        # Somebody may have given a source another token: a tag that was added to a snapshot does.
+        return replace(run, builds_on=tuple(one.source for one in held.newest.increments))
+    return run
 
 
 def _require_lock(place: Workplace, vm: VM) -> None:

@@ -13,7 +13,7 @@ from backupcore.errors import BackupError, IncrementImpossible, IntegrityError, 
 from backupcore.hypervisor import VMState
 from backupcore.model import BackupRun, Image
 from backupcore.typed import typed
-from vmkeep import backup, lock, settings
+from vmkeep import backup, lock, settings, standing
 from vmkeep.workplace import Workplace
 
 __all__ = ["Compared", "compare"]
@@ -76,6 +76,7 @@ def compare(
         image = _comparable(found, name, newest)
         run = _run(place, found, name, image)
         ctx = stack.enter_context(place.context(progress))
+        image = standing.current(place, store, image, ctx)
         known = core.due(store, image, ctx, disks=disks)
         ctx.progress.phase("prepare")
         try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from backupcore.context import Progress
 from backupcore.errors import UnsupportedOperation
 from backupcore.model import Image, SourceRef
-from vmkeep import flatten, lock
+from backupcore.typed import typed
+from vmkeep import flatten, lock, needed, standing
 from vmkeep.catalog import images
 from vmkeep.workplace import Workplace
 
@@ -17,8 +18,10 @@ def delete(
 ) -> tuple[Image, tuple[SourceRef, ...]]:
     """Delete the image `reference` and everything it has in its datastore; returns it and its sources, newest first.
 
-    Busy while a backup or a restore works with it. If the datastore fails midway the records stay, and the same call
-    goes on where it stopped.
+    Busy while a backup or a restore works with it. UnsupportedOperation where it is pinned, where another installation
+    has written it, or where the datastore holds backups that build on it and that the catalog does not know. Sources
+    that another image shares stay. If the datastore fails midway the records stay, and the same call goes on where it
+    stopped.
     """
     image = images.find(place.catalog_if_any, reference)
     with lock.image_exclusive(place.state, image, "it is being deleted"):
@@ -27,13 +30,30 @@ def delete(
             raise UnsupportedOperation(
                 f"image {image.number} is pinned", f"Unpin it first: vmkeep image unpin {image.number}"
             )
+        _require_own(place, image)
         image = flatten.finish_locked(place, image)  # or its result would stay in the datastore, and nobody know it
         store = place.datastore(image.datastore)
-        # A chain without its end must not be built on, should this stop midway.
-        images.close(place.catalog, image)
-        sources = tuple(increment.source for increment in reversed(image.increments))
         with place.context(progress) as ctx:
+            ctx.progress.phase("look")
+            listed = store.sources(ctx, image.vm.uuid)
+            known = needed.accounted(place, place.catalog, image.vm, image.datastore, listed)
+            image = standing.look(store, image, listed, known, ctx).image
+            others = images.sources(place.catalog, image.datastore, but=image)
+            sources = tuple(one.source for one in reversed(image.increments) if one.source not in others)
+            needed.require_spared(store, listed, sources, known, ctx, what=f"image {image.number}")
+            # A chain without its end must not be built on, should this stop midway.
+            images.close(place.catalog, image)
             ctx.progress.phase("delete")
             store.delete(sources, ctx)
         images.remove(place.catalog, image, place.installation)
     return image, sources
+
+
+def _require_own(place: Workplace, image: Image) -> None:
+    owner = image.installation or image.host
+    if owner and not place.installation.owns(image):
+        raise UnsupportedOperation(
+            f"image {image.number} is another installation's, {owner}",
+            "It lets go of it by itself. If it is gone for good, take its backups over first: "
+            f"{typed('vmkeep catalog take-over', image.datastore, '--from', owner)}",
+        )

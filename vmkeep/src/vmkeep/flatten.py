@@ -20,7 +20,7 @@ from backupcore.errors import BackupError, ContractViolation, IntegrityError, Lo
 from backupcore.hypervisor import Hypervisor
 from backupcore.model import VM, Image, Increment, SourceRef, Stored
 from backupcore.typed import typed
-from vmkeep import lock, settings
+from vmkeep import lock, needed, settings, standing
 from vmkeep.catalog import flattens, holds, images, tokens
 from vmkeep.workplace import Workplace
 
@@ -54,11 +54,13 @@ def flatten(
     *,
     to: int | None = None,
     everything: bool | None = None,
+    held: bool = False,
     progress: Progress | None = None,
 ) -> Done:
     """Merge the increments of the image `reference` up to `to` (None: all) into one full.
 
-    `everything` reads all of the result back (None: as VERIFY_FLATTEN of the VM says). Busy while a backup, a restore
+    `everything` reads all of the result back (None: as VERIFY_FLATTEN of the VM says). `held` says that the caller has
+    just held the image against its datastore. Busy while a backup, a restore
     or another flatten works with it; UnsupportedOperation where the image is pinned, or is another installation's; what
     the datastore raises leaves everything as it was. Sources that the datastore does not delete are tried again after
     the VM's next backup.
@@ -79,6 +81,9 @@ def flatten(
         if everything is None:
             everything = _verify_all(place, image.vm)
         store = place.datastore(image.datastore)
+        if not held:
+            with place.context() as ctx:
+                image = standing.current(place, store, image, ctx, number=target)
         steps: list[Flattened] = []
         while not steps or image.increments[0].id < target:
             with place.context(progress) as ctx:
@@ -182,10 +187,19 @@ def delete_leftovers(
     warnings = []
     for name in sorted({one.datastore for one in left} - refusing):
         these = [one for one in left if one.datastore == name]
+        # Another image may have gone on from one of them: it goes with that one.
+        others = images.sources(place.catalog, name)
+        these = [one for one in these if one.source not in others]
+        going = [one.source for one in these]
+        if not these:
+            continue
         try:
             if name not in opened:
                 opened[name] = place.datastore(name)
-            opened[name].delete([one.source for one in these], ctx)
+            listed = opened[name].sources(ctx, vm)
+            known = needed.accounted(place, place.catalog, VM(uuid=vm, name=""), name, listed)
+            needed.require_spared(opened[name], listed, going, known, ctx, what="them")
+            opened[name].delete(going, ctx)
         except Locked as error:  # as somebody wanted it: told once, and put off
             kind = holds.LOCK if error.until else holds.POLICY
             if image := _last(place, vm, name):

@@ -20,7 +20,7 @@ from backupcore.disk.in_memory import as_qcow2
 from backupcore.errors import BackupError, Busy, ConfigError, NotFound, from_os_error
 from backupcore.hypervisor import DiskFile
 from backupcore.model import VM, Image
-from vmkeep import lock, recovery, swap
+from vmkeep import lock, recovery, standing, swap
 from vmkeep.catalog import images
 from vmkeep.new_file import write_new
 from vmkeep.workplace import Workplace
@@ -82,13 +82,13 @@ def restore_in_place(
         swaps = _plan(vm, image, increment.id, files)
         new = {one.disk: one.new for one in swaps.disks}
         ctx = stack.enter_context(place.context(progress))
+        store = place.datastore(image.datastore)
+        image = standing.current(place, store, image, ctx, number=increment.id)
         swap.write(place.state, swaps)
         unfinished = stack.enter_context(ExitStack())
         unfinished.callback(swap.forget, place.state, swaps)
         _make(swaps.folders)
-        made = core.restore(
-            place.datastore(image.datastore), image, increment.id, ctx, target=lambda disk: new[disk.id], disks=wanted
-        )
+        made = core.restore(store, image, increment.id, ctx, target=lambda disk: new[disk.id], disks=wanted)
         ctx.progress.phase("check")
         for disk in made.disks:
             ctx.check()

@@ -16,7 +16,7 @@ from backupcore.disk.in_memory import as_qcow2
 from backupcore.errors import ConfigError, IntegrityError, NotFound, from_os_error
 from backupcore.hypervisor import Definition, Effect
 from backupcore.model import VM, Image
-from vmkeep import lock, volumes
+from vmkeep import lock, standing, volumes
 from vmkeep.catalog import images
 from vmkeep.naming import Names, file_name, short
 from vmkeep.new_file import write_new
@@ -114,11 +114,12 @@ def restore(
             kept = image.vm.uuid if define.keep_uuid else None
             place.hypervisor.require_definable(names.base, kept, Path("/") if on_devices else names.used)
         ctx = stack.enter_context(place.context(progress))
+        store = place.datastore(image.datastore)
+        image = standing.current(place, store, image, ctx, number=increment.id)
         # Of the definition alone, where a pool takes the rest.
         staged = stack.enter_context(_staging(names.folder, names.base))
         staged_home = stack.enter_context(_staging(names.used, names.base)) if names.home else staged
         made_volumes = stack.enter_context(volumes.made(place, into, names)) if into and on_devices else None
-        store = place.datastore(image.datastore)
         if made_volumes is not None:
             made = core.onto_new(store, image, increment.id, ctx, device=made_volumes.add, disks=disks or None)
         else:

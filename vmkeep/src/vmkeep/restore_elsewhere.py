@@ -18,7 +18,7 @@ from backupcore.errors import BackupError, Busy, ConfigError, UnsupportedOperati
 from backupcore.hypervisor import VMDisk, VMState
 from backupcore.model import Image
 from backupcore.typed import typed
-from vmkeep import lock
+from vmkeep import lock, standing
 from vmkeep.catalog import images
 from vmkeep.workplace import Workplace
 
@@ -36,7 +36,7 @@ def check(
     progress: Progress | None = None,
 ) -> tuple[Image, core.Restored]:
     """Read all that a restore of this increment reads, hold it against its digests, and write nothing."""
-    with _opened(place, reference, progress) as (image, store, ctx):
+    with _opened(place, reference, number, progress) as (image, store, ctx):
         return image, core.check(store, image, number, ctx, disks=disks or None)
 
 
@@ -54,7 +54,7 @@ def onto(
 
     Where it is a raw disk of a VM of this host, that VM must be powered off and stay so, and `overwrite` be said: Busy.
     """
-    with _opened(place, reference, progress) as (image, store, ctx):
+    with _opened(place, reference, number, progress) as (image, store, ctx):
         disk = _only(image, number, disks)
         with _unused(place, device, overwrite=overwrite):
             return image, core.onto(store, image, number, ctx, disk=disk, device=device, overwrite=overwrite)
@@ -71,7 +71,7 @@ def pour(
     progress: Progress | None = None,
 ) -> tuple[Image, core.Restored]:
     """Write one disk to a stream."""
-    with _opened(place, reference, progress) as (image, store, ctx):
+    with _opened(place, reference, number, progress) as (image, store, ctx):
         try:
             made = core.pour(store, image, number, ctx, disk=_only(image, number, disks), out=out, form=form)
             out.flush()
@@ -81,12 +81,15 @@ def pour(
 
 
 @contextmanager
-def _opened(place: Workplace, reference: str, progress: Progress | None) -> Iterator[tuple[Image, Datastore, Context]]:
+def _opened(
+    place: Workplace, reference: str, number: int | None, progress: Progress | None
+) -> Iterator[tuple[Image, Datastore, Context]]:
     image = images.find(place.catalog_if_any, reference)
     with lock.image_read(place.state, image):
         image = images.find(place.catalog_if_any, image.uuid)  # what it was before the lock may be gone
         with place.context(progress) as ctx:
-            yield image, place.datastore(image.datastore), ctx
+            store = place.datastore(image.datastore)
+            yield standing.current(place, store, image, ctx, number=number), store, ctx
 
 
 def _only(image: Image, number: int | None, disks: Sequence[str]) -> str:

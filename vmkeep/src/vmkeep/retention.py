@@ -128,9 +128,10 @@ def _hint(held: chain.Chain, found: chains.Chains) -> str:
     """What to do about an image that stays without anybody having wanted that."""
     pinned = f"to keep it: {typed('vmkeep image pin', held.number)}"
     if not held.ours:
-        whose = typed("vmkeep catalog take-over", found.datastore, "--from", held.owner) if held.owner else ""
-        taken = f"If that installation is gone, take its backups over: {whose}; " if whose else "If nobody needs it: "
-        return f"{taken}{typed('vmkeep image delete', held.number)}; {pinned}"
+        if not held.owner:
+            return f"If nobody needs it: {typed('vmkeep image delete', held.number)}; {pinned}"
+        whose = typed("vmkeep catalog take-over", found.datastore, "--from", held.owner)
+        return f"If that installation is gone, take its backups over: {whose}; {pinned}"
     if held.ahead:
         # With a clock that is behind now, good backups are dated ahead, and are all that there is.
         if all(one.ahead for one in found.chains if one.order < held.order):
@@ -150,7 +151,7 @@ def _apply(place: Workplace, action: Action, progress: Progress | None) -> Actio
         if action.what != "keep" and (held := _locked(place, action)):
             return _kept(action, held)
         if action.what == "flatten":
-            done = flatten.flatten(place, str(action.image), to=action.to, progress=progress)
+            done = flatten.flatten(place, str(action.image), to=action.to, held=True, progress=progress)
             return replace(action, done=True, error="; ".join(done.warnings))
         if action.what == "remove":
             deletion.delete(place, str(action.image), progress=progress)

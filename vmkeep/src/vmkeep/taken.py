@@ -18,13 +18,15 @@ PARTS = ("nvram", "tpm", "kernel", "initrd", "dtb")
 class Taken:
     """A backup that was taken and recorded; `image` is its image's number.
 
-    `retention` is what was let go for it, `warnings` what went wrong after the record.
+    `found` is what the datastore no longer holds, or holds besides what the catalog knows; `retention` what was let go
+    for it, `warnings` what went wrong after the record.
     """
 
     recorded: Recorded
     image: int
     retention: tuple[retention.Action, ...] = ()
     warnings: tuple[str, ...] = ()
+    found: tuple[str, ...] = ()
 
     @property
     def missed(self) -> tuple[str, ...]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from backupcore import verify as core
 from backupcore.chain import lineage
 from backupcore.context import Progress
-from backupcore.model import Image
-from vmkeep import full_state, lock
+from backupcore.model import Image, Increment
+from vmkeep import full_state, lock, standing
 from vmkeep.catalog import images
 from vmkeep.workplace import Workplace
 
@@ -20,11 +21,15 @@ log = logging.getLogger("vmkeep.verify")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What was found: the image as it is now, its increments, oldest first, and the share of the data that was read."""
+    """What was found: the image as it is now, its increments, oldest first, and the share of the data that was read.
+
+    Where it is `superseded` nothing was read: it is the catalog that is behind its datastore, and no backup is damaged.
+    """
 
     image: Image
     increments: tuple[core.Verified, ...]
     sample: float
+    superseded: bool = False
 
     @property
     def ok(self) -> bool:
@@ -43,15 +48,26 @@ def verify(
     """Read the image `reference` back: all of its increments, or those that make up increment `number`.
 
     `sample` is the share of the data that is read. Where something is damaged the image is marked so: the next backup
-    begins a new one, and retention leaves it alone. The mark goes once all of it was read and is well. Where the state
-    folder is full or read-only nothing is marked, with a warning if something is damaged.
+    begins a new one, and retention leaves it alone. The mark goes once all of it was read and is well. Where increments
+    have gone into a full that the catalog does not know, that is told, with the remedy, and nothing is marked. Nor is
+    anything where the state folder is full or read-only, with a warning if something is damaged.
     """
     image = images.find(place.catalog_if_any, reference)
     with lock.image_read(place.state, image):
         image = images.find(place.catalog_if_any, image.uuid)
         chain = image.increments if number is None else lineage(image, number)
+        store = place.datastore(image.datastore)
         with place.context(progress) as ctx:
-            found = core.verify(place.datastore(image.datastore), image, chain, ctx, sample=sample)
+            stands = standing.stands(place, store, image, ctx)
+            if stands is not None:
+                image = stands.image
+                chain = image.increments if number is None else lineage(image, number)
+            if stands is not None and stands.superseded:
+                return Result(image=image, increments=_superseded(chain, stands), sample=0, superseded=True)
+            found = core.verify(store, image, chain, ctx, sample=sample)
+            if stands is not None:
+                lost = stands.lost
+                found = [replace(one, problem=lost.get(one.increment.id, one.problem)) for one in found]
         result = Result(image=image, increments=tuple(found), sample=sample)
         try:
             if not result.ok:
@@ -66,3 +82,17 @@ def verify(
                 error.message,
             )
     return replace(result, image=images.find(place.catalog_if_any, image.uuid))
+
+
+def _superseded(chain: Sequence[Increment], stands: standing.Standing) -> tuple[core.Verified, ...]:
+    """What is said of increments some of which were merged into a full that the catalog does not know."""
+    merged = {one.id for one in stands.superseded}
+    problems: dict[int, str] = {}
+    for one in chain:
+        if one.id in merged:
+            problems[one.id] = "superseded: it was merged into a later full, which this catalog does not know"
+        elif one.id in stands.lost:
+            problems[one.id] = stands.lost[one.id]
+        elif one.pid in problems or one.pid in merged:
+            problems[one.id] = f"it builds on increment {one.pid}, see there"
+    return tuple(core.Verified(increment=one, read=0, problem=problems.get(one.id, "")) for one in chain)

@@ -201,7 +201,8 @@ class FileDriver:
     every file that the process has open, and with ``owes`` it cannot tidy up. With ``fork`` it is killed and leaves a
     child behind, with ``fork-and-return`` that child goes on with the backup. ``token`` holds the token of each
     backup, as of a driver that keeps a folder a day. With ``append-only`` it deletes nothing; all that is there when
-    ``locked-until`` is made is locked until the date in that.
+    ``locked-until`` is made is locked until the date in that. With ``sizes`` a listing
+    tells them.
     """
 
     path: Path = backupcore.option("where the backups lie")
@@ -310,7 +311,9 @@ class FileDriver:
         if not self.path.is_dir():
             raise TargetUnavailable(f"{self.path} is away", "Bring it back.")
         for folder in self.path.glob("[!.]*/.labels"):
-            yield Listed(source=SourceRef(folder.parent.name), labels=json.loads(folder.read_text()))
+            files = [file for file in folder.parent.iterdir() if file != folder]
+            size = sum(file.stat().st_size for file in files) if (self.path / "sizes").exists() else None
+            yield Listed(source=SourceRef(folder.parent.name), labels=json.loads(folder.read_text()), size=size)
 
     @hookimpl
     def check(self) -> bool:

@@ -29,7 +29,7 @@ from backupcore_restic.mounted import MountedArtifact
 from backupcore_restic.place import creatable
 from backupcore_restic.repository import Repository, is_id
 from backupcore_restic.stall import Stall
-from backupcore_restic.tags import MARK, extent_tag, from_extent_tag, from_tags, run_tag, to_tags
+from backupcore_restic.tags import MARK, extent_tag, from_extent_tag, from_tags, of_vm, run_tag, to_tags
 
 __all__ = ["Restic"]
 
@@ -233,6 +233,12 @@ class Restic:
             holding = repository.holding(MANIFEST, MARK, ctx)
             complete = {name: name in holding if known is None else known for name, known in complete.items()}
         return [_listed(one) for name, one in ours.items() if complete[name]]
+
+    @hookimpl
+    def sources_of(self, vm: str, ctx: Context) -> Iterable[Listed]:
+        """One question, whichever restic has stored them."""
+        found = Repository(self).snapshots(of_vm(vm), ctx)
+        return [_listed(one) for one in found if _is_complete(one) is not False]
 
     @hookimpl
     def check(self, ctx: Context) -> bool:

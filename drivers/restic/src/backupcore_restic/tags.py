@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from urllib.parse import quote, unquote
 
-__all__ = ["MARK", "extent_tag", "from_extent_tag", "from_tags", "run_tag", "to_tags"]
+__all__ = ["MARK", "extent_tag", "from_extent_tag", "from_tags", "of_vm", "run_tag", "to_tags"]
 
 MARK = "backupcore"
 _EXTENT = f"{MARK}-holds:"  # no "=": it is no label
@@ -18,6 +18,11 @@ _EXTENT = f"{MARK}-holds:"  # no "=": it is no label
 def to_tags(labels: Mapping[str, str]) -> list[str]:
     """The tags for these labels, the mark first."""
     return [MARK, *(f"{key}={quote(value, safe=':+')}" for key, value in labels.items())]
+
+
+def of_vm(vm: str) -> str:
+    """What restic takes for "both tags": the mark, and the label of this VM."""
+    return ",".join(to_tags({"vm": vm}))
 
 
 def run_tag(run: str) -> str:

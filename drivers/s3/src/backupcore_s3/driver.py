@@ -128,6 +128,11 @@ class S3:
         return self._store.sources(ctx)
 
     @hookimpl
+    def sources_of(self, vm: str, ctx: Context) -> Iterable[Listed]:
+        """The same for the keys that begin with this VM."""
+        return self._store.sources(ctx, vm)
+
+    @hookimpl
     def check(self, ctx: Context) -> bool:
         """List, write and remove. A server that ignores conditional writes is named in a warning."""
         self._warn(ctx)

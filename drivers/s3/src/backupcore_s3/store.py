@@ -141,9 +141,10 @@ class Store:
             if not name.startswith("_")
         ]
 
-    def sources(self, ctx: Context) -> list[Listed]:
-        """Every source with a manifest: one listing, then the labels of each from its manifest's metadata."""
-        complete = {place: names for place, names in self._places("", ctx) if MANIFEST in names}
+    def sources(self, ctx: Context, vm: str = "") -> list[Listed]:
+        """Every source with a manifest (of a VM): one listing, then the labels of each from its manifest's metadata."""
+        below = f"{vm}/" if vm else ""
+        complete = {place: names for place, names in self._places(below, ctx) if MANIFEST in names}
         labels: dict[Place, dict[str, str]] = {}
 
         def look(place: Place) -> None:

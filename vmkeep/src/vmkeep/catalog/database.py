@@ -89,6 +89,16 @@ class Catalog:
                 "Use the newer vmkeep that wrote it.",
             )
 
+    def keep(self, name: str) -> Path:
+        """Copy the catalog as it is now to a file beside it, whose name says `name`; its path."""
+        path = self._path.with_name(f"{self._path.stem}.{name}{self._path.suffix}")
+        with _translated(path):
+            _require_new(path)
+            with self._connection() as connection, closing(sqlite3.connect(path)) as copy:
+                connection.backup(copy)
+            _sync_folder(path.parent)
+        return path
+
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """A connection that sees one state of the catalog and changes nothing."""
@@ -289,6 +299,11 @@ def _make(path: Path) -> None:
         path.with_name(path.name + end).unlink(missing_ok=True)
     new.rename(path)
     _sync_folder(path.parent)
+
+
+def _require_new(path: Path) -> None:
+    """An empty file for nobody else's eyes; the one of a second within the same second is overwritten."""
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
 
 
 def _sync_folder(folder: Path) -> None:

@@ -16,7 +16,19 @@ from vmkeep.catalog.database import Catalog
 if TYPE_CHECKING:
     from backupcore.flatten import Flattened
 
-__all__ = ["Leftover", "begin", "begun", "drop", "leftovers", "owners", "record", "room", "undo", "unfinished"]
+__all__ = [
+    "Leftover",
+    "begin",
+    "begun",
+    "drop",
+    "left_in",
+    "leftovers",
+    "owners",
+    "record",
+    "room",
+    "undo",
+    "unfinished",
+]
 
 log = logging.getLogger("vmkeep.catalog")
 
@@ -127,6 +139,13 @@ def leftovers(catalog: Catalog, vm: str) -> list[Leftover]:
             else:
                 found.append(left)
     return found
+
+
+def left_in(catalog: Catalog, datastore: str) -> set[SourceRef]:
+    """What flattens, of whichever VM, have left in this datastore to be deleted."""
+    with catalog.reading() as connection:
+        found = connection.execute("SELECT source FROM leftovers WHERE datastore = ?", (datastore,)).fetchall()
+    return rows.sources(found)
 
 
 def drop(catalog: Catalog, gone: list[Leftover]) -> None:

@@ -11,7 +11,7 @@ from sqlite3 import Connection, Row
 from typing import TYPE_CHECKING, Literal, get_args, get_type_hints
 
 from backupcore.errors import ConfigError, IntegrityError, NotFound
-from backupcore.model import VM, Disk, Image, Increment, Type
+from backupcore.model import VM, Disk, Image, Increment, SourceRef, Type
 from backupcore.typed import typed
 from vmkeep.catalog import points, rows
 from vmkeep.catalog.database import Catalog
@@ -34,6 +34,7 @@ __all__ = [
     "pin",
     "record",
     "remove",
+    "sources",
     "tokens",
     "where",
 ]
@@ -427,6 +428,20 @@ def mark(catalog: Catalog, image: Image, *, damaged: bool) -> None:
         statement = "UPDATE images SET state = 'closed' WHERE number = ? AND state = 'damaged'"
     with catalog.writing() as connection:
         connection.execute(statement, (image.number,))
+
+
+def sources(catalog: Catalog, datastore: str, *, but: Image | None = None) -> set[SourceRef]:
+    """Every source that the catalog's images have in a datastore; without those of image `but`, unless others share it.
+
+    Two images may share sources: somebody has gone on from an older increment than the last.
+    """
+    query = """
+        SELECT DISTINCT source FROM increments JOIN images ON image = number
+        WHERE datastore = ? AND number IS NOT ?
+    """
+    with catalog.reading() as connection:
+        found = connection.execute(query, (datastore, but.number if but else None)).fetchall()
+    return rows.sources(found)
 
 
 def tokens(catalog: Catalog) -> Sequence[str]:

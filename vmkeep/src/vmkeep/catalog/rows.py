@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from sqlite3 import Row
@@ -13,7 +13,7 @@ from backupcore.errors import ContractViolation, IntegrityError
 from backupcore.model import Disk, SourceRef
 from vmkeep.catalog.database import HINT
 
-__all__ = ["PROOFS", "WRONG", "date", "disks", "optional", "proofs", "reading", "required", "source"]
+__all__ = ["PROOFS", "WRONG", "date", "disks", "optional", "proofs", "reading", "required", "source", "sources"]
 
 T = TypeVar("T")
 
@@ -69,6 +69,19 @@ def source(value: object) -> SourceRef:
         return SourceRef(value)  # type: ignore[arg-type]  # it looks itself
     except ContractViolation:
         raise ValueError(f"source is {value!r:.60}") from None
+
+
+def sources(found: Iterable[Row]) -> set[SourceRef]:
+    """Those in the column `source` of these rows; what is no token there names nothing in a datastore."""
+    return {source(row["source"]) for row in found if _is_token(row["source"])}
+
+
+def _is_token(value: object) -> bool:
+    try:
+        source(value)
+    except ValueError:
+        return False
+    return True
 
 
 def disks(row: Row) -> tuple[Disk, ...]:

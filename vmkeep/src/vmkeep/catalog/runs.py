@@ -12,7 +12,7 @@ from backupcore.session import Recorded
 from vmkeep.catalog import images, rows, tokens
 from vmkeep.catalog.database import HINT, Catalog
 
-__all__ = ["PastRun", "begin", "died", "fail", "increment_of", "last", "reads", "record"]
+__all__ = ["PastRun", "begin", "died", "fail", "increment_of", "last", "reads", "record", "unrecorded"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +96,24 @@ def died(catalog: Catalog, vm: str) -> list[str]:
             (RunState.FAILED.value, vm),
         )
     return found
+
+
+def unrecorded(catalog: Catalog, vm: str, datastore: str) -> list[tuple[datetime, datetime | None]]:
+    """When those backups of a VM (by UUID) to a datastore ran that were not recorded, oldest first; None: killed."""
+    query = """
+        SELECT started, ended FROM runs
+        WHERE vm_uuid = ? AND datastore = ? AND kind = 'backup' AND state IN (?, ?) ORDER BY rowid
+    """
+    chosen = (vm, datastore, RunState.FAILED.value, RunState.CANCELLED.value)
+    with catalog.reading() as connection:
+        rows = connection.execute(query, chosen).fetchall()
+    return [
+        (
+            datetime.fromisoformat(row["started"]),
+            datetime.fromisoformat(row["ended"]) if row["ended"] else None,
+        )
+        for row in rows
+    ]
 
 
 def increment_of(catalog: Catalog, run: str) -> tuple[Image, Increment] | None:

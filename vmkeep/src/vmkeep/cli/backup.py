@@ -44,9 +44,11 @@ def backup(asked: Asked, vm: str, datastore: str | None, reset: bool, dry_run: b
         _show(taken)
     for line in taken.missed:
         output.remark(asked, f"the backup is done, but {line}")
+    for line in taken.found:
+        output.remark(asked, f"the backup is done, but {line}")
     for warning in taken.warnings:
         output.remark(asked, f"the backup is done, but afterwards: {warning}")
-    return exits.WARNING if taken.warnings or taken.missed else 0
+    return exits.WARNING if taken.warnings or taken.missed or taken.found else 0
 
 
 def _show(taken: work.Taken) -> None:

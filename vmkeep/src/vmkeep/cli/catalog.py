@@ -19,6 +19,7 @@ from vmkeep.cli.exits import one_line
 from vmkeep.cli.figures import date
 from vmkeep.cli.opening import workplace
 from vmkeep.cli.progress import shown
+from vmkeep.needed import numbers
 
 __all__ = ["catalog"]
 
@@ -28,25 +29,35 @@ def catalog() -> None:
     """Hold this host's catalog against the datastores, or make it anew from them."""
 
 
-@catalog.command(short_help="Add the images that a datastore holds and the catalog lacks.")
+@catalog.command(short_help="Have the catalog know what a datastore holds.")
 @click.argument("datastore")
+@click.option("--dry-run", is_flag=True, help="Say what would be added and changed; touch nothing.")
 @common
 @click.pass_obj
-def rebuild(asked: Asked, datastore: str) -> int:
-    """Find every image in DATASTORE from what lies there alone, and add those that the catalog does not know.
+def rebuild(asked: Asked, datastore: str, dry_run: bool) -> int:
+    """Find every image in DATASTORE from what lies there alone, and have the catalog know it.
 
-    What the catalog knows stays as it is, and nothing in the datastore is changed. Images that are added are closed:
-    the next backup of their VM begins a new one.
+    Images that it lacks are added. Those that it has get what they lack: newer increments, the full that some were
+    merged into; what the datastore has lost is marked. The catalog of before is kept beside it. Nothing in the
+    datastore is changed. Images that are added, or that get more, are closed: the next backup of their VM begins a new
+    one.
     """
     place = workplace(asked)
     with shown(asked, f"datastore {datastore}") as progress:
-        done = work.rebuild(place, datastore, progress=progress)
+        done = work.rebuild(place, datastore, dry_run=dry_run, progress=progress)
     if asked.json:
         output.document(documents.rebuild(done))
     elif not asked.quiet:
         if done.added:
             _table(done.added)
-        output.line(f"{len(done.added)} images were added; the catalog knew {done.known} sources already")
+        were = "would be" if dry_run else "were"
+        output.line(f"{len(done.added)} images {were} added; the catalog knew {done.known} sources already")
+        for change in done.changed:
+            output.line(f"image {change.before.number}, VM {change.before.vm.name}: {_change(change)}")
+        if dry_run and done.changed:
+            output.line("Nothing was changed (--dry-run).")
+        if done.kept:
+            output.line(f"The catalog of before is kept: {done.kept}")
         for owner, count in done.foreign.items():
             command = typed("vmkeep catalog take-over", done.datastore, "--from", owner)
             output.line(f"{count} of them are another installation's, and stay untouched. If it is gone: {command}")
@@ -55,6 +66,22 @@ def rebuild(asked: Asked, datastore: str) -> int:
     for one in done.busy:
         output.remark(asked, f"{one}; run it again")
     return exits.WARNING if done.busy else 0
+
+
+def _change(change: work.Change) -> str:
+    """What a rebuild did to an image, or would do."""
+    told = []
+    if change.added:
+        told.append(f"{numbers(change.added)} added")
+    if change.merged:
+        told.append(f"{numbers(change.merged)} merged into the full {change.into}")
+    if change.moved:
+        told.append(f"{numbers(change.moved)}: another source")
+    if change.lost:
+        told.append(f"{numbers(change.lost)}: lost, something else has removed it or a part of it")
+    if change.back:
+        told.append(f"{numbers(change.back)}: there again")
+    return "; ".join(told)
 
 
 @catalog.command(name="take-over", short_help="Make another installation's backups this one's own.")
@@ -88,7 +115,7 @@ def take_over(asked: Asked, datastore: str, who: str, yes: bool) -> None:
 def _table(images: Sequence[Image]) -> None:
     rows = [
         (
-            str(one.number),
+            str(one.number or "new"),
             one.vm.name,
             str(len(one.increments)),
             date(one.increments[0].date if one.increments else None),

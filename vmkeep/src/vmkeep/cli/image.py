@@ -10,7 +10,7 @@ import click
 from backupcore.errors import ConfigError, IntegrityError
 from backupcore.model import Image
 from vmkeep import deletion
-from vmkeep.catalog import holds, images
+from vmkeep.catalog import corrections, holds, images
 from vmkeep.cli import exits, output
 from vmkeep.cli.asked import Asked, common
 from vmkeep.cli.documents import images as documents
@@ -71,8 +71,9 @@ def show(asked: Asked, reference: str) -> None:
     catalog = place.catalog_if_any
     found = images.find(catalog, reference)
     held = holds.active(catalog, datetime.now(UTC)).get(found.number)
+    lost = corrections.lost(catalog, found)
     if asked.json:
-        output.document(documents.image(found, held))
+        output.document(documents.image(found, held, lost))
         return
     output.line(f"Image {found.number} ({found.uuid}), {found.state}{', pinned' if found.pinned else ''}")
     output.line(f"VM {found.vm.name} ({found.vm.uuid}) in datastore {found.datastore}")
@@ -91,7 +92,9 @@ def show(asked: Asked, reference: str) -> None:
             date(one.date),
             short(one.source.token, tokens),
             one.consistency,
-            one.reason or "; ".join(f"disk {disk.id}: {disk.reason}" for disk in one.disks if disk.reason),
+            "lost: something else has removed it, or a part of it"
+            if one.id in lost
+            else one.reason or "; ".join(f"disk {disk.id}: {disk.reason}" for disk in one.disks if disk.reason),
         )
         for one in found.increments
     ]
@@ -111,7 +114,8 @@ def show(asked: Asked, reference: str) -> None:
 def verify(asked: Asked, reference: str, increment: int | None, sample: float) -> int:
     """Read image ID back and compare it with the digests that were taken when the guest's disks were read.
 
-    Where something is damaged (exit code 8) the next backup of the VM begins a new image.
+    Where something is damaged (exit code 8) the next backup of the VM begins a new image. Where the datastore holds a
+    later full that increments were merged into, and the catalog does not know it, nothing is damaged (exit code 3).
     """
     from vmkeep import verify as work  # noqa: PLC0415 - the data plane, which most commands here do not need
 
@@ -125,6 +129,9 @@ def verify(asked: Asked, reference: str, increment: int | None, sample: float) -
         output.table(("INCREMENT", "READ", "FOUND"), rows, right=("INCREMENT", "READ"))
     if result.ok:
         return 0
+    if result.superseded:
+        output.remark(asked, f"image {result.image.number} is not damaged, this catalog is behind its datastore")
+        return exits.WARNING
     damaged = ", ".join(str(one.increment.id) for one in result.increments if one.problem)
     output.remark(asked, f"image {result.image.number} is damaged: increments {damaged} cannot be restored")
     return exits.CODES[IntegrityError]

@@ -22,7 +22,7 @@ def rebuild(done: Rebuilt) -> Document:
         "datastore": done.datastore,
         "added": [
             {
-                "id": one.number,
+                "id": one.number or None,
                 "image_uuid": one.uuid,
                 "vm": one.vm.name,
                 "uuid": one.vm.uuid,
@@ -33,6 +33,24 @@ def rebuild(done: Rebuilt) -> Document:
             }
             for one in done.added
         ],
+        "changed": [
+            {
+                "id": one.before.number,
+                "image_uuid": one.before.uuid,
+                "vm": one.before.vm.name,
+                "uuid": one.before.vm.uuid,
+                "added": list(one.added),
+                "merged": list(one.merged),
+                "into": one.into,
+                "moved": list(one.moved),
+                "lost": list(one.lost),
+                "back": list(one.back),
+                "increments": [increment.id for increment in one.after.increments],
+            }
+            for one in done.changed
+        ],
+        "dry_run": done.dry_run,
+        "kept": str(done.kept) if done.kept else None,
         "known": done.known,
         "remarks": [{"source": one.source.token, "kind": one.kind, "why": one.why} for one in done.remarks],
         "busy": list(done.busy),

@@ -75,7 +75,7 @@ def _image(found: Image, date: datetime | None, size: int, held: Hold | None) ->
     }
 
 
-def image(found: Image, held: Hold | None = None) -> Document:
+def image(found: Image, held: Hold | None = None, lost: Mapping[int, str] | None = None) -> Document:
     """``vmkeep image show``."""
     date = found.increments[0].date if found.increments else None
     return {
@@ -92,6 +92,7 @@ def image(found: Image, held: Hold | None = None) -> Document:
                 "consistency": increment.consistency,
                 "reason": increment.reason,
                 "disks": parts.disks(increment),
+                "lost": (lost or {}).get(increment.id),
             }
             for increment in found.increments
         ],
@@ -110,6 +111,7 @@ def verify(result: Result) -> Document:
         "image_uuid": result.image.uuid,
         "state": result.image.state,
         "ok": result.ok,
+        "superseded": result.superseded,
         "sample": result.sample,
         "increments": [
             {"id": one.increment.id, "source": one.increment.source.token, "read": one.read, "problem": one.problem}

@@ -41,7 +41,7 @@ def backup(taken: Taken) -> Document:
         "disks": parts.disks(increment),
         "left_out": parts.left_out(recorded.left_out),
         "retention": [parts.action(one) for one in taken.retention],
-        "warnings": [*taken.missed, *taken.warnings],
+        "warnings": [*taken.missed, *taken.found, *taken.warnings],
     }
 
 

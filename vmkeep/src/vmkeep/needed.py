@@ -1,0 +1,131 @@
+"""Which sources may go: none that something else needs, in this catalog or only in the datastore.
+
+Another installation, or this one before its state folder was put back, may have gone on from a backup that this catalog
+knows; all that tells is the datastore. Its labels are enough: they are asked what would be lost, not what is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
+
+from backupcore.errors import IntegrityError, NotFound, UnsupportedOperation
+from backupcore.model import VM, Listed, SourceRef, Type
+from backupcore.typed import typed
+from vmkeep.catalog import flattens, images, runs
+from vmkeep.catalog.database import Catalog
+
+if TYPE_CHECKING:
+    from backupcore.context import Context
+    from backupcore.datastore import Datastore
+    from vmkeep.installation import Installation
+    from vmkeep.workplace import Workplace
+
+__all__ = ["accounted", "harmed", "known", "number_of", "numbers", "require_spared"]
+
+_ROUNDED = timedelta(seconds=1)  # what a label's date lacks
+_INSTANT = timedelta(hours=1)  # from a run's start to the instant that it holds: waiting for a target, a lock, an agent
+
+
+def known(catalog: Catalog, datastore: str) -> set[SourceRef]:
+    """Every source that the catalog has in a datastore, those that are still to be deleted among them."""
+    return images.sources(catalog, datastore) | flattens.left_in(catalog, datastore)
+
+
+def accounted(place: Workplace, catalog: Catalog, vm: VM, datastore: str, listed: Iterable[Listed]) -> set[SourceRef]:
+    """Every source in a datastore that needs no further word: those that are known, and strays of this VM."""
+    found = known(catalog, datastore)
+    return found | _strays(
+        catalog, place.installation_if_any, vm, datastore, [x for x in listed if x.source not in found]
+    )
+
+
+def _strays(catalog: Catalog, own: Installation, vm: VM, datastore: str, unknown: Iterable[Listed]) -> set[SourceRef]:
+    """What runs of this installation have stored that the catalog has down as failed: nobody was told that it is done.
+
+    Such a run was killed, or given up while its datastore was away. It is told by its date: of another of the same time
+    there is none, since a VM has one backup at a time.
+    """
+    windows = runs.unrecorded(catalog, vm.uuid, datastore)
+    found: set[SourceRef] = set()
+    for one in sorted(unknown, key=lambda one: one.labels.get("date", "")):
+        labels = one.labels
+        if not windows or labels.get("vm") != vm.uuid or labels.get("installation") != own.id:
+            continue
+        try:
+            date = datetime.fromisoformat(labels.get("date", ""))
+        except ValueError:
+            continue
+        for window in windows:
+            began, ended = window
+            if date.tzinfo and began - _ROUNDED <= date <= min(ended or began + _INSTANT, began + _INSTANT):
+                found.add(one.source)
+                windows.remove(window)  # it has stored no more than one
+                break
+    return found
+
+
+def harmed(listed: Sequence[Listed], going: Collection[SourceRef], known_: Collection[SourceRef]) -> list[Listed]:
+    """Of the sources that are `listed`, those that can be restored now, are not known, and need what is `going`."""
+    before = _restorable(listed)
+    after = _restorable(one for one in listed if one.source not in going)
+    return [one for one in listed if one.source in before - after - set(known_) - set(going)]
+
+
+def require_spared(
+    store: Datastore,
+    listed: Sequence[Listed],
+    going: Collection[SourceRef],
+    known_: Collection[SourceRef],
+    ctx: Context,
+    *,
+    what: str,
+) -> None:
+    """UnsupportedOperation where `going`, `what` in words, would take something restorable that is not known."""
+    needing = harmed(listed, going, known_)
+    # Where the listing is of one VM alone, some may not be complete.
+    if not any(_is_whole(store, one, ctx) for one in needing):
+        return
+    named = ", ".join(f"increment {one.labels.get('number', '?')} (source {one.source})" for one in needing[:3])
+    more = f" and {len(needing) - 3} more" if len(needing) > 3 else ""
+    raise UnsupportedOperation(
+        f"datastore {store.name} holds backups that build on {what} and that this catalog does not know: {named}{more}",
+        f"Have the catalog know them first: {typed('vmkeep catalog rebuild', store.name)}",
+    )
+
+
+def _is_whole(store: Datastore, one: Listed, ctx: Context) -> bool:
+    from backupcore.survey import look_at  # noqa: PLC0415 - it reads manifests, which is rarely needed
+
+    try:
+        look_at(store, one.source, ctx)
+    except (IntegrityError, NotFound):
+        return False
+    return True
+
+
+def _restorable(listed: Iterable[Listed]) -> set[SourceRef]:
+    """Those whose chains, by their labels, reach a full."""
+    found: set[SourceRef] = set()
+    points: set[str] = set()
+    for one in sorted(listed, key=number_of):
+        labels = one.labels
+        if labels.get("point") and (labels.get("type") == Type.FULL.value or labels.get("parent") in points):
+            found.add(one.source)
+            points.add(labels["point"])
+    return found
+
+
+def number_of(one: Listed) -> int:
+    """The number of an increment, as its labels say; 0 where they say none."""
+    number = one.labels.get("number", "")
+    return int(number) if number.isascii() and number.isdigit() and len(number) < 19 else 0
+
+
+def numbers(increments: Iterable[int]) -> str:
+    """Some increments, in words."""
+    found = sorted(set(increments))
+    if len(found) > 2 and found == list(range(found[0], found[-1] + 1)):
+        return f"increments {found[0]} to {found[-1]}"
+    return f"increment{'s' if len(found) > 1 else ''} {', '.join(map(str, found))}"
