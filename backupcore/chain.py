@@ -198,7 +198,8 @@ def retention(chains: Sequence[Chain], settings: Mapping[str, str]) -> Retention
     - MODE=FULL keeps the last KEEP_LAST images.
     - MODE=INCREMENT keeps KEEP_LAST increments of the open image: the older ones are flattened into the oldest that is
       kept. Of the closed images it keeps KEEP_CHAINS, or as many as KEEP_LAST says where that is not set.
-    - 0 keeps all. Images that are pinned, damaged, another installation's, or being flattened stay, and do not count.
+    - 0 keeps all. Images that are pinned, damaged, absent, another installation's, or being flattened stay, and do not
+      count.
     - Order is that of the record, never of a date. An image with a point that is dated ahead stays, and does not count.
       Within an image the increments have their own order, whatever their dates are.
     - The newest image stays whatever the numbers. Where it is not open, a delete of it has begun or a flatten was
@@ -258,5 +259,5 @@ def _held(chain: Chain) -> _Held | None:
     if not chain.ours:
         return _Held(f"{f'installation {chain.owner}' if chain.owner else 'nobody that is known'} has written it")
     if chain.state not in ("open", "closed"):
-        return _Held(f"it is {chain.state}", expected=chain.state == "flattening")
+        return _Held(f"it is {chain.state}", expected=chain.state in ("flattening", "absent"))
     return None

@@ -29,6 +29,7 @@ from backupcore.model import (
     SourceRef,
     Stored,
     Usage,
+    is_token,
     itself,
     stream,
 )
@@ -215,6 +216,16 @@ class Datastore:
     def maintain(self, ctx: Context) -> bool:
         """Let the driver tidy up and look for damage, which may take hours; False if it has nothing of the kind."""
         return self.implements("maintain") and self._answer("maintain", bool, ctx=ctx) is True
+
+    def identity(self, known: str, ctx: Context, *, make: bool = False) -> str | None:
+        """What stays the same for as long as this is the same place; None if it has none, or the driver knows none.
+
+        `known` is what it was before ("": not known). With `make` a place that has none gets one.
+        """
+        found = self._call("identity", known=known, make=make, ctx=ctx) if self.implements("identity") else None
+        if found is not None and not is_token(found):
+            raise ContractViolation(f"driver {self.kind}: identity returned what is made like no token")
+        return found
 
     # Calling
 

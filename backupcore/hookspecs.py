@@ -4,8 +4,8 @@
 
 A *driver* is a class decorated with `backupcore.driver`; it is found under the entry-point group ``backupcore.drivers``
 and implements `backup`, `restore`, `delete` and `sources`; `prebackup`, `postbackup`, `flatten`, `sources_of`, `check`,
-`usage`, `locks` and `maintain` are optional. A *hypervisor* (``backupcore.hypervisors``) implements `prebackup` and
-`postbackup`, and the Python protocol of `backupcore.hypervisor`. Site plugins may wrap any hook with
+`usage`, `locks`, `maintain` and `identity` are optional. A *hypervisor* (``backupcore.hypervisors``) implements
+`prebackup` and `postbackup`, and the Python protocol of `backupcore.hypervisor`. Site plugins may wrap any hook with
 ``@hookimpl(wrapper=True)``.
 
 The life of a run::
@@ -190,4 +190,18 @@ def maintain(ctx: Context) -> bool:
 
     Optional. Called only when the user asks for it, never on the way; it may take hours and lock others out. Nothing
     that is restorable is touched. Tell ``ctx.progress.phase`` what goes on. Damage is IntegrityError.
+    """
+
+
+@hookspec(firstresult=True)
+def identity(known: str, make: bool, ctx: Context) -> str | None:
+    """What stays the same for as long as this is the same place: a repository's ID, a mark that was put there once.
+
+    It tells an unmounted disk, another disk or an emptied bucket from the place where the backups are. Optional, and
+    called often, so it must be quick: without it the host tooling goes by the sources that are listed. None where the
+    place has none (yet); TargetUnavailable where it does not answer, or what is found cannot be one.
+
+    `known` is what the caller has seen here before ("": nothing): return exactly that where this is the place it names,
+    however you can tell. With `make` a place that has none gets one, unless the driver makes it with its first backup:
+    once, also where several do so in the same moment. Without it nothing is written. It is made like a token.
     """

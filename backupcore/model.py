@@ -45,6 +45,7 @@ __all__ = [
     "Usage",
     "VM",
     "check_name",
+    "is_token",
     "itself",
     "new_id",
     "stream",
@@ -60,6 +61,11 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,126}")
 def new_id() -> str:
     """A fresh identity for a point, an image or a run: 32 hex digits (a random UUID)."""
     return uuid.uuid4().hex
+
+
+def is_token(text: object) -> bool:
+    """Whether `text` is made like the token of a source, and so safe wherever one is."""
+    return isinstance(text, str) and _TOKEN.fullmatch(text) is not None
 
 
 class Type(StrEnum):
@@ -85,7 +91,7 @@ class SourceRef:
     token: str
 
     def __post_init__(self) -> None:
-        if not isinstance(self.token, str) or not _TOKEN.fullmatch(self.token):
+        if not is_token(self.token):
             raise ContractViolation(f"{self.token!r:.200} is no valid source token")
 
     def __str__(self) -> str:
@@ -408,17 +414,17 @@ class Increment:
 class Image:
     """The chain of increments of one VM in one datastore, oldest first. `number` is its alias on this host.
 
-    `why_closed` says why no increment is added to it any more, "" where no reason was given. `host` is where its last
-    backup was taken ("" where that is not known), `installation` whose it is ("" in backups of versions that did not
-    write it down); `began` the date of its first full, which a flatten may have replaced (None: that of the oldest
-    increment).
+    One that is ``absent`` lies in another place than the one that its datastore is now. `why_closed` says why no
+    increment is added to it any more, "" where no reason was given. `host` is where its last backup was taken ("" where
+    that is not known), `installation` whose it is ("" in backups of versions that did not write it down); `began` the
+    date of its first full, which a flatten may have replaced (None: that of the oldest increment).
     """
 
     uuid: str
     number: int
     vm: VM
     datastore: str
-    state: typing.Literal["open", "closed", "flattening", "damaged"]
+    state: typing.Literal["open", "closed", "flattening", "damaged", "absent"]
     increments: tuple[Increment, ...]
     pinned: bool = False
     why_closed: str = ""

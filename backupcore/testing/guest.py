@@ -27,6 +27,7 @@ from backupcore.model import (
     Prepared,
     RunState,
 )
+from backupcore.near import near
 
 __all__ = ["MemoryGuest", "MemoryHypervisor"]
 
@@ -148,7 +149,7 @@ class MemoryHypervisor:
         for guest in self.guests.values():
             if vm in (guest.vm.name, guest.vm.uuid):
                 return self._state(guest)
-        raise NotFound(f"no VM {vm}")
+        raise NotFound(f"no VM {vm}", near(vm, (guest.vm.name for guest in self.guests.values())))
 
     def _state(self, guest: MemoryGuest) -> VMState:
         disks = tuple(

@@ -193,7 +193,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kept-in-files\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
-        "[backupcore.drivers]\nfiles = kept_in_files:FileDriver\nbroken = no_such_module_at_all:Driver\n"
+        "[backupcore.drivers]\nfiles = kept_in_files:FileDriver\nplain = kept_in_files:PlainDriver\n"
+        "broken = no_such_module_at_all:Driver\n"
         "[backupcore.hypervisors]\nfiles = kept_in_files:FileHypervisor\n"
     )
     sys.path.insert(0, str(folder))

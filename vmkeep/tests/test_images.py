@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
+
 import pytest
-from kept_in_files import WEB, load, save
+from kept_in_files import DB, WEB, load, save
 
 
 @pytest.fixture
@@ -105,3 +108,78 @@ def test_the_image_that_a_backup_adds_to_cannot_be_deleted(site, two):
     (site.store / "wait").unlink()
     child.communicate(timeout=60)
     assert child.returncode == 0
+
+
+def test_digits_alone_are_a_number_and_never_the_beginning_of_a_uuid(site):
+    for _ in range(2):
+        assert site.run("backup", "web1", "--reset").code == 0
+    with closing(sqlite3.connect(site.state / "catalog.sqlite")) as connection:
+        connection.execute("UPDATE images SET uuid = '47110000471100004711000047110000' WHERE number = 2")
+        connection.execute("UPDATE images SET uuid = '4711abcd471100004711000047110000' WHERE number = 1")
+        connection.commit()
+    for wrong in ("4711", "47110000", "0002", "02", "4711-", "47-110000", "\u0664\u0667\u0661\u0661", "2 ", "+2"):
+        told = site.run("image", "delete", wrong, "--yes")
+        assert told.code == 4, (wrong, told)
+    assert "the UUID of image 2 begins so" in site.run("image", "show", "471100").err.replace("The", "the")
+    assert site.run("image", "show", "2", "--json").json["id"] == 2
+    for uuid in ("47110000471100004711000047110000", "47110000-4711-0000-4711-000047110000"):
+        assert site.run("image", "show", uuid, "--json").json["id"] == 2
+    for beginning in ("4711a", "4711ABCD", "4711abcd-47"):
+        assert site.run("image", "show", beginning, "--json").json["id"] == 1
+    assert site.run("image", "show", "47110000-47", "--json").json["id"] == 2, "a dash in its place is no number's"
+
+
+@pytest.mark.parametrize(
+    ("command", "near"),
+    [
+        (("image", "list", "--vm", "wbe1"), "web1"),
+        (("image", "prune", "wbe1"), "web1"),
+        (("backup", "wbe1"), "web1"),
+        (("backup", "web1", "-d", "nsa"), "nas"),
+        (("backup", "web1", "-d", "nsa", "--dry-run"), "nas"),
+        (("recover", "wbe1"), "web1"),
+        (("cancel", "wbe1"), "web1"),
+        (("vm", "show", "wbe1"), "web1"),
+        (("vm", "updateconf", "wbe1", "--mode", "FULL"), "web1"),
+        (("vm", "updateconf", "web1", "--exclude-disks", "vdc"), "vda"),
+        (("vm", "updateconf", "web1", "--volatile-disks", "vdc"), "vda"),
+        (("vm", "forget", "wbe1"), "web1"),
+        (("vm", "compare", "wbe1"), "web1"),
+        (("vm", "compare", "web1", "-d", "nsa"), "nas"),
+        (("vm", "compare", "web1", "--disk", "vdc"), "vda"),
+        (("image", "show", "7"), "1"),
+        (("image", "verify", "1", "--increment", "7"), "0"),
+        (("image", "flatten", "1", "--to", "7"), "0"),
+        (("image", "pin", "7"), "1"),
+        (("restore", "7"), "1"),
+        (("restore", "1", "--increment", "7"), "0"),
+        (("restore", "1", "--disk", "vdc"), "vda"),
+        (("restore", "1", "--disk", "vdc", "--verify-only"), "vda"),
+        (("restore", "1", "--increment", "7", "--verify-only"), "0"),
+        (("restore", "1", "--disk", "vdc", "--in-place"), "vda"),
+        (("restore", "1", "--pool", "default"), "none"),
+        (("datastore", "show", "nsa"), "nas"),
+        (("datastore", "check", "nsa"), "nas"),
+        (("datastore", "maintain", "nsa"), "nas"),
+        (("datastore", "adopt", "nsa"), "nas"),
+        (("catalog", "check", "nsa"), "nas"),
+        (("catalog", "rebuild", "nsa"), "nas"),
+        (("catalog", "take-over", "nsa", "--from", "abcd"), "nas"),
+        (("catalog", "take-over", "nas", "--from", "abcd"), "rebuild"),
+    ],
+)
+def test_a_name_that_nothing_has_is_not_found_and_the_nearest_is_named(site, once, command, near):
+    once(site, backed_up)
+    told = site.run(*command)
+    assert told.code == 4, told
+    assert near in told.err, told
+
+
+def backed_up(site):
+    assert site.run("backup", "web1").code == 0
+
+
+def test_a_vm_without_a_backup_has_an_empty_list(site):
+    assert site.run("image", "list", "--vm", "db1", "--json").json == []
+    assert site.run("image", "list", "--vm", DB.uuid.upper(), "--json").json == []
+    assert site.run("image", "list", "--vm", "").code == 4

@@ -144,6 +144,7 @@ def _take(place: Workplace, vm: str, under_way: UnderWay, *, reset: bool, progre
 
             def record(done: Recorded) -> None:
                 _require_lock(place, found.vm)
+                place.same_place(name).look_before_record(ctx)
                 room.unlink(missing_ok=True)
                 numbers.append(runs.record(place.catalog, done, driver=store.kind))
                 under_way.recorded = Taken(recorded=done, image=numbers[0])

@@ -21,6 +21,7 @@ from msgspec import Meta
 
 from backupcore import options, plugins
 from backupcore.errors import AccessDenied, BackupError, ConfigError, ContractViolation, NotFound, from_os_error
+from backupcore.near import near
 from backupcore.small_file import NotAFile, read_small
 
 __all__ = ["Config", "Defaults", "Host", "default_path", "load"]
@@ -118,14 +119,6 @@ class Config:
         raise ConfigError(
             f"several datastores are configured: {', '.join(sorted(self.datastores))}", "Name one with -d DATASTORE."
         )
-
-
-def near(name: str, known: Mapping[str, object]) -> str:
-    """A hint with the known names nearest to `name`."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    if close:
-        return f"Did you mean {' or '.join(close)}?"
-    return f"There is: {', '.join(sorted(known)) or 'none'}."
 
 
 def load(path: Path | None = None) -> Config:

@@ -21,7 +21,7 @@ def delete(
     Busy while a backup or a restore works with it. UnsupportedOperation where it is pinned, where another installation
     has written it, or where the datastore holds backups that build on it and that the catalog does not know. Sources
     that another image shares stay. If the datastore fails midway the records stay, and the same call goes on where it
-    stopped.
+    stopped. An image that is absent is forgotten, and its sources stay where they are.
     """
     image = images.find(place.catalog_if_any, reference)
     with lock.image_exclusive(place.state, image, "it is being deleted"):
@@ -32,9 +32,14 @@ def delete(
             )
         _require_own(place, image)
         image = flatten.finish_locked(place, image)  # or its result would stay in the datastore, and nobody know it
+        if image.state == "absent":
+            # Where it lies nobody can look: only the catalog's own record goes.
+            images.remove(place.catalog, image, place.installation)
+            return image, ()
         store = place.datastore(image.datastore)
         with place.context(progress) as ctx:
             ctx.progress.phase("look")
+            place.same_place(image.datastore).look(ctx)
             listed = store.sources(ctx, image.vm.uuid)
             known = needed.accounted(place, place.catalog, image.vm, image.datastore, listed)
             image = standing.look(store, image, listed, known, ctx).image

@@ -21,7 +21,7 @@ from backupcore.hypervisor import Hypervisor
 from backupcore.model import VM, Image, Increment, SourceRef, Stored
 from backupcore.typed import typed
 from vmkeep import lock, needed, settings, standing
-from vmkeep.catalog import flattens, holds, images, tokens
+from vmkeep.catalog import flattens, holds, images, places, tokens
 from vmkeep.workplace import Workplace
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def flatten(
     image = images.find(place.catalog_if_any, reference)
     with lock.image_exclusive(place.state, image, "it is being flattened"):
         image = finish_locked(place, images.find(place.catalog, image.uuid))
+        places.require_here(image)
         if image.pinned:
             raise UnsupportedOperation(f"image {image.number} is pinned", f"vmkeep image unpin {image.number}")
         if not place.installation.owns(image):
@@ -87,7 +88,8 @@ def flatten(
         steps: list[Flattened] = []
         while not steps or image.increments[0].id < target:
             with place.context(progress) as ctx:
-                steps.append(_step(place, image, target, store, ctx, everything=everything))
+                with place.same_place(image.datastore).blamed(ctx):
+                    steps.append(_step(place, image, target, store, ctx, everything=everything))
                 image = images.find(place.catalog, image.uuid)
                 # Newest first: whatever is left when this is interrupted is the beginning of a chain.
                 warnings = delete_leftovers(place, image.vm.uuid, ctx, {image.datastore: store})
@@ -127,6 +129,7 @@ def _step(place: Workplace, image: Image, to: int, store: Datastore, ctx: Contex
             room=flattens.room(place.catalog, image, to),
             stored=told,
         )
+        place.same_place(image.datastore).look_before_record(ctx)
     except BaseException as error:
         # A result that is stored, and could not be proved for another reason than damage, is looked for by `finish`.
         if not stored or isinstance(error, IntegrityError):

@@ -21,7 +21,7 @@ from backupcore.errors import BackupError, Busy, ConfigError, NotFound, from_os_
 from backupcore.hypervisor import DiskFile
 from backupcore.model import VM, Image
 from vmkeep import lock, recovery, standing, swap
-from vmkeep.catalog import images
+from vmkeep.catalog import images, places
 from vmkeep.new_file import write_new
 from vmkeep.workplace import Workplace
 
@@ -75,6 +75,7 @@ def restore_in_place(
         stack.enter_context(lock.vm_run(place.state, vm, "a restore in place"))
         stack.enter_context(lock.image_shared(place.state, image))
         image = images.find(place.catalog, image.uuid)  # what it was before the lock may be gone
+        places.require_here(image)
         _settle(place, vm)
         increment = chain.lineage(image, number)[-1]
         wanted = list(disks) or [disk.id for disk in increment.disks]
@@ -88,7 +89,8 @@ def restore_in_place(
         unfinished = stack.enter_context(ExitStack())
         unfinished.callback(swap.forget, place.state, swaps)
         _make(swaps.folders)
-        made = core.restore(store, image, increment.id, ctx, target=lambda disk: new[disk.id], disks=wanted)
+        with place.same_place(image.datastore).blamed(ctx):
+            made = core.restore(store, image, increment.id, ctx, target=lambda disk: new[disk.id], disks=wanted)
         ctx.progress.phase("check")
         for disk in made.disks:
             ctx.check()

@@ -171,6 +171,7 @@ def _in_known(there: Sequence[Image], remark: Remark, known: Collection[SourceRe
 
 _WHY_CLOSED = "the image was found by a rebuild of the catalog, which does not know where the disks lay then"
 _WHY_CHANGED = "a rebuild of the catalog has found more of the image, and does not know where the disks lay then"
+_ELSEWHERE = "it lies in another place than the datastore is now"
 _LEFT = "merged into a later full; it goes with the VM's next backup"
 
 
@@ -201,7 +202,7 @@ class _Plan:
         pairs = self._pairs()
         for image in self.there:
             branch = pairs.get(image.uuid)
-            if image.state == "flattening":
+            if image.state in ("flattening", "absent"):
                 continue
             change = self._change(image, branch, store, ctx)
             if change is not None:
@@ -423,7 +424,9 @@ def _gone(image: Image, number: int) -> str:
 def _known(catalog: Catalog, name: str) -> dict[SourceRef, str]:
     """Every source that the catalog has in this datastore, and what it is."""
     found = {
-        increment.source: f"increment {increment.id} of image {image.number}, VM {image.vm.name}"
+        increment.source: _ELSEWHERE
+        if image.state == "absent"
+        else f"increment {increment.id} of image {image.number}, VM {image.vm.name}"
         for image in images.where(catalog)
         if image.datastore == name
         for increment in image.increments
@@ -484,7 +487,7 @@ def check(place: Workplace, name: str | None = None, *, progress: Progress | Non
             missing += [
                 Missing(datastore=one, source=source, what=what)
                 for source, what in before.items()
-                if source in after and source not in listed and what != _LEFT
+                if source in after and source not in listed and what not in (_LEFT, _ELSEWHERE)
             ]
             unused += [
                 _unused(one, found) for source, found in listed.items() if source not in before and source not in after

@@ -17,7 +17,7 @@ from backupcore.errors import ConfigError, IntegrityError, NotFound, from_os_err
 from backupcore.hypervisor import Definition, Effect
 from backupcore.model import VM, Image
 from vmkeep import lock, standing, volumes
-from vmkeep.catalog import images
+from vmkeep.catalog import images, places
 from vmkeep.naming import Names, file_name, short
 from vmkeep.new_file import write_new
 from vmkeep.workplace import Workplace
@@ -96,6 +96,7 @@ def restore(
         raise ConfigError(f"the volumes of storage pool {pool} are devices, and get disks raw", "Leave out --format.")
     with lock.image_read(place.state, image), ExitStack() as stack:
         image = images.find(place.catalog_if_any, image.uuid)  # what it was before the lock may be gone
+        places.require_here(image)
         increment = chain.lineage(image, number)[-1]
         held = [disk.id for disk in increment.disks]
         unknown = sorted(set(disks) - set(held))
@@ -120,6 +121,7 @@ def restore(
         staged = stack.enter_context(_staging(names.folder, names.base))
         staged_home = stack.enter_context(_staging(names.used, names.base)) if names.home else staged
         made_volumes = stack.enter_context(volumes.made(place, into, names)) if into and on_devices else None
+        stack.enter_context(place.same_place(image.datastore).blamed(ctx))
         if made_volumes is not None:
             made = core.onto_new(store, image, increment.id, ctx, device=made_volumes.add, disks=disks or None)
         else:

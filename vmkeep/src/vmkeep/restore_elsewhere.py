@@ -19,7 +19,7 @@ from backupcore.hypervisor import VMDisk, VMState
 from backupcore.model import Image
 from backupcore.typed import typed
 from vmkeep import lock, standing
-from vmkeep.catalog import images
+from vmkeep.catalog import images, places
 from vmkeep.workplace import Workplace
 
 __all__ = ["check", "onto", "pour"]
@@ -87,9 +87,11 @@ def _opened(
     image = images.find(place.catalog_if_any, reference)
     with lock.image_read(place.state, image):
         image = images.find(place.catalog_if_any, image.uuid)  # what it was before the lock may be gone
+        places.require_here(image)
         with place.context(progress) as ctx:
             store = place.datastore(image.datastore)
-            yield standing.current(place, store, image, ctx, number=number), store, ctx
+            with place.same_place(image.datastore).blamed(ctx):
+                yield standing.current(place, store, image, ctx, number=number), store, ctx
 
 
 def _only(image: Image, number: int | None, disks: Sequence[str]) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal
 
 from backupcore import chain
 from backupcore.context import Progress
-from backupcore.errors import BackupError, Cancelled, Locked
+from backupcore.errors import BackupError, Cancelled, Locked, TargetUnavailable
 from backupcore.model import VM
 from backupcore.typed import typed
 from vmkeep import deletion, flatten, settings
@@ -37,12 +37,16 @@ class Action:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Retention of one VM in one datastore. `unknown` says why its settings are not known; then nothing goes."""
+    """Retention of one VM in one datastore. `unknown` says why its settings are not known; then nothing goes.
+
+    `away` is why its datastore could not be asked; then nothing was tried.
+    """
 
     vm: VM
     datastore: str
     actions: tuple[Action, ...]
     unknown: str = ""
+    away: BackupError | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -208,8 +212,29 @@ def prune(
     for owner in flattens.owners(place.catalog):
         if one is None or owner == one.uuid:
             warnings += _delete_leftovers(place, owner)
-    plans = [apply(place, due, progress=progress) for due in plan(place, vm=one)]
+    away = _away(place, plan(place, vm=one))
+    plans = []
+    for due in plan(place, vm=one):
+        if due.datastore in away:
+            plans.append(replace(due, actions=(), away=away[due.datastore]))
+        else:
+            plans.append(apply(place, due, progress=progress))
+    warnings += [f"retention in {name}: {error.in_full}" for name, error in away.items()]
     return plans, [*warnings, *(warning for due in plans for warning in due.warnings)]
+
+
+def _away(place: Workplace, plans: Sequence[Plan]) -> dict[str, BackupError]:
+    """Of the datastores in which something is to go, those that are not there, or not the place that is known."""
+    found: dict[str, BackupError] = {}
+    for name in {due.datastore for due in plans if any(one.what != "keep" for one in due.actions)}:
+        try:
+            with place.context() as ctx:
+                place.same_place(name).look(ctx)
+        except TargetUnavailable as error:
+            found[name] = error
+        except BackupError:
+            continue  # what is tried there says it
+    return found
 
 
 def after(

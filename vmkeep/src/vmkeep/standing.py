@@ -270,8 +270,8 @@ def hold(place: Workplace, store: Datastore, ctx: Context, *, vm: VM, datastore:
     warnings: list[str] = []
     why = ""
     for image in of_vm:
-        if image.state == "flattening":
-            continue  # another process is at it
+        if image.state in ("flattening", "absent"):
+            continue  # another process is at it; it lies in another place
         found = look(store, image, listed, known, ctx, whole=True)
         gone = {**found.lost, **found.torn}
         _write(place, found)

@@ -11,7 +11,7 @@ from backupcore.chain import lineage
 from backupcore.context import Progress
 from backupcore.model import Image, Increment
 from vmkeep import full_state, lock, standing
-from vmkeep.catalog import images
+from vmkeep.catalog import images, places
 from vmkeep.workplace import Workplace
 
 __all__ = ["Result", "verify"]
@@ -55,6 +55,7 @@ def verify(
     image = images.find(place.catalog_if_any, reference)
     with lock.image_read(place.state, image):
         image = images.find(place.catalog_if_any, image.uuid)
+        places.require_here(image)
         chain = image.increments if number is None else lineage(image, number)
         store = place.datastore(image.datastore)
         with place.context(progress) as ctx:
@@ -64,7 +65,11 @@ def verify(
                 chain = image.increments if number is None else lineage(image, number)
             if stands is not None and stands.superseded:
                 return Result(image=image, increments=_superseded(chain, stands), sample=0, superseded=True)
-            found = core.verify(store, image, chain, ctx, sample=sample)
+            same = place.same_place(image.datastore)
+            with same.blamed(ctx):
+                found = core.verify(store, image, chain, ctx, sample=sample)
+            if any(one.problem for one in found):
+                same.look(ctx)  # else an unmounted disk would be damage
             if stands is not None:
                 lost = stands.lost
                 found = [replace(one, problem=lost.get(one.increment.id, one.problem)) for one in found]

@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from backupcore.errors import ConfigError
+from backupcore.errors import BackupError, NotFound, sentences
 from backupcore.hypervisor import Checkpoint, VMState
 from backupcore.model import Image
+from backupcore.near import near
 from vmkeep import lock, settings, swap
 from vmkeep.catalog import images, runs
 from vmkeep.workplace import Workplace
 
-__all__ = ["Detail", "Listing", "configure", "detail", "foreign", "forget", "listing"]
+__all__ = ["Detail", "Listing", "configure", "detail", "foreign", "forget", "listing", "require_known"]
 
 _RUNS = 10
 
@@ -51,6 +52,21 @@ def _told(place: Workplace, found: VMState) -> VMState:
     return replace(found, remarks=(*found.remarks, remark)) if remark else found
 
 
+def require_known(place: Workplace, vm: str) -> None:
+    """NotFound, with near names, unless this host or the catalog has a VM of this name or UUID."""
+    known = {image.image.vm.name for image in images.listed(place.catalog_if_any)}
+    try:
+        place.hypervisor.find(vm)
+    except NotFound as error:
+        known |= {found.vm.name for found in place.hypervisor.vms()}
+        raise NotFound(f"neither the catalog nor this host has a VM {vm!r:.80}", near(vm, known)) from error
+    except BackupError as error:
+        raise NotFound(
+            f"the catalog has no backup of a VM {vm!r:.80}",
+            sentences(f"This host's VMs could not be looked at ({error.message})", near(vm, known)),
+        ) from error
+
+
 def detail(place: Workplace, vm: str) -> Detail:
     """One VM by name or UUID."""
     found = place.hypervisor.find(vm, place.config.defaults)
@@ -86,7 +102,7 @@ def forget(place: Workplace, vm: str, *, foreign: bool = False) -> tuple[VMState
 def configure(place: Workplace, vm: str, changes: Mapping[str, str]) -> Detail:
     """Change some of a VM's own settings, and return what counts now.
 
-    ConfigError for a value that is not legal, or a disk that the VM has not.
+    ConfigError for a value that is not legal, NotFound for a disk that the VM has not.
     """
     found = place.hypervisor.find(vm)
     settings.validate(changes, f"VM {found.vm.name}")
@@ -102,7 +118,7 @@ def _require_disks(found: VMState, changes: Mapping[str, str]) -> None:
     for key in settings.DISK_LISTS:
         unknown = [disk for disk in settings.disk_list(changes.get(key, "")) if disk not in here]
         if unknown:
-            raise ConfigError(
+            raise NotFound(
                 f"VM {found.vm.name} has no disk {', '.join(unknown)}, which {key} would name",
                 f"It has: {', '.join(here) or 'none'}.",
             )

@@ -18,6 +18,7 @@ from vmkeep.catalog import ownership
 from vmkeep.catalog.database import Catalog
 from vmkeep.config import Config
 from vmkeep.installation import Installation
+from vmkeep.same_place import SamePlace
 
 __all__ = ["Workplace"]
 
@@ -27,6 +28,7 @@ class Workplace:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self._same: dict[str, SamePlace] = {}
 
     @property
     def state(self) -> Path:
@@ -72,16 +74,38 @@ class Workplace:
         """The catalog, or an empty one in memory: for verbs that promise to touch nothing."""
         return Catalog.open(self.state / "catalog.sqlite", create=False)
 
+    @property
+    def catalog_now(self) -> Catalog:
+        """The catalog as far as it was opened: to write to, or only to read."""
+        return self.catalog if "catalog" in self.__dict__ else self.catalog_if_any
+
     @cached_property
     def site_plugins(self) -> tuple[object, ...]:
         """The plugins of ``[host] plugins``."""
         return tuple(_site_plugin(name) for name in self.config.host.plugins)
 
     def datastore(self, name: str, *, hypervisor: bool = False) -> Datastore:
-        """An open datastore by its configured name; with the hypervisor's hooks where a backup needs them."""
+        """An open datastore by its configured name; with the hypervisor's hooks where a backup needs them.
+
+        All its verbs are TargetUnavailable where it is not the place that the catalog knows.
+        """
+        same = SamePlace(self, name)
         options = self.config.datastores[self.config.datastore(name)]
         used = self.hypervisor if hypervisor else None
-        return Datastore.open(name, options, hypervisor=used, plugins=self.site_plugins)
+        store = Datastore.open(name, options, hypervisor=used, plugins=(same, *self.site_plugins))
+        self._same[name] = same
+        return same.opened(store)
+
+    def any_place(self, name: str) -> Datastore:
+        """The same, whatever place it is: for whoever says that it is the one that is meant."""
+        options = self.config.datastores[self.config.datastore(name)]
+        return Datastore.open(name, options, hypervisor=None, plugins=self.site_plugins)
+
+    def same_place(self, name: str) -> SamePlace:
+        """What looks whether the datastore `name`, as it was opened last, is the place that the catalog knows."""
+        if name not in self._same:
+            self.datastore(name)
+        return self._same[name]
 
     @contextmanager
     def context(self, progress: Progress | None = None) -> Iterator[Context]:

@@ -5,6 +5,7 @@ Both are real plugins, found by their entry points. A test makes them wait or fa
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -323,9 +324,26 @@ class FileDriver:
         return True
 
     @hookimpl
+    def identity(self, make: bool) -> str | None:
+        if not self.path.is_dir():
+            raise TargetUnavailable(f"{self.path} is away", "Bring it back.")
+        marker = self.path / ".identity"
+        if make and not marker.exists():
+            with contextlib.suppress(FileExistsError), marker.open("x") as file:
+                file.write(new_id())
+        return marker.read_text() if marker.exists() else None
+
+    @hookimpl
     def usage(self) -> Usage:
         wild(self.path, "usage")
         return Usage(used=sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file()))
+
+
+@backupcore.driver
+class PlainDriver(FileDriver):
+    """The same as by somebody who has not heard of identities."""
+
+    identity = None  # type: ignore[assignment]  # no hook
 
 
 class Note:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pwd
@@ -54,6 +55,9 @@ INDEX = 16
 
 MEMORY = 2 << 30
 """Bytes that must be free in memory for restic's packs to go there."""
+
+CONFIG = 1 << 20
+"""Bytes of a configuration that are looked at; it has some 150."""
 
 CLEAN_UP = 60.0
 """Seconds for all that is tidied up after a failure."""
@@ -305,30 +309,43 @@ class Repository:
         listed = self.write(["list", "snapshots"], OPENING, ctx, limit=limit)
         return {line for line in listed.decode(errors="replace").split() if is_id(line)}
 
-    def opening(self, ctx: Context, limit: float) -> Callable[[], None]:
+    def opening(self, ctx: Context, limit: float) -> Callable[[], str]:
         """Begin to ask for the repository's configuration, for which the password is needed.
 
-        What is returned waits for the answer, and raises what `identity` would.
+        What is returned waits for the answer, and returns or raises what `identity` would.
         """
         child = self.start(["--no-lock", "cat", "config"])
         ctx.stack.enter_context(child)
         child.within(limit)
 
-        def wait() -> None:
+        def wait() -> str:
+            answer = bytearray()
             with ctx.on_cancel(child.stop):
-                while child.output.read(1 << 20):
-                    pass
+                while len(answer) < CONFIG and (block := child.output.read(CONFIG)):
+                    answer += block
                 code = child.wait()
             ctx.check()
             if code:
                 raise self.failed(child, code, f"{OPENING} {self.name}")
+            return _id_of(bytes(answer))
 
         return wait
 
     def identity(self, ctx: Context, limit: float) -> str:
         """The repository's ID, from its configuration, for which the password is needed."""
-        found = _json(self.ask(["--no-lock", "cat", "config"], OPENING, ctx, limit=limit), dict)
-        return str(found.get("id", ""))
+        return _id_of(self.ask(["--no-lock", "cat", "config"], OPENING, ctx, limit=limit))
+
+    def config_digest(self) -> str:
+        """A digest of the configuration as it lies in the repository's folder; "" if there is none, or no folder."""
+        if self.folder is None:
+            return ""
+        try:
+            with (self.folder / "config").open("rb") as file:
+                return hashlib.sha256(file.read(CONFIG)).hexdigest()[:32]
+        except (FileNotFoundError, NotADirectoryError):
+            return ""
+        except OSError as error:
+            raise from_os_error(error, f"{OPENING} {self.name}") from error
 
     def keys(self, ctx: Context, limit: float) -> list[str]:
         """The IDs of its keys, or their beginnings, as restic shows them."""
@@ -501,6 +518,13 @@ def _program_of(command: str) -> str:
         return Path(shlex.split(command)[0]).name
     except (ValueError, IndexError):
         return ""
+
+
+def _id_of(config: bytes) -> str:
+    found = str(_json(config, dict).get("id", ""))
+    if not is_id(found):
+        raise IntegrityError("the restic repository's configuration has no ID")
+    return found
 
 
 def _until(end: float) -> float:

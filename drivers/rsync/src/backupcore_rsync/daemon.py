@@ -15,8 +15,21 @@ from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from backupcore.errors import BackupError, ConfigError, IntegrityError, TargetFull
-from backupcore.model import Artifact, Usage
-from backupcore_rsync.layout import LABELS, MANIFEST, OLD, VM_FOLDERS, Token, by_token, mark, marked, rules
+from backupcore.model import Artifact, Usage, new_id
+from backupcore_rsync.layout import (
+    LABELS,
+    MANIFEST,
+    MARKER,
+    MARKER_LIMIT,
+    OLD,
+    VM_FOLDERS,
+    Token,
+    by_token,
+    identity,
+    mark,
+    marked,
+    rules,
+)
 from backupcore_rsync.place import Upload
 from backupcore_rsync.programs import STALLED, Programs, patiently
 from backupcore_rsync.target import DaemonTarget
@@ -81,6 +94,25 @@ class Daemon:
         except BackupError as error:  # as where the daemon deletes nothing
             ctx.check()
             ctx.log.warning("what a run that was killed has left stays in %s: %s", self.name, error)
+
+    def identity(self, ctx: Context, *, make: bool) -> str | None:
+        """A marker is fetched where a listing shows one. The first counts: none takes the place of one that is there.
+
+        Two made in the same moment may cross, since a daemon knows no more than that; the first backup that is recorded
+        finds the one that stayed.
+        """
+        found = self._listing([f"+ /{MARKER}", "- *"], ctx).get(MARKER)
+        if found is None and make:
+            tree = _fresh(ctx)
+            (tree / MARKER).write_text(f"{new_id()}\n")
+            self._send("marking", ctx, tree, "--chmod=D0700,F0600", "--ignore-existing")
+            found = self._listing([f"+ /{MARKER}", "- *"], ctx).get(MARKER)
+        if found is None:
+            return None
+        if not 0 < found <= MARKER_LIMIT:
+            return identity(b"", self.name)
+        with FetchedArtifact(self, MARKER, found, ctx).open() as file:
+            return identity(file.read(MARKER_LIMIT), self.name)
 
     def files(self, folders: Iterable[str] | None, ctx: Context) -> dict[str, int]:
         """One listing."""

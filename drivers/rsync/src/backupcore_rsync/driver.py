@@ -237,6 +237,11 @@ class Rsync:
         ]
 
     @hookimpl
+    def identity(self, make: bool, ctx: Context) -> str | None:
+        """What the marker in the target says."""
+        return self._place().identity(ctx, make=make)
+
+    @hookimpl
     def check(self, ctx: Context) -> bool:
         """The target answers, takes the login, and takes writes, as far as can be told without one."""
         self._warn(ctx)

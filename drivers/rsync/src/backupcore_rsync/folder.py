@@ -18,9 +18,20 @@ from typing import TYPE_CHECKING, BinaryIO
 from backupcore.disk.output import Output
 from backupcore.disk.reader import memory
 from backupcore.errors import AccessDenied, ContractViolation, IntegrityError, TargetUnavailable, from_os_error
-from backupcore.model import Artifact, Usage
+from backupcore.model import Artifact, Usage, new_id
 from backupcore.mounts import unmounted
-from backupcore_rsync.layout import LABELS, MANIFEST, OLD, Token, begun, label_names, part
+from backupcore_rsync.layout import (
+    LABELS,
+    MANIFEST,
+    MARKER,
+    MARKER_LIMIT,
+    OLD,
+    Token,
+    begun,
+    identity,
+    label_names,
+    part,
+)
 from backupcore_rsync.place import Upload, changed, differing, expected
 
 if TYPE_CHECKING:
@@ -77,6 +88,38 @@ class Folder:
                 continue
             except OSError as error:
                 ctx.log.warning("what a run that was killed has left stays: %s: %s", entry.path, error.strerror)
+
+    def identity(self, ctx: Context, *, make: bool) -> str | None:
+        """The marker gets its name by a link, which only the first can make."""
+        found = self._marker()
+        if found is None and make:
+            self.check(ctx)
+            made = self._path / f"{MARKER}.{new_id()}"
+            _write_new(made, f"{new_id()}\n".encode())
+            try:
+                with suppress(FileExistsError):
+                    _give_name(made, self._path / MARKER)
+                _sync(self._path)
+            finally:
+                made.unlink(missing_ok=True)
+            found = self._marker()
+        return None if found is None else identity(found, self.name)
+
+    def _marker(self) -> bytes | None:
+        try:
+            handle = os.open(self._path / MARKER, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            if not self._path.is_dir():
+                raise TargetUnavailable(f"{self._path} is no folder", "Mount it, or create it: mkdir") from error
+            return None
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO):  # a link, or a socket
+                return b""
+            raise
+        try:
+            return os.read(handle, MARKER_LIMIT) if stat.S_ISREG(os.fstat(handle).st_mode) else b""
+        finally:
+            os.close(handle)
 
     def files(self, folders: Iterable[str] | None, ctx: Context) -> dict[str, int]:
         """The plain files in these folders, or of all backups. Links are nothing of ours."""
@@ -294,6 +337,27 @@ def _untouched(folder: Path) -> bool:
     """Whether nothing in it has changed for `OLD` seconds."""
     paths = [folder, *(Path(place, name) for place, _, names in os.walk(folder) for name in names)]
     return all(path.lstat().st_mtime < time.time() - OLD for path in paths)
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(handle, data)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _give_name(made: Path, name: Path) -> None:
+    """FileExistsError where the name is taken. Some file systems (exFAT, CIFS) know no links, but renames."""
+    try:
+        os.link(made, name)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        if name.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(name)) from error
+        made.rename(name)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

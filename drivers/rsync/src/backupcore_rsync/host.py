@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from backupcore.child import ChildStream
 from backupcore.errors import BackupError, ConfigError
-from backupcore.model import Artifact, Usage
-from backupcore_rsync.layout import VM_FOLDERS, Token, begun, part, rules
+from backupcore.model import Artifact, Usage, new_id
+from backupcore_rsync.layout import MARKER, MARKER_LIMIT, VM_FOLDERS, Token, begun, identity, part, rules
 from backupcore_rsync.login import login
 from backupcore_rsync.place import Upload, changed, expected
 from backupcore_rsync.programs import Programs, patiently
@@ -43,6 +43,15 @@ CHECK = (
     '[ -d "$1" ] || { echo "$1: no such folder" >&2; exit 1; }; '
     '[ -r "$1" ] && [ -w "$1" ] && [ -x "$1" ] || { echo "$1: permission denied" >&2; exit 1; }; '
     'command -v "$2" >/dev/null || { echo "$2: not found" >&2; exit 127; }; '
+)
+# Not by way of a link, nor of a FIFO. With $4 it is made first: by a link, which only the first can make.
+IDENTITY = (
+    _ENTER + 'if [ -n "$4" ] && [ ! -e "$2" ] && [ ! -L "$2" ]; then umask 077; '
+    'echo "$4" > "./$2.$4" && { sync -- "./$2.$4" 2>/dev/null || sync; } || exit 1; '
+    'ln -- "./$2.$4" "./$2" 2>/dev/null || [ -e "$2" ] || mv -n -- "./$2.$4" "./$2"; '
+    'rm -f -- "./$2.$4"; sync -- . 2>/dev/null || sync; fi; '
+    'if [ -L "$2" ] || { [ -e "$2" ] && [ ! -s "$2" ]; } || { [ -e "$2" ] && [ ! -f "$2" ]; }; then echo none; '
+    'elif [ -e "$2" ]; then head -c "$3" -- "./$2"; fi'
 )
 # "still": nothing in it has changed for a day. A `find` that fails says nothing of that.
 PARTS = _ENTER + (
@@ -147,6 +156,11 @@ class Host:
         except BackupError as error:
             ctx.check()
             ctx.log.warning("what a run that was killed has left stays in %s: %s", self.name, error)
+
+    def identity(self, ctx: Context, *, make: bool) -> str | None:
+        """With one login, which makes it as well."""
+        found = self._ask(IDENTITY, "looking at", ctx, MARKER, str(MARKER_LIMIT), new_id() if make else "")
+        return identity(found.encode(), self.name) if found else None
 
     def files(self, folders: Iterable[str] | None, ctx: Context) -> dict[str, int]:
         """One listing by rsync."""

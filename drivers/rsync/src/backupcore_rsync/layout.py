@@ -6,6 +6,7 @@
                        manifest.json       there only when the backup is complete
                        .labels/number=0    one empty file per label: a listing of names is all that `sources` needs
                        .part.<who>.<run>.<life>   at a daemon: who began this folder
+    .vmkeep-datastore                      32 hex digits by which this target is known, for good
     <VM uuid>/.<32 hex>.<who>.<run>.<life>.part/  a backup under way, or what is left of one (a daemon cannot rename)
 
 Who: the ID of the installation, or the host's name where a run has none, as before installations were known. Life: that
@@ -19,19 +20,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
-from backupcore.errors import ContractViolation
+from backupcore.errors import ContractViolation, TargetUnavailable
 from backupcore.life import Life
 from backupcore.model import BackupRun, new_id
 
 __all__ = [
     "LABELS",
     "MANIFEST",
+    "MARKER",
+    "MARKER_LIMIT",
     "OLD",
     "Begun",
     "Token",
     "artifacts",
     "begun",
     "by_token",
+    "identity",
     "label_names",
     "labels",
     "mark",
@@ -43,6 +47,10 @@ __all__ = [
 MANIFEST = "manifest.json"
 LABELS = ".labels"  # no artifact can have this name
 
+MARKER = ".vmkeep-datastore"
+MARKER_LIMIT = 200
+"""Bytes of the marker that are looked at; it has 33."""
+
 VM_FOLDERS = "????????-????-????-????-????????????"
 """VMs' folders, as a wildcard of rsync's; `Token.parse` is exact."""
 
@@ -51,6 +59,7 @@ OLD = 86400
 
 _TOKEN = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})\.([0-9a-f]{32})")
 _WHO = 80  # letters of whoever began something, in a file name
+_IDENTITY = re.compile(rb"[0-9a-f]{32}\n?")
 _ARTIFACT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,126}")
 
 
@@ -151,6 +160,16 @@ def labels(names: Iterable[str]) -> dict[str, str]:
 def artifacts(files: Mapping[str, int]) -> dict[str, int]:
     """The artifacts among the files of one backup: name -> size, in the order of names."""
     return {name: files[name] for name in sorted(files) if _ARTIFACT.fullmatch(name)}
+
+
+def identity(marker: bytes, where: str) -> str:
+    """What the marker of the target `where` says. TargetUnavailable if it is none that was made here."""
+    if not _IDENTITY.fullmatch(marker):
+        raise TargetUnavailable(
+            f"{where}: the file {MARKER} does not say which datastore this is",
+            "Somebody has changed it, or the target lost what was written to it: look at it.",
+        )
+    return marker[:32].decode()
 
 
 def by_token(listing: Mapping[str, int]) -> dict[Token, dict[str, int]]:

@@ -82,6 +82,9 @@ class Place(Protocol):
     def check(self, ctx: Context) -> None:
         """It answers and takes writes, as far as can be told without one."""
 
+    def identity(self, ctx: Context, *, make: bool) -> str | None:
+        """What its marker says, None where it has none. With `make` it gets one, if it has none by then."""
+
     def files(self, folders: Iterable[str] | None, ctx: Context) -> dict[str, int]:
         """The files in these folders (of all backups if None): path below the target -> size."""
 

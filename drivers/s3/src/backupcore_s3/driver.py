@@ -133,6 +133,11 @@ class S3:
         return self._store.sources(ctx, vm)
 
     @hookimpl
+    def identity(self, make: bool, ctx: Context) -> str | None:
+        """What the marker below the prefix says: one small object."""
+        return self._store.identity(ctx, make=make)
+
+    @hookimpl
     def check(self, ctx: Context) -> bool:
         """List, write and remove. A server that ignores conditional writes is named in a warning."""
         self._warn(ctx)

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 
 from backupcore.model import SourceRef, new_id
 
-__all__ = ["MANIFEST", "UNFINISHED", "Place", "clean_prefix"]
+__all__ = ["MANIFEST", "MARKER", "UNFINISHED", "Place", "clean_prefix"]
 
 MANIFEST = "manifest.json"
 
 UNFINISHED = "_unfinished"
 """Beside the artifacts of an upload that is under way: whose it is. No artifact can have a name that begins so."""
+
+MARKER = "_datastore"
+"""Below the prefix: 32 hex digits by which this place is known, for good."""
 
 _UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _HEX = r"[0-9a-f]{32}"

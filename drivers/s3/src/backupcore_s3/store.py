@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import closing
 from datetime import UTC, datetime
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from backupcore.errors import AccessDenied, BackupError, IncrementImpossible, Locked, SourceNotFound
-from backupcore.model import Artifact, BackupRun, Listed, Merge, SourceRef, Stored, Usage
+from backupcore.errors import AccessDenied, BackupError, IncrementImpossible, Locked, SourceNotFound, TargetUnavailable
+from backupcore.model import Artifact, BackupRun, Listed, Merge, SourceRef, Stored, Usage, new_id
 from backupcore_s3.bucket import Bucket
 from backupcore_s3.crew import Crew
-from backupcore_s3.failures import code, is_unknown_to_server
+from backupcore_s3.failures import code, is_absent, is_unknown_to_server
 from backupcore_s3.flatten import assemble, cannot_copy, cut, totals
-from backupcore_s3.keys import MANIFEST, UNFINISHED, Place
+from backupcore_s3.keys import MANIFEST, MARKER, UNFINISHED, Place
 from backupcore_s3.labels import from_manifest, from_metadata
 from backupcore_s3.parts import LARGEST, LEAST, MOST
 from backupcore_s3.stored import StoredArtifact
@@ -34,6 +36,8 @@ _SMALL_REQUESTS = 16  # at once, where next to no data is moved: a listing waits
 _REFUSED = {"AccessDenied", "Forbidden", "403", "ObjectLocked", "WORMProtected", "XMinioObjectLocked"}
 """Codes for a delete that this key, which is known, may not do."""
 
+_MARKER = 200  # bytes of the marker that are looked at; it has 33
+_IDENTITY = re.compile(rb"[0-9a-f]{32}\n?")
 _MANIFEST = 16 << 20  # bytes of a manifest that a listing reads
 
 
@@ -52,6 +56,8 @@ class Store:
         for source in run.builds_on:
             place = Place.of_token(source.token)
             if place is None or MANIFEST not in places.get(place, {}):
+                if place:
+                    self._require_true((), place.key(MANIFEST))
                 raise IncrementImpossible(f"source {source}, which it builds on, is no longer in {bucket.name}")
         # A write of which nothing stays, not even in a bucket that keeps every version.
         probe = Place.new(run.vm.uuid).key(UNFINISHED)
@@ -134,6 +140,8 @@ class Store:
         place = Place.of_token(source.token)
         names = dict(self._places(place.folder, ctx)).get(place, {}) if place else {}
         if place is None or MANIFEST not in names:
+            if place:
+                self._require_true((), place.key(MANIFEST))
             raise SourceNotFound(f"{self.bucket.name} holds no complete backup {source.token:.80}")
         return [
             StoredArtifact(self.bucket, place.key(name), name, size, ctx)
@@ -144,7 +152,10 @@ class Store:
     def sources(self, ctx: Context, vm: str = "") -> list[Listed]:
         """Every source with a manifest (of a VM): one listing, then the labels of each from its manifest's metadata."""
         below = f"{vm}/" if vm else ""
-        complete = {place: names for place, names in self._places(below, ctx) if MANIFEST in names}
+        marks: set[str] = set()
+        complete = {place: names for place, names in self._places(below, ctx, marks=marks) if MANIFEST in names}
+        if not vm:
+            self._require_true(marks, MARKER)
         labels: dict[Place, dict[str, str]] = {}
 
         def look(place: Place) -> None:
@@ -172,8 +183,13 @@ class Store:
         labels = from_metadata(found.get("Metadata") or {})
         return labels or from_manifest(bytes(self.bucket.read(key, 0, min(size, _MANIFEST), ctx.check)))
 
-    def _places(self, folder: str, ctx: Context) -> Iterator[tuple[Place, dict[str, int]]]:
-        """Each place below `folder` with the names and sizes of its objects. What is not ours is left out."""
+    def _places(
+        self, folder: str, ctx: Context, *, marks: set[str] | None = None
+    ) -> Iterator[tuple[Place, dict[str, int]]]:
+        """Each place below `folder` with the names and sizes of its objects. What is not ours is left out.
+
+        The marker, if it is listed, is added to `marks`.
+        """
 
         def ours() -> Iterator[tuple[Place, str, int]]:
             for one in self.bucket.objects(folder, "listing"):
@@ -181,6 +197,8 @@ class Store:
                 found = Place.of_key(one.key)
                 if found:
                     yield (*found, one.size)
+                elif marks is not None and one.key == MARKER:
+                    marks.add(one.key)
 
         for place, group in groupby(ours(), key=lambda one: one[0]):  # a listing is sorted by key
             yield place, {name: size for _, name, size in group}
@@ -244,6 +262,48 @@ class Store:
         clear(self.bucket, place)
 
     # Looking
+
+    def identity(self, ctx: Context, *, make: bool) -> str | None:
+        """What the marker says; None where there is none. With `make` it is written, if there is none by then."""
+        found = self._marker(ctx)
+        if found is None and make:
+            data = f"{new_id()}\n".encode()
+            try:
+                self.bucket.put(MARKER, data, ctx.check, only_new=True)
+            except BackupError as error:
+                if is_unknown_to_server(error):  # two that begin at once may cross; then the first record tells
+                    self.bucket.put(MARKER, data, ctx.check)
+                elif code(error) not in {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}:
+                    raise
+            found = self._marker(ctx)
+        return found
+
+    def _marker(self, ctx: Context) -> str | None:
+        try:
+            answer = self.bucket.call("get_object", "looking for its marker", Key=MARKER, Range=f"bytes=0-{_MARKER}")
+        except BackupError as error:
+            if is_absent(error):
+                return None
+            if code(error) not in {"InvalidRange", "416"}:
+                raise
+            said = b""
+        else:
+            with closing(answer["Body"]) as body:
+                said = body.read(_MARKER + 1)
+        if not _IDENTITY.fullmatch(said):
+            raise TargetUnavailable(
+                f"{self.bucket.name}: the object {self.bucket.prefix}{MARKER} does not say which datastore this is",
+                "Somebody has written another one there: look at it.",
+            )
+        return said[:32].decode()
+
+    def _require_true(self, listed: Collection[str], key: str) -> None:
+        """A store, or what stands before it, may show nothing for once: what it lists not is asked for by name."""
+        if key not in listed and self.bucket.head(key) is not None:
+            raise TargetUnavailable(
+                f"{self.bucket.name}: its listing lacks {key}, which is there",
+                "What the store lists is not true; try again.",
+            )
 
     def check(self, ctx: Context) -> bool:
         """List, write and remove; and does the server honour a condition on a write?"""

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from sqlite3 import Connection, Row
 from typing import TYPE_CHECKING, Literal, get_args, get_type_hints
 
-from backupcore.errors import ConfigError, IntegrityError, NotFound
+from backupcore.errors import ConfigError, IntegrityError, NotFound, sentences
 from backupcore.model import VM, Disk, Image, Increment, SourceRef, Type
 from backupcore.typed import typed
 from vmkeep.catalog import points, rows
@@ -53,6 +53,7 @@ _DAMAGED = """
 """
 
 _PREFIX = 4  # hex digits: fewer would too easily be meant as a number
+_WHOLE = 32
 
 
 def _increment(row: Row) -> Increment:
@@ -214,24 +215,49 @@ def newest(catalog: Catalog, vm: VM, datastore: str, own: Installation) -> Image
 
 
 def find(catalog: Catalog, reference: str) -> Image:
-    """The image of that number, UUID (with or without dashes), or unique prefix of one. NotFound otherwise."""
-    digits = reference.replace("-", "").lower()
+    """The image of that number, UUID (with or without dashes), or unique prefix of one. NotFound otherwise.
+
+    Digits alone are a number, or a whole UUID: as the beginning of one they would hit an image that nobody has meant.
+    """
+    text = reference.lower()
+    digits = text.replace("-", "")
     with catalog.reading() as connection:
-        if reference.isascii() and reference.isdigit() and len(reference) < 19:
-            found = _load(connection, "SELECT * FROM images WHERE number = :number", {"number": int(reference)})
-            if found:
-                return found[0]
+        if reference.isascii() and reference.isdigit() and len(reference) < _WHOLE:
+            # No zero in front: whoever writes one does not mean a number.
+            if not reference.startswith("0") and len(reference) < 19:
+                found = _load(connection, "SELECT * FROM images WHERE number = :number", {"number": int(reference)})
+                if found:
+                    return found[0]
+            begins = _beginning(connection, digits)
+            also = [f"the UUID of image {image.number} begins so" for image in begins]
+            raise _unknown(connection, f"no image has the number {reference}", "; ".join(also))
         if len(digits) >= _PREFIX and set(digits) <= set("0123456789abcdef"):
-            query = "SELECT * FROM images WHERE substr(uuid, 1, length(:digits)) = :digits ORDER BY number"
-            found = _load(connection, query, {"digits": digits})
+            found = [image for image in _beginning(connection, digits) if text in (digits, _dashed(image)[: len(text)])]
             if len(found) == 1:
                 return found[0]
             if found:
                 numbers = ", ".join(str(image.number) for image in found)
                 raise ConfigError(f"{reference!r} could be any of the images {numbers}", "Give more digits.")
-        known = connection.execute("SELECT number FROM images ORDER BY number DESC LIMIT 5").fetchall()
+        raise _unknown(connection, f"no image {reference!r:.60}")
+
+
+def _beginning(connection: Connection, digits: str) -> list[Image]:
+    """The images whose UUID begins so."""
+    query = "SELECT * FROM images WHERE substr(uuid, 1, length(:digits)) = :digits ORDER BY number"
+    return _load(connection, query, {"digits": digits})
+
+
+def _dashed(image: Image) -> str:
+    uuid = image.uuid
+    return "-".join((uuid[:8], uuid[8:12], uuid[12:16], uuid[16:20], uuid[20:]))
+
+
+def _unknown(connection: Connection, what: str, more: str = "") -> NotFound:
+    known = connection.execute("SELECT number FROM images ORDER BY number DESC LIMIT 5").fetchall()
     newest_known = ", ".join(str(row["number"]) for row in known) or "none"
-    raise NotFound(f"no image {reference!r:.60}", f"The newest are: {newest_known}. See: vmkeep image list")
+    return NotFound(
+        what, sentences(f"{more[:1].upper()}{more[1:]}", f"The newest are: {newest_known}. See: vmkeep image list")
+    )
 
 
 def record(connection: Connection, recorded: Recorded) -> int:

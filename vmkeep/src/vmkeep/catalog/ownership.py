@@ -66,6 +66,10 @@ def written_by(catalog: Catalog, datastore: str, who: str, own: Installation) ->
     exact = [image for image in others if who == (image.installation or image.host)]
     if exact:
         return exact
+    # What names a host must not be taken for the beginning of another one's ID.
+    of_host = sorted({image.installation for image in others if image.installation and image.host == who})
+    if of_host:
+        raise ConfigError(f"{who!r:.80} is a host; its installation: {', '.join(of_host)}", "Name the installation.")
     begins = [image for image in others if len(who) >= _PREFIX and image.installation.startswith(who.lower())]
     ids = sorted({image.installation for image in begins})
     if len(ids) > 1:

@@ -31,7 +31,7 @@ def kept(catalog: Catalog, vm: VM) -> tuple[str, ...]:
     """
     chains: dict[int, list[str]] = {}
     for row in _points(catalog, vm):
-        if row["state"] != "closed":
+        if row["state"] not in ("closed", "absent"):
             chains.setdefault(row["number"], []).append(row["point"])
     return tuple(point for points in chains.values() for point in points[-2:])
 

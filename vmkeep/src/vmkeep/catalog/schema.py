@@ -3,6 +3,7 @@
 Version 2 came with flatten and retention: an image's `host` and `began`, `flattens`, `leftovers`.
 Version 3: whose an image or a run is (`installation`, `identity`), the order in which they were recorded (`sequence`),
 and columns that nothing fills as yet. Those are NULL, and each says below what will be in it.
+Version 4: by what the place of a datastore is known (`datastores`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from vmkeep.catalog.order import place
 
 __all__ = ["VERSION", "create", "migrate"]
 
-VERSION = 3
+VERSION = 4
 
 # Dates are ISO 8601 in UTC, as text: they sort, and a person can read them.
 _TABLES = (
@@ -146,6 +147,16 @@ _TABLES = (
         installation VARCHAR(32) NOT NULL
     )
     """,
+    # By what the place is known that a datastore's backups lie in, by the name that the configuration gives it. Two
+    # names may mean one place.
+    """
+    CREATE TABLE IF NOT EXISTS datastores (
+        name TEXT NOT NULL PRIMARY KEY,
+        identity VARCHAR(128) NOT NULL,
+        -- When it was first seen here, or a user said that this place is meant.
+        since VARCHAR(32) NOT NULL
+    )
+    """,
 )
 
 _ADDED_IN_2 = ("host TEXT", "began VARCHAR(32)", "why_closed TEXT")
@@ -169,6 +180,12 @@ def migrate(connection: Connection, version: int, host: str) -> None:
             connection.execute(f"ALTER TABLE images ADD COLUMN {column}")
         # Until then a catalog held nothing but what it had written itself.
         connection.execute("UPDATE images SET host = ?", (host,))
+    if version < 3:
+        _to_3(connection)
+    create(connection)
+
+
+def _to_3(connection: Connection) -> None:
     for table, columns in _ADDED_IN_3.items():
         for column in columns:
             connection.execute(f"ALTER TABLE {table} ADD COLUMN {column}")

@@ -9,7 +9,7 @@ import click
 
 from backupcore.errors import ConfigError, IntegrityError
 from backupcore.model import Image
-from vmkeep import deletion
+from vmkeep import deletion, vms
 from vmkeep.catalog import corrections, holds, images
 from vmkeep.cli import exits, output
 from vmkeep.cli.asked import Asked, common
@@ -28,7 +28,7 @@ __all__ = ["image"]
 def image() -> None:
     """List, show, flatten, pin and delete images.
 
-    An ID is a number, a UUID, or a unique prefix of one (4 digits at least).
+    An ID is a number, a UUID, or a unique prefix of one (4 digits at least, with a letter among them).
     """
 
 
@@ -38,8 +38,11 @@ def image() -> None:
 @click.pass_obj
 def list_(asked: Asked, vm: str | None) -> None:
     """List every image in the catalog."""
-    catalog = workplace(asked).catalog_if_any
+    place = workplace(asked)
+    catalog = place.catalog_if_any
     found = images.listed(catalog, vm=vm)
+    if vm is not None and not found:
+        vms.require_known(place, vm)
     held = holds.active(catalog, datetime.now(UTC))
     if asked.json:
         output.document(documents.images(found, held))
@@ -154,7 +157,11 @@ def delete(asked: Asked, reference: str, yes: bool) -> None:
         tokens = [source.token for source in sources]
         output.document({"id": deleted.number, "image_uuid": deleted.uuid, "deleted": tokens})
     elif not asked.quiet:
-        output.line(f"image {deleted.number} of VM {deleted.vm.name} is deleted ({len(sources)} backups)")
+        what = f"image {deleted.number} of VM {deleted.vm.name}"
+        if deleted.state == "absent":
+            output.line(f"{what} is forgotten; it lies elsewhere, and nothing was deleted there")
+        else:
+            output.line(f"{what} is deleted ({len(sources)} backups)")
 
 
 @image.command(short_help="Merge the oldest increments into a new full.")
@@ -210,10 +217,13 @@ def prune(asked: Asked, vm: str | None, dry_run: bool) -> int:
             for action in one.actions:
                 if not action.error:
                     output.line(f"{one.vm.name} in {one.datastore}: {told(action)}")
-        if not any(one.actions or one.unknown for one in plans):
+        if not any(one.actions or one.unknown or one.away for one in plans):
             output.line("nothing goes")
     for warning in warnings:
         output.remark(asked, warning)
+    away = next((one.away for one in plans if one.away), None)
+    if away:
+        return exits.code(away)
     return exits.WARNING if warnings else 0
 
 

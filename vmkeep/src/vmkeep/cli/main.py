@@ -33,7 +33,7 @@ COMMANDS = {
     "recover": ("vmkeep.cli.recover:recover", "Put right what killed backups left behind."),
     "image": ("vmkeep.cli.image:image", "List, show, flatten, pin and delete images (chains of backups)."),
     "vm": ("vmkeep.cli.vm:vm", "List and show VMs; change their backup settings."),
-    "datastore": ("vmkeep.cli.datastore:datastore", "List, check and maintain datastores."),
+    "datastore": ("vmkeep.cli.datastore:datastore", "List, show, check and maintain datastores."),
     "catalog": ("vmkeep.cli.catalog:catalog", "Hold the catalog against the datastores; make it anew from them."),
     "driver": ("vmkeep.cli.driver:driver", "List, test and begin drivers."),
     "check": ("vmkeep.cli.check:check", "Is everything here that backups need?"),
