@@ -96,6 +96,7 @@ def printed(site):
     found["restore --in-place"] = restores.replaced(done, "files")
     for command in (
         "datastore list",
+        "datastore show nas",
         "datastore check nas",
         "datastore maintain nas",
         "driver list",
@@ -123,6 +124,8 @@ def printed(site):
         site.config.read_text() + f'[datastores.away]\ndriver = "files"\npath = "{site.folder}/away"\n'
     )
     found["catalog check"] = json.loads(site.run("catalog", "check", "--json").out)
+    site.config.write_text(site.config.read_text().replace("[datastores.nas]", "[datastores.vault]"))
+    found["datastore adopt"] = site.run("datastore", "adopt", "vault", "--yes", "--json").json
     found["driver test"] = site.run(
         "driver", "test", "files", "-o", f"path={site.store}", "--check=hooks", "--json"
     ).json

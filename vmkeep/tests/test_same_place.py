@@ -5,15 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 from kept_in_files import DB, WEB
-
-from backupcore.context import Context
-from backupcore_rsync.driver import Rsync
 
 DRIVERS = ("files", "plain", "rsync")
 
@@ -289,17 +285,6 @@ def test_a_marker_that_is_none_is_no_identity(site, marked, hostile):
     now = marked.lstat()
     assert (now.st_ino, now.st_size, now.st_mtime_ns) == (was.st_ino, was.st_size, was.st_mtime_ns)
     assert len(site.run("image", "list", "--json").json) == 1
-
-
-def test_several_that_mark_a_place_at_once_agree(tmp_path):
-    driver = Rsync(target=str(tmp_path / "target"))
-    for _ in range(20):
-        shutil.rmtree(tmp_path / "target", ignore_errors=True)
-        (tmp_path / "target").mkdir()
-        with ThreadPoolExecutor(8) as several, Context(tmp_path) as ctx:
-            found = list(several.map(lambda _: driver.identity(True, ctx), range(8)))
-        assert len(set(found)) == 1
-        assert [path.name for path in (tmp_path / "target").iterdir()] == [".vmkeep-datastore"]
 
 
 def test_two_first_backups_at_once_end_with_one_identity(site):

@@ -23,6 +23,7 @@ from backupcore.model import VM, Image
 from vmkeep import lock, recovery, standing, swap
 from vmkeep.catalog import images, places
 from vmkeep.new_file import write_new
+from vmkeep.restore import require_held
 from vmkeep.workplace import Workplace
 
 __all__ = ["Replaced", "restore_in_place"]
@@ -78,6 +79,7 @@ def restore_in_place(
         places.require_here(image)
         _settle(place, vm)
         increment = chain.lineage(image, number)[-1]
+        require_held(image, increment, disks)
         wanted = list(disks) or [disk.id for disk in increment.disks]
         files = place.hypervisor.require_replaceable(vm, wanted, nvram=not disks)
         swaps = _plan(vm, image, increment.id, files)

@@ -15,14 +15,14 @@ from backupcore.context import Progress
 from backupcore.disk.in_memory import as_qcow2
 from backupcore.errors import ConfigError, IntegrityError, NotFound, from_os_error
 from backupcore.hypervisor import Definition, Effect
-from backupcore.model import VM, Image
+from backupcore.model import VM, Image, Increment
 from vmkeep import lock, standing, volumes
 from vmkeep.catalog import images, places
 from vmkeep.naming import Names, file_name, short
 from vmkeep.new_file import write_new
 from vmkeep.workplace import Workplace
 
-__all__ = ["Define", "Files", "restore"]
+__all__ = ["Define", "Files", "require_held", "restore"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,13 +98,7 @@ def restore(
         image = images.find(place.catalog_if_any, image.uuid)  # what it was before the lock may be gone
         places.require_here(image)
         increment = chain.lineage(image, number)[-1]
-        held = [disk.id for disk in increment.disks]
-        unknown = sorted(set(disks) - set(held))
-        if unknown:
-            raise NotFound(
-                f"increment {increment.id} of image {image.number} holds no disk {', '.join(unknown)}",
-                f"It holds: {', '.join(held)}.",
-            )
+        held = require_held(image, increment, disks)
         source = short(increment.source.token, images.tokens(place.catalog_if_any))
         base = f"{file_name(image.vm.name, len(source) + 1)}-{source}" if name is None else name
         names = Names.given(folder.absolute(), base, form or "qcow2", into.folder if into else None)
@@ -153,6 +147,18 @@ def restore(
         elif into is not None:
             volumes.show(place, into)
         return _defined(place, files) if define else files
+
+
+def require_held(image: Image, increment: Increment, disks: Sequence[str]) -> list[str]:
+    """The IDs of the disks that an increment holds; NotFound where one of `disks` is none of them."""
+    held = [disk.id for disk in increment.disks]
+    unknown = sorted(set(disks) - set(held))
+    if unknown:
+        raise NotFound(
+            f"increment {increment.id} of image {image.number} holds no disk {', '.join(unknown)}",
+            f"It holds: {', '.join(held)}.",
+        )
+    return held
 
 
 @dataclass(frozen=True, slots=True)
