@@ -276,7 +276,7 @@ def test_checkpoints_of_a_deleted_image_go_with_the_next_run(site):
 
 def test_an_unknown_vm(site):
     told = site.run("backup", "web2")
-    assert (told.code, told.err) == (4, "vmkeep: no VM web2\n")
+    assert (told.code, told.err) == (4, "vmkeep: no VM web2\n  Did you mean web1?\n")
     assert DB.name not in told.out
 
 

@@ -144,7 +144,7 @@ def test_what_was_stored_and_could_not_be_recorded_is_recorded_by_the_next_backu
     told = site.run("backup", "web1")
     assert told.code == 6, told.err
     assert "the next backup of web1 records it" in told.err
-    assert len(list(site.store.iterdir())) == 1
+    assert len(list(site.store.glob("[!.]*"))) == 1
     kept_in_files.let_go()
     (state / "somebody else's").unlink()
     site.configure()
@@ -153,7 +153,7 @@ def test_what_was_stored_and_could_not_be_recorded_is_recorded_by_the_next_backu
     assert "had stored increment 0 of image 1" in told.err
     (first, _second) = site.run("image", "list", "--json").json
     assert first["state"] == "closed"
-    assert len(list(site.store.iterdir())) == 2
+    assert len(list(site.store.glob("[!.]*"))) == 2
     assert not list((state / "runs").iterdir())
 
 

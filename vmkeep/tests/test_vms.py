@@ -81,7 +81,7 @@ def test_updateconf_stores_and_shows(site):
         ("--mode", "SOMETIMES", 2, "'FULL', 'INCREMENT'"),
         ("--keep-last", "-1", 2, "0<=x<=999999"),
         ("--freeze-timeout", "0", 2, "1<=x<=600"),
-        ("--exclude-disks", "vda,vdz,vdy", 2, "VM db1 has no disk vdz, vdy, which EXCLUDE_DISKS would name"),
+        ("--exclude-disks", "vda,vdz,vdy", 4, "VM db1 has no disk vdz, vdy, which EXCLUDE_DISKS would name"),
         ("--volatile-disks", "../vda", 2, "VOLATILE_DISKS must be a list of disks (vdb,vdc)"),
     ],
 )
