@@ -86,7 +86,7 @@ def place(request: pytest.FixtureRequest, vm_folder: Path, make_vm: MakeVM, libv
                 options = {"repository": str(made.folder / "repository"), "password_file": str(secret), "cache": "off"}
             case "rest":
                 made.folder.mkdir()
-                port = stack.enter_context(rclone(made.folder, "restic"))
+                port = stack.enter_context(rclone(made.folder, "restic", "--cache-objects=false"))
                 driver = "restic"
                 options = {"repository": f"rest:http://127.0.0.1:{port}/", "password_file": str(secret), "cache": "off"}
             case _:

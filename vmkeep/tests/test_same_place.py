@@ -303,3 +303,13 @@ def test_a_check_of_a_new_datastore_leaves_nothing(site):
     shown = site.run("datastore", "show", "nas", "--json").json
     assert (shown["identity"], shown["known_since"]) == (None, None)
     assert not list(site.store.iterdir())
+
+
+def test_a_rebuild_knows_the_place_from_then_on(site, beside):
+    assert site.run("backup", "web1").code == 0
+    assert beside.run("catalog", "rebuild", "nas").code == 0
+    assert [row[1] for row in catalog(beside, "datastores")] == [(site.store / ".identity").read_text()]
+    # All that it has found was replaced since.
+    assert site.run("vm", "updateconf", "web1", "--mode", "FULL", "--keep-last", "1").code == 0
+    assert site.run("backup", "web1").code == 0
+    assert len(beside.run("catalog", "rebuild", "nas", "--json").json["added"]) == 1

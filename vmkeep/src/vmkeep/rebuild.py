@@ -86,6 +86,8 @@ def rebuild(place: Workplace, name: str, *, dry_run: bool = False, progress: Pro
         branches, others = put_together(name, found, prefer={one.source for image in there for one in image.increments})
         plan = _Plan(place, catalog, name, there, branches, {one.source: one for one in listed}, known)
         plan.make(store, ctx)
+        if plan.added and not dry_run:
+            place.same_place(name).look_before_record(ctx)  # later it may list nothing any more of what is found now
         ctx.progress.phase("record")
         done = plan if dry_run else _carry_out(place, plan, busy, ctx)
     unused = [*remarks, *others, *plan.elsewhere]
