@@ -144,7 +144,7 @@ def test_a_newer_schema_is_refused_by_name(catalog, tmp_path):
     path = tmp_path / "state" / "catalog.sqlite"
     with sqlite3.connect(path) as connection:
         connection.execute("PRAGMA user_version = 99")
-    with pytest.raises(UnsupportedOperation, match=r"schema 99, this version of vmkeep knows 3"):
+    with pytest.raises(UnsupportedOperation, match=r"schema 99, this version of vmkeep knows 4"):
         Catalog.open(path)
 
 

@@ -313,3 +313,12 @@ def test_a_rebuild_knows_the_place_from_then_on(site, beside):
     assert site.run("vm", "updateconf", "web1", "--mode", "FULL", "--keep-last", "1").code == 0
     assert site.run("backup", "web1").code == 0
     assert len(beside.run("catalog", "rebuild", "nas", "--json").json["added"]) == 1
+
+
+def test_what_a_place_is_known_by_may_be_damaged_in_the_catalog(site):
+    assert site.run("backup", "web1").code == 0
+    change(site, "UPDATE datastores SET since = x'00'")
+    told = site.run("backup", "web1")
+    assert (told.code, "vmkeep datastore adopt nas" in told.err) == (8, True), told
+    assert site.run("datastore", "adopt", "nas", "--yes").code == 0
+    assert site.run("backup", "web1", "--json").json["type"] == "INCREMENT"

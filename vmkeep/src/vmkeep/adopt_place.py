@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from backupcore.context import Context
 from backupcore.datastore import Datastore
-from backupcore.errors import TargetUnavailable
+from backupcore.errors import IntegrityError, TargetUnavailable
 from vmkeep import lock
 from vmkeep.catalog import images, places
 from vmkeep.catalog.database import Catalog
@@ -57,10 +57,14 @@ def _look(place: Workplace, store: Datastore, catalog: Catalog, ctx: Context, *,
         if identity is not None or not store.implements("identity"):
             raise
         listed = set()  # all is well, and nothing was begun there yet: the first backup makes a repository
+    try:
+        before = places.known(catalog, store.name)
+    except IntegrityError:  # what it is known by is damaged in the catalog, and written anew here
+        before = None
     return Adopted(
         name=store.name,
         driver=store.kind,
-        before=places.known(catalog, store.name),
+        before=before,
         identity=identity,
         sorted=places.sort(catalog, store.name, listed, place.config.datastores),
     )
