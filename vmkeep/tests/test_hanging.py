@@ -66,9 +66,12 @@ class Guard:
 
 @pytest.fixture
 def hanging(site, tmp_path):
-    """A site whose datastore lies on a file system that can hang; its own folder, below it, never does."""
+    """A site whose datastore lies on a file system that can hang; its own folder, below it, never does.
+
+    Its driver writes nothing before the guest is held, as one with identities would.
+    """
     with blocking(tmp_path) as target:
-        site.configure(datastores=f'[datastores.nas]\ndriver = "files"\npath = "{target.path}"\n')
+        site.configure(datastores=f'[datastores.nas]\ndriver = "plain"\npath = "{target.path}"\n')
         site.target = target
         yield site
 

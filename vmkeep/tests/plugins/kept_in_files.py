@@ -329,8 +329,11 @@ class FileDriver:
             raise TargetUnavailable(f"{self.path} is away", "Bring it back.")
         marker = self.path / ".identity"
         if make and not marker.exists():
-            with contextlib.suppress(FileExistsError), marker.open("x") as file:
-                file.write(new_id())
+            made = self.path / f".identity.{new_id()}"
+            made.write_text(new_id())
+            with contextlib.suppress(FileExistsError):
+                marker.hardlink_to(made)
+            made.unlink()
         return marker.read_text() if marker.exists() else None
 
     @hookimpl
