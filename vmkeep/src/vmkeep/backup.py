@@ -143,8 +143,7 @@ def _take(place: Workplace, vm: str, under_way: UnderWay, *, reset: bool, progre
                     log.info("how far run %s is could not be written down: %s", begun.id, error)
 
             def record(done: Recorded) -> None:
-                _require_lock(place, found.vm)
-                place.same_place(name).look_before_record(ctx)
+                _require_recordable(place, found.vm, name, ctx)
                 room.unlink(missing_ok=True)
                 numbers.append(runs.record(place.catalog, done, driver=store.kind))
                 under_way.recorded = Taken(recorded=done, image=numbers[0])
@@ -212,6 +211,12 @@ def _held(
         # Somebody may have given a source another token: a tag that was added to a snapshot does.
         return replace(run, builds_on=tuple(one.source for one in held.newest.increments))
     return run
+
+
+def _require_recordable(place: Workplace, vm: VM, datastore: str, ctx: Context) -> None:
+    """That the VM is still ours, and what was stored lies where the catalog will say."""
+    _require_lock(place, vm)
+    place.same_place(datastore).look_before_record(ctx)
 
 
 def _require_lock(place: Workplace, vm: VM) -> None:

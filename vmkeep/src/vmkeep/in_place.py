@@ -75,8 +75,8 @@ def restore_in_place(
     with ExitStack() as stack:
         stack.enter_context(lock.vm_run(place.state, vm, "a restore in place"))
         stack.enter_context(lock.image_shared(place.state, image))
-        image = images.find(place.catalog, image.uuid)  # what it was before the lock may be gone
-        places.require_here(image)
+        # What it was before the lock may be gone.
+        image = places.require_here(images.find(place.catalog, image.uuid))
         _settle(place, vm)
         increment = chain.lineage(image, number)[-1]
         require_held(image, increment, disks)

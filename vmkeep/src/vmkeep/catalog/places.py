@@ -49,13 +49,14 @@ def held(catalog: Catalog, name: str) -> set[str]:
         return {row["source"] for row in connection.execute(query, (name,))}
 
 
-def require_here(image: Image) -> None:
-    """TargetUnavailable for an image that lies in another place than its datastore is now."""
+def require_here(image: Image) -> Image:
+    """The image. TargetUnavailable for one that lies in another place than its datastore is now."""
     if image.state == "absent":
         raise TargetUnavailable(
             f"image {image.number} of VM {image.vm.name} is absent: {image.why_closed}",
             f"Bring back the place that it lies in, then: {typed('vmkeep datastore adopt', image.datastore)}",
         )
+    return image
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
