@@ -387,7 +387,8 @@ def _carry_out(place: Workplace, plan: _Plan, busy: list[str], ctx: Context) -> 
 
 def _require_same(plan: _Plan, vm: VM, expected: Mapping[str, Sequence[Increment]]) -> None:
     """Busy where the catalog has something else of the VM than it had before the datastore was listed."""
-    now = [one for one in images.where(plan.catalog, vm=vm.uuid) if one.datastore == plan.name]
+    # Of all VMs: an image that cannot be read is left out then, and it is what is to be replaced.
+    now = [one for one in images.where(plan.catalog) if (one.vm.uuid, one.datastore) == (vm.uuid, plan.name)]
     if any(one.uuid not in expected or _ids(one.increments) != _ids(expected[one.uuid]) for one in now):
         raise Busy(f"backups of VM {vm.name} were recorded meanwhile", "Run it again.")
 
