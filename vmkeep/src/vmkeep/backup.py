@@ -143,8 +143,8 @@ def _take(place: Workplace, vm: str, under_way: UnderWay, *, reset: bool, progre
                     log.info("how far run %s is could not be written down: %s", begun.id, error)
 
             def record(done: Recorded) -> None:
-                _require_recordable(place, found.vm, name, ctx)
                 room.unlink(missing_ok=True)
+                _require_recordable(place, found.vm, name, ctx)
                 numbers.append(runs.record(place.catalog, done, driver=store.kind))
                 under_way.recorded = Taken(recorded=done, image=numbers[0])
 
@@ -178,7 +178,13 @@ def _take(place: Workplace, vm: str, under_way: UnderWay, *, reset: bool, progre
 
 def _new(place: Workplace, store: Datastore) -> Callable[[SourceRef], None]:
     """What refuses a token that was given before."""
-    return lambda source: tokens.check_new(place.catalog, store.name, store.kind, source)
+
+    def check(source: SourceRef) -> None:
+        # SQLite needs room to read, too; that of the record is given back only then, where this is asked once more.
+        with suppress(*full_state.UNWRITABLE):
+            tokens.check_new(place.catalog, store.name, store.kind, source)
+
+    return check
 
 
 def _tell(datastore: str, ctx: Context, told: Iterable[str]) -> None:
