@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lab import store
+from lab import clock, store
 from lab.patience import patient
 from lab.vm import VM, same
 
@@ -81,6 +81,10 @@ class Host:
     options: dict[str, str] = field(default_factory=dict)
     more: str = ""
     """Further lines of the datastore's table."""
+    hostname: str = ""
+    """What its programs take for the host's name; another one than this host's only root can have."""
+    ahead: int = 0
+    """Seconds that its programs' clock is ahead; see `lab.clock`."""
 
     def __post_init__(self) -> None:
         self.environment = dict(os.environ)
@@ -122,8 +126,11 @@ class Host:
             environment["LAB_AT"] = "stop"
         if child:
             environment["LAB_CHILD"] = child
+        if self.ahead:
+            environment |= clock.environment(self.ahead, self.folder)
+        named = ["unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', self.hostname] if self.hostname else []
         return subprocess.Popen(
-            [*command, "--config", str(self.config), *arguments],
+            [*named, *command, "--config", str(self.config), *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

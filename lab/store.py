@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -108,3 +109,11 @@ class Folder:
     @hookimpl
     def check(self) -> bool:
         return True
+
+    @hookimpl
+    def identity(self, make: bool) -> str | None:
+        marker = self.path / ".identity"
+        if make and not marker.exists():
+            with suppress(FileExistsError), marker.open("x") as file:
+                file.write(new_id())
+        return marker.read_text() if marker.exists() else None
