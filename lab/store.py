@@ -114,6 +114,7 @@ class Folder:
     def identity(self, make: bool) -> str | None:
         marker = self.path / ".identity"
         if make and not marker.exists():
+            self.path.mkdir(parents=True, exist_ok=True)
             with suppress(FileExistsError), marker.open("x") as file:
                 file.write(new_id())
         return marker.read_text() if marker.exists() else None

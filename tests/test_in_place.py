@@ -123,7 +123,7 @@ def test_what_is_refused(host: Host):
 
     refused(10, "saved memory image")
     host.vm.domain.managedSaveRemove()
-    refused(4, "has no disk vdz now", "--disk", "vdz")
+    refused(4, "holds no disk vdz", "--disk", "vdz")
     refused(2, "--to cannot go with --in-place", "--to", "/nowhere")
     # Somebody else's hold on a disk: QEMU's own lock.
     holder = subprocess.Popen(

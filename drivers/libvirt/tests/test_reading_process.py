@@ -25,7 +25,7 @@ def make(small, runs, ctx: Context):
     def make():
         with Connection(runs.hypervisor.uri) as connection:
             folder = RunFolder(runs.hypervisor.scratch, "0" * 32)
-            guard = guarded(runs.hypervisor.uri, connection.domain(small.uuid), folder, ctx)
+            guard = guarded(runs.hypervisor.uri, connection.domain(small.uuid), folder, ctx, "")
             return guard, reader_of(guard, ctx)
 
     return make

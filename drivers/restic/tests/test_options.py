@@ -75,7 +75,7 @@ def test_wrong_options_are_named(table: dict[str, object], message: str) -> None
 def test_what_reaches_restic(
     options: Options, ctx: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, password: Path
 ) -> None:
-    fake = OtherRestic(tmp_path, {})
+    fake = OtherRestic(tmp_path, {"cat config": f"""echo '{{"id": "{"a" * 64}"}}'"""})
     (tmp_path / "cloud").write_text(
         "# for S3\nexport AWS_ACCESS_KEY_ID=AKIA123456\nAWS_SECRET_ACCESS_KEY='geheim 1'\n\n"
     )

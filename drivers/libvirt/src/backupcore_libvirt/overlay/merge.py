@@ -353,9 +353,10 @@ class Merger:
                     for overlay in (path for path in files if is_overlay(path) and path != stack.top):
                         if overlay in next_start:
                             users.setdefault(overlay, []).append(f"the next start of VM {other.name}")
-        for path, names in users.items():
+        if users:
+            path = next(path for path in reversed(files) if path in users)  # what lies below it is used with it
             raise HypervisorError(
-                f"{path} of VM {self.domain.name} is not merged, and stays: it is used by {', '.join(names)}",
+                f"{path} of VM {self.domain.name} is not merged, and stays: it is used by {', '.join(users[path])}",
                 "See: virsh dumpxml --inactive, and qemu-img info --backing-chain of its disks; give that VM a disk of "
                 f"its own (qemu-img convert), then run: {typed('vmkeep recover', self.domain.name)}",
             )
