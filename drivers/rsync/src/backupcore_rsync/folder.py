@@ -20,6 +20,7 @@ from backupcore.disk.reader import memory
 from backupcore.errors import AccessDenied, ContractViolation, IntegrityError, TargetUnavailable, from_os_error
 from backupcore.model import Artifact, Usage, new_id
 from backupcore.mounts import unmounted
+from backupcore.typed import typed
 from backupcore_rsync.layout import (
     LABELS,
     MANIFEST,
@@ -55,13 +56,18 @@ class Folder:
         """How messages call it."""
         return str(self._path)
 
+    def _no_folder(self) -> TargetUnavailable:
+        return TargetUnavailable(
+            f"{self._path} is no folder", f"Mount it, or create it: {typed('mkdir', str(self._path))}"
+        )
+
     def check(self, ctx: Context) -> None:
         """It is there, is not the mount point of a disk that is missing, and can be written to."""
         missing = unmounted(self._path)
         if missing:
             raise TargetUnavailable(f"{self._path}: nothing is mounted at {missing}", f"Mount it: mount {missing}")
         if not self._path.is_dir():
-            raise TargetUnavailable(f"{self._path} is no folder", "Mount it, or create it: mkdir")
+            raise self._no_folder()
         if not os.access(self._path, os.R_OK | os.W_OK | os.X_OK):
             raise AccessDenied(
                 f"{self._path} cannot be written to", "Check its owner, and whether it is mounted read-only."
@@ -110,7 +116,7 @@ class Folder:
             handle = os.open(self._path / MARKER, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError as error:
             if not self._path.is_dir():
-                raise TargetUnavailable(f"{self._path} is no folder", "Mount it, or create it: mkdir") from error
+                raise self._no_folder() from error
             return None
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENXIO):  # a link, or a socket
