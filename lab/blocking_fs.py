@@ -239,7 +239,10 @@ class _Through:
 
 def main() -> None:
     source, path, flag, *lacking = sys.argv[1:]
-    os.environ.setdefault("FUSE_LIBRARY_PATH", "libfuse3.so.3")
+    for name in ("libfuse3.so.4", "libfuse3.so.3"):  # Debian 13's, 12's; mfusepy's own search runs compilers
+        with suppress(OSError):
+            ctypes.CDLL(name)
+            os.environ.setdefault("FUSE_LIBRARY_PATH", name)
     import mfusepy  # noqa: PLC0415 - it loads libfuse when it is imported
 
     class WithoutLocks(_Through):
