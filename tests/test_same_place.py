@@ -68,10 +68,10 @@ class Prefix(Place):
         return []
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.soak) for name in ("restic", "s3")]
+SLOW = [pytest.param(name, marks=pytest.mark.soak) for name in ("restic", "rest", "s3")]
 
 
-@pytest.fixture(params=["rsync", "rest", *SLOW])
+@pytest.fixture(params=["rsync", *SLOW])
 def place(request: pytest.FixtureRequest, vm_folder: Path, make_vm: MakeVM, libvirt_uri: str) -> Iterator[Place]:
     with ExitStack() as stack:
         made = (Prefix if request.param == "s3" else Place)(vm_folder / "store")

@@ -25,6 +25,7 @@ from backupcore_libvirt.stamps import changed, stamps_below, stamps_of
 MiB = 1 << 20
 SNAPSHOT = {"MODE": "INCREMENT", "INCREMENT_MODE": "SNAPSHOT"}
 
+SLOW = [pytest.param(name, marks=pytest.mark.soak) for name in ("exchanged", "deep")]
 either = pytest.mark.parametrize("running", [True, False], ids=["running", "off"])
 
 
@@ -122,7 +123,7 @@ def test_a_disk_that_was_shrunk_and_grown_with_all_its_room(running, lab, chains
 
 
 @either
-@pytest.mark.parametrize("left", ["all but some", "one cluster"])
+@pytest.mark.parametrize("left", ["all but some", pytest.param("one cluster", marks=pytest.mark.soak)])
 def test_a_disk_that_was_shrunk_and_grown_and_whose_end_was_rewritten(left, running, lab, chains):
     vm = lab.vm(["qcow2:32"], start=running)
     vm.write("vda", *(f"write -P 0x11 {at * 128}k 64k" for at in range(256)))
@@ -144,7 +145,9 @@ def test_a_disk_that_was_shrunk_and_grown_and_whose_end_was_rewritten(left, runn
 
 
 @either
-@pytest.mark.parametrize("what", ["rebased", "written", "exchanged", "deep"])
+@pytest.mark.parametrize(
+    "what", ["rebased", "written", *(pytest.param(one, marks=pytest.mark.soak) for one in ("exchanged", "deep"))]
+)
 def test_a_base_that_is_another_one_or_was_written(what, running, lab, chains):
     vm = lab.vm(["qcow2:16", "qcow2:16"], start=False)
     base = on_base(vm, "vda")
@@ -223,7 +226,7 @@ def test_a_base_that_was_written_and_shows_nothing_of_it(running, lab, chains):
 
 
 @pytest.mark.usefixtures("every_qemu_dies")
-@pytest.mark.parametrize("what", ["exchanged", "written"])
+@pytest.mark.parametrize("what", ["exchanged", pytest.param("written", marks=pytest.mark.soak)])
 def test_a_vm_that_is_held_by_overlays(what, lab, chains):
     vm = lab.vm(["qcow2:16", "qcow2:16"], start=False, iothread="disk")
     base = on_base(vm, "vda")
@@ -249,7 +252,7 @@ def test_a_vm_that_is_held_by_overlays(what, lab, chains):
 
 
 @either
-@pytest.mark.parametrize("shape", ["raw", "qcow2"])
+@pytest.mark.parametrize("shape", ["raw", pytest.param("qcow2", marks=pytest.mark.soak)])
 def test_an_overlay_that_was_emptied_into_its_base(shape, running, lab, chains):
     chains.settings = SNAPSHOT
     vm = lab.vm([f"{shape}:16", f"{shape}:16"], start=running)
