@@ -49,7 +49,9 @@ def in_order_again(host: Host, before: int) -> None:
     assert host.differing(taken["image"], taken["increment"], truth) == []
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize(
+    "driver", [pytest.param(name, marks=[pytest.mark.soak] if name == "s3" else []) for name in DRIVERS]
+)
 def test_scratch_fills_while_the_target_hangs(driver: str, make_vm, libvirt_uri: str, vm_folder: Path):
     with site(driver, make_vm, libvirt_uri, vm_folder, scratch=16) as (host, where):
         trouble = Trouble.begin(host, where)

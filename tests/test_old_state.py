@@ -28,7 +28,7 @@ pytestmark = pytest.mark.timeout(600)  # for a loaded machine
 Truths = dict[str, dict[str, Path]]
 
 
-@pytest.fixture(params=["restic", "rsync"])
+@pytest.fixture(params=[pytest.param("restic", marks=pytest.mark.soak), "rsync"])
 def hosts(request: pytest.FixtureRequest, make_vm, libvirt_uri: str, vm_folder: Path) -> tuple[Host, Host]:
     """Two state folders of one VM and one datastore."""
     vm = make_vm([DiskSpec(target="vda", size=8 * MIB)], label="old")

@@ -348,6 +348,7 @@ def test_a_target_that_is_not_there(kind: Kind, ctx: Context) -> None:
     assert kind.everything() == []
 
 
+@pytest.mark.soak  # a login that is refused is tried again for half a minute
 def test_ssh_that_does_not_get_through(ssh_server: Sshd, tmp_path: Path, ctx: Context) -> None:
     kind = Kind("host", tmp_path, over_ssh(ssh_server, tmp_path))
 
