@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 import pytest
 from kept_in_files import WEB
 
-from backupcore.errors import HypervisorError, IntegrityError
+from backupcore.errors import BackupError, HypervisorError, IntegrityError
 from vmkeep import swap
 
 DISKS = ("vda", "vdb", "vdc")
@@ -220,6 +220,15 @@ def test_a_vm_that_ran_before_any_disk_was_swapped_keeps_its_disks(tmp_path, swa
     (tmp_path / "vda").write_text("a week's work")
     assert swap.settle(tmp_path, WEB, off)[0] is None
     assert contents(tmp_path) == {**BEFORE, "vda": "a week's work"}
+
+
+def test_a_file_that_came_to_a_second_name_costs_no_old_disk(tmp_path, whole):
+    for name in ("vda.kept", "vdb.kept"):
+        (tmp_path / name).write_text("somebody else's")
+    before = contents(tmp_path)
+    with pytest.raises(BackupError, match=r"\.kept"):
+        swap.carry_out(whole)
+    assert contents(tmp_path) == before
 
 
 def test_without_hard_links_a_disk_that_was_renamed_away_comes_to_its_end(tmp_path, swaps):

@@ -214,7 +214,7 @@ def _during(swap: Swap, step: Callable[[Swap], None]) -> None:
 def _take_away(swap: Swap) -> None:
     if swap.kept is None or not swap.path.exists():
         return
-    if swap.kept.exists():  # a version that gave the old file a second name was cut off here
+    if _has_second_name(swap, swap.kept):  # a version that gave the old file one was cut off here
         swap.path.unlink()
         _sync(swap.path.parent)
     else:
@@ -222,7 +222,7 @@ def _take_away(swap: Swap) -> None:
 
 
 def _put(swap: Swap) -> None:
-    if swap.kept is not None and not swap.kept.exists():
+    if swap.kept is not None and not _has_second_name(swap, swap.kept):
         try:
             os.link(swap.path, swap.kept)
         except OSError as error:
@@ -231,6 +231,17 @@ def _put(swap: Swap) -> None:
             swap.path.rename(swap.kept)  # the name is free for a moment, on file systems without hard links
         _sync(swap.path.parent)
     _rename(swap.new, swap.path)
+
+
+def _has_second_name(swap: Swap, kept: Path) -> bool:
+    """Whether the old file has its second name. FileExistsError where another file has come to it since it was free:
+    the old one would be gone without it.
+    """
+    if not kept.exists():
+        return False
+    if swap.path.exists() and not kept.samefile(swap.path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(kept))
+    return True
 
 
 def _rename(old: Path, new: Path) -> None:
