@@ -64,7 +64,8 @@ class Life:
             return False
         if self.boot != now.boot:
             return this_host
-        return bool(self.namespace) and self.namespace == now.namespace and self.started != now.started
+        known = self.namespace and self.started.strip("0")
+        return bool(known) and self.namespace == now.namespace and self.started != now.started
 
 
 def _started(pid: int) -> str:
