@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backupcore.disk.geometry import MAGIC
-from backupcore_libvirt.backing import backing_of
+from backupcore_libvirt.backing import Backing, backing_of
 
-__all__ = ["Header", "files_of", "header_of"]
+__all__ = ["Header", "backing", "files_of", "full_name", "header_of"]
 
 _START = struct.Struct(">4sIQIIQI")  # magic, version, backing name and its length, cluster bits, size, encryption
 _FEATURES = struct.Struct(">QQQ")
@@ -113,16 +113,23 @@ def files_of(path: str, shape: str, offset: int = 0) -> list[str]:
             break
         if header.data_file.startswith("/"):
             found[header.data_file] = None
-        told = {"full-backing-filename": _full(path, header.backing), "backing-filename-format": header.backing_shape}
-        below = backing_of(told) if header.backing else None
+        below = backing(path, header)
         if below is None or not below.path.startswith("/"):
             break
         path, shape, offset = below.path, below.shape or "", 0
     return list(found)
 
 
-def _full(image: str, name: str) -> str:
-    """The name of a backing file as QEMU takes it: beside the image, unless it is a whole path, or no path at all."""
+def backing(image: str, header: Header) -> Backing | None:
+    """What lies below an image that has this header, as QEMU takes the name; None for nothing."""
+    if not header.backing:
+        return None
+    told = {"full-backing-filename": full_name(image, header.backing), "backing-filename-format": header.backing_shape}
+    return backing_of(told)
+
+
+def full_name(image: str, name: str) -> str:
+    """A name in an image's header as QEMU takes it: beside the image, unless it is a whole path, or no path at all."""
     protocol, colon, rest = name.partition(":")
     if colon and "/" not in protocol:
         return rest if protocol == "file" else name

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from backupcore_libvirt.image_size import below
+from backupcore_libvirt.qcow2_header import Header, backing, full_name, header_of
 
 __all__ = ["Stamp", "changed", "stamps_below", "stamps_of"]
 
@@ -31,18 +31,26 @@ def stamps_below(path: str, shape: str, told: Sequence[str] = ()) -> tuple[Stamp
     """
     files: list[tuple[str, bool]] = []
     while shape == "qcow2" and len(files) < _MOST:
-        found = below(path)
-        if found is None:
+        header = _header(path)
+        if header is None:
             break
-        if found.data_file:
-            files.append((found.data_file, bool(files)))  # that of the disk's own image is written to
-        if not found.path:
+        if header.data_file:
+            files.append((full_name(path, header.data_file), bool(files)))  # that of the disk's own image is written to
+        found = backing(path, header)
+        if found is None:
             break
         path, shape = found.path, found.shape or "qcow2"
         files.append((path, True))
     frozen = [name for name, _ in files]
     files += [(name, True) for name in told if name and os.path.realpath(name) not in map(os.path.realpath, frozen)]
     return stamps_of(files)
+
+
+def _header(path: str) -> Header | None:
+    try:
+        return header_of(path)
+    except OSError:
+        return None
 
 
 def stamps_of(files: Iterable[tuple[str, bool]]) -> tuple[Stamp, ...]:
