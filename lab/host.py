@@ -30,14 +30,18 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = 60) 
         time.sleep(0.02)
 
 
+class PassedBy(AssertionError):
+    """A process ended without coming to the step that it was to stop at."""
+
+
 def stopped(process: int) -> bool:
-    """Whether it stands still at the step that it was to stop at; see `Host.start`."""
+    """Whether it stands still at the step that it was to stop at; see `Host.start`. `PassedBy` if it has ended."""
     try:
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
         state = "Z"  # and somebody else has collected it
     if state == "Z":
-        raise AssertionError("the process ended before it came to the step")
+        raise PassedBy("the process ended before it came to the step")
     return state == "T"
 
 
@@ -214,6 +218,10 @@ class Host:
     def installation(self) -> str:
         """The ID of this host's state folder."""
         return str(json.loads((self.state / "installation").read_text())["installation"])
+
+    def owns(self, image: dict[str, Any]) -> bool:
+        """Whether a row of ``image list`` is this installation's, or of a time when there were none."""
+        return image.get("installation", "") in ("", self.installation)
 
     def overlays(self) -> list[str]:
         """The overlays of ours beside the VM's disks."""

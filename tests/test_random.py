@@ -65,7 +65,8 @@ def threaded(make_vm, libvirt_uri: str, vm_folder: Path) -> tuple[Host, Host]:
 
 @pytest.mark.timeout(600)  # a loaded machine takes longer for the comparisons at the end
 def test_a_random_life(both: tuple[Host, Host]):
-    live(both, 60, usual=337210652)  # a red `make test` is to be about the change; `make soak` looks for what is new
+    # As many deeds on every machine: a red `make test` is to be about the change; `make soak` looks for what is new.
+    live(both, 60, deeds=60, usual=337210652)
 
 
 @pytest.mark.soak

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 from lab.host import Host
 from tests.random_life.world import NOT_FOUND, UNSUPPORTED, WARNED, NotNow, World, told
@@ -75,7 +74,7 @@ class Keeping:
         with world.letting_go(host):
             done = host.run("image", "delete", str(number), "--yes")
         if done.code == 0:
-            assert _own(host, image), "another installation's is its own business"
+            assert host.owns(image), "another installation's is its own business"
             world.say("-> gone")
         else:
             assert done.code == UNSUPPORTED, told(done)
@@ -113,12 +112,8 @@ class Keeping:
         rows = host.recorded()
         lost = {one.image for one in rows if one.point not in self.world.due}
         counts = Counter(one.image for one in rows)
-        mine = [one["id"] for one in document if one["id"] not in lost and _own(host, one)]
+        mine = [one["id"] for one in document if one["id"] not in lost and host.owns(one)]
         if not mine:
             raise NotNow
         number = self.world.choice.choice(mine)
         return number, counts[number]
-
-
-def _own(host: Host, image: dict[str, Any]) -> bool:
-    return image.get("installation", "") in ("", host.installation)

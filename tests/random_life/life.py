@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import sys
@@ -50,6 +51,7 @@ class Life:
         ]
         self.moves = Moves(self.world, second)
         subjects.append(self.moves)
+        self.deeds_done = 0
         self.deeds: dict[Callable[[], None], int] = {}
         for subject in subjects:
             self.deeds |= subject.deeds
@@ -69,6 +71,7 @@ class Life:
             self.world.log.pop()
         else:
             self.world.counts[deed.__name__] += 1
+            self.deeds_done += 1
 
     def check_all(self) -> None:
         """Every increment that is due, by the first catalog that has it, or else from the datastore alone."""
@@ -87,9 +90,14 @@ class Life:
 
 
 def live(
-    hosts: Sequence[Host], seconds: float, *, usual: int | None = None, second: PrivateLibvirtd | None = None
+    hosts: Sequence[Host],
+    seconds: float,
+    *,
+    deeds: float = math.inf,
+    usual: int | None = None,
+    second: PrivateLibvirtd | None = None,
 ) -> None:
-    """A life of so many seconds; `usual` is its seed unless SEED names one, None for a new one each time.
+    """A life of so many seconds, or of so many `deeds`; `usual` is its seed unless SEED names one, None for a new one.
 
     `second` is the libvirtd of the last of the hosts, if it has one of its own.
     WITHOUT="DEED DEED" leaves deeds out, OFTEN draws them ten times as often: other decisions are taken then.
@@ -99,7 +107,7 @@ def live(
     world = life.world
     end = time.monotonic() + seconds * 0.7
     try:
-        while time.monotonic() < end:
+        while time.monotonic() < end and life.deeds_done < deeds:
             life.step()
         world.log.append("at the end")
         life.check_all()
