@@ -5,9 +5,7 @@ Whatever is in them at the next backup is what that one has to hold: as an incre
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from xml.etree import ElementTree
@@ -91,7 +89,7 @@ class Files:
         if world.vm.domain.hasManagedSaveImage() or (world.vm.active and world.any_job()):
             raise NotNow
         disk = world.choice.choice(world.vm.targets())
-        if len(self._chain(disk)) > 3:
+        if len(self.world.files(disk)) > 3:
             raise NotNow
         path = world.folder / f"{disk}.theirs-{next(world.numbers)}.qcow2"
         if world.vm.active:
@@ -191,14 +189,8 @@ class Files:
                 source.set("file", str(files[Path(source.get("file", ""))]))
         self.world.vm.connection.defineXML(ElementTree.tostring(root, "unicode"))
 
-    def _chain(self, disk: str) -> list[Path]:
-        """The files of a disk, its newest first."""
-        command = ["qemu-img", "info", "-U", "--backing-chain", "--output=json", str(self.world.vm.disk(disk))]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return [Path(one["filename"]) for one in json.loads(done.stdout)]
-
     def _below(self, disk: str) -> Path | None:
-        chain = self._chain(disk)
+        chain = self.world.files(disk)
         return chain[1] if len(chain) > 1 else None
 
     def _smaller(self, below: Path, above: Path) -> bool:

@@ -48,6 +48,7 @@ class Owner:
             world.say(", once its bitmaps are forgotten")
             for host in world.here:
                 host.ask("vm", "forget", world.vm.name)
+            world.here[0].ask("vm", "forget", world.vm.name, "--foreign", "--yes")
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 

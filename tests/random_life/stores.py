@@ -77,7 +77,8 @@ class Stores:
                 process.send_signal(signal.SIGCONT)
                 done = host.end(process)
         assert done.code == UNAVAILABLE, told(done)
-        assert host.recorded()[-1:] == before[-1:]
+        # An image that cannot go on from here may have been closed before the target went away.
+        assert [one.point for one in host.recorded()] == [one.point for one in before]
         world.note(truth)
         if world.dead(host):  # it was stored where it should be: whoever comes next finds that, and records it
             world.say("(stored, not recorded)")

@@ -106,6 +106,11 @@ class World:
             return int(self.vm.domain.blockInfo(disk)[0])
         return size_of(self.vm.disk(disk))
 
+    def files(self, disk: str) -> list[Path]:
+        """The files of a disk, its newest first."""
+        done = self.tool("qemu-img", "info", "-U", "--backing-chain", "--output=json", str(self.vm.disk(disk)))
+        return [Path(one["filename"]) for one in json.loads(done)]
+
     def format(self, disk: str) -> str:
         driver = ElementTree.fromstring(self.vm.domain.XMLDesc()).find(f"devices/disk/target[@dev='{disk}']/../driver")
         assert driver is not None
@@ -223,7 +228,7 @@ class World:
 
     def nothing_left(self, host: Host) -> None:
         found = [line for line in host.left() if not (self.suspended and "stands still" in line)]
-        if self.overlays_wait(host):
+        if self.overlays_wait(host) or self.overlays_lost():
             found = [line for line in found if not line.startswith(str(host.state / "runs"))]
         if self.held_up(host):
             found = [line for line in found if "job runs" not in line and "stands still" not in line]
@@ -232,6 +237,13 @@ class World:
     def overlays_wait(self, host: Host) -> bool:
         """Whether saved memory names the overlays of a dead run: they wait for a start, and its folder with them."""
         return self.vm.domain.hasManagedSaveImage() and self.dead(host)
+
+    def overlays_lost(self) -> bool:
+        """Whether an overlay is there that the VM does not use, as after a merge behind our back: each backup asks for
+        its end, and the folder of a dead run stays until then.
+        """
+        used = {path for disk in self.vm.targets() for path in self.files(disk)}
+        return any(path not in used for path in self.folder.glob("*.backupcore-*"))
 
     def new_installation(self) -> Host:
         """One that knows nothing but where the datastore is."""
