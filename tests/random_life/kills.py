@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-from lab.host import RUNNING, stopped, wait_until
+from lab.host import RUNNING, wait_until
 from tests.random_life.world import BUSY, NotNow, World, told
 from tests.test_killed import STEPS
 
@@ -51,9 +50,9 @@ class Kills:
         world.say(f"at {step!r}")
         with world.letting_go(host):
             process = host.start("backup", world.vm.name, *world.reset(), at=step, stop=True)
-            wait_until(partial(stopped, process.pid), step)
-            os.kill(process.pid, signal.SIGTERM)
-            process.send_signal(signal.SIGCONT)
+            if world.comes_to(process, step):
+                os.kill(process.pid, signal.SIGTERM)
+                process.send_signal(signal.SIGCONT)
             done = host.end(process)
         # What little is left to read may be recorded before the wish is heard: the run has a thread of its own. What
         # follows the record is cut off then.
@@ -74,7 +73,7 @@ class Kills:
         mark = str(next(world.numbers))
         with world.letting_go(host):
             process = host.start("backup", world.vm.name, at=step, stop=True, **{_MARK: mark})
-            wait_until(partial(stopped, process.pid), step)
+            world.comes_to(process, step)
             found = sorted(_marked(f"{_MARK}={mark}"))
             world.choice.shuffle(found)
             for pid in found:

@@ -14,10 +14,11 @@ import subprocess
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
-from lab.host import Done, Host, Recorded, size_of
+from lab.host import Done, Host, PassedBy, Recorded, size_of, stopped, wait_until
 from tests.test_killed import SNAPSHOT, STEPS, TEMPORARY, dies_of_a_client, piles_up
 
 MIB = 1 << 20
@@ -139,6 +140,19 @@ class World:
         if self.snapshots:
             return SNAPSHOT["the instant of the overlays"]
         return TEMPORARY["the instant of the temporary overlays"] if self.temporary else STEPS["the instant"]
+
+    def comes_to(self, process: subprocess.Popen[str], step: str) -> bool:
+        """Wait until a run stops at this step. False if it has ended: with SNAPSHOT a backup job of QEMU's, whose
+        instant is another, is used where overlays collect for another installation, or would be passed by.
+        """
+        try:
+            wait_until(partial(stopped, process.pid), step)
+        except PassedBy:
+            assert self.snapshots, "the mode has one instant"
+            assert step == self.instant()
+            self.say("(by a job)")
+            return False
+        return True
 
     def steps(self) -> dict[str, str]:
         """All steps of a run of a VM that runs."""
