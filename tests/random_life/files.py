@@ -89,6 +89,8 @@ class Files:
         if world.vm.domain.hasManagedSaveImage() or (world.vm.active and world.any_job()):
             raise NotNow
         disk = world.choice.choice(world.vm.targets())
+        if world.temporary and "backupcore" in world.vm.disk(disk).name:
+            raise NotNow  # while it runs it can neither have a job, which would kill it, nor another overlay of ours
         if len(self.world.files(disk)) > 3:
             raise NotNow
         path = world.folder / f"{disk}.theirs-{next(world.numbers)}.qcow2"

@@ -77,8 +77,9 @@ class Stores:
                 process.send_signal(signal.SIGCONT)
                 done = host.end(process)
         assert done.code == UNAVAILABLE, told(done)
-        # An image that cannot go on from here may have been closed before the target went away.
-        assert [one.point for one in host.recorded()] == [one.point for one in before]
+        # What a dead run had stored may have been recorded first, and an image that cannot go on have been closed.
+        adopted = {one.point for one in host.recorded()} - {one.point for one in before}
+        assert adopted <= set(world.truths), "nothing of this run is recorded"
         world.note(truth)
         if world.dead(host):  # it was stored where it should be: whoever comes next finds that, and records it
             world.say("(stored, not recorded)")
