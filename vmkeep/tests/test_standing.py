@@ -85,12 +85,16 @@ class Saved:
 
     site: object
 
+    @property
+    def folder(self):
+        return self.site.folder / "last night"
+
     def keep(self):
-        shutil.copytree(self.site.state, self.site.folder / "last night")
+        shutil.copytree(self.site.state, self.folder)
 
     def put_back(self):
         shutil.rmtree(self.site.state)
-        (self.site.folder / "last night").rename(self.site.state)
+        self.folder.rename(self.site.state)
 
 
 @pytest.fixture
@@ -438,6 +442,30 @@ def test_what_a_failed_run_has_left_is_no_end_of_the_chain(site, nights):
     done = site.run("catalog", "rebuild", "nas", "--json").json
     assert (done["changed"], done["added"], len(done["remarks"])) == ([], [], 1)
     assert site.run("image", "delete", "1", "--yes").code == 0
+
+
+def test_a_state_folder_that_was_copied_in_the_middle_of_a_backup(site, nights, saved):
+    """That backup was done, and others build on it; the copy calls it killed."""
+    nights.night()
+    (site.store / "die").touch()
+    site.process("backup", "web1")
+    (site.store / "die").unlink()
+    saved.keep()
+    (noted,) = (saved.folder / "runs").glob("*/prepared.json")
+    noted.unlink()
+    for number in (2, 3):
+        assert nights.night()["increment"] == number
+    saved.put_back()
+    refused = site.run("image", "delete", "1", "--yes")
+    assert (refused.code, len(points(site))) == (9, 4)
+    done = nights.night(code=3)
+    assert done["type"] == "FULL"
+    assert "newer backups (increments 1 to 3) of image 1" in done["reason"]
+    done = site.run("catalog", "rebuild", "nas", "--json").json
+    assert [one["added"] for one in done["changed"]] == [[1, 2, 3]]
+    assert done["remarks"] == []
+    assert site.run("restore", "1", "--increment", "3", "--verify-only").code == 0
+    assert nights.night()["type"] == "INCREMENT"
 
 
 # Two installations

@@ -46,8 +46,13 @@ def _strays(catalog: Catalog, own: Installation, vm: VM, datastore: str, unknown
 
     Such a run was killed, or given up while its datastore was away. It is told by its date: of another of the same time
     there is none, since a VM has one backup at a time.
+
+    What others build on is no stray, whatever became of its run here: a state folder that was copied in the middle of
+    a backup has that down as running, and once it is put back as killed.
     """
     windows = runs.unrecorded(catalog, vm.uuid, datastore)
+    unknown = list(unknown)
+    built_on = {one.labels.get("parent") for one in unknown}
     found: set[SourceRef] = set()
     for one in sorted(unknown, key=lambda one: one.labels.get("date", "")):
         labels = one.labels
@@ -60,7 +65,8 @@ def _strays(catalog: Catalog, own: Installation, vm: VM, datastore: str, unknown
         for window in windows:
             began, ended = window
             if date.tzinfo and began - _ROUNDED <= date <= min(ended or began + _INSTANT, began + _INSTANT):
-                found.add(one.source)
+                if labels.get("point") not in built_on:
+                    found.add(one.source)
                 windows.remove(window)  # it has stored no more than one
                 break
     return found
