@@ -430,18 +430,48 @@ def test_an_empty_listing_loses_nothing(site, nights):
 
 
 def test_what_a_failed_run_has_left_is_no_end_of_the_chain(site, nights):
-    """Stored, and given up while the datastore was away: nobody was told that it is done."""
+    """Stored, and the datastore was away before it could say so: nobody was told that it is done."""
+    nights.night()
+    (site.store / "away-once-stored").touch()
+    assert site.run("backup", "web1").code == 5
+    (site.store / "away-once-stored").unlink()
+    assert len(points(site)) == 2
+    done = nights.night()
+    assert (done["type"], done["increment"]) == ("INCREMENT", 1)
+    done = site.run("catalog", "rebuild", "nas", "--json").json
+    assert (done["changed"], done["added"]) == ([], [])
+    assert [one["why"] for one in done["remarks"]] == ["a run that failed has stored it"]
+    assert site.run("image", "delete", "1", "--yes").code == 0
+
+
+def test_what_a_killed_run_has_stored_is_told_where_nothing_can_record_it(site, nights):
     nights.night()
     (site.store / "die").touch()
     site.process("backup", "web1")
     (site.store / "die").unlink()
-    noted = next((site.state / "runs").glob("*/prepared.json"))
+    (noted,) = (site.state / "runs").glob("*/prepared.json")
     noted.write_text("{}")
-    done = nights.night()
-    assert (done["type"], done["increment"]) == ("INCREMENT", 1)
+    done = nights.night(code=3)
+    assert "newer backups (increment 1) of image 1" in done["reason"]
     done = site.run("catalog", "rebuild", "nas", "--json").json
-    assert (done["changed"], done["added"], len(done["remarks"])) == ([], [], 1)
-    assert site.run("image", "delete", "1", "--yes").code == 0
+    assert ([one["added"] for one in done["changed"]], done["remarks"]) == ([[1]], [])
+    assert site.run("restore", "1", "--increment", "1", "--verify-only").code == 0
+
+
+def test_a_backup_after_a_killed_run_is_none_of_that_run(site, nights, saved):
+    """A state folder of last night knows the run that was killed, and not the backup an hour after it."""
+    nights.night()
+    (site.store / "die").touch()
+    site.process("backup", "web1")
+    (site.store / "die").unlink()
+    (killed,) = {path.parent for path in site.store.glob("*/.labels")} - {site.store / sources(site)[0]}
+    shutil.rmtree(killed)
+    assert site.run("recover", "web1").code == 0
+    saved.keep()
+    assert nights.night(None, 0, "--reset")["image"] == 2
+    saved.put_back()
+    done = site.run("catalog", "rebuild", "nas", "--json").json
+    assert (len(done["added"]), done["remarks"]) == (1, [])
 
 
 def test_a_state_folder_that_was_copied_in_the_middle_of_a_backup(site, nights, saved):

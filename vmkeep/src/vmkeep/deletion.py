@@ -41,7 +41,7 @@ def delete(
             ctx.progress.phase("look")
             place.same_place(image.datastore).look(ctx)
             listed = store.sources(ctx, image.vm.uuid)
-            known = needed.accounted(place, place.catalog, image.vm, image.datastore, listed)
+            known = needed.accounted(place.catalog, image.vm, image.datastore, listed)
             image = standing.look(store, image, listed, known, ctx).image
             others = images.sources(place.catalog, image.datastore, but=image)
             sources = tuple(one.source for one in reversed(image.increments) if one.source not in others)

@@ -200,7 +200,7 @@ def delete_leftovers(
             if name not in opened:
                 opened[name] = place.datastore(name)
             listed = opened[name].sources(ctx, vm)
-            known = needed.accounted(place, place.catalog, VM(uuid=vm, name=""), name, listed)
+            known = needed.accounted(place.catalog, VM(uuid=vm, name=""), name, listed)
             needed.require_spared(opened[name], listed, going, known, ctx, what="them")
             opened[name].delete(going, ctx)
         except Locked as error:  # as somebody wanted it: told once, and put off

@@ -7,7 +7,6 @@ knows; all that tells is the datastore. Its labels are enough: they are asked wh
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from backupcore.errors import IntegrityError, NotFound, UnsupportedOperation
@@ -19,13 +18,8 @@ from vmkeep.catalog.database import Catalog
 if TYPE_CHECKING:
     from backupcore.context import Context
     from backupcore.datastore import Datastore
-    from vmkeep.installation import Installation
-    from vmkeep.workplace import Workplace
 
 __all__ = ["accounted", "harmed", "known", "number_of", "numbers", "require_spared"]
-
-_ROUNDED = timedelta(seconds=1)  # what a label's date lacks
-_INSTANT = timedelta(hours=1)  # from a run's start to the instant that it holds: waiting for a target, a lock, an agent
 
 
 def known(catalog: Catalog, datastore: str) -> set[SourceRef]:
@@ -33,43 +27,15 @@ def known(catalog: Catalog, datastore: str) -> set[SourceRef]:
     return images.sources(catalog, datastore) | flattens.left_in(catalog, datastore)
 
 
-def accounted(place: Workplace, catalog: Catalog, vm: VM, datastore: str, listed: Iterable[Listed]) -> set[SourceRef]:
-    """Every source in a datastore that needs no further word: those that are known, and strays of this VM."""
-    found = known(catalog, datastore)
-    return found | _strays(
-        catalog, place.installation_if_any, vm, datastore, [x for x in listed if x.source not in found]
-    )
+def accounted(catalog: Catalog, vm: VM, datastore: str, listed: Iterable[Listed]) -> set[SourceRef]:
+    """Every source in a datastore that needs no further word: those that are known, and strays of this VM.
 
-
-def _strays(catalog: Catalog, own: Installation, vm: VM, datastore: str, unknown: Iterable[Listed]) -> set[SourceRef]:
-    """What runs of this installation have stored that the catalog has down as failed: nobody was told that it is done.
-
-    Such a run was killed, or given up while its datastore was away. It is told by its date: of another of the same time
-    there is none, since a VM has one backup at a time.
-
-    What others build on is no stray, whatever became of its run here: a state folder that was copied in the middle of
-    a backup has that down as running, and once it is put back as killed.
+    A stray is what a run has stored that failed all the same: nobody was told that it is done. One that was killed
+    leaves none: what it has stored is recorded by the next run, and where the state folder was copied in the middle of
+    it and put back later, it was even done.
     """
-    windows = runs.unrecorded(catalog, vm.uuid, datastore)
-    unknown = list(unknown)
-    built_on = {one.labels.get("parent") for one in unknown}
-    found: set[SourceRef] = set()
-    for one in sorted(unknown, key=lambda one: one.labels.get("date", "")):
-        labels = one.labels
-        if not windows or labels.get("vm") != vm.uuid or labels.get("installation") != own.id:
-            continue
-        try:
-            date = datetime.fromisoformat(labels.get("date", ""))
-        except ValueError:
-            continue
-        for window in windows:
-            began, ended = window
-            if date.tzinfo and began - _ROUNDED <= date <= min(ended or began + _INSTANT, began + _INSTANT):
-                if labels.get("point") not in built_on:
-                    found.add(one.source)
-                windows.remove(window)  # it has stored no more than one
-                break
-    return found
+    failed = runs.failed_points(catalog, vm.uuid, datastore)
+    return known(catalog, datastore) | {one.source for one in listed if one.labels.get("point") in failed}
 
 
 def harmed(listed: Sequence[Listed], going: Collection[SourceRef], known_: Collection[SourceRef]) -> list[Listed]:

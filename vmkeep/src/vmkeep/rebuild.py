@@ -135,9 +135,7 @@ def _read(
     left = flattens.left_in(catalog, store.name)
     vms = {image.vm.uuid: image.vm for image in there}
     known = needed.known(catalog, store.name)
-    strays = {
-        source for vm in vms.values() for source in needed.accounted(place, catalog, vm, store.name, listed) - known
-    }
+    strays = {source for vm in vms.values() for source in needed.accounted(catalog, vm, store.name, listed) - known}
     usable = [one for one in listed if one.source not in left and one.source not in strays]
     whose = {row.source: image.vm.uuid for image in there for row in image.increments}
     tokens = {one.source for one in usable}
@@ -146,9 +144,7 @@ def _read(
     differ |= {image.vm.uuid for image in there if corrections.lost(catalog, image)}
     ctx.progress.phase("read manifests")
     found: dict[SourceRef, Found] = {}
-    remarks = [
-        Remark(source=one, kind="unused", why="a run that failed, or was killed, has stored it") for one in strays
-    ]
+    remarks = [Remark(source=one, kind="unused", why="a run that failed has stored it") for one in strays]
     asked: set[SourceRef] = set()
     while True:
         due = [one for one in usable if one.source not in asked]

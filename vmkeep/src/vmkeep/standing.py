@@ -189,7 +189,7 @@ def stands(place: Workplace, store: Datastore, image: Image, ctx: Context) -> St
     """
     try:
         listed = store.sources(ctx, image.vm.uuid)
-        known = needed.accounted(place, place.catalog_if_any, image.vm, image.datastore, listed)
+        known = needed.accounted(place.catalog_if_any, image.vm, image.datastore, listed)
         found = look(store, image, listed, known, ctx)
     except BackupError as error:
         ctx.check()
@@ -266,7 +266,7 @@ def hold(place: Workplace, store: Datastore, ctx: Context, *, vm: VM, datastore:
         return Held(warnings=(), newest=newest)
     ctx.progress.phase("look")
     listed = store.sources(ctx, vm.uuid)
-    known = needed.accounted(place, place.catalog, vm, datastore, listed)
+    known = needed.accounted(place.catalog, vm, datastore, listed)
     warnings: list[str] = []
     why = ""
     for image in of_vm:

@@ -260,6 +260,8 @@ class FileDriver:
         folder.rename(self.path / token)
         if (self.path / "die").exists():
             os.kill(os.getpid(), signal.SIGKILL)
+        if (self.path / "away-once-stored").exists():
+            raise TargetUnavailable(f"{self.path} is away", "Bring it back.")
         return Stored(source=SourceRef(token), stored=size)
 
     @hookimpl

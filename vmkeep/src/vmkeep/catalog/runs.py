@@ -12,7 +12,7 @@ from backupcore.session import Recorded
 from vmkeep.catalog import images, rows, tokens
 from vmkeep.catalog.database import HINT, Catalog
 
-__all__ = ["PastRun", "begin", "died", "fail", "increment_of", "last", "reads", "record", "unrecorded"]
+__all__ = ["PastRun", "begin", "died", "fail", "failed_points", "increment_of", "last", "reads", "record"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +44,18 @@ def begin(catalog: Catalog, run: BackupRun) -> None:
     """Write down that a run begins."""
     with catalog.writing() as connection:
         connection.execute(
-            "INSERT INTO runs (id, vm_uuid, vm_name, datastore, type, started, state, installation, kind, phase)"
-            " VALUES (?, ?, ?, ?, ?, ?, 'running', ?, 'backup', 'prepare')",
-            (run.id, run.vm.uuid, run.vm.name, run.datastore, run.type.value, _now(), run.installation or None),
+            "INSERT INTO runs (id, vm_uuid, vm_name, datastore, type, started, state, installation, kind, phase, point)"
+            " VALUES (?, ?, ?, ?, ?, ?, 'running', ?, 'backup', 'prepare', ?)",
+            (
+                run.id,
+                run.vm.uuid,
+                run.vm.name,
+                run.datastore,
+                run.type.value,
+                _now(),
+                run.installation or None,
+                run.point,
+            ),
         )
 
 
@@ -98,22 +107,17 @@ def died(catalog: Catalog, vm: str) -> list[str]:
     return found
 
 
-def unrecorded(catalog: Catalog, vm: str, datastore: str) -> list[tuple[datetime, datetime | None]]:
-    """When those backups of a VM (by UUID) to a datastore ran that were not recorded, oldest first; None: killed."""
+def failed_points(catalog: Catalog, vm: str, datastore: str) -> set[str]:
+    """The points of those backups of a VM (by UUID) to a datastore that failed, or were cancelled; killed ones are none
+    of them. Runs of versions before 4 of the tables have no point.
+    """
     query = """
-        SELECT started, ended FROM runs
-        WHERE vm_uuid = ? AND datastore = ? AND kind = 'backup' AND state IN (?, ?) ORDER BY rowid
+        SELECT point FROM runs
+        WHERE vm_uuid = ? AND datastore = ? AND state IN (?, ?) AND ended IS NOT NULL AND point IS NOT NULL
     """
     chosen = (vm, datastore, RunState.FAILED.value, RunState.CANCELLED.value)
     with catalog.reading() as connection:
-        rows = connection.execute(query, chosen).fetchall()
-    return [
-        (
-            datetime.fromisoformat(row["started"]),
-            datetime.fromisoformat(row["ended"]) if row["ended"] else None,
-        )
-        for row in rows
-    ]
+        return {row["point"] for row in connection.execute(query, chosen)}
 
 
 def increment_of(catalog: Catalog, run: str) -> tuple[Image, Increment] | None:

@@ -108,7 +108,9 @@ _TABLES = (
         -- failed keeps the phase in which it did; NULL once it is recorded.
         phase VARCHAR(16),
         -- The ID that whoever asked for this run has given it, so that asking twice is one run.
-        caller_id VARCHAR(64)
+        caller_id VARCHAR(64),
+        -- The point that a backup was to store; NULL in older versions, and for a run that is no backup.
+        point VARCHAR(32)
     )
     """,
     "CREATE INDEX IF NOT EXISTS ix_runs_vm_uuid ON runs (vm_uuid)",
@@ -182,6 +184,8 @@ def migrate(connection: Connection, version: int, host: str) -> None:
         connection.execute("UPDATE images SET host = ?", (host,))
     if version < 3:
         _to_3(connection)
+    elif version < 4:
+        connection.execute("ALTER TABLE runs ADD COLUMN point VARCHAR(32)")
     create(connection)
 
 
