@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, BinaryIO
@@ -181,14 +181,15 @@ class Datastore:
         if sources and self._answer("delete", bool, sources=tuple(sources), ctx=ctx) is not True:
             raise ContractViolation(f"driver {self.kind}: delete did not delete {', '.join(map(str, sources))}")
 
-    def sources(self, ctx: Context, vm: str = "") -> list[Listed]:
+    def sources(self, ctx: Context, vm: str = "", *, known: Collection[SourceRef] = ()) -> list[Listed]:
         """Every complete source in the datastore, of all VMs and hosts.
 
-        With `vm` (a UUID) those of that VM at least, among which may be some that are not complete.
+        With `vm` (a UUID) those of that VM at least, among which may be some that are not complete. Of those that are
+        `known` then labels and size may be missing.
         """
         if vm and self.implements("sources_of"):
             with self._translated("sources_of"):
-                return checked_listed(self._answer("sources_of", object, vm=vm, ctx=ctx))
+                return checked_listed(self._answer("sources_of", object, vm=vm, known=frozenset(known), ctx=ctx))
         with self._translated("sources"):
             return checked_listed(self._answer("sources", object, ctx=ctx))
 

@@ -33,7 +33,7 @@ Arguments and fields are only ever added.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import pluggy
@@ -166,11 +166,13 @@ def sources(ctx: Context) -> Iterable[Listed]:
 
 
 @hookspec(firstresult=True)
-def sources_of(vm: str, ctx: Context) -> Iterable[Listed]:
+def sources_of(vm: str, known: Collection[SourceRef], ctx: Context) -> Iterable[Listed]:
     """The same for one VM (a UUID), which every backup asks: what others have removed, or added, is noticed by it.
 
     Optional; without it the core asks for all. Worth having where it is quicker. Other VMs' sources may be in the
-    answer, and such as are not complete: who acts on one looks at its manifest first.
+    answer, and such as are not complete: who acts on one looks at its manifest first. Of those that are `known` the
+    caller has the labels, they may come without: a store that can tell names alone at once need ask no further where
+    it holds no other.
     """
 
 

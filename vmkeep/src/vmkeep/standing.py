@@ -91,7 +91,8 @@ def look(
     torn: dict[int, str] = {}
     superseded: list[Increment] = []
     # What other backups call this image: one that a rebuild has found beside another has a UUID of its own.
-    names = {image.uuid, *(there[one.source].labels.get("image") for one in image.increments if one.source in there)}
+    own = [there[one.source].labels for one in image.increments if one.source in there]
+    names = {image.uuid, *(labels["image"] for labels in own if "image" in labels)}
     fulls = [one for one in unknown if one.labels.get("image") in names and one.labels.get("type") == Type.FULL.value]
     looked: dict[SourceRef, Found | None] = {}
     for row in image.increments:
@@ -265,7 +266,8 @@ def hold(place: Workplace, store: Datastore, ctx: Context, *, vm: VM, datastore:
     if not of_vm:
         return Held(warnings=(), newest=newest)
     ctx.progress.phase("look")
-    listed = store.sources(ctx, vm.uuid)
+    # What is known, and there, needs no labels: some stores tell that at once, and not who else has stored something.
+    listed = store.sources(ctx, vm.uuid, known=needed.known(place.catalog, datastore))
     known = needed.accounted(place.catalog, vm, datastore, listed)
     warnings: list[str] = []
     why = ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -94,6 +94,7 @@ class Restic:
             # The folder itself is asked: restic takes 0.5 s to derive its key, as long as a small increment takes in
             # all. Where the guest is to be brought to rest it does so all the same, beside what else is looked at: a
             # password may be another one by now, and no guest should stand still to find that out.
+            repository.require_writable()
             there = repository.ids_in_folder() if run.builds_on else None
             if there is None:
                 there = repository.ids(ctx, self.timeout)
@@ -239,9 +240,16 @@ class Restic:
         return [_listed(one) for name, one in ours.items() if complete[name]]
 
     @hookimpl
-    def sources_of(self, vm: str, ctx: Context) -> Iterable[Listed]:
-        """One question, whichever restic has stored them."""
-        found = Repository(self).snapshots(of_vm(vm), ctx)
+    def sources_of(self, vm: str, known: Collection[SourceRef], ctx: Context) -> Iterable[Listed]:
+        """One question, whichever restic has stored them; none where the folder holds nothing but what is known.
+
+        A snapshot never changes under its ID, and what is not known, whosever it is, may be of this VM.
+        """
+        repository = Repository(self)
+        there = repository.ids_in_folder()
+        if there is not None and there <= {source.token for source in known}:
+            return [Listed(source=SourceRef(one), labels={}) for one in sorted(there)]
+        found = repository.snapshots(of_vm(vm), ctx)
         return [_listed(one) for one in found if _is_complete(one) is not False]
 
     @hookimpl

@@ -305,7 +305,7 @@ class Repository:
 
     def ids(self, ctx: Context, limit: float) -> set[str]:
         """The IDs of all snapshots. Takes a lock, so that a target that takes no writes is noticed."""
-        self._require_writable()
+        self.require_writable()
         listed = self.write(["list", "snapshots"], OPENING, ctx, limit=limit)
         return {line for line in listed.decode(errors="replace").split() if is_id(line)}
 
@@ -357,19 +357,19 @@ class Repository:
         self.write(["key", "remove", key], "removing a key from", ctx, limit=limit)
 
     def ids_in_folder(self) -> set[str] | None:
-        """The same, read from the repository's folder without its password; None if it is no folder of this host.
+        """The same, read from the folder without the password or a lock; None if it is no folder of this host.
 
         One file for each snapshot, named by its ID (restic's doc/design.rst, "Repository Layout").
         """
         if self.folder is None or not (self.folder / "config").is_file():
             return None
-        self._require_writable()
         try:
             return {path.name for path in (self.folder / "snapshots").iterdir() if is_id(path.name)}
         except OSError:
             return None  # restic says what is wrong
 
-    def _require_writable(self) -> None:
+    def require_writable(self) -> None:
+        """AccessDenied where the repository's folder takes no lock."""
         locks = self.folder / "locks" if self.folder else None
         if locks and locks.is_dir() and not os.access(locks, os.W_OK):
             # restic 0.14 tries for 45 s before it gives up on this
