@@ -392,7 +392,9 @@ def test_a_chain_in_each_of_two_datastores(host: Host):
 def test_a_lost_source_leads_to_a_full_that_says_why(host: Host):
     full = host.backup()
     host.restic("forget", full["source"])
-    again = host.backup()
+    done = host.run("--json", "backup", host.vm.name)
+    assert done.returncode == 3, done.stderr
+    again = json.loads(done.stdout)
     assert again["type"] == "FULL"
     assert again["image"] == 2
     assert full["source"][:8] in again["reason"]

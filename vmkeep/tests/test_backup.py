@@ -40,9 +40,11 @@ def test_reset_begins_a_new_image_and_closes_the_old_one(site):
 def test_an_increment_that_is_impossible_becomes_a_full_with_the_reason(site):
     first = site.run("backup", "web1", "--json").json
     (site.store / first["source"]).rename(site.folder / "elsewhere")
-    second = site.run("backup", "web1", "--json").json
-    assert (second["image"], second["type"]) == (2, "FULL")
-    assert second["reason"] == f"source {first['source']} is gone"
+    told = site.run("backup", "web1", "--json")
+    second = json.loads(told.out)
+    assert (told.code, second["image"], second["type"]) == (3, 2, "FULL")
+    gone = f"increment 0 of image 1 (source {first['source']}) is no longer in datastore nas"
+    assert second["reason"] == f"{gone}: something else has removed it"
     runs = site.run("vm", "show", "web1", "--json").json["last_runs"]
     assert [(run["type"], run["state"], run["image"]) for run in runs] == [
         ("FULL", "recorded", 2),

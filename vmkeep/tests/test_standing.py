@@ -419,13 +419,42 @@ def test_another_backup_with_the_point_of_one_is_not_taken_for_it(site, nights):
     assert sources(site)[0] == first
 
 
-def test_an_empty_listing_loses_nothing(site, nights):
+def test_where_all_was_removed_it_is_said_in_the_same_night(site, nights):
     for _ in range(2):
         nights.night()
     for source in sources(site):
         (site.store / source).rename(site.folder / source)
-    site.run("backup", "web1")
+    done = nights.night(code=3)
+    assert (done["type"], "increment 0 of image 1" in done["reason"]) == ("FULL", True)
+    assert done["warnings"] == [f"{done['reason']} (1 more)"]
+    assert states(site) == {1: "damaged", 2: "open"}
+    assert all(one["lost"] for one in site.run("image", "show", "1", "--json").json["increments"])
+    for source in sources(site):
+        (site.folder / source).rename(site.store / source)
+    assert nights.night()["type"] == "INCREMENT"
     assert states(site) == {1: "closed", 2: "open"}
+    nights.check()
+
+
+def test_an_empty_listing_loses_nothing_that_can_be_read(site, nights):
+    for _ in range(2):
+        nights.night()
+    (site.store / "lists-nothing").touch()
+    done = nights.night()
+    assert (done["type"], states(site)) == ("INCREMENT", {1: "open"})
+    assert [one["lost"] for one in site.run("image", "show", "1", "--json").json["increments"]] == [None] * 3
+
+
+def test_an_empty_folder_in_its_place_loses_nothing(site, nights):
+    for _ in range(2):
+        nights.night()
+    site.store.rename(site.folder / "away")
+    site.store.mkdir()
+    assert site.run("backup", "web1").code == 5
+    assert site.run("restore", "1", "--verify-only").code == 5
+    site.store.rmdir()
+    (site.folder / "away").rename(site.store)
+    assert states(site) == {1: "open"}
     assert [one["lost"] for one in site.run("image", "show", "1", "--json").json["increments"]] == [None] * 2
 
 

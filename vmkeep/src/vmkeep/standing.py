@@ -80,8 +80,8 @@ def look(
 ) -> Standing:
     """Hold an image against what its datastore lists. `known` are all sources that the catalog has there.
 
-    With `whole` those are looked into that are listed with another size than they had. Nothing is called lost by a
-    listing that shows none of what the catalog knows: then it is the place that is wrong.
+    With `whole` those are looked into that are listed with another size than they had. A listing that shows none of
+    what the catalog knows is not believed: then each is asked for by its own token, too.
     """
     there = {one.source: one for one in listed}
     unknown = [one for one in listed if one.source not in known]
@@ -109,7 +109,7 @@ def look(
             moved[row.id] = found.source
         elif any(_stands_for(row, _looked(store, one, looked, ctx)) for one in fulls if number_of(one) >= row.id):
             superseded.append(row)
-        elif seen:
+        elif seen or _is_gone(store, row, ctx):
             lost[row.id] = (
                 f"increment {row.id} of image {image.number} (source {row.source}) is no longer in datastore "
                 f"{image.datastore}: something else has removed it"
@@ -144,6 +144,18 @@ def _newer(
             points.add(labels["point"])
             found.append(one)
     return tuple(found)
+
+
+def _is_gone(store: Datastore, row: Increment, ctx: Context) -> bool:
+    """Whether a source is not there when it is asked for by its token.
+
+    SourceNotFound counts here, since `same_place` lets it through only where the place is the one that is known.
+    """
+    try:
+        store.artifacts(row.source, ctx)
+    except SourceNotFound:
+        return True
+    return False
 
 
 def _why_not_whole(store: Datastore, row: Increment, entry: Listed, ctx: Context) -> str:

@@ -203,7 +203,7 @@ class FileDriver:
     child behind, with ``fork-and-return`` that child goes on with the backup. ``token`` holds the token of each
     backup, as of a driver that keeps a folder a day. With ``append-only`` it deletes nothing; all that is there when
     ``locked-until`` is made is locked until the date in that. With ``sizes`` a listing
-    tells them.
+    tells them, with ``lists-nothing`` it is empty.
     """
 
     path: Path = backupcore.option("where the backups lie")
@@ -313,6 +313,8 @@ class FileDriver:
         wild(self.path, "sources")
         if not self.path.is_dir():
             raise TargetUnavailable(f"{self.path} is away", "Bring it back.")
+        if (self.path / "lists-nothing").exists():
+            return
         for folder in self.path.glob("[!.]*/.labels"):
             files = [file for file in folder.parent.iterdir() if file != folder]
             size = sum(file.stat().st_size for file in files) if (self.path / "sizes").exists() else None
