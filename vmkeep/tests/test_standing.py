@@ -268,6 +268,30 @@ def test_a_flatten_spares_what_only_the_datastore_knows_to_be_needed(site, night
     nights.check(elsewhere)
 
 
+@pytest.mark.parametrize("merges", ["once", "often"])
+def test_what_is_lost_at_one_end_of_a_chain_is_not_taken_for_merged_at_the_other(site, nights, saved, merges):
+    for _ in range(2):
+        nights.night()
+    saved.keep()
+    nights.night()
+    own = site.folder / "own end"
+    shutil.copytree(site.state, own)
+    shutil.rmtree(site.store / sources(site)[2])
+    saved.put_back()
+    nights.settings(keep_last="2")
+    for _ in range(2 if merges == "once" else 3):
+        nights.night()
+    assert ids(site) == ([2, 3] if merges == "once" else [3, 4])
+    shutil.rmtree(site.state)
+    own.rename(site.state)
+    assert site.run("image", "verify", "1").code == 8
+    nights.night(code=3)
+    lost = [one["id"] for one in site.run("image", "show", "1", "--json").json["increments"] if one["lost"]]
+    assert (lost, states(site)[1]) == ([2], "damaged")
+    assert site.run("catalog", "rebuild", "nas").code == 0
+    assert (ids(site), states(site)[1]) == ([0, 1, 2], "damaged"), "the other end is an image of its own"
+
+
 def test_a_planted_full_takes_the_place_of_nothing_that_is_there(site, nights, elsewhere):
     for _ in range(3):
         nights.night()

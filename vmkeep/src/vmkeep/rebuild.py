@@ -256,10 +256,9 @@ class _Plan:
         common = sum(row.point in held for row in image.increments)
         tip = image.increments[-1]
         if not common:
-            # A second merge does not name what the first one took.
             first = branch.chain[0].manifest
             gone = not any(row.source in self.listed for row in image.increments)
-            merged = gone and first.image == image.uuid and bool(first.replaces) and first.number > tip.id
+            merged = gone and first.image == image.uuid and tip.id <= standing.merged_to(image, first)
             return (1, 0, 0, 0) if merged else (0,)
         same = branch.chain[-1].manifest.point == tip.point
         return (2 + same, tip.point in held, branch.image.installation == image.installation, common)

@@ -22,10 +22,11 @@ from vmkeep.needed import number_of, numbers
 if TYPE_CHECKING:
     from backupcore.context import Context
     from backupcore.datastore import Datastore
+    from backupcore.manifest import Manifest
     from backupcore.survey import Found
     from vmkeep.workplace import Workplace
 
-__all__ = ["Held", "Standing", "current", "hold", "look", "remedy", "stands"]
+__all__ = ["Held", "Standing", "current", "hold", "look", "merged_to", "remedy", "stands"]
 
 log = logging.getLogger("vmkeep.standing")
 
@@ -107,7 +108,9 @@ def look(
         found = next((one for one in same if _is(row, _looked(store, one, looked, ctx))), None)
         if found is not None:
             moved[row.id] = found.source
-        elif any(_stands_for(row, _looked(store, one, looked, ctx)) for one in fulls if number_of(one) >= row.id):
+        elif any(
+            row.id <= number_of(one) and _stands_for(image, row, _looked(store, one, looked, ctx)) for one in fulls
+        ):
             superseded.append(row)
         elif seen or _is_gone(store, row, ctx):
             lost[row.id] = (
@@ -188,11 +191,21 @@ def _is(row: Increment, found: Found | None) -> bool:
     return found is not None and (found.digest, found.manifest.point) == (row.digest, row.point)
 
 
-def _stands_for(row: Increment, found: Found | None) -> bool:
-    """Whether a full is that into which an increment was merged; a second merge does not name what the first took."""
-    if found is None:
-        return False
-    return row.point in found.manifest.replaces or (bool(found.manifest.replaces) and found.manifest.number >= row.id)
+def _stands_for(image: Image, row: Increment, found: Found | None) -> bool:
+    """Whether a full is that into which an increment was merged."""
+    return found is not None and row.id <= merged_to(image, found.manifest)
+
+
+def merged_to(image: Image, manifest: Manifest) -> int:
+    """The last increment of an image that went into a full, with all before it; -1 if none did.
+
+    A second merge does not name what the first one took: that came before all that it names. An increment that has the
+    number of one that is named, and is another, is at another end of the chain.
+    """
+    if not manifest.replaces:
+        return -1
+    named = [one.id for one in image.increments if one.point in manifest.replaces]
+    return max([manifest.number - len(manifest.replaces), *named])
 
 
 def stands(place: Workplace, store: Datastore, image: Image, ctx: Context) -> Standing | None:

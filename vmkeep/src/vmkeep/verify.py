@@ -49,8 +49,8 @@ def verify(
 
     `sample` is the share of the data that is read. Where something is damaged the image is marked so: the next backup
     begins a new one, and retention leaves it alone. The mark goes once all of it was read and is well. Where increments
-    have gone into a full that the catalog does not know, that is told, with the remedy, and nothing is marked. Nor is
-    anything where the state folder is full or read-only, with a warning if something is damaged.
+    have gone into a full that the catalog does not know nothing is read, and that is told, with the remedy; it marks
+    nothing. Nor is anything marked where the state folder is full or read-only, with a warning if something is damaged.
     """
     image = images.find(place.catalog_if_any, reference)
     with lock.image_read(place.state, image):
@@ -64,16 +64,18 @@ def verify(
                 image = stands.image
                 chain = image.increments if number is None else lineage(image, number)
             if stands is not None and stands.superseded:
-                return Result(image=image, increments=_superseded(chain, stands), sample=0, superseded=True)
-            same = place.same_place(image.datastore)
-            with same.blamed(ctx):
-                found = core.verify(store, image, chain, ctx, sample=sample)
-            if any(one.problem for one in found):
-                same.look(ctx)  # else an unmounted disk would be damage
-            if stands is not None:
-                lost = stands.lost
-                found = [replace(one, problem=lost.get(one.increment.id, one.problem)) for one in found]
-        result = Result(image=image, increments=tuple(found), sample=sample)
+                sample = 0
+                found = _superseded(chain, stands)
+                if not any(one.id in stands.lost for one in chain):
+                    return Result(image=image, increments=found, sample=sample, superseded=True)
+            else:
+                with place.same_place(image.datastore).blamed(ctx):
+                    found = tuple(core.verify(store, image, chain, ctx, sample=sample))
+                if any(one.problem for one in found):
+                    place.same_place(image.datastore).look(ctx)  # else an unmounted disk would be damage
+                lost = stands.lost if stands is not None else {}
+                found = tuple(replace(one, problem=lost.get(one.increment.id, one.problem)) for one in found)
+        result = Result(image=image, increments=found, sample=sample)
         try:
             if not result.ok:
                 images.mark(place.catalog, image, damaged=True)
