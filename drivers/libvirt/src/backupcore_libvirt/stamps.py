@@ -85,7 +85,10 @@ def changed(then: Sequence[Stamp], now: Sequence[Stamp]) -> str:
         if all(inode) and inode[0] != inode[1]:
             return f"{path}, on which it lies, was exchanged since the last backup"
         if any(all(pair) and pair[0] != pair[1] for pair in written):
-            return f"{path}, on which it lies, was written to since the last backup"
+            return (
+                f"{path}, on which it lies, was changed since the last backup: something has written to it, or has "
+                "added or removed a bitmap in it"
+            )
     return ""
 
 
