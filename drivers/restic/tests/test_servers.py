@@ -10,7 +10,7 @@ import pytest
 from restic_odd import BrokenArtifact
 
 from backupcore.context import Context
-from backupcore.errors import BackupError, HypervisorError, Locked, SourceNotFound, TargetUnavailable
+from backupcore.errors import AccessDenied, BackupError, HypervisorError, Locked, SourceNotFound, TargetUnavailable
 from backupcore.model import BackupRun, BytesArtifact
 from backupcore_restic import Restic
 from lab.servers import free_port, rclone, sshd
@@ -101,6 +101,30 @@ def test_a_server_that_deletes_nothing(
         broken = [BrokenArtifact("disk.vdb.qcow2", 4 << 20), *make_artifacts()]
         with pytest.raises(HypervisorError):
             driver.backup(broken, make_run(), ctx)
+
+
+def test_a_server_whose_storage_is_away_need_not_have_lost_its_password(
+    options: Callable[..., Restic],
+    ctx: Context,
+    make_run: Callable[..., BackupRun],
+    make_artifacts: Callable[..., list[BytesArtifact]],
+    tmp_path: Path,
+) -> None:
+    """One that keeps in mind what it has served shows a configuration and no key: restic takes that for a password."""
+    place = tmp_path / "served"
+    place.mkdir()
+    with rclone(place, "restic") as port:
+        driver = options(f"rest:http://127.0.0.1:{port}/")
+        driver.prebackup(make_run(), ctx)
+        source = driver.backup(make_artifacts(), make_run(), ctx).source
+        place.rename(tmp_path / "away")
+        place.mkdir()
+        with pytest.raises(AccessDenied, match="no key found") as caught:
+            driver.prebackup(make_run(builds_on=(source,)), ctx)
+        assert "is the storage of its server mounted?" in caught.value.hint
+        with pytest.raises(AccessDenied):
+            driver.prebackup(make_run(), ctx)
+        assert not list(place.iterdir()), "nothing is begun anew there"
 
 
 def test_a_server_that_has_gone(table: dict[str, object], options: Callable[..., Restic], ctx: Context) -> None:

@@ -64,7 +64,10 @@ RULES = (
     Rule(
         AccessDenied,
         r"wrong password or no key found",
-        "Check the password file or command of this datastore.",
+        # rclone shows no key and still the configuration, which it keeps in memory, where its disk is not mounted. What
+        # keys there are restic tells only with one of them.
+        "Check the password file or command of this datastore. restic says the same of a repository without a key: is "
+        "the storage of its server mounted?",
         (12,),
     ),
     Rule(
