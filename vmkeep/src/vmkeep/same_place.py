@@ -58,14 +58,15 @@ class SamePlace:
     def prebackup(self, run: BackupRun, ctx: Context) -> Generator[None, object, object]:
         """The place may get its identity here, if this is its first backup.
 
-        Where the run builds on something the driver begins nothing anew, and looks at the same time: some stores take
-        half a second to say who they are. The answer is there before anything of the guest is touched.
+        Where the run builds on something the driver begins nothing anew, and looks at the same time, unless this run
+        has just looked, for its listing: some stores take half a second to say who they are. The answer is there before
+        anything of the guest is touched.
         """
         if not run.builds_on:
             self.look(ctx, make=True)
             return (yield)
         with ThreadPoolExecutor(1, "same-place") as beside:
-            looked = beside.submit(self.look, ctx, make=True)
+            looked = beside.submit(self._once, ctx, make=True)
             ctx.on_touch(looked.result)
             try:
                 return (yield)
@@ -128,10 +129,10 @@ class SamePlace:
 
     # Looking
 
-    def _once(self, ctx: Context) -> None:
+    def _once(self, ctx: Context, *, make: bool = False) -> None:
         with self._lock:
-            if ctx not in self._looked:
-                self.look(ctx)
+            if ctx not in self._looked or (make and not places.known(self._catalog(), self._name)):
+                self.look(ctx, make=make)
 
     def look(self, ctx: Context, *, make: bool = False) -> None:
         """TargetUnavailable unless this is the place that the catalog knows, or it knows none.
