@@ -9,7 +9,7 @@ from contextlib import nullcontext
 
 from lab import clock
 from lab.host import Host
-from tests.random_life.world import NotNow, World, told
+from tests.random_life.world import UNAVAILABLE, WARNED, NotNow, World, told
 
 DAY = 86400
 
@@ -19,6 +19,7 @@ class Hosts:
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self._kept: dict[str, int] = {}
         self.deeds: dict[Callable[[], None], int] = {
             self.rename: 1,
             self.step_the_clock: 2,
@@ -62,6 +63,7 @@ class Hosts:
         kept = host.folder / "kept"
         shutil.rmtree(kept, ignore_errors=True)
         self.world.tool("cp", "-a", str(host.state), str(kept))
+        self._kept[host.folder.name] = self.world.emptied
 
     def put_the_state_back(self) -> None:
         """Its catalog knows nothing of what was done since; nothing is lost by that."""
@@ -76,6 +78,11 @@ class Hosts:
             host.run("recover", host.vm.name)
         shutil.rmtree(host.state)
         self.world.tool("cp", "-a", str(kept), str(host.state))
+        if self.world.emptied > self._kept[host.folder.name]:  # the place is another one since, and meant
+            done = host.run("datastore", "check", "nas")
+            assert done.code in (0, WARNED, UNAVAILABLE), told(done)
+            if done.code == UNAVAILABLE:
+                host.ask("datastore", "adopt", "nas", "--yes")
         self.world.behind.add(host.folder.name)
         self._doubt("its state was put back")
         self.world.restorable(3)

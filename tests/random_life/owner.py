@@ -32,7 +32,12 @@ class Owner:
             if grow > 64 * MIB or world.any_job():
                 raise NotNow
             world.say(f"{disk} to {grow}")
-            world.vm.domain.blockResize(disk, grow, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+            try:
+                world.vm.domain.blockResize(disk, grow, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+            except libvirt.libvirtError as error:
+                if "is inconsistent" not in str(error):  # after a crash of QEMU, until the next backup
+                    raise
+                world.say("(a bitmap hinders it)")
             return
         wanted = world.choice.choice([grow if grow <= 64 * MIB else size, max(4 * MIB, size - 2 * MIB)])
         world.say(f"{disk} to {wanted}")
@@ -55,6 +60,8 @@ class Owner:
     def attach_or_detach(self) -> None:
         world = self.world
         if "vdc" not in world.vm.targets():
+            if "ua-vdc" in world.vm.domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE):
+                raise NotNow  # attached while the VM's memory was saved, it is there from the next start on
             flags = libvirt.VIR_DOMAIN_AFFECT_CONFIG | (libvirt.VIR_DOMAIN_AFFECT_LIVE if world.vm.active else 0)
             world.vm.domain.attachDeviceFlags(self.spare_xml(), flags)
         elif not world.vm.active and world.vm.disk("vdc") == world.spare:

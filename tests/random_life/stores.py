@@ -98,6 +98,7 @@ class Stores:
         for path in world.store.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         world.due.clear()
+        world.emptied += 1
         for one in world.hosts:
             if one.recorded():
                 done = one.run("backup", world.vm.name)

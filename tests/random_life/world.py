@@ -53,6 +53,7 @@ class World:
         self.doubtful: list[str] = []
         self.behind: set[str] = set()
         self.flattening: set[str] = set()
+        self.emptied = 0
         self.at = self.first.uri
         self.runtime = Path("/run/libvirt")
         self.suspended = False
