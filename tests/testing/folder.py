@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import backupcore
 from backupcore import hookimpl
@@ -100,6 +100,36 @@ class Folder:
     def _there(self) -> None:
         if not self.path.is_dir():
             raise TargetUnavailable(f"{self.path} is away")
+
+
+@backupcore.driver
+class Filled(Folder):
+    """A folder whose `backup` is made of parts that a subclass can replace."""
+
+    def token(self, run: Any, artifacts: Any) -> str:
+        return new_id()
+
+    def keep(self, artifact: Artifact, folder: Path) -> None:
+        write(artifact, folder / artifact.name)
+
+    def labels(self, run: Any) -> dict[str, str]:
+        return run.labels
+
+    @hookimpl
+    def backup(self, artifacts, run, ctx):
+        token = self.token(run, artifacts)
+        part = self.path / f".{token}.{new_id()}"
+        part.mkdir()
+        try:
+            for artifact in artifacts:
+                self.keep(artifact, part)
+            (part / ".labels").write_text(json.dumps(self.labels(run)))
+            shutil.rmtree(self.path / token, ignore_errors=True)
+            part.rename(self.path / token)
+        except BaseException:
+            shutil.rmtree(part)
+            raise
+        return Stored(source=SourceRef(token))
 
 
 def write(artifact: Artifact, path: Path) -> None:

@@ -13,7 +13,7 @@ from backupcore.testing import DriverKit, MemoryDriver, Target, Verdict, chosen,
 from backupcore.testing.bench import Bench
 from backupcore.testing.life import NoVM
 from backupcore.testing.memory import CopyingMemoryDriver
-from tests.testing import broken
+from tests.testing.broken import answers, opening
 from tests.testing.contract_1.shelf import Shelf
 from tests.testing.depot import Depot
 from tests.testing.folder import Folder, tamper
@@ -76,7 +76,7 @@ class TestSome(DriverKit):
         assert target.name == "MemoryDriver"
 
 
-@pytest.mark.parametrize("driver", [broken.Undecorated, broken.Singular, broken.Stringy])
+@pytest.mark.parametrize("driver", [opening.Undecorated, opening.Singular, answers.Stringy])
 def test_one_cause_is_one_failure(driver: type, tmp_path: Path):
     options = {"path": str(tmp_path)}
     results = examine(Target(driver=driver, options=options), folder=tmp_path)
