@@ -6,12 +6,13 @@ All of these raise a ContractViolation that says what is wrong with the answer; 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from backupcore.errors import ContractViolation
 from backupcore.model import Artifact, Listed, SourceRef, Stored, Usage, check_name
 
-__all__ = ["checked_artifacts", "checked_listed", "checked_stored", "checked_usage"]
+__all__ = ["checked_artifacts", "checked_listed", "checked_locks", "checked_stored", "checked_usage"]
 
 
 def checked_stored(hook: str, stored: object) -> Stored:
@@ -57,6 +58,16 @@ def checked_listed(found: object) -> list[Listed]:
         _check_bytes(f"sources gave {one.source} with size", one.size)
         listed.append(one)
     return listed
+
+
+def checked_locks(found: Mapping[Any, Any]) -> dict[SourceRef, datetime | None]:
+    """The answer to `locks`. A time without a zone is refused: hours off, it says nothing of when a lock ends."""
+    for source, until in found.items():
+        if not isinstance(source, SourceRef):
+            raise ContractViolation(f"locks gave a source that is no SourceRef but {type(source).__name__}")
+        if until is not None and (not isinstance(until, datetime) or until.utcoffset() is None):
+            raise ContractViolation(f"locks gave {source} until {until!r:.80}, neither a time with its zone nor None")
+    return dict(found)
 
 
 def checked_usage(found: Usage) -> Usage:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import pluggy
 
 from backupcore import hookspecs
-from backupcore.answers import checked_artifacts, checked_listed, checked_stored, checked_usage
+from backupcore.answers import checked_artifacts, checked_listed, checked_locks, checked_stored, checked_usage
 from backupcore.context import Context
 from backupcore.errors import BackupError, ContractViolation
 from backupcore.exact import Exact
@@ -212,7 +212,8 @@ class Datastore:
         """Those of these sources that the datastore would not delete now, and until when; {} where it cannot say."""
         if not sources or not self.implements("locks"):
             return {}
-        return dict(self._answer("locks", Mapping, sources=tuple(sources), ctx=ctx))
+        with self._translated("locks"):
+            return checked_locks(self._answer("locks", Mapping, sources=tuple(sources), ctx=ctx))
 
     def maintain(self, ctx: Context) -> bool:
         """Let the driver tidy up and look for damage, which may take hours; False if it has nothing of the kind."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ VERBS = {
     "sources": lambda store, ctx: store.sources(ctx),
     "check": lambda store, ctx: store.check(ctx),
     "usage": lambda store, ctx: store.usage(ctx),
+    "locks": lambda store, ctx: store.locks([SOURCE], ctx),
     "maintain": lambda store, ctx: store.maintain(ctx),
 }
 
@@ -193,6 +195,9 @@ ANSWERS = [
     ("delete", lambda: False, "delete did not delete a+"),
     ("check", lambda: False, "check returned False"),
     ("usage", lambda: Usage(used=-1), "usage returned used=-1 cannot be"),
+    ("locks", lambda: {"a+": None}, "locks gave a source that is no SourceRef but str"),
+    ("locks", lambda: {SOURCE: datetime(2999, 1, 1)}, "locks gave a+ until .* neither a time with its zone nor None"),
+    ("locks", lambda: {SOURCE: "2999-01-01"}, "locks gave a+ until '2999-01-01', neither"),
     ("maintain", lambda: "done", "maintain returned str"),
 ]
 

@@ -28,6 +28,9 @@ class Target:
     - `away`: the options of a datastore that does not answer (a folder that is not there, a port that is closed).
     - `stall()`: a context manager; while its block runs the store takes what it is sent and answers nothing.
     - `fail()`: one in whose block the store refuses all that it is to keep or to delete: no room, an error 500.
+    - `lock(source)`: one in whose block the store refuses to delete that source, by a lock of its own.
+    - `new()`: the options of a datastore that is there and empty, another one each time: what it is known by is tried
+      there. It is thrown away by whoever made it.
     - `patience`: seconds after which a cancelled backup must have ended, and every process of one that is over.
     - `large`: the size of the largest artifact that is kept, nearly all of it zeros. Beyond 4 GiB some drivers count
       wrongly; give less only where that takes too long, and a second class that runs less often the rest.
@@ -40,13 +43,15 @@ class Target:
     away: Mapping[str, object] | None = field(default=None, repr=False)
     stall: Callable[[], AbstractContextManager[object]] | None = None
     fail: Callable[[], AbstractContextManager[object]] | None = None
+    lock: Callable[[SourceRef], AbstractContextManager[object]] | None = None
+    new: Callable[[], Mapping[str, object]] | None = None
     patience: float = 30.0
     large: int = (4 << 30) + (1 << 20) + 4097
 
     @property
     def elsewhere(self) -> Target:
         """The same for another process, which gets no functions."""
-        return replace(self, tamper=None, stall=None, fail=None)
+        return replace(self, tamper=None, stall=None, fail=None, lock=None, new=None)
 
     @property
     def kind(self) -> type | None:

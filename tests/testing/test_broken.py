@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tests.testing.broken import (
     listing,
     neighbours,
     opening,
+    optional,
     reading,
     secrecy,
     store,
@@ -27,6 +29,7 @@ from tests.testing.broken import (
 from tests.testing.broken.reading import giving
 from tests.testing.depot import Depot
 from tests.testing.folder import Folder, tamper
+from tests.testing.marked import lock
 from tests.testing.moody import Moody, moody
 
 FAULTS = [
@@ -90,6 +93,9 @@ FAULTS = [
     ("secrets", secrecy.Reading, "the log shows a secret"),
     ("chain", answers.FullsOnly, "an increment became a full"),
     ("damage", answers.Vague, "TargetUnavailable"),
+    ("identity", optional.Fresh, r"identity says \w+ of the same place"),
+    ("identity", optional.Credulous, "whatever place the caller names"),
+    ("new-place", optional.Reserved, "though it was told to make one"),
 ]
 
 ALONE = [
@@ -118,6 +124,26 @@ ALONE = [
     ("large", contents.Short, "comes back with other bytes at 3"),
     ("large", contents.Unsigned, "comes back with other bytes at 429"),
     ("large", contents.Hoarding, "MiB of memory are held while a disk of"),
+    ("identity", optional.Renaming, r"identity says \w+.again of the same place"),
+    ("identity", optional.Counting, "a backup ago"),
+    ("identity", optional.Loyal, "a datastore that does not answer has an identity"),
+    ("identity", optional.Mounting, "a datastore that does not answer has an identity"),
+    ("new-place", optional.Hasty, "that nobody has told it to make"),
+    ("new-place", optional.Racing, "in the same moment get 4"),
+    ("new-place", optional.Alike, "two places have one identity"),
+    ("locks", optional.Over, "a lock that was over at 2"),
+    ("locks", optional.Zoneless, "neither a time with its zone nor None"),
+    ("locks", optional.Everything, "a source that is not there: 0000"),
+    ("locks", optional.Unasked, "that it was not asked for: ffff"),
+    ("locks", optional.Unlocked, "does not name a backup that the store locks"),
+    ("locks", optional.Forcing, "delete deletes what locks calls locked"),
+    ("locks", optional.Sealed, "delete deletes what locks calls locked"),
+    ("sources-of", optional.Fulls, "lacks 1 of the 4 backups"),
+    ("sources-of", optional.Own, "lacks . of the 4 backups"),
+    ("sources-of", optional.Everyones, "what sources does not list"),
+    ("sources-of", optional.Bare, "other labels than sources"),
+    ("sources-of", optional.Doubling, "more than once"),
+    ("sources-of", optional.Keeping, "what sources does not list"),
 ]
 
 
@@ -152,6 +178,8 @@ def target_of(driver: type, why: str, tmp_path: Path, server: Moody) -> Target:
         secrets=("hunter2",),
         patience=1.0 if impatient else 60.0,
         away={**options, "path": str(tmp_path / "nowhere")},
+        lock=lock(store),
+        new=lambda: {**options, "path": tempfile.mkdtemp(dir=tmp_path)},
     )
 
 

@@ -17,6 +17,7 @@ from tests.testing.broken import answers, opening
 from tests.testing.contract_1.shelf import Shelf
 from tests.testing.depot import Depot
 from tests.testing.folder import Folder, tamper
+from tests.testing.marked import Marked, lock
 from tests.testing.moody import moody
 
 
@@ -40,6 +41,24 @@ class TestFolder(DriverKit):
             tamper=tamper(folder),
             secrets=("hunter2",),
             away={"path": str(folder / "nowhere")},
+        )
+
+
+class TestMarked(DriverKit):
+    """Its optional hooks, which the others lack; what the rest looks at is Folder's."""
+
+    checks = chosen(["hooks", "answers", "identity", "new-place", "sources-of", "delete", "locks"])
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def target(cls, tmp_path_factory: pytest.TempPathFactory) -> Target:
+        folder = tmp_path_factory.mktemp("store")
+        return Target(
+            driver=Marked,
+            options={"path": str(folder)},
+            away={"path": str(folder / "nowhere")},
+            lock=lock(folder),
+            new=lambda: {"path": str(tmp_path_factory.mktemp("new"))},
         )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from backupcore.errors import SourceNotFound
-from backupcore.testing.bench import Bench, Failed
+from datetime import UTC, datetime
+
+from backupcore.errors import Locked, SourceNotFound
+from backupcore.model import SourceRef
+from backupcore.testing.bench import Bench, Failed, Kept, NotApplicable
 from backupcore.testing.life import digest
 
 
@@ -49,3 +52,60 @@ def delete(bench: Bench) -> None:
         bench.open().delete(sources, ctx)
     if bench.ours(vm):
         raise Failed("a deleted backup is still listed")
+
+
+def locks(bench: Bench) -> None:
+    """locks() names those of the sources that delete would refuse, and until when, and no others."""
+    if not bench.open().implements("locks"):
+        raise NotApplicable("the driver has no locks: a lock is told by the delete that it refuses")
+    vm = bench.vm()
+    kept, gone = bench.keep(run=bench.run(vm)), bench.keep(run=bench.run(vm))
+    absent = [SourceRef("0" * 32)]
+    with bench.context() as ctx:
+        try:
+            bench.open().delete([gone.source], ctx)
+            absent.append(gone.source)
+        except Locked as error:  # a place that locks whatever is written
+            bench.tell(error)
+    _deletes(bench, kept, locked=kept.source in _locked(bench, kept, absent))
+    if bench.target.lock is None:
+        return
+    held = bench.keep(run=bench.run(vm))
+    with bench.target.lock(held.source):
+        if held.source not in _locked(bench, held, absent):
+            raise Failed("locks does not name a backup that the store locks")
+        _deletes(bench, held, locked=True)
+    if held.source in _locked(bench, held, absent):
+        raise Failed("locks names a backup whose lock is over")
+    _deletes(bench, held, locked=False)
+
+
+def _locked(bench: Bench, kept: Kept, absent: list[SourceRef]) -> dict[SourceRef, datetime | None]:
+    """What `locks` says of a backup that is there, with others that are not."""
+    with bench.context() as ctx:
+        found = bench.open().locks([*absent, kept.source], ctx)
+    now = datetime.now(UTC)
+    for source, until in found.items():
+        if source in absent:
+            raise Failed(f"locks names a source that is not there: {source}")
+        if source != kept.source:
+            raise Failed(f"locks names a source that it was not asked for: {source}")
+        if until is not None and until <= now:
+            raise Failed(f"locks names a lock that was over at {until}")
+    bench.same(kept)
+    return found
+
+
+def _deletes(bench: Bench, kept: Kept, *, locked: bool) -> None:
+    """Delete, which must be refused as `locks` has said."""
+    try:
+        with bench.context() as ctx:
+            bench.open().delete([kept.source], ctx)
+    except Locked as error:
+        bench.tell(error)
+        if not locked:
+            raise Failed(f"delete is refused by a lock that locks does not name: {error}") from error
+        bench.same(kept)
+        return
+    if locked:
+        raise Failed("delete deletes what locks calls locked")

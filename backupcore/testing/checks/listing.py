@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 
+from backupcore.model import VM, SourceRef
 from backupcore.testing import processes
-from backupcore.testing.bench import Bench, Failed, Kept
+from backupcore.testing.bench import Bench, Failed, Kept, NotApplicable
 from backupcore.testing.given import Held
 from backupcore.testing.life import DATE
 
@@ -63,3 +64,39 @@ def only_complete(bench: Bench) -> None:
         raise Failed("a backup is listed before all of it is stored")
     if [one.source for one in bench.ours(vm)] != [done[0].source]:
         raise Failed("a backup that is done is not listed")
+
+
+def sources_of(bench: Bench) -> None:
+    """sources_of() lists of a VM, whatever its name and whoever took them, all that sources() lists, and as that."""
+    if not bench.open().implements("sources_of"):
+        raise NotApplicable("the driver has no sources_of: all its sources are asked for")
+    vm = bench.vm()
+    full = bench.keep(run=bench.run(vm))
+    bench.keep(run=bench.run(vm, parent=full.run.point, builds_on=[full.source]))
+    bench.keep(run=bench.run(VM(uuid=vm.uuid, name="renamed"), installation="b" * 32))
+    bench.keep(run=bench.run(bench.vm(vm.name)))
+    gone = bench.keep(run=bench.run(vm))
+    _of(bench, vm)
+    with bench.context() as ctx:
+        bench.open().delete([gone.source], ctx)
+    _of(bench, vm)
+    _of(bench, bench.vm())
+
+
+def _of(bench: Bench, vm: VM) -> None:
+    """Hold what is listed of a VM against what is listed of all. Others' backups may be in the answer."""
+    wanted = {one.source: dict(one.labels) for one in bench.ours(vm)}
+    with bench.context() as ctx:
+        listed = bench.open().sources(ctx, vm.uuid)
+    found: dict[SourceRef, dict[str, str]] = {}
+    for one in listed:
+        if one.source in found:
+            raise Failed("sources_of lists a backup more than once")
+        found[one.source] = dict(one.labels)
+    if missing := wanted.keys() - found.keys():
+        raise Failed(f"sources_of lacks {len(missing)} of the {len(wanted)} backups of a VM that sources lists")
+    mine = {source for source, labels in found.items() if labels.get("vm") == vm.uuid}
+    if mine - wanted.keys():
+        raise Failed("sources_of lists as a backup of a VM what sources does not list as one")
+    if any(found[source] != labels for source, labels in wanted.items()):
+        raise Failed("sources_of gives a backup other labels than sources")
