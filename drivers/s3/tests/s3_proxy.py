@@ -5,7 +5,8 @@ from __future__ import annotations
 import http.client
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
@@ -185,6 +186,35 @@ class Proxy:
 
         self._rule(pattern, act, 1 << 30)
 
+    # For the time of a block
+
+    @contextmanager
+    def stall(self) -> Iterator[None]:
+        """Take every request, and answer none before the end of the block."""
+        over = threading.Event()
+        with self._only_now("", lambda _: over.wait(120) and None):
+            try:
+                yield
+            finally:
+                over.set()
+
+    @contextmanager
+    def fail(self) -> Iterator[None]:
+        """Refuse whatever would change anything: there is no room, and nothing goes."""
+        body = b"<Error><Code>InsufficientStorage</Code><Message>no room</Message></Error>"
+        refused = Answer(507, [("Content-Type", "application/xml")], body)
+        with self._only_now("^(PUT|POST|DELETE)", lambda _: refused):
+            yield
+
+    @contextmanager
+    def _only_now(self, pattern: str, act: Callable[[Request], Answer | None]) -> Iterator[None]:
+        rule = Rule(re.compile(pattern), 1 << 30, act)
+        self._rules.insert(0, rule)
+        try:
+            yield
+        finally:
+            self._rules.remove(rule)
+
     # Passing on
 
     def _handle(self, handler: BaseHTTPRequestHandler) -> None:
@@ -196,7 +226,7 @@ class Proxy:
             self.seen.append(line)
             self.sent += len(body)
             rules = []
-            for rule in self._rules:
+            for rule in list(self._rules):
                 if rule.times and rule.pattern.search(line):
                     rule.times -= 1
                     rules.append(rule)

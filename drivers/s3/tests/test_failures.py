@@ -320,6 +320,37 @@ def test_a_cancel_while_the_server_hangs(
     assert isinstance(errors[0], Cancelled)
 
 
+QUESTIONS: dict[str, Callable[[S3, BackupRun, Context], object]] = {
+    "prebackup": lambda driver, run, ctx: driver.prebackup(run, ctx),
+    "sources": lambda driver, _, ctx: driver.sources(ctx),
+    "sources_of": lambda driver, run, ctx: driver.sources_of(run.vm.uuid, ctx),
+    "restore": lambda driver, run, ctx: driver.restore(SourceRef(f"{run.vm.uuid}.{run.id}"), ctx),
+    "identity": lambda driver, _, ctx: driver.identity(True, ctx),
+    "check": lambda driver, _, ctx: driver.check(ctx),
+    "usage": lambda driver, _, ctx: driver.usage(ctx),
+}
+
+
+@pytest.mark.parametrize("hook", QUESTIONS)
+def test_a_question_that_the_server_does_not_answer_ends_with_a_cancel(
+    through: S3, proxy: Proxy, ctx: Context, make_run: Runs, wait_for: Callable[..., None], hook: str
+) -> None:
+    cancels: list[float] = []
+
+    def cancel() -> None:
+        wait_for(lambda: proxy.seen)
+        cancels.append(time.monotonic())
+        ctx.cancel()
+
+    thread = threading.Thread(target=cancel)
+    with proxy.stall():
+        thread.start()
+        with pytest.raises(Cancelled):
+            QUESTIONS[hook](through, make_run(), ctx)
+        assert time.monotonic() - cancels[0] < 5, "the server is given 30 s, and is asked four times"
+    thread.join()
+
+
 def test_a_server_that_knows_no_checksums(
     through: S3, proxy: Proxy, ctx: Context, make_run: Runs, make_artifacts: Artifacts
 ) -> None:

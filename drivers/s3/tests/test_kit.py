@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
+from s3_proxy import Proxy
 
-from backupcore.model import SourceRef
-from backupcore.testing import DriverKit, Target
+from backupcore.manifest import NAME as MANIFEST
+from backupcore.model import SourceRef, new_id
+from backupcore.testing import DriverKit, Target, chosen
 from lab.s3_server import ACCESS_KEY, SECRET_KEY, SeaweedFS
 
 
@@ -27,13 +30,28 @@ def tamper(client: Any, bucket: str) -> Callable[[SourceRef, str], None]:
     return change
 
 
-def target(url: str, credentials: Path) -> Target:
+def lock(client: Any, bucket: str) -> Callable[[SourceRef], AbstractContextManager[None]]:
+    """A legal hold on the manifest."""
+
+    @contextmanager
+    def locked(source: SourceRef) -> Iterator[None]:
+        key = f"kit/{source.token.replace('.', '/')}/{MANIFEST}"
+        client.put_object_legal_hold(Bucket=bucket, Key=key, LegalHold={"Status": "ON"})
+        yield
+        client.put_object_legal_hold(Bucket=bucket, Key=key, LegalHold={"Status": "OFF"})
+
+    return locked
+
+
+def target(url: str, credentials: Path, *, bucket: str = "conformance", proxy: Proxy | None = None) -> Target:
+    """A bucket of the server; behind a proxy it is one with locks, and stalls and fails as the proxy does."""
     client = boto3.client(
         "s3", endpoint_url=url, region_name="us-east-1", aws_access_key_id=ACCESS_KEY, aws_secret_access_key=SECRET_KEY
     )
-    client.create_bucket(Bucket="conformance")
+    client.create_bucket(Bucket=bucket, ObjectLockEnabledForBucket=proxy is not None)
+    url = proxy.url if proxy else url
     options = {
-        "bucket": "conformance",
+        "bucket": bucket,
         "prefix": "kit",
         "endpoint_url": url,
         "credentials_file": str(credentials),
@@ -43,9 +61,13 @@ def target(url: str, credentials: Path) -> Target:
     return Target(
         driver="s3",
         options=options,
-        tamper=tamper(client, "conformance"),
+        tamper=tamper(client, bucket),
         secrets=(SECRET_KEY,),
         away={**options, "endpoint_url": "http://127.0.0.1:9"},
+        new=lambda: {**options, "prefix": new_id()},
+        stall=proxy.stall if proxy else None,
+        fail=proxy.fail if proxy else None,
+        lock=lock(client, bucket) if proxy else None,
         large=80 << 20,  # a server on this machine takes minutes for 4 GiB
     )
 
@@ -57,6 +79,27 @@ class TestSeaweedFS(DriverKit):
     @classmethod
     def target(cls, seaweed: SeaweedFS, credentials: Path) -> Target:
         return target(seaweed.url, credentials)
+
+
+class TestTroubledSeaweedFS(DriverKit):
+    """It refuses, and it locks."""
+
+    tidy = False
+    checks = chosen(["refused-writes", "locks"])
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def target(cls, seaweed: SeaweedFS, credentials: Path) -> Iterator[Target]:
+        proxy = Proxy(seaweed.url)
+        yield target(seaweed.url, credentials, bucket="troubled", proxy=proxy)
+        proxy.stop()
+
+
+@pytest.mark.soak  # a backup that has begun to write tries for 20 s to remove that
+class TestStalledSeaweedFS(TestTroubledSeaweedFS):
+    """It says nothing."""
+
+    checks = chosen(["stalled"])
 
 
 @pytest.mark.soak

@@ -5,8 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
-__all__ = ["Crew"]
+__all__ = ["Crew", "answered"]
+
+T = TypeVar("T")
 
 PATIENCE = 5.0
 """Seconds that a request under way has to end after an error or a cancel. One that hangs longer is left behind: its
@@ -21,10 +24,18 @@ class Crew:
     `failed` is called as soon as the work cannot succeed any more, before requests that hang are waited for.
     """
 
-    def __init__(self, workers: int, check: Callable[[], None], failed: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        workers: int,
+        check: Callable[[], None],
+        failed: Callable[[], None] = lambda: None,
+        *,
+        patience: float = PATIENCE,
+    ) -> None:
         self._workers = workers
         self._check = check
         self._failed = failed
+        self._patience = patience
         self._changed = threading.Condition()  # guards all below
         self._running = 0
         self._error: BaseException | None = None
@@ -52,6 +63,12 @@ class Crew:
         if self._error is not None:
             raise self._error
 
+    def answer(self, job: Callable[[], T]) -> T:
+        """Do one job, and return what it gives."""
+        answers: list[T] = []
+        self.work([lambda: answers.append(job())], 1)
+        return answers[0]
+
     def _wait(self) -> None:
         while True:
             self._check()
@@ -63,7 +80,7 @@ class Crew:
     def _leave(self) -> None:
         if self._error is not None:
             self._failed()
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + self._patience
         with self._changed:
             while self._running and (left := end - time.monotonic()) > 0:
                 self._changed.wait(left)
@@ -87,3 +104,11 @@ class Crew:
             with self._changed:
                 self._running -= 1
                 self._changed.notify_all()
+
+
+def answered(check: Callable[[], None], question: Callable[[], T]) -> T:
+    """The answer to something that is only looked at, which nobody waits for once `check` raises.
+
+    A request hears of no cancel: botocore waits for its answer, and asks again, for minutes.
+    """
+    return Crew(1, check, patience=0.0).answer(question)

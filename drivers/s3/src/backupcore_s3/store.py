@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from backupcore.errors import AccessDenied, BackupError, IncrementImpossible, Locked, SourceNotFound, TargetUnavailable
 from backupcore.model import Artifact, BackupRun, Listed, Merge, SourceRef, Stored, Usage, new_id
 from backupcore_s3.bucket import Bucket
-from backupcore_s3.crew import Crew
+from backupcore_s3.crew import Crew, answered
 from backupcore_s3.failures import code, is_absent, is_unknown_to_server
 from backupcore_s3.flatten import assemble, cannot_copy, cut, totals
 from backupcore_s3.keys import MANIFEST, MARKER, UNFINISHED, Place
@@ -51,8 +51,14 @@ class Store:
 
     def prepare(self, run: BackupRun, ctx: Context) -> None:
         """The bucket answers and takes writes, the chain is still there; what died of this installation is swept."""
+        places = answered(ctx.check, lambda: self._prepared(run, ctx))
+        # Once it is certain that nobody else works on this VM.
+        ctx.on_touch(lambda: answered(ctx.check, lambda: self._sweep(places, run, ctx)))
+
+    def _prepared(self, run: BackupRun, ctx: Context) -> dict[Place, dict[str, int]]:
         bucket = self.bucket
         places = dict(self._places(f"{run.vm.uuid}/", ctx))
+        ctx.check()
         for source in run.builds_on:
             place = Place.of_token(source.token)
             if place is None or MANIFEST not in places.get(place, {}):
@@ -63,11 +69,11 @@ class Store:
         probe = Place.new(run.vm.uuid).key(UNFINISHED)
         answer = bucket.call("create_multipart_upload", "beginning an upload", Key=probe, **bucket.how(probe))
         bucket.abort(probe, answer["UploadId"])
-        # Once it is certain that nobody else works on this VM.
-        ctx.on_touch(lambda: self._sweep(places, run, ctx))
+        return places
 
     def _sweep(self, places: dict[Place, dict[str, int]], run: BackupRun, ctx: Context) -> None:
         for place, names in places.items():
+            ctx.check()
             if UNFINISHED not in names:
                 continue
             try:
@@ -137,6 +143,9 @@ class Store:
 
     def restore(self, source: SourceRef, ctx: Context) -> Sequence[Artifact]:
         """The artifacts of a source; its objects are listed, and not yet read."""
+        return answered(ctx.check, lambda: self._restored(source, ctx))
+
+    def _restored(self, source: SourceRef, ctx: Context) -> Sequence[Artifact]:
         place = Place.of_token(source.token)
         names = dict(self._places(place.folder, ctx)).get(place, {}) if place else {}
         if place is None or MANIFEST not in names:
@@ -151,6 +160,9 @@ class Store:
 
     def sources(self, ctx: Context, vm: str = "") -> list[Listed]:
         """Every source with a manifest (of a VM): one listing, then the labels of each from its manifest's metadata."""
+        return answered(ctx.check, lambda: self._listed(ctx, vm))
+
+    def _listed(self, ctx: Context, vm: str) -> list[Listed]:
         below = f"{vm}/" if vm else ""
         marks: set[str] = set()
         complete = {place: names for place, names in self._places(below, ctx, marks=marks) if MANIFEST in names}
@@ -265,6 +277,9 @@ class Store:
 
     def identity(self, ctx: Context, *, make: bool) -> str | None:
         """What the marker says; None where there is none. With `make` it is written, if there is none by then."""
+        return answered(ctx.check, lambda: self._identity(ctx, make=make))
+
+    def _identity(self, ctx: Context, *, make: bool) -> str | None:
         found = self._marker(ctx)
         if found is None and make:
             data = f"{new_id()}\n".encode()
@@ -307,6 +322,9 @@ class Store:
 
     def check(self, ctx: Context) -> bool:
         """List, write and remove; and does the server honour a condition on a write?"""
+        return answered(ctx.check, lambda: self._checked(ctx))
+
+    def _checked(self, ctx: Context) -> bool:
         bucket = self.bucket
         for _ in bucket.objects(PROBE, "listing"):
             break
@@ -374,11 +392,15 @@ class Store:
 
     def usage(self, ctx: Context) -> Usage:
         """The bytes of all objects below the prefix. S3 tells neither a quota nor what is free."""
-        used = 0
-        for one in self.bucket.objects("", "listing"):
-            ctx.check()
-            used += one.size
-        return Usage(used=used)
+
+        def added() -> int:
+            used = 0
+            for one in self.bucket.objects("", "listing"):
+                ctx.check()
+                used += one.size
+            return used
+
+        return Usage(used=answered(ctx.check, added))
 
 
 def _rest(artifacts: Sequence[Artifact]) -> list[Artifact]:

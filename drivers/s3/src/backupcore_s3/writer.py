@@ -42,7 +42,8 @@ class Writer:
         self._lock = threading.Lock()
         self._done = 0
         self._kept: dict[str, int] = {}
-        bucket.put(self.place.key(UNFINISHED), mark(run), ctx.check)
+        # As all that is asked below but the manifest: a store that does not answer is waited for until a cancel.
+        self.crew.answer(lambda: bucket.put(self.place.key(UNFINISHED), mark(run), ctx.check))
 
     @property
     def stored(self) -> int:
@@ -57,13 +58,14 @@ class Writer:
 
     def begin(self, name: str, *, checksums: bool = True) -> Upload:
         """A multipart upload of one artifact, which `discard` aborts."""
-        upload = Upload(self.bucket, self.place.key(name), self._ctx.check, checksums=checksums)
+        key = self.place.key(name)
+        upload = self.crew.answer(lambda: Upload(self.bucket, key, self._ctx.check, checksums=checksums))
         self.uploads.append(upload)
         return upload
 
     def end(self, artifact: Artifact, upload: Upload) -> None:
         """All parts of `artifact` are there."""
-        upload.complete(artifact.size)
+        self.crew.answer(lambda: upload.complete(artifact.size))
         self.uploads.remove(upload)
         self._kept[artifact.name] = artifact.size
 
@@ -132,13 +134,15 @@ class Writer:
         """Write the manifest, once the store lists all that was kept. From then on the source exists."""
         data = bytes(read_all(manifest))
         what = "looking at what was written"
-        there = {one.key: one.size for one in self.bucket.objects(self.place.folder, what)}
+        listed = self.crew.answer(lambda: list(self.bucket.objects(self.place.folder, what)))
+        there = {one.key: one.size for one in listed}
         expected = {self.place.key(name): size for name, size in self._kept.items()}
         there.pop(self.place.key(UNFINISHED), None)
         if there != expected:
             wrong = sorted(key for key, _ in there.items() ^ expected.items())
             raise IntegrityError(f"{self.bucket.name}: the store lists {wrong[0]} otherwise than it was written")
         self._ctx.check()
+        # Waited for in any case: one that is left behind might publish what was cancelled.
         self._put_manifest(data)
         self._kept[MANIFEST] = len(data)
         self.count(len(data))
