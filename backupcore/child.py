@@ -13,6 +13,7 @@ import ctypes
 import fcntl
 import io
 import os
+import select
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -116,7 +117,7 @@ class Child:
         finally:
             os.close(write)
             os.close(null)
-        self.output = io.FileIO(read)
+        self.output = _Output(read)
 
     @property
     def pid(self) -> int:
@@ -201,6 +202,7 @@ class Child:
         self._signal(signal.SIGKILL)
         if self.release:
             self.release()
+        self.output.end()
 
     def _signal(self, number: int) -> None:
         with suppress(ProcessLookupError):
@@ -245,6 +247,50 @@ class Child:
         if self._code is None:
             self.wait()
         self._close()
+
+
+class _Output(io.RawIOBase):
+    """A child's stdout, unbuffered.
+
+    The end of the child need not be its end: another process may hold it, as the ssh does whose connection others
+    share, for as long as a server that stands still is waited for. `end` ends it for the reader.
+    """
+
+    def __init__(self, handle: int) -> None:
+        super().__init__()
+        self._handle = handle
+        self._ended = os.eventfd(0, os.EFD_CLOEXEC)
+        self._lock = threading.Lock()  # a number that was closed may be another file's by now
+        self._poll = select.poll()
+        for one in (handle, self._ended):
+            self._poll.register(one, select.POLLIN)
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def fileno(self) -> int:
+        """The pipe."""
+        return self._handle
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` with what comes next and return how much; 0 at the end."""
+        ready = {one for one, _ in self._poll.poll()}
+        return os.readv(self._handle, [buffer]) if self._handle in ready else 0
+
+    def end(self) -> None:
+        """Let nobody wait for more, from any thread."""
+        with self._lock:
+            if not self.closed:
+                os.eventfd_write(self._ended, 1)
+
+    def close(self) -> None:
+        """Give it up: the child gets SIGPIPE."""
+        with self._lock:
+            if not self.closed:
+                super().close()
+                os.close(self._handle)
+                os.close(self._ended)
 
 
 def bytes_moved(process: int) -> int | None:

@@ -56,13 +56,15 @@ def make_kind(tmp_path: Path, ssh_server: Sshd, daemon: tuple[int, Path], passwo
             root = module / f"{ODD}{uuid.uuid4().hex}"
             url = f"rsync://me@127.0.0.1:{port}/vms/{root.name}"
             options: dict[str, object] = {"target": url, "password_file": str(password_file)}
+            server = int((module.parent / "pid").read_text())
         else:
             root = tmp_path / ODD
             options = over_ssh(ssh_server, root) if name == "host" else {"target": str(root)}
+            server = ssh_server.process.pid if name == "host" else 0
             if name == "folder by rsync":
                 options["rsync_arguments"] = ["--times"]
         root.mkdir()
-        return Kind(name, root, options)
+        return Kind(name, root, options, server)
 
     return make
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,6 +14,7 @@ from pathlib import Path
 from backupcore.model import VM, Artifact, BackupRun, BytesArtifact, SourceRef, Type, new_id
 from backupcore.options import build
 from backupcore.testing.given import Made
+from backupcore.testing.processes import below
 from backupcore_rsync import Rsync
 from lab.servers import Sshd
 
@@ -24,6 +29,8 @@ class Kind:
     name: str
     root: Path
     options: dict[str, object] = field(repr=False)
+    server: int = 0
+    """The process that serves it; 0 for a folder of this host."""
 
     def driver(self, **more: object) -> Rsync:
         return build(Rsync, self.options | more)
@@ -38,6 +45,41 @@ class Kind:
             for path in self.root.rglob("*")
             if path.parent != self.root or not path.is_dir() or (self.name != "daemon" and not any(path.iterdir()))
         )
+
+    def new(self) -> dict[str, object]:
+        """The options of another empty folder, beside it."""
+        made = self.root.with_name(f"{self.root.name}-{uuid.uuid4().hex}")
+        made.mkdir()
+        return self.options | {"target": str(self.options["target"]).replace(self.root.name, made.name)}
+
+    @contextmanager
+    def fail(self) -> Iterator[None]:
+        """In the place of the folder is a file: nothing can be written below it, and nothing removed."""
+        away = self.root.with_name("away")
+        self.root.rename(away)
+        self.root.touch()
+        try:
+            yield
+        finally:
+            self.root.unlink()
+            away.rename(self.root)
+
+    @contextmanager
+    def stall(self) -> Iterator[None]:
+        """The server and all that it has begun stand still; what is sent to it waits."""
+        stopped: list[int] = []
+        # The server first, so that nothing is begun meanwhile.
+        while new := [one for one in (self.server, *(pid for pid, _ in below(self.server))) if one not in stopped]:
+            for one in new:
+                stopped.append(one)
+                with suppress(ProcessLookupError):
+                    os.kill(one, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for one in stopped:
+                with suppress(ProcessLookupError):
+                    os.kill(one, signal.SIGCONT)
 
 
 def over_ssh(server: Sshd, path: Path | str) -> dict[str, object]:

@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
+from backupcore import child
 from backupcore.model import SourceRef
-from backupcore.testing import DriverKit, Target
+from backupcore.testing import DriverKit, Target, chosen
+from backupcore_rsync import driver, programs
 from drivers.rsync.tests.kinds import SECRET, Kind
 from lab.servers import free_port
 
@@ -27,7 +29,18 @@ def target_of(kind: Kind, away: str, **more: object) -> Target:
         tamper=tamper,
         secrets=[SECRET],
         away=kind.options | {"target": away} | more,
+        stall=kind.stall if kind.server else None,  # of a folder of this host the kernel waits, deaf to all
+        fail=kind.fail if kind.name != "daemon" else None,  # whose rsync goes on where the folder was
+        new=kind.new,
     )
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the target stands still, programs and what a backup has left are given up at once, not after a minute."""
+    monkeypatch.setattr(driver, "CLEAN_UP", 0.5)
+    monkeypatch.setattr(child, "PATIENCE", 0.5)
+    monkeypatch.setattr(programs, "PAUSES", (0.1,))
 
 
 class TestFolder(DriverKit):
@@ -39,6 +52,20 @@ class TestFolder(DriverKit):
         return target_of(kind, f"{kind.root}/none")
 
 
+@pytest.mark.usefixtures("hurried")
+class TestStalledHost(DriverKit):
+    """It stands still."""
+
+    tidy = False
+    checks = chosen(["stalled"])
+
+    @pytest.fixture
+    def target(self, make_kind: MakeKind) -> Target:
+        kind = make_kind("host")
+        return target_of(kind, str(kind.options["target"]), port=free_port())
+
+
+@pytest.mark.usefixtures("hurried")
 @pytest.mark.soak  # some twenty logins each
 class TestHost(DriverKit):
     tidy = False
@@ -49,6 +76,7 @@ class TestHost(DriverKit):
         return target_of(kind, str(kind.options["target"]), port=free_port())
 
 
+@pytest.mark.usefixtures("hurried")
 @pytest.mark.soak  # a hundred calls of a daemon
 class TestDaemon(DriverKit):
     tidy = False
