@@ -138,12 +138,19 @@ def rsync_daemon(folder: Path, modules: str, *, program: str = "rsync") -> Itera
 @contextmanager
 def rclone(folder: Path, *arguments: str) -> Iterator[int]:
     """What rclone serves of `folder` (``restic``, ``s3`` and their options), for the time of the block; its port."""
+    with stoppable_rclone(folder, *arguments) as (port, _):
+        yield port
+
+
+@contextmanager
+def stoppable_rclone(folder: Path, *arguments: str) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """The same with its process, which a test may have stand still."""
     port = free_port()
     program = Path(sys.executable).parent / "rclone"
     command = [str(program), "serve", *arguments, "--addr", f"127.0.0.1:{port}", str(folder)]
     environment = os.environ | {"RCLONE_CONFIG": os.devnull}
-    with (folder.parent / f"{folder.name}.log").open("wb") as log, _running(command, log, port, environment):
-        yield port
+    with (folder.parent / f"{folder.name}.log").open("wb") as log, _running(command, log, port, environment) as process:
+        yield port, process
 
 
 @contextmanager

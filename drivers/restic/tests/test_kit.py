@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from backupcore.model import SourceRef
-from backupcore.testing import DriverKit, Target
-from backupcore_restic import Restic
+from backupcore import child
+from backupcore.model import SourceRef, new_id
+from backupcore.testing import DriverKit, Target, chosen
+from backupcore_restic import Restic, repository
+from lab.servers import stoppable_rclone
 
 SECRET = "correct horse"
 
@@ -31,6 +37,7 @@ class TestRestic(DriverKit):
             tamper=tamper,
             secrets=[SECRET],
             away=options | {"repository": str(tmp_path / "nowhere" / "at all")},
+            new=lambda: options | {"repository": str(tmp_path / new_id())},
             large=512 << 20,  # it reads all of a disk, holes as well, through a view
         )
 
@@ -38,3 +45,31 @@ class TestRestic(DriverKit):
 @pytest.mark.usefixtures("unmountable")
 class TestResticNotMounted(TestRestic):
     """The same where nothing can be mounted."""
+
+
+class TestResticStalled(DriverKit):
+    """Its server stands still."""
+
+    tidy = False
+    checks = chosen(["stalled"])
+
+    @pytest.fixture
+    def target(
+        self, pristine: Path, tmp_path: Path, home: Path, password: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> Iterator[Target]:
+        # A minute, for what a stopped backup has left, and five seconds for each restic to remove its lock.
+        monkeypatch.setattr(repository, "CLEAN_UP", 0.5)
+        monkeypatch.setattr(child, "PATIENCE", 0.5)
+        shutil.copytree(pristine, tmp_path / "served" / "web")
+        with stoppable_rclone(tmp_path / "served", "restic") as (port, server):
+
+            @contextmanager
+            def stall() -> Iterator[None]:
+                server.send_signal(signal.SIGSTOP)
+                try:
+                    yield
+                finally:
+                    server.send_signal(signal.SIGCONT)
+
+            options = {"repository": f"rest:http://127.0.0.1:{port}/web/", "password_file": str(password)}
+            yield Target(driver="restic", options=options | {"cache": str(home), "lock_wait": 0}, stall=stall)

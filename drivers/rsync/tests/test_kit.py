@@ -31,7 +31,7 @@ def target_of(kind: Kind, away: str, **more: object) -> Target:
         away=kind.options | {"target": away} | more,
         stall=kind.stall if kind.server else None,  # of a folder of this host the kernel waits, deaf to all
         fail=kind.fail if kind.name != "daemon" else None,  # whose rsync goes on where the folder was
-        new=kind.new,
+        new=kind.new if kind.name != "daemon" else None,  # where two markers made at once may cross
     )
 
 

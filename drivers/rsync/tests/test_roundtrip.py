@@ -194,3 +194,14 @@ def test_a_link_in_the_place_of_a_file_is_not_followed(tmp_path: Path, ctx: Cont
     with pytest.raises(IntegrityError, match="missing"):
         disk.open()
     assert "disk.vda.qcow2" not in [one.name for one in kind.driver().restore(source, ctx)]
+
+
+def test_the_listing_of_one_vm_looks_into_no_other(kind: Kind, ctx: Context) -> None:
+    driver, mine, other = kind.driver(), new_run(), new_run()
+    kept = [driver.backup(new_artifacts(1000), run, ctx).source for run in (mine, mine, other)]
+    of_vm = list(driver.sources_of(mine.vm.uuid, ctx))
+    assert of_vm == [one for one in driver.sources(ctx) if one.source != kept[2]]
+    assert list(driver.sources_of(new_run().vm.uuid, ctx)) == []
+    assert list(driver.sources_of("*", ctx)) == [], "no pattern of rsync's"
+    seen = driver._place().files(None, ctx, vm=mine.vm.uuid)
+    assert not [path for path in seen if path.startswith(other.vm.uuid)]

@@ -114,9 +114,9 @@ class Daemon:
         with FetchedArtifact(self, MARKER, found, ctx).open() as file:
             return identity(file.read(MARKER_LIMIT), self.name)
 
-    def files(self, folders: Iterable[str] | None, ctx: Context) -> dict[str, int]:
+    def files(self, folders: Iterable[str] | None, ctx: Context, *, vm: str = "") -> dict[str, int]:
         """One listing."""
-        return self._listing(rules(None if folders is None else list(folders)), ctx)
+        return self._listing(rules(None if folders is None else list(folders), vm), ctx)
 
     def holds_backups(self, ctx: Context) -> bool:
         """True if any VM has a folder there."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import stat
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -226,13 +226,21 @@ class Rsync:
     @hookimpl
     def sources(self, ctx: Context) -> Iterable[Listed]:
         """One listing, whatever the number of backups: the labels are names in it."""
+        return self._listed(self._place().files(None, ctx))
+
+    @hookimpl
+    def sources_of(self, vm: str, ctx: Context) -> Iterable[Listed]:
+        """The same of one VM's folder: of the others none is looked into."""
+        return self._listed(self._place().files(None, ctx, vm=vm)) if Token.parse(f"{vm}.{'0' * 32}") else []
+
+    def _listed(self, listing: Mapping[str, int]) -> list[Listed]:
         return [
             Listed(
                 source=SourceRef(str(token)),
                 labels=layout.labels(files),
                 size=sum(layout.artifacts(files).values()),
             )
-            for token, files in sorted(layout.by_token(self._place().files(None, ctx)).items())
+            for token, files in sorted(layout.by_token(listing).items())
             if MANIFEST in files
         ]
 

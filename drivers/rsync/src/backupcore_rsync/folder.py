@@ -127,14 +127,16 @@ class Folder:
         finally:
             os.close(handle)
 
-    def files(self, folders: Iterable[str] | None, ctx: Context) -> dict[str, int]:
-        """The plain files in these folders, or of all backups. Links are nothing of ours."""
+    def files(self, folders: Iterable[str] | None, ctx: Context, *, vm: str = "") -> dict[str, int]:
+        """The plain files in these folders, or of all backups (of `vm`). Links are nothing of ours."""
         if not self._path.is_dir():
             raise TargetUnavailable(f"{self._path} is no folder", "Is it mounted?")
-        return dict(self._files(self._folders() if folders is None else folders, ctx))
+        return dict(self._files(self._folders(vm) if folders is None else folders, ctx))
 
-    def _folders(self) -> Iterator[str]:
+    def _folders(self, only: str) -> Iterator[str]:
         for vm in _entries(self._path):
+            if only and vm.name != only:
+                continue
             for one in _entries(self._path / vm.name) if vm.is_dir(follow_symlinks=False) else ():
                 if Token.parse(f"{vm.name}.{one.name}"):
                     yield f"{vm.name}/{one.name}"

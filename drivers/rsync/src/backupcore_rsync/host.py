@@ -162,10 +162,10 @@ class Host:
         found = self._ask(IDENTITY, "looking at", ctx, MARKER, str(MARKER_LIMIT), new_id() if make else "")
         return identity(found.encode(), self.name) if found else None
 
-    def files(self, folders: Iterable[str] | None, ctx: Context) -> dict[str, int]:
+    def files(self, folders: Iterable[str] | None, ctx: Context, *, vm: str = "") -> dict[str, int]:
         """One listing by rsync."""
         folders = None if folders is None else list(folders)
-        return self.programs(ctx).listing(self.target, rules(folders), f"listing {self.name}", ctx)
+        return self.programs(ctx).listing(self.target, rules(folders, vm), f"listing {self.name}", ctx)
 
     def holds_backups(self, ctx: Context) -> bool:
         """True if any VM has a folder there."""

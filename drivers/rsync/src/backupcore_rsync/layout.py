@@ -184,12 +184,12 @@ def by_token(listing: Mapping[str, int]) -> dict[Token, dict[str, int]]:
     return found
 
 
-def rules(folders: Iterable[str] | None) -> list[str]:
-    """rsync's filter rules for the files of these folders, or of all backups; nothing else is looked at."""
+def rules(folders: Iterable[str] | None, vm: str = "") -> list[str]:
+    """rsync's filter rules for the files of these folders, or of all backups (of `vm`); nothing else is looked at."""
     if folders is None:
         any_id = "?" * 32
         return [
-            *(f"+ /{VM_FOLDERS}/", "- /*", f"+ /*/{any_id}/", "- /*/*"),
+            *(f"+ /{vm or VM_FOLDERS}/", "- /*", f"+ /*/{any_id}/", "- /*/*"),
             *("+ /*/*/*", f"+ /*/*/{LABELS}/*", "- *"),
         ]
     found = [rule for one in folders for rule in (f"+ /{one}/", f"+ /{one}/*", f"+ /{one}/{LABELS}/*")]

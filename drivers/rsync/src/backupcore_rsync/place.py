@@ -85,8 +85,8 @@ class Place(Protocol):
     def identity(self, ctx: Context, *, make: bool) -> str | None:
         """What its marker says, None where it has none. With `make` it gets one, if it has none by then."""
 
-    def files(self, folders: Iterable[str] | None, ctx: Context) -> dict[str, int]:
-        """The files in these folders (of all backups if None): path below the target -> size."""
+    def files(self, folders: Iterable[str] | None, ctx: Context, *, vm: str = "") -> dict[str, int]:
+        """The files in these folders (of all backups if None, or of all of `vm`): path below the target -> size."""
 
     def holds_backups(self, ctx: Context) -> bool:
         """True if any VM has a folder there: false in the empty folder of a disk that is not mounted."""
