@@ -84,6 +84,7 @@ class Hosts:
             if done.code == UNAVAILABLE:
                 host.ask("datastore", "adopt", "nas", "--yes")
         self.world.behind.add(host.folder.name)
+        self.world.put_back.add(host.folder.name)  # checkpoints made since go with the next backup
         self._doubt("its state was put back")
         self.world.restorable(3)
 

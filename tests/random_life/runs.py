@@ -11,7 +11,7 @@ import libvirt
 from lab.host import size_of, stopped, wait_until
 from lab.vm import same
 from tests.random_life.guest import Guest
-from tests.random_life.world import BUSY, NOT_FOUND, NotNow, World, told
+from tests.random_life.world import BUSY, NOT_FOUND, UNSUPPORTED, NotNow, World, told
 from tests.test_killed import OFF, STEPS
 
 
@@ -129,6 +129,9 @@ class Runs:
             world.power()
         options = ("--increment", str(one.id), "--in-place", "--disk", disk, "--drop-old")
         done = host.run("restore", str(one.image), *options)
+        if done.code == UNSUPPORTED:  # as where a snapshot that was merged has left its files in the definition
+            world.say(f"-> {done.err.splitlines()[0]}")
+            return
         assert done.code == 0, told(done)
         now = world.vm.disk(disk)
         assert size_of(now) == size_of(truth[disk])

@@ -101,7 +101,8 @@ class Stores:
         world.emptied += 1
         for one in world.hosts:
             if one.recorded():
-                done = one.run("backup", world.vm.name)
+                verb = ("backup", world.vm.name) if one in world.here else ("datastore", "check", "nas")
+                done = one.run(*verb)
                 assert done.code == UNAVAILABLE, told(done)
                 assert "vmkeep datastore adopt nas" in done.err
                 one.ask("datastore", "adopt", "nas", "--yes")

@@ -30,12 +30,15 @@ def known(catalog: Catalog, datastore: str) -> set[SourceRef]:
 def accounted(catalog: Catalog, vm: VM, datastore: str, listed: Iterable[Listed]) -> set[SourceRef]:
     """Every source in a datastore that needs no further word: those that are known, and strays of this VM.
 
-    A stray is what a run has stored that failed all the same: nobody was told that it is done. One that was killed
-    leaves none: what it has stored is recorded by the next run, and where the state folder was copied in the middle of
-    it and put back later, it was even done.
+    A stray is what a run has stored that failed all the same, or that was killed and is not to be recorded any more:
+    nobody was told that it is done. What others build on is none, whatever became of its run here: a state folder that
+    was copied in the middle of a backup has that down as running, and once it is put back as killed.
     """
+    listed = list(listed)
+    found = known(catalog, datastore)
     failed = runs.failed_points(catalog, vm.uuid, datastore)
-    return known(catalog, datastore) | {one.source for one in listed if one.labels.get("point") in failed}
+    built_on = {one.labels.get("parent") for one in listed if one.source not in found}
+    return found | {one.source for one in listed if one.labels.get("point") in failed - built_on}
 
 
 def harmed(listed: Sequence[Listed], going: Collection[SourceRef], known_: Collection[SourceRef]) -> list[Listed]:

@@ -187,6 +187,8 @@ def _release(place: Workplace, run: BackupRun, ctx: Context, other: Datastore | 
             adoption.withdraw(place, ctx.folder, given_up, store, ctx)
     elif not written and run.datastore == store.name and adoption.adopt(place, ctx.folder, store, ctx):
         written = runs.increment_of(place.catalog, run.id)
+    if not written:
+        runs.settle(place.catalog, run.id)
     outcome = Outcome(state=RunState.RECORDED if written else RunState.FAILED)
     if written and written[0].uuid != run.image:  # it became a full in a new image after its folder was made
         image, increment = written

@@ -12,7 +12,7 @@ from backupcore.session import Recorded
 from vmkeep.catalog import images, rows, tokens
 from vmkeep.catalog.database import HINT, Catalog
 
-__all__ = ["PastRun", "begin", "died", "fail", "failed_points", "increment_of", "last", "reads", "record"]
+__all__ = ["PastRun", "begin", "died", "fail", "failed_points", "increment_of", "last", "reads", "record", "settle"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,9 +107,17 @@ def died(catalog: Catalog, vm: str) -> list[str]:
     return found
 
 
+def settle(catalog: Catalog, run: str) -> None:
+    """Write down that what a run that was killed has left is put right: it is over, and is not recorded any more."""
+    with catalog.writing() as connection:
+        connection.execute(
+            "UPDATE runs SET ended = ? WHERE id = ? AND state = 'failed' AND ended IS NULL", (_now(), run)
+        )
+
+
 def failed_points(catalog: Catalog, vm: str, datastore: str) -> set[str]:
-    """The points of those backups of a VM (by UUID) to a datastore that failed, or were cancelled; killed ones are none
-    of them. Runs of versions before 4 of the tables have no point.
+    """The points of those backups of a VM (by UUID) to a datastore that failed, were cancelled, or are over since
+    `settle`. Runs of versions before 4 of the tables have no point.
     """
     query = """
         SELECT point FROM runs
