@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lab import clock, store
+from lab import clock, quick_repository, store
 from lab.patience import patient
 from lab.vm import VM, same
 
 RUNNING = 1  # VIR_DOMAIN_RUNNING
+PASSWORD = "not-to-be-seen"
+"""Of restic's repositories; no program may show it."""
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
@@ -95,7 +97,9 @@ class Host:
         if self.driver == "restic":
             password = self.folder / "password"
             password.touch(mode=0o600)
-            password.write_text("not-to-be-seen\n")
+            password.write_text(f"{PASSWORD}\n")
+            if "repository" not in self.options:
+                quick_repository.make(self.folder / "repository", PASSWORD)
         elif self.driver == "lab":
             found = store.installed(self.folder / "installed")
             self.environment["PYTHONPATH"] = os.pathsep.join([found, *filter(None, sys.path)])
@@ -146,7 +150,7 @@ class Host:
         """Wait for its end."""
         out, err = process.communicate(timeout=patient(240))
         for text in (out, err):
-            if "Traceback" in text or "not-to-be-seen" in text:
+            if "Traceback" in text or PASSWORD in text:
                 raise AssertionError(text)
         return Done(process.returncode, out, err)
 

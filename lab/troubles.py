@@ -19,10 +19,10 @@ from typing import Any
 
 from backupcore import guard as asking
 from backupcore.errors import BackupError, Cancelled
-from lab import blocking_fs
+from lab import blocking_fs, quick_repository
 from lab.boot_sector import boot_sector
 from lab.domain_xml import DiskSpec
-from lab.host import RUNNING, Host, stopped, wait_until
+from lab.host import PASSWORD, RUNNING, Host, stopped, wait_until
 from lab.s3_server import ACCESS_KEY, SECRET_KEY, SeaweedFS
 from lab.vm import VM
 
@@ -67,7 +67,7 @@ def target(driver: str, folder: Path) -> Iterator[Target]:
             (hanging.path / "store").mkdir()
             options = {"target": str(hanging.path / "store")}
         else:
-            options = {"repository": str(hanging.path / "repository")}
+            options = {"repository": str(quick_repository.make(hanging.path / "repository", PASSWORD))}
         yield Target(options, "", hanging.block, hanging.unblock)
 
 

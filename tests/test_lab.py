@@ -6,12 +6,12 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from lab import kernel, leftovers, order
+from lab import kernel, leftovers, order, quick_repository
 from lab.domain_xml import DiskSpec, Kernel
 from lab.fixtures import MakeVM
 from lab.vm import VM, same
@@ -187,3 +187,24 @@ def test_the_files_that_go_first_are_there_and_named_once() -> None:
     named = order.longest()
     assert len(set(named)) == len(named)
     assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+@pytest.mark.parametrize("exchanged", [False, True], ids=["made", "exchanged"])
+def test_restic_opens_a_repository_with_a_quick_key(
+    require_programs: Callable[..., None], tmp_path: Path, exchanged: bool
+) -> None:
+    require_programs("restic")
+    place, password = tmp_path / "repository", tmp_path / "password"
+    password.write_text("correct horse\n")
+    restic = ["restic", "--repo", place, "--password-file", password, "--no-cache"]
+    if exchanged:
+        subprocess.run([*restic, "init"], check=True, capture_output=True)
+        quick_repository.quicken(place, "correct horse")
+    else:
+        quick_repository.make(place, "correct horse")
+    (key,) = (place / "keys").iterdir()
+    assert '"N": 128' in key.read_text()
+    subprocess.run([*restic, "backup", password], check=True, capture_output=True)
+    subprocess.run([*restic, "check", "--read-data"], check=True, capture_output=True)
+    password.write_text("another\n")
+    assert subprocess.run([*restic, "snapshots"], check=False, capture_output=True).returncode != 0

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lab import quick_repository
 from lab.domain_xml import DiskSpec
 from lab.vm import VM, same
 
@@ -22,6 +23,8 @@ def ask(vm_folder: Path, libvirt_uri: str, require_programs):
     require_programs("restic", "fusermount3")
     (vm_folder / "password").write_text("not-to-be-seen\n")
     (vm_folder / "password").chmod(0o600)
+    for name in ("nas", "cloud"):
+        quick_repository.make(vm_folder / name, "not-to-be-seen")
     stores = "".join(
         f'[datastores.{name}]\ndriver = "restic"\nrepository = "{vm_folder}/{name}"\n'
         f'password_file = "{vm_folder}/password"\n'

@@ -22,11 +22,13 @@ from typing import Any
 import libvirt
 import pytest
 
+from lab import quick_repository
 from lab.domain_xml import DiskSpec
 from lab.patience import patient
 from lab.vm import VM, same
 
 MIB = 1 << 20
+PASSWORD = "not-to-be-seen"
 VMKEEP = [sys.executable, "-m", "vmkeep"]
 
 
@@ -48,8 +50,8 @@ class Host:
     def __post_init__(self) -> None:
         password = self.folder / "password"
         password.touch(mode=0o600)
-        password.write_text("not-to-be-seen\n")
-        self.repository = self.folder / "repository"
+        password.write_text(f"{PASSWORD}\n")
+        self.repository = quick_repository.make(self.folder / "repository", PASSWORD)
         self.state = self.folder / "state"
         self.config = self.folder / "config.toml"
         self.configure()
@@ -76,7 +78,7 @@ class Host:
         process = self.start(*arguments, **environment)
         out, err = process.communicate(timeout=patient(100))
         assert "Traceback" not in out + err
-        assert "not-to-be-seen" not in out + err
+        assert PASSWORD not in out + err
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def ask(self, *arguments: str) -> Any:
@@ -144,6 +146,7 @@ def host(make_vm, libvirt_uri: str, vm_folder: Path, require_programs) -> Host:
 
 
 def test_a_full_and_increments_restore_to_what_the_guest_held(host: Host):
+    shutil.rmtree(host.repository)  # here the first backup makes it
     truth = []
     truth.append(host.vm.copy_truth(host.folder / "truth0"))
     full = host.backup()
@@ -401,7 +404,6 @@ def test_a_lost_source_leads_to_a_full_that_says_why(host: Host):
 
 
 def spoil_password(host: Host) -> None:
-    host.restic("init")
     (host.folder / "password").write_text("wrong\n")
 
 

@@ -22,7 +22,7 @@ from lab.places import ROOT, locked
 
 _INSIDE = Path(__file__).with_name("inside")
 # What the tests of the selection import, beside what the README installs.
-_TOOLS = ("pytest", "pytest-timeout", "hypothesis")
+_TOOLS = ("pytest", "pytest-timeout", "hypothesis", "cryptography")
 _GUEST_SOURCES = (ROOT / "lab/kernel.py", ROOT / "lab/guest-init.sh")
 _MEMORY_MIB = 3072
 # Without what hardens a kernel and costs an emulated machine most; the tests ask for none of it. A program that lies

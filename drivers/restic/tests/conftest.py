@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import sys
@@ -17,6 +18,9 @@ from backupcore.context import Context
 from backupcore.model import VM, BackupRun, BytesArtifact, SourceRef, Type, new_id
 from backupcore.options import build
 from backupcore_restic import Restic
+from lab import quick_repository
+
+PASSWORD = "correct horse"
 
 # Artifacts are unpickled by the file view's process, which can import what lies on our path.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -66,7 +70,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def password(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("secrets") / "password"
-    path.write_text("correct horse\n")
+    path.write_text(f"{PASSWORD}\n")
     path.chmod(0o600)
     return path
 
@@ -117,11 +121,18 @@ def way(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def pristine(options: Callable[..., Restic], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A new repository, made by the driver's first backup. Copies of it spare seconds of key derivation each."""
+    """A new repository, made by the driver's first backup, and then given a quick key; tests get copies of it."""
     place = tmp_path_factory.mktemp("pristine") / "repository"
     with Context(tmp_path_factory.mktemp("run")) as context:
         options(place).prebackup(new_run(), context)
+    quick_repository.quicken(place, PASSWORD)
     return place
+
+
+@pytest.fixture(scope="session")
+def quicken() -> Callable[[Path], None]:
+    """Exchanges the key of a repository that a test has had made, so that it opens at once from then on."""
+    return functools.partial(quick_repository.quicken, password=PASSWORD)
 
 
 @pytest.fixture(scope="session")

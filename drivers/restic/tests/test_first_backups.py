@@ -25,12 +25,20 @@ Artifacts = Callable[..., list[BytesArtifact]]
 
 
 def back_up_at_once(
-    drivers: list[Restic], ctx: Context, make_run: Runs, make_artifacts: Artifacts, folder: Path
+    drivers: list[Restic],
+    ctx: Context,
+    make_run: Runs,
+    make_artifacts: Artifacts,
+    quicken: Callable[[Path], None],
+    folder: Path,
 ) -> None:
     runs = [replace(make_run(f"vm{number}"), host=f"host{number}", settings={}) for number in range(len(drivers))]
     given = [make_artifacts(100_000) for _ in runs]
     work = zip(drivers, given, runs, (folder / f"run{number}" for number in range(len(runs))), strict=True)
     tokens = at_once.tokens(list(work))
+    assert len(Repository(drivers[0]).keys(ctx, 60)) == 1
+    if not drivers[0].repository.startswith("s3:"):  # there rclone goes on naming the key that it has seen
+        quicken(next(folder.rglob("config")).parent)
     for driver in drivers:
         listed = {one.source.token: one for one in driver.sources(ctx)}
         assert set(listed) == set(tokens)
@@ -38,18 +46,23 @@ def back_up_at_once(
         disk = next(one for one in drivers[0].restore(listed[token].source, ctx) if one.name == "disk.vda.qcow2")
         with disk.open() as stream:
             assert stream.read() == artifacts[0].data
-    assert len(Repository(drivers[0]).keys(ctx, 60)) == 1
 
 
 @pytest.mark.parametrize("there", ["not there", "empty"])
 def test_in_a_folder(
-    there: str, options: Options, ctx: Context, make_run: Runs, make_artifacts: Artifacts, tmp_path: Path
+    there: str,
+    options: Options,
+    ctx: Context,
+    make_run: Runs,
+    make_artifacts: Artifacts,
+    quicken: Callable[[Path], None],
+    tmp_path: Path,
 ) -> None:
     place = tmp_path / "repository"
     if there == "empty":
         place.mkdir()
     drivers = [options(place, cache=str(tmp_path / f"cache{number}")) for number in range(4)]
-    back_up_at_once(drivers, ctx, make_run, make_artifacts, tmp_path)
+    back_up_at_once(drivers, ctx, make_run, make_artifacts, quicken, tmp_path)
     assert sorted(path.name for path in place.iterdir()) == ["config", "data", "index", "keys", "locks", "snapshots"]
 
 
@@ -90,12 +103,13 @@ def test_on_a_server(
     ctx: Context,
     make_run: Runs,
     make_artifacts: Artifacts,
+    quicken: Callable[[Path], None],
     tmp_path: Path,
 ) -> None:
     drivers = [
         options(**names[number % hosts], cache=str(tmp_path / f"cache{number}"), lock_wait=60) for number in range(2)
     ]
-    back_up_at_once(drivers, ctx, make_run, make_artifacts, tmp_path)
+    back_up_at_once(drivers, ctx, make_run, make_artifacts, quicken, tmp_path)
 
 
 @pytest.mark.parametrize("tries", [0, pytest.param(1, marks=pytest.mark.soak)])

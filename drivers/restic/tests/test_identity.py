@@ -7,11 +7,12 @@ import shutil
 from lab.servers import rclone
 
 
-def test_a_repository_in_a_folder(tmp_path, options, ctx, make_run, make_artifacts):
+def test_a_repository_in_a_folder(tmp_path, options, ctx, make_run, quicken):
     driver = options(tmp_path / "repository")
     assert driver.identity("", ctx) is None
     assert not (tmp_path / "repository").exists()
     driver.prebackup(make_run(), ctx)
+    quicken(tmp_path / "repository")
     found = driver.identity("", ctx)
     # Known again without restic, which would have to derive its key.
     without = options(tmp_path / "repository", binary="/not/there")
@@ -29,13 +30,14 @@ def test_a_repository_in_a_folder(tmp_path, options, ctx, make_run, make_artifac
     assert driver.identity(found, ctx) is None
 
 
-def test_a_repository_at_a_server(tmp_path, options, ctx, make_run, make_artifacts):
+def test_a_repository_at_a_server(tmp_path, options, ctx, make_run, make_artifacts, quicken):
     (tmp_path / "served").mkdir()
     with rclone(tmp_path / "served", "restic") as port:
         driver = options(f"rest:http://127.0.0.1:{port}/web/")
         assert driver.identity("", ctx) is None
         run = make_run()
         driver.prebackup(run, ctx)
+        quicken(next((tmp_path / "served").rglob("config")).parent)
         found = driver.identity("", ctx)
         driver.backup(make_artifacts(1000), run, ctx)
         # The backup has asked beside its own opening; what it found counts once.
