@@ -25,6 +25,7 @@ from backupcore.disk.qcow2 import DiskArtifact, Layout
 from backupcore.disk.sums import HashedDisk, SumsArtifact
 from backupcore.errors import BackupError, ContractViolation, TargetFull, TargetUnavailable
 from backupcore.model import Artifact, BytesArtifact
+from lab import quick_repository
 from tests.disk.odd_blocks import (
     MIB,
     Digests,
@@ -247,7 +248,7 @@ def test_restic_backs_it_up(folder, tmp_path):
         "RESTIC_REPOSITORY": str(tmp_path / "repository"),
         "RESTIC_CACHE_DIR": str(tmp_path / "cache"),
     }
-    run("restic", "init", env=environment)
+    quick_repository.make(tmp_path / "repository", "p")
     with show(backup.artifacts, folder) as view:
         run("restic", "backup", ".", cwd=view.path, env=environment)
         view.check()

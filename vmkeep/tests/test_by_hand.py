@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from kept_in_files import WEB
 
+from lab import quick_repository
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -30,6 +32,7 @@ def test_the_restore_by_hand(site, driver):
         store.mkdir()
         options = f'target = "{store}"'
     else:
+        quick_repository.make(store, "correct horse")
         options = f'repository = "{store}"\npassword_file = "{password}"\ncache = "off"'
     site.configure(datastores=f'[datastores.nas]\ndriver = "{driver}"\n{options}\n')
     first = site.run("backup", "web1", "--json").json["source"]
