@@ -20,7 +20,7 @@ from typing import Any
 from backupcore import guard as asking
 from backupcore.errors import BackupError, Cancelled
 from lab import blocking_fs, quick_repository
-from lab.boot_sector import boot_sector
+from lab.boot_sector import WRITTEN, boot_sector
 from lab.domain_xml import DiskSpec
 from lab.host import PASSWORD, RUNNING, Host, stopped, wait_until
 from lab.s3_server import ACCESS_KEY, SECRET_KEY, SeaweedFS
@@ -87,11 +87,15 @@ def _make_bucket(server: SeaweedFS) -> None:
 
 
 def writing_vm(make: Callable[..., VM], folder: Path) -> VM:
-    """A running VM whose guest writes the same to all of its first 60 MiB for ever, and once has done so."""
+    """A running VM whose guest writes for ever, and only what its disk holds already: what a backup shows is known.
+
+    Except a MiB that was written since its start, by which a disk is told from the image that it was made of.
+    """
     boot = folder / "boot.raw"
-    boot.write_bytes(boot_sector((DISK - 4) * MIB // 512).ljust((DISK - 1) * MIB, b"\x11"))
+    boot.write_bytes(boot_sector((DISK - 4) * MIB // 512).ljust((DISK - 1) * MIB, bytes([WRITTEN])))
     vm = make([DiskSpec(target="vda", size=DISK * MIB, content=boot)], label="trouble")
-    wait_until(lambda: int(vm.domain.blockStats("vda")[3]) > DISK * MIB, "the guest to have written all once", 240)
+    wait_until(lambda: int(vm.domain.blockStats("vda")[3]) > MIB, "the guest to write", 240)
+    vm.io("vda", f"write -P 0x42 {DISK - 3}M 1M")
     return vm
 
 
