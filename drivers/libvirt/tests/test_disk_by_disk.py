@@ -95,7 +95,13 @@ def test_a_disk_that_was_shrunk_is_taken_whole_and_then_goes_on(lab, chains):
 
 
 @pytest.mark.parametrize(
-    ("running", "end"), [(True, "rewritten"), (False, "rewritten"), (False, "left alone"), (True, "grown further")]
+    ("running", "end"),
+    [
+        (True, "rewritten"),
+        pytest.param(False, "rewritten", marks=pytest.mark.soak),
+        (False, "left alone"),
+        (True, "grown further"),
+    ],
 )
 def test_a_disk_that_was_shrunk_and_grown_again_is_taken_whole(running, end, lab, chains):
     vm = lab.vm(["qcow2:16", "qcow2:16"], start=running)

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import libvirt
@@ -25,8 +26,24 @@ from backupcore_libvirt.stamps import changed, stamps_below, stamps_of
 MiB = 1 << 20
 SNAPSHOT = {"MODE": "INCREMENT", "INCREMENT_MODE": "SNAPSHOT"}
 
-SLOW = [pytest.param(name, marks=pytest.mark.soak) for name in ("exchanged", "deep")]
 either = pytest.mark.parametrize("running", [True, False], ids=["running", "off"])
+
+
+def either_and(name: str, *values: str, quick: Sequence[tuple[str, bool]]) -> pytest.MarkDecorator:
+    """Each value with a VM that runs and with one that is off; but for the `quick` ones in `make soak` alone."""
+    return pytest.mark.parametrize(
+        (name, "running"),
+        [
+            pytest.param(
+                value,
+                running,
+                id=f"{value}-{'running' if running else 'off'}",
+                marks=[] if (value, running) in quick else [pytest.mark.soak],
+            )
+            for value in values
+            for running in (True, False)
+        ],
+    )
 
 
 def tool(*command: object) -> None:
@@ -72,8 +89,7 @@ def on_base(vm, disk: str, shape: str = "qcow2", *, size: str = "16M") -> Path:
 # The image of another disk
 
 
-@either
-@pytest.mark.parametrize("how", ["exchanged", "copied"])
+@either_and("how", "exchanged", "copied", quick=[("exchanged", True), ("copied", False)])
 def test_files_of_two_disks_that_were_exchanged_or_copied(how, running, lab, chains):
     vm = lab.vm(["qcow2:16", "qcow2:16"], start=running)
     vm.write("vda", "write -P 0x11 0 4M")
@@ -144,10 +160,7 @@ def test_a_disk_that_was_shrunk_and_grown_and_whose_end_was_rewritten(left, runn
 # The files below
 
 
-@either
-@pytest.mark.parametrize(
-    "what", ["rebased", "written", *(pytest.param(one, marks=pytest.mark.soak) for one in ("exchanged", "deep"))]
-)
+@either_and("what", "rebased", "written", "exchanged", "deep", quick=[("rebased", False), ("written", True)])
 def test_a_base_that_is_another_one_or_was_written(what, running, lab, chains):
     vm = lab.vm(["qcow2:16", "qcow2:16"], start=False)
     base = on_base(vm, "vda")
