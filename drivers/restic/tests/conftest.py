@@ -17,7 +17,7 @@ import pytest
 from backupcore.context import Context
 from backupcore.model import VM, BackupRun, BytesArtifact, SourceRef, Type, new_id
 from backupcore.options import build
-from backupcore_restic import Restic
+from backupcore_restic import Restic, creation
 from lab import quick_repository
 
 PASSWORD = "correct horse"
@@ -133,6 +133,13 @@ def pristine(options: Callable[..., Restic], tmp_path_factory: pytest.TempPathFa
 def quicken() -> Callable[[Path], None]:
     """Exchanges the key of a repository that a test has had made, so that it opens at once from then on."""
     return functools.partial(quick_repository.quicken, password=PASSWORD)
+
+
+@pytest.fixture
+def no_other_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other host makes the same repository at a server: what its creation may take is not waited for."""
+    monkeypatch.setattr(creation, "SETTLING", 0.0)
+    monkeypatch.setattr(creation, "AS_LONG_AS_INIT", 0.0)
 
 
 @pytest.fixture(scope="session")

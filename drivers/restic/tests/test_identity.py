@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 
+import pytest
+
 from lab.servers import rclone
 
 
@@ -30,6 +32,7 @@ def test_a_repository_in_a_folder(tmp_path, options, ctx, make_run, quicken):
     assert driver.identity(found, ctx) is None
 
 
+@pytest.mark.usefixtures("no_other_host")
 def test_a_repository_at_a_server(tmp_path, options, ctx, make_run, make_artifacts, quicken):
     (tmp_path / "served").mkdir()
     with rclone(tmp_path / "served", "restic") as port:

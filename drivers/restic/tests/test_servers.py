@@ -16,6 +16,7 @@ from backupcore_restic import Restic
 from lab.servers import free_port, rclone, sshd
 
 SECRET = "wJalrXUtnFEMI"
+pytestmark = pytest.mark.usefixtures("no_other_host")
 
 
 @pytest.fixture(params=["sftp", "rest", "s3"])

@@ -49,7 +49,9 @@ UNDER_WAY = 30.0
 """Seconds for the creation of somebody else to come to its end, once its key is there: restic takes under one."""
 
 SETTLING = 3.0
-"""Seconds, and twice as long as the init itself took: by then another host's, begun before ours had ended, is over."""
+AS_LONG_AS_INIT = 2.0
+"""Seconds, and so many times as long as the init itself took: by then another host's, begun before ours had ended, is
+over."""
 
 LOOK = 0.1
 PAUSE = 1.0  # seconds between two looks that cost a restic
@@ -195,7 +197,7 @@ def _elsewhere(options: Restic, ctx: Context) -> None:
         # (restic's own rest-server) has our key all the same.
         _until_there(repository, ctx, limit, error)
     else:
-        ctx.wait(SETTLING + 2 * (time.monotonic() - began))
+        ctx.wait(SETTLING + AS_LONG_AS_INIT * (time.monotonic() - began))
     settle(options, ctx)
 
 
