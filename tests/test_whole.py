@@ -258,8 +258,20 @@ def slow(host: Host) -> None:
 
 
 def reading(host: Host) -> Callable[[], bool]:
-    """Whether the backup has come as far as restic reading the disks."""
-    return lambda: any(" backup " in line for line in processes(str(host.folder)))
+    """Whether the backup has come as far as restic reading the disks.
+
+    For a fifth of a second after it has taken its lock restic looks whether others have one, and leaves it behind where
+    it is interrupted then.
+    """
+
+    def found() -> bool:
+        taken = []
+        with contextlib.suppress(FileNotFoundError):  # it has just been removed
+            taken = [path.stat().st_mtime for path in (host.repository / "locks").iterdir()]
+        reads = any(" backup " in line for line in processes(str(host.folder)))
+        return reads and any(time.time() - moment > 1 for moment in taken)
+
+    return found
 
 
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.soak), signal.SIGTERM])
