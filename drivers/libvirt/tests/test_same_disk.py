@@ -287,6 +287,32 @@ def test_an_overlay_that_was_emptied_into_its_base(shape, running, lab, chains):
     chains.check()
 
 
+@pytest.mark.parametrize("how", ["made anew", pytest.param("copied", marks=pytest.mark.soak)])
+def test_an_overlay_that_was_emptied_and_is_another_file_now(how, lab, chains):
+    """What it said of the files below went with the file that it was."""
+    chains.settings = SNAPSHOT
+    vm = lab.vm(["raw:16", "raw:16"], start=False)
+    vm.write("vda", "write -P 0x11 0 4M")
+    chains.backup(vm)
+    vm.write("vda", "write -P 0x12 1M 64k")
+    assert whole(chains.backup(vm)) == {}
+    overlay = vm.disk("vda")
+    vm.write("vda", "write -P 0x13 7M 64k")
+    tool("qemu-img", "commit", "-q", "-f", "qcow2", overlay)
+    if how == "made anew":
+        overlay.unlink()
+        tool("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", vm.folder / "vda.raw", overlay)
+    else:
+        copy = overlay.with_name("copy")
+        shutil.copyfile(overlay, copy)
+        copy.rename(overlay)
+    vm.write("vda", "write -P 0x14 8M 64k")
+    told(chains.backup(vm), "a", "does not tell any more", str(overlay))
+    vm.write("vda", "write -P 0x15 9M 64k")
+    assert whole(chains.backup(vm)) == {}
+    chains.check()
+
+
 @either
 def test_a_base_below_an_overlay_that_was_exchanged(running, lab, chains):
     chains.settings = SNAPSHOT

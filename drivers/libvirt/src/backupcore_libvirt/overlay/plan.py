@@ -17,13 +17,15 @@ from backupcore_libvirt.checkpoint import Since, is_ours
 from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.disks import SourceDisk
 from backupcore_libvirt.overlay.stack import Stack, is_regular, overlay_path, stacks
-from backupcore_libvirt.overlay.unwritten import written
+from backupcore_libvirt.overlay.unwritten import has_lost_its_note, written
 from backupcore_libvirt.scratch import reserve
 from backupcore_libvirt.versions import text
 
 __all__ = ["Part", "Plan", "closed_below", "plan", "wanted", "without_bitmaps"]
 
 log = logging.getLogger("backupcore")
+
+_NOT_TOLD = "it was made anew, or copied without its extended attributes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,11 @@ def _part(run: BackupRun, disk: SourceDisk, stack: Stack) -> Part:
     size = qemu_img.info(stack.top, stack.top_shape).virtual_size
     if size < before.virtual_size:
         return Part(disk, stack, 0, f"it has shrunk from {before.virtual_size} to {size} bytes")
-    if why := written(stack.overlays[index].path):
+    overlay = stack.overlays[index].path
+    why = written(overlay)
+    if why is None and has_lost_its_note(overlay):
+        why = f"{overlay} does not tell any more what it lay on at the last backup: {_NOT_TOLD}"
+    if why:
         return Part(disk, stack, 0, why)
     return Part(disk, stack, len(stack.overlays) - index, "")
 

@@ -29,7 +29,7 @@ from backupcore_libvirt.overlay.merge import Merger, set_source
 from backupcore_libvirt.overlay.plan import Plan, closed_below, wanted
 from backupcore_libvirt.overlay.room import Growing
 from backupcore_libvirt.overlay.stack import Stack, any_overlay, is_temporary, overlay_path, overlays_beside, stacks
-from backupcore_libvirt.overlay.unwritten import is_unwritten, mark, note, written
+from backupcore_libvirt.overlay.unwritten import announce, is_unwritten, mark, note, written
 from backupcore_libvirt.premade.image import is_untouched, make_overlay
 from backupcore_libvirt.qcow2_header import files_of
 from backupcore_libvirt.qemu_nbd import QemuNbd
@@ -250,8 +250,8 @@ def serve(
             raise HypervisorError(
                 f"VM {domain.name}: libvirt has put an overlay on disk {part.disk.id}, but the VM does not use it"
             )
-        if not part.stack.overlays:  # otherwise what lies below is merged first, by us or by whoever does it for us
-            note(new[part.disk.id])
+        # What lies below is merged first, by us or by whoever does it for us.
+        (announce if part.stack.overlays else note)(new[part.disk.id])
     # Of raw files qemu-nbd keeps nobody away, and whoever merged into one now would tear what is being read.
     files = [file for part in plan.parts for file in files_of(part.stack.top, part.stack.top_shape)]
     guard.keep_closed(list(dict.fromkeys(files)), list(new.values()))

@@ -8,17 +8,20 @@ was when the last backup had ended. Where the file system keeps none, nothing is
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from contextlib import suppress
 
 from backupcore_libvirt.stamps import changed, stamps_below
 
-__all__ = ["is_unwritten", "mark", "note", "written"]
+__all__ = ["announce", "has_lost_its_note", "is_unwritten", "mark", "note", "written"]
 
 _NAME = "user.backupcore.base"
 _LONGEST = 1024
 _BELOW = "user.backupcore.below"
+_DUE, _TOO_LONG = b"due", b"long"
+_NO_ROOM = (errno.ENOSPC, errno.E2BIG, errno.ERANGE)
 
 
 def mark(overlay: str, base: str) -> None:
@@ -35,14 +38,26 @@ def is_unwritten(overlay: str, base: str) -> bool:
         return False
 
 
+def announce(overlay: str) -> None:
+    """Have an overlay bear that its `note` is due: what lies below is merged first."""
+    with suppress(OSError):  # as above
+        os.setxattr(overlay, _BELOW, _DUE, follow_symlinks=False)
+
+
 def note(overlay: str) -> None:
     """Write down what all files below an overlay are by now: what it holds counts from them.
 
     Only where no overlay of ours is among them: one that is shall be merged, and that writes to the one below.
     """
-    with suppress(OSError):  # as above; a long chain may be more than a file system takes
-        text = json.dumps(stamps_below(overlay, "qcow2")).encode()
-        os.setxattr(overlay, _BELOW, text, follow_symlinks=False)
+    text = json.dumps(stamps_below(overlay, "qcow2")).encode()
+    with suppress(OSError):  # as above
+        try:
+            os.setxattr(overlay, _BELOW, text, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            # A long chain may be more than a file system takes. That there was a note at all still counts.
+            os.setxattr(overlay, _BELOW, _TOO_LONG, follow_symlinks=False)
 
 
 def written(overlay: str) -> str | None:
@@ -55,6 +70,17 @@ def written(overlay: str) -> str | None:
     except (OSError, ValueError, TypeError):
         return None
     return changed(then, stamps_below(overlay, "qcow2"))
+
+
+def has_lost_its_note(overlay: str) -> bool:
+    """Whether an overlay has no note, not even a due one, where its file system would keep that: it is another file
+    than a run of ours has put there, and nothing tells what was written past it; or an older version has made it.
+    """
+    try:
+        os.getxattr(overlay, _BELOW, follow_symlinks=False)
+    except OSError as error:
+        return error.errno == errno.ENODATA
+    return False
 
 
 def _stamp(base: str) -> bytes:
