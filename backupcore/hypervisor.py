@@ -161,7 +161,8 @@ class Hypervisor(Protocol):
         """Every VM of this host, by name. HypervisorError if libvirt is away."""
 
     def find(self, vm: str, defaults: Mapping[str, str] | None = None) -> VMState:
-        """The VM of that name or UUID. NotFound, with near names as a hint.
+        """The VM of that name or UUID. NotFound, with near names as a hint; ConfigError where it is the name of one VM
+        and the UUID of another.
 
         With `defaults`, the settings of VMs that say nothing themselves, its disks are shown as the VM's own settings
         over these choose them; without, by rule alone.

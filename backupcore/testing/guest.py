@@ -146,9 +146,11 @@ class MemoryHypervisor:
     def find(self, vm: str, defaults: Mapping[str, str] | None = None) -> VMState:
         """By name or UUID; the settings choose nothing here."""
         del defaults
-        for guest in self.guests.values():
-            if vm in (guest.vm.name, guest.vm.uuid):
-                return self._state(guest)
+        chosen = [guest for guest in self.guests.values() if vm in (guest.vm.name, guest.vm.uuid)]
+        if len(chosen) > 1:
+            raise ConfigError(f"{vm} is the name of one VM and the UUID of another")
+        for guest in chosen:
+            return self._state(guest)
         raise NotFound(f"no VM {vm}", near(vm, (guest.vm.name for guest in self.guests.values())))
 
     def _state(self, guest: MemoryGuest) -> VMState:

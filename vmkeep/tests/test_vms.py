@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 from kept_in_files import DB, WEB, load, save
 
+from backupcore.model import VM
+from backupcore.testing.guest import MemoryGuest
+
 
 def test_the_list_shows_the_last_backup_and_never(site):
     site.run("backup", "web1")
@@ -219,3 +222,22 @@ def test_a_plugin_that_ends_the_process_does_not_end_a_backup_with_success(site)
     assert site.process("backup", "web1").code == 0
     first = site.run("vm", "show", "web1", "--json").json["last_runs"][1]
     assert first["state"] == "failed"
+
+
+def test_a_vm_that_is_called_as_the_uuid_of_another(site):
+    """Neither is ever taken for the other: not by who types that word, and not by what looks for a VM of its own."""
+    called = VM(uuid="33333333-3333-4333-8333-333333333333", name=WEB.uuid)
+    guests = site.guests
+    save(guests, [site.guest(WEB), MemoryGuest(called, {"vda": bytearray(1 << 20)})])
+    for command in (("backup", WEB.uuid), ("vm", "forget", WEB.uuid), ("recover", WEB.uuid)):
+        refused = site.run(*command)
+        assert (refused.code, "the UUID of another" in refused.err) == (2, True)
+    for vm in ("web1", called.uuid, "web1"):
+        assert site.run("backup", vm).code == 0
+    assert [one["image"] for one in site.run("vm", "show", "web1", "--json").json["chains"]] == [1]
+    assert [one["state"] for one in site.run("image", "list", "--json").json] == ["open", "open"]
+    before = bytes(site.guest(called).disks["vda"])
+    save(guests, [site.guest(called)])
+    refused = site.run("restore", "1", "--in-place")
+    assert (refused.code, "is not on this host" in refused.err) == (4, True)
+    assert bytes(site.guest(called).disks["vda"]) == before

@@ -34,6 +34,10 @@ def test_vms_and_find(lab, small, hypervisor):
     with pytest.raises(NotFound, match="no VM") as missing:
         hypervisor.find(small.name[:-1])
     assert small.name in missing.value.hint
+    off.domain.rename(small.uuid)
+    with pytest.raises(ConfigError, match="the name of one VM and the UUID of another"):
+        hypervisor.find(small.uuid)
+    assert hypervisor.find(off.uuid).vm.uuid == off.uuid
 
 
 def test_a_listing_asks_no_running_qemu_for_its_block_nodes(lab, small, hypervisor, monkeypatch):

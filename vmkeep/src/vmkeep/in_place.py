@@ -66,7 +66,7 @@ def restore_in_place(
     """
     image = images.find(place.catalog_if_any, reference)
     try:
-        vm = place.hypervisor.find(image.vm.uuid).vm
+        vm = place.vm(image.vm).vm
     except NotFound as error:
         raise NotFound(
             f"VM {image.vm.name} ({image.vm.uuid}) is not on this host, so it has no disks to replace",

@@ -143,7 +143,7 @@ def _held_off(place: Workplace, vm: VM, files: Sequence[Path]) -> Iterator[bool]
     with ExitStack() as stack:
         try:
             stack.enter_context(place.hypervisor.keep_closed(files))
-            off = place.hypervisor.find(vm.uuid).state == "off"
+            off = place.vm(vm).state == "off"
         except Busy:
             off = False
         yield off

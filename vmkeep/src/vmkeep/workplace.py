@@ -10,8 +10,9 @@ from pathlib import Path
 
 from backupcore.context import Context, Progress
 from backupcore.datastore import Datastore
-from backupcore.errors import ConfigError
-from backupcore.hypervisor import Hypervisor, open_hypervisor
+from backupcore.errors import ConfigError, NotFound
+from backupcore.hypervisor import Hypervisor, VMState, open_hypervisor
+from backupcore.model import VM
 from backupcore.plugins import loading
 from vmkeep import folders, installation, interrupt
 from vmkeep.catalog import ownership
@@ -83,6 +84,13 @@ class Workplace:
     def site_plugins(self) -> tuple[object, ...]:
         """The plugins of ``[host] plugins``."""
         return tuple(_site_plugin(name) for name in self.config.host.plugins)
+
+    def vm(self, vm: VM) -> VMState:
+        """That VM as it is now, by its UUID alone: another one's name may read like it. NotFound."""
+        found = self.hypervisor.find(vm.uuid)
+        if found.vm.uuid != vm.uuid:
+            raise NotFound(f"there is no VM {vm.name} ({vm.uuid}) on this host; one is only called so")
+        return found
 
     def datastore(self, name: str, *, hypervisor: bool = False) -> Datastore:
         """An open datastore by its configured name; with the hypervisor's hooks where a backup needs them.

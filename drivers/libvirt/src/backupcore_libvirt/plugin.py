@@ -13,7 +13,7 @@ from pathlib import Path
 
 from backupcore import hookimpl
 from backupcore.context import Context
-from backupcore.errors import BackupError, Busy, HypervisorError, NotFound
+from backupcore.errors import BackupError, Busy, ConfigError, HypervisorError, NotFound
 from backupcore.hypervisor import Checkpoint, Definition, DiskFile, Finding, Pool, Unchanged, VMState
 from backupcore.model import (
     VM,
@@ -169,12 +169,14 @@ class Libvirt:
         """The VM of that name or UUID; with `defaults`, its disks as its settings choose. NotFound, with near names."""
         with Connection(self.uri) as connection:
             domains = connection.domains()
-            for domain in domains:
-                if domain.name == vm:
-                    return state_of(domain, living_vms(self.scratch), self.scratch, choice_of(domain, defaults))
-            for domain in domains:
-                if domain.uuid == vm.lower():
-                    return state_of(domain, living_vms(self.scratch), self.scratch, choice_of(domain, defaults))
+            chosen = {domain.uuid: domain for domain in domains if vm == domain.name or vm.lower() == domain.uuid}
+            if len(chosen) > 1:
+                raise ConfigError(
+                    f"{vm} is the name of one VM and the UUID of another: {', '.join(chosen)}",
+                    "Give the first one another name: virsh domrename",
+                )
+            for domain in chosen.values():
+                return state_of(domain, living_vms(self.scratch), self.scratch, choice_of(domain, defaults))
             names = [domain.name for domain in domains]
         near = difflib.get_close_matches(vm, names, n=3, cutoff=0.5)
         hint = f"Did you mean: {', '.join(near)}?" if near else "List the VMs with: vmkeep vm list"

@@ -126,13 +126,13 @@ def _hint(row: Row) -> str:
 
 
 def where(catalog: Catalog, *, vm: str | None = None, number: int | None = None) -> list[Image]:
-    """Every image, by number; with `vm` (a UUID or a name) only those of that VM, with `number` only that one.
+    """Every image, by number; with `vm` (a UUID) only those of that VM, with `number` only that one.
 
     IntegrityError if one that was asked for so is damaged in the catalog; of all, such are left out, with a warning.
     """
     query = """
         SELECT * FROM images
-        WHERE (:vm IS NULL OR vm_uuid = :vm OR vm_name = :vm) AND (:number IS NULL OR number = :number) ORDER BY number
+        WHERE (:vm IS NULL OR vm_uuid = :vm) AND (:number IS NULL OR number = :number) ORDER BY number
     """
     with catalog.reading() as connection:
         if vm is not None or number is not None:
