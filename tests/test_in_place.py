@@ -125,6 +125,12 @@ def test_what_is_refused(host: Host):
     host.vm.domain.managedSaveRemove()
     refused(4, "holds no disk vdz", "--disk", "vdz")
     refused(2, "--to cannot go with --in-place", "--to", "/nowhere")
+    # Snapshots of which libvirt knows nothing, as after the VM was undefined and defined anew.
+    subprocess.run(["qemu-img", "snapshot", "-c", "dear", str(host.vm.disk("vda"))], check=True)
+    before = files(host)
+    refused(9, "holds 1 snapshot in its image")
+    subprocess.run(["qemu-img", "snapshot", "-d", "dear", str(host.vm.disk("vda"))], check=True)
+    before = files(host)
     # Somebody else's hold on a disk: QEMU's own lock.
     holder = subprocess.Popen(
         ["qemu-io", "-f", "qcow2", str(host.vm.disk("vda"))], stdin=subprocess.PIPE, stdout=subprocess.PIPE

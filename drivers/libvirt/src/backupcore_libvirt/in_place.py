@@ -152,7 +152,12 @@ def _strange(path: str) -> str:
         header = header_of(path)
     except OSError:
         return ""  # one that is missing or cannot be read may be what is to be put right
-    return header.strange if header is not None and not header.damaged else ""
+    if header is None or header.damaged:
+        return ""
+    if header.strange or not header.snapshots:
+        return header.strange
+    count = f"{header.snapshots} snapshot{'s' if header.snapshots > 1 else ''}"
+    return f"holds {count} in its image that libvirt does not know ({typed('qemu-img snapshot -l', path)})"
 
 
 def _require_off(domain: Domain) -> None:

@@ -16,7 +16,8 @@ from backupcore_libvirt.backing import Backing, backing_of
 
 __all__ = ["Header", "backing", "files_of", "full_name", "header_of"]
 
-_START = struct.Struct(">4sIQIIQI")  # magic, version, backing name and its length, cluster bits, size, encryption
+# Magic, version, backing name and its length, cluster bits, size, encryption; at 60 how many snapshots.
+_START = struct.Struct(">4sIQIIQI24xI")
 _FEATURES = struct.Struct(">QQQ")
 _VERSION_2 = 72
 _LONGEST = 1 << 16
@@ -33,6 +34,7 @@ class Header:
     """A qcow2 header: the features that a reader must know, the encryption ("" for none), and the other files.
 
     `backing` and `data_file` are names as they are written, "" for none; `backing_shape` is None where it is not said.
+    `snapshots` is how many the image holds (`qemu-img snapshot`), of which libvirt need not know.
     """
 
     features: int
@@ -40,6 +42,7 @@ class Header:
     backing: str
     backing_shape: str | None
     data_file: str
+    snapshots: int = 0
 
     @property
     def damaged(self) -> bool:
@@ -66,7 +69,7 @@ def header_of(path: str, offset: int = 0) -> Header | None:
         start = os.pread(handle, _LONGEST, offset)
         if len(start) < _VERSION_2 or not start.startswith(MAGIC):
             return None
-        _, version, backing_at, length, _, _, encryption = _START.unpack_from(start)
+        _, version, backing_at, length, _, _, encryption, snapshots = _START.unpack_from(start)
         name = os.pread(handle, min(length, _NAME), offset + backing_at) if backing_at else b""
     finally:
         os.close(handle)
@@ -82,6 +85,7 @@ def header_of(path: str, offset: int = 0) -> Header | None:
         backing=os.fsdecode(name),
         backing_shape=os.fsdecode(shape) if shape is not None else None,
         data_file=os.fsdecode(more.get(_DATA_FILE, b"")) if features & _DATA else "",
+        snapshots=snapshots,
     )
 
 
