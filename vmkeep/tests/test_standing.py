@@ -220,6 +220,36 @@ def test_last_nights_state_folder_and_a_backup_before_anybody_rebuilds(site, nig
     assert nights.night()["type"] == "INCREMENT"
 
 
+def test_an_image_that_was_merged_into_what_the_catalog_does_not_know_is_not_deleted(site, nights, saved):
+    """Its own sources are gone already, and what was to go lies in the full that they went into."""
+    nights.settings(keep_last="2")
+    for _ in range(2):
+        nights.night()
+    saved.keep()
+    nights.night()
+    saved.put_back()
+    refused = site.run("image", "delete", "1", "--yes")
+    assert refused.code == 9
+    assert "holds a later full that increments 0, 1 went into" in refused.err
+    site.run("catalog", "rebuild", "nas")
+    assert site.run("image", "delete", "1", "--yes").code == 0
+    assert points(site) == set()
+
+
+def test_a_catalog_that_has_nothing_of_a_vm_whose_backups_are_there(site, nights):
+    """Of an older state folder, or a catalog that was removed."""
+    for _ in range(2):
+        nights.night()
+    (site.state / "catalog.sqlite").unlink()
+    done = nights.night(code=3)
+    assert (done["type"], done["image"]) == ("FULL", 1)
+    assert "holds 2 backups of this VM" in done["reason"]
+    assert "vmkeep catalog rebuild nas" in done["warnings"][0]
+    assert nights.night()["type"] == "INCREMENT"
+    site.run("catalog", "rebuild", "nas")
+    nights.check()
+
+
 def test_a_chain_with_two_ends_is_two_images_and_neither_takes_from_the_other(site, nights, saved):
     for _ in range(2):
         nights.night()

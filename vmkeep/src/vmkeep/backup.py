@@ -16,7 +16,19 @@ from backupcore.hypervisor import VMState
 from backupcore.model import VM, BackupRun, Estimate, Image, Prepared, RunState, SourceRef, Type
 from backupcore.session import Recorded, run_backup
 from backupcore.typed import typed
-from vmkeep import adoption, flatten, folders, full_state, interrupt, lock, recovery, retention, settings, standing
+from vmkeep import (
+    adoption,
+    flatten,
+    folders,
+    full_state,
+    interrupt,
+    lock,
+    needed,
+    recovery,
+    retention,
+    settings,
+    standing,
+)
 from vmkeep.attended import UnderWay, attended, end_at_once, spoilt
 from vmkeep.catalog import flattens, images, ownership, points, runs, tokens
 from vmkeep.catalog.database import Catalog
@@ -203,6 +215,7 @@ def _held(
     """
     try:
         held = standing.hold(place, store, ctx, vm=run.vm, datastore=run.datastore, newest=newest)
+        forgotten = _forgotten(place, store, run, ctx) if newest is None else ""
     except BackupError as error:
         ctx.check()
         if error.retryable and run.type is Type.INCREMENT:
@@ -211,12 +224,25 @@ def _held(
         log.warning("datastore %s was not held against the catalog: %s", run.datastore, error.in_full)
         return run
     told += held.warnings
+    if forgotten:
+        told.append(f"{forgotten}. {standing.remedy(run.datastore)}")
+        return replace(run, reason=forgotten)
     if run.type is Type.INCREMENT and held.why_full:
         return run.as_full(held.why_full)
     if run.type is Type.INCREMENT and held.newest is not None:
         # Somebody may have given a source another token: a tag that was added to a snapshot does.
         return replace(run, builds_on=tuple(one.source for one in held.newest.increments))
     return run
+
+
+def _forgotten(place: Workplace, store: Datastore, run: BackupRun, ctx: Context) -> str:
+    """What an earlier catalog has known of the VM, in words; "" also where the datastore cannot list: it may be new."""
+    try:
+        return needed.forgotten(place, store, run.vm, ctx)
+    except BackupError as error:
+        ctx.check()
+        log.info("datastore %s was not looked through for backups of before: %s", run.datastore, error.in_full)
+        return ""
 
 
 def _require_recordable(place: Workplace, vm: VM, datastore: str, ctx: Context) -> None:

@@ -19,7 +19,8 @@ def delete(
     """Delete the image `reference` and everything it has in its datastore; returns it and its sources, newest first.
 
     Busy while a backup or a restore works with it. UnsupportedOperation where it is pinned, where another installation
-    has written it, or where the datastore holds backups that build on it and that the catalog does not know. Sources
+    has written it, or where the datastore holds backups that build on it, or that it was merged into, and that the
+    catalog does not know. Sources
     that another image shares stay. If the datastore fails midway the records stay, and the same call goes on where it
     stopped. An image that is absent is forgotten, and its sources stay where they are.
     """
@@ -42,7 +43,11 @@ def delete(
             place.same_place(image.datastore).look(ctx)
             listed = store.sources(ctx, image.vm.uuid)
             known = needed.accounted(place.catalog, image.vm, image.datastore, listed)
-            image = standing.look(store, image, listed, known, ctx).image
+            found = standing.look(store, image, listed, known, ctx)
+            if found.superseded:
+                # What is to go lies in that full, and would stay there without a record.
+                raise UnsupportedOperation(found.behind, standing.remedy(image.datastore))
+            image = found.image
             others = images.sources(place.catalog, image.datastore, but=image)
             sources = tuple(one.source for one in reversed(image.increments) if one.source not in others)
             needed.require_spared(store, listed, sources, known, ctx, what=f"image {image.number}")

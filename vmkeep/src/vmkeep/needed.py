@@ -18,8 +18,9 @@ from vmkeep.catalog.database import Catalog
 if TYPE_CHECKING:
     from backupcore.context import Context
     from backupcore.datastore import Datastore
+    from vmkeep.workplace import Workplace
 
-__all__ = ["accounted", "harmed", "known", "number_of", "numbers", "require_spared"]
+__all__ = ["accounted", "forgotten", "harmed", "known", "number_of", "numbers", "require_spared"]
 
 
 def known(catalog: Catalog, datastore: str) -> set[SourceRef]:
@@ -39,6 +40,28 @@ def accounted(catalog: Catalog, vm: VM, datastore: str, listed: Iterable[Listed]
     failed = runs.failed_points(catalog, vm.uuid, datastore)
     built_on = {one.labels.get("parent") for one in listed if one.source not in found}
     return found | {one.source for one in listed if one.labels.get("point") in failed - built_on}
+
+
+def forgotten(place: Workplace, store: Datastore, vm: VM, ctx: Context) -> str:
+    """What a datastore holds of a VM that this installation has taken, in words; "" where that is nothing, or where the
+    catalog has an image of it there. What it has under another datastore's name is known: there may be two of a place.
+    """
+    if any(image.datastore == store.name for image in images.where(place.catalog, vm=vm.uuid)):
+        return ""
+    listed = store.sources(ctx, vm.uuid)
+    known_ = accounted(place.catalog, vm, store.name, listed)
+    mine = {"vm": vm.uuid, "installation": place.installation.id}
+    tokens = set(images.tokens(place.catalog))
+    found = [one for one in listed if one.source not in known_ and mine.items() <= dict(one.labels).items()]
+    found = [one for one in found if one.source.token not in tokens]
+    if not found:
+        return ""
+    count = f"{len(found)} backup{'s' if len(found) > 1 else ''}"
+    last = max(one.labels.get("date", "") for one in found)
+    return (
+        f"datastore {store.name} holds {count} of this VM, the last of {last}, which this installation has taken and "
+        "this catalog does not know"
+    )
 
 
 def harmed(listed: Sequence[Listed], going: Collection[SourceRef], known_: Collection[SourceRef]) -> list[Listed]:
