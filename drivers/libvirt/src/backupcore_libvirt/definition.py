@@ -95,7 +95,12 @@ def restored_definition(
             _add(result, _carry(element, allowed, element.tag, left))
         elif element.tag not in ("name", "metadata", "os", "devices", *(("uuid",) if keep_uuid else ())):
             left.append(element.tag)
-    result.append(_os(root, nvram, boot or {}, left))
+    system = _os(root, nvram, boot or {}, left)
+    smbios = system.find("smbios")
+    if smbios is not None and smbios.get("mode") == "sysinfo" and result.find("sysinfo") is None:
+        system.remove(smbios)  # libvirt starts no VM that takes strings which are not there
+        left.append("os/smbios")
+    result.append(system)
     result.append(_devices(root, disks, left, no_ip=no_ip, no_nic=no_nic, new_mac=new_mac))
     indent(result)
     xml = tostring(result, encoding="unicode").encode() + b"\n"

@@ -186,11 +186,14 @@ SECTIONS = (
             _row("devices/rng/backend/@type", "it tells how a device is opened", "not needed"),
             _row("devices/graphics/@passwd devices/graphics/gl", "a secret; a device of the host", "set them again"),
             _row("devices/watchdog", "where it dumps the guest's memory to a file", "choose another action", _DEVICE),
+            _row("on_crash", "where it dumps the guest's memory to a file", "choose another action"),
             _row(
-                "on_crash sysinfo",
-                "where they dump the guest's memory to a file, or read files",
-                "choose another action",
+                "sysinfo os/smbios",
+                "where the strings are read from files, and with `--redact`; both or none, or libvirt does not start "
+                "the VM",
+                "set them again",
             ),
+            _row("title description", "with `--redact` only", "leave out `--redact`"),
             _row("qemu:commandline", "arguments and environment of QEMU", "add them again", _DEVICE),
         ),
     ),
