@@ -100,7 +100,8 @@ def _lost(connection: Connection, scratch: Path) -> list[Finding]:
             subject=f"disks of VM {vm}",
             ok=False,
             detail=f"{path} holds what the VM has written, and the VM does not use it",
-            hint="No backup holds that, and nothing removes the file. The next backup says what can be done with it.",
+            hint="Nothing removes the file. No backup holds that, unless it was merged. "
+            "The next backup says what can be done with it.",
         )
         for vm, path in found
     ]

@@ -177,10 +177,11 @@ def settle(
         if not recorded and not is_temporary(path):
             continue  # not of this run, and told by the one that takes its place
         raise HypervisorError(
-            f"{path} holds what VM {domain.name} has written, and the VM does not use it: was it defined anew, or were "
-            f"its disks exchanged, {'during a backup' if is_temporary(path) else 'since a backup'}?",
-            "No backup holds that, and nothing removes the file. If the VM has not run since, make its disk use it "
-            f"again (virsh edit); otherwise, while the VM is off, keep what it shows and then remove it: "
+            f"{path} holds what VM {domain.name} has written, and the VM does not use it: was it merged, was the VM "
+            f"defined anew, or were its disks exchanged, {'during' if is_temporary(path) else 'since'} a backup?",
+            "Nothing removes the file. No backup holds that, unless somebody has merged it into the disk since (virsh "
+            "blockcommit). If the VM has not run since, make its disk use it again (virsh edit); otherwise, while the "
+            "VM is off, keep what it shows and then remove it: "
             f"{typed('qemu-img convert -f qcow2 -O qcow2', path, 'COPY')} && {typed('rm', path)}",
         )
 
