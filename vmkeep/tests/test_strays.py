@@ -53,6 +53,15 @@ def test_the_kit_tells_of_such_a_driver_as_of_any_other(site):
     assert "sources failed with SystemExit" in check["why"]
 
 
+@pytest.mark.parametrize("hook", ["backup", "restore", "delete"])
+def test_what_a_library_does_at_the_end_of_the_program_makes_no_failure_a_success(site, hook):
+    assert site.run("backup", "web1").code == 0
+    wild(site, f"{hook} end-well")
+    told = site.process(*VERBS[hook], "--json")
+    assert told.code == 5, told
+    assert "the store is away" in told.err
+
+
 def test_after_a_release_that_ends_the_program_the_backup_is_done_with_a_warning(site):
     wild(site, "postbackup leave")
     told = site.run("backup", "web1")

@@ -5,6 +5,7 @@ Both are real plugins, found by their entry points. A test makes them wait or fa
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -167,7 +168,14 @@ def _go_on() -> None:
     threading.Thread(target=work, name="endless", daemon=False).start()
 
 
+def _end_well() -> None:
+    atexit.register(os._exit, 0)
+    sys.exit = lambda *_: None  # type: ignore[assignment]  # what is tested
+    raise TargetUnavailable("the store is away", "Bring it back.")
+
+
 ACTIONS = {
+    "end-well": _end_well,
     "leave": lambda: sys.exit(0),
     "close": lambda: os.closerange(3, 4096),
     "exec": lambda: os.execvp("true", ["true"]),

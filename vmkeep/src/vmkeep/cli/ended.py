@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vmkeep import ctrl_c
 from vmkeep.cli import stdout
 
-__all__ = ["ended_by_others"]
+__all__ = ["ended_by_others", "ends_with"]
 
 
 @contextmanager
@@ -65,3 +66,20 @@ def ended_by_others(tell: Callable[[str, str], int]) -> Iterator[None]:
         os._exit = real
         for name, exec_ in real_execs.items():
             setattr(os, name, exec_)
+
+
+def ends_with(code: int) -> None:
+    """From now on this process ends with this exit code, whoever ends it, and with what.
+
+    A library may have asked to be called at the end of the program (`atexit`), or left a thread, and end it by
+    `os._exit(0)` there: a command that has failed would have gone well.
+    """
+    own = os.getpid()
+
+    def end(status: int) -> NoReturn:
+        if os.getpid() == own:
+            stdout.flush()
+            status = code
+        ctrl_c.end(status)
+
+    os._exit = end

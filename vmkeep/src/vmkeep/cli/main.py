@@ -18,7 +18,7 @@ from backupcore.thread import aside
 from vmkeep import ctrl_c
 from vmkeep.cli import exits, stdout, streams
 from vmkeep.cli.asked import Asked, common
-from vmkeep.cli.ended import ended_by_others
+from vmkeep.cli.ended import ended_by_others, ends_with
 from vmkeep.cli.lazy import LazyGroup
 
 _PATIENCE = 5.0
@@ -172,7 +172,8 @@ def main() -> None:
         stdout.flush()
         ctrl_c.end(code)
     aside(lambda: _end(code), "vmkeep-end")
-    sys.exit(code)
+    ends_with(code)
+    raise SystemExit(code)  # not sys.exit: a plugin may have put something else there
 
 
 def _end(code: int) -> None:
