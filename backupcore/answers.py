@@ -6,13 +6,16 @@ All of these raise a ContractViolation that says what is wrong with the answer; 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from backupcore.errors import ContractViolation
 from backupcore.model import Artifact, Listed, SourceRef, Stored, Usage, check_name
 
-__all__ = ["checked_artifacts", "checked_listed", "checked_locks", "checked_stored", "checked_usage"]
+__all__ = ["checked_artifacts", "checked_listed", "checked_locks", "checked_stored", "checked_until", "checked_usage"]
+
+MOST = (1 << 63) - 1
+"""Bytes: no disk is larger, and no database takes more."""
 
 
 def checked_stored(hook: str, stored: object) -> Stored:
@@ -60,16 +63,6 @@ def checked_listed(found: object) -> list[Listed]:
     return listed
 
 
-def checked_locks(found: Mapping[Any, Any]) -> dict[SourceRef, datetime | None]:
-    """The answer to `locks`. A time without a zone is refused: hours off, it says nothing of when a lock ends."""
-    for source, until in found.items():
-        if not isinstance(source, SourceRef):
-            raise ContractViolation(f"locks gave a source that is no SourceRef but {type(source).__name__}")
-        if until is not None and (not isinstance(until, datetime) or until.utcoffset() is None):
-            raise ContractViolation(f"locks gave {source} until {until!r:.80}, neither a time with its zone nor None")
-    return dict(found)
-
-
 def checked_usage(found: Usage) -> Usage:
     """The answer to `usage`."""
     for name in ("used", "total", "free"):
@@ -77,6 +70,32 @@ def checked_usage(found: Usage) -> Usage:
     return found
 
 
+def checked_locks(found: Mapping[Any, Any], asked: Sequence[SourceRef]) -> dict[SourceRef, datetime | None]:
+    """The answer to `locks`, of these sources alone."""
+    for source in found:
+        if not isinstance(source, SourceRef):
+            raise ContractViolation(f"locks gave a source that is no SourceRef but {type(source).__name__}")
+        if source not in asked:
+            raise ContractViolation(f"locks gave {source}, which it was not asked for")
+    return {source: checked_until(f"locks gave {source} until", until) for source, until in found.items()}
+
+
+def checked_until(what: str, until: object) -> datetime | None:
+    """Until when something is locked, in UTC; None where nobody says.
+
+    A time without a zone is refused: hours off, it says nothing of when a lock ends. A store may well mean the end of
+    all days, which lies beyond the last one of UTC where its zone is another.
+    """
+    if until is None:
+        return None
+    if not isinstance(until, datetime) or until.utcoffset() is None:
+        raise ContractViolation(f"{what} {until!r:.80}, neither a time with its zone nor None")
+    try:
+        return until.astimezone(UTC)
+    except OverflowError:
+        return datetime.max.replace(tzinfo=UTC)
+
+
 def _check_bytes(what: str, value: object) -> None:
-    if value is not None and (type(value) is not int or value < 0):
+    if value is not None and (type(value) is not int or not 0 <= value <= MOST):
         raise ContractViolation(f"{what}={value!r:.40} cannot be: it must be a whole number of bytes")

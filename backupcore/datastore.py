@@ -213,7 +213,7 @@ class Datastore:
         if not sources or not self.implements("locks"):
             return {}
         with self._translated("locks"):
-            return checked_locks(self._answer("locks", Mapping, sources=tuple(sources), ctx=ctx))
+            return checked_locks(self._answer("locks", Mapping, sources=tuple(sources), ctx=ctx), sources)
 
     def maintain(self, ctx: Context) -> bool:
         """Let the driver tidy up and look for damage, which may take hours; False if it has nothing of the kind."""

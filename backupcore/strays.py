@@ -10,7 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from backupcore.errors import BackupError, Cancelled, ContractViolation, IncrementImpossible, from_os_error, text_of
+from backupcore.answers import checked_until
+from backupcore.errors import (
+    BackupError,
+    Cancelled,
+    ContractViolation,
+    IncrementImpossible,
+    Locked,
+    from_os_error,
+    text_of,
+)
 
 __all__ = ["translated"]
 
@@ -39,6 +48,11 @@ def translated(whose: str, hook: str) -> Iterator[None]:
             raise ContractViolation(
                 f"{whose}: {hook} raised {type(error).__name__} without a message: it must call BackupError.__init__"
             ) from error
+        if isinstance(error, Locked):
+            try:
+                error.until = checked_until(f"{hook} raised Locked until", error.until)
+            except ContractViolation as wrong:
+                raise ContractViolation(f"{whose}: {wrong.message}") from error
         raise
     except OSError as error:
         raise from_os_error(error, f"{whose}, {hook}") from error

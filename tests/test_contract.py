@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from datetime import datetime
+from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from backupcore.errors import (
     Cancelled,
     ContractViolation,
     IncrementImpossible,
+    Locked,
     SourceNotFound,
     TargetFull,
     TargetUnavailable,
@@ -177,6 +178,7 @@ ANSWERS = [
     ("backup", lambda: Stored(source=SOURCE, stored=-5), "backup returned stored=-5 cannot be"),
     ("backup", lambda: Stored(source=SOURCE, stored=True), "stored=True cannot be"),
     ("backup", lambda: Stored(source=SOURCE, stored=1.5), "stored=1.5 cannot be"),
+    ("backup", lambda: Stored(source=SOURCE, stored=1 << 63), "stored=9223372036854775808 cannot be"),
     ("backup", lambda: SourceRef("2026/01/01"), "backup: '2026/01/01' is no valid source token"),
     ("flatten", lambda: Stored(source=SOURCE, stored=-1), "flatten returned stored=-1 cannot be"),
     ("restore", lazily, "restore returned generator"),
@@ -199,6 +201,9 @@ ANSWERS = [
     ("locks", lambda: {SOURCE: datetime(2999, 1, 1)}, "locks gave a+ until .* neither a time with its zone nor None"),
     ("locks", lambda: {SOURCE: "2999-01-01"}, "locks gave a+ until '2999-01-01', neither"),
     ("maintain", lambda: "done", "maintain returned str"),
+    ("locks", lambda: [SOURCE], "locks returned list"),
+    ("locks", lambda: {SOURCE: True}, "locks gave a+ until True, neither a time with its zone nor None"),
+    ("locks", lambda: {SourceRef("b"): None}, "locks gave b, which it was not asked for"),
 ]
 
 
@@ -340,3 +345,27 @@ class Site:
 def test_the_contract_has_a_version_that_the_page_names():
     page = (Path(__file__).parent.parent / "docs/hooks.md").read_text()
     assert f"The contract's version is {hookspecs.CONTRACT}" in page
+
+
+LAST_DAY = datetime.max.replace(tzinfo=timezone(timedelta(hours=-12)))
+
+
+def test_a_lock_until_the_end_of_all_days_is_one(ctx: Context):
+    found = with_hook("locks", lambda: {SOURCE: LAST_DAY}).locks([SOURCE], ctx)
+    assert found == {SOURCE: datetime.max.replace(tzinfo=UTC)}
+
+
+def refuse(until: object):
+    def work() -> None:
+        raise Locked("it is locked", until=until)
+
+    return work
+
+
+@pytest.mark.parametrize("hook", ["delete", "flatten"])
+def test_until_when_a_refusal_counts_is_looked_at(ctx: Context, hook: str):
+    with pytest.raises(Locked, match="it is locked") as caught:
+        VERBS[hook](with_hook(hook, refuse(LAST_DAY)), ctx)
+    assert caught.value.until == datetime.max.replace(tzinfo=UTC)
+    with pytest.raises(ContractViolation, match=f"driver wild of .*: {hook} raised Locked until 'tomorrow', neither"):
+        VERBS[hook](with_hook(hook, refuse("tomorrow")), ctx)
