@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from backupcore.errors import BackupError, ConfigError, IntegrityError
+from backupcore.life import Life
 from backupcore.process import children
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ _forker = ThreadPoolExecutor(1, thread_name_prefix="fork")  # its thread starts 
 class Child:
     """A program that runs until it ends, `stop` is called, the ``with`` block is left, or this process dies.
 
-    `output` is its stdout, unbuffered. Read it to its end before `wait`: a program that cannot write does not end.
+    `output` is its stdout, unbuffered. Read it to its end before `wait`: a program that cannot write does not end. It
+    ends with the program, also where something that it has left behind holds on to it.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Child:
         self.late_for: tuple[str, ...] = ()
         """The names of the programs that it had started and that were there when that happened."""
         self._ended = threading.Event()
+        self._below: dict[int, Life] = {}
         self.release: Callable[[], None] | None = None
         """Called after a SIGKILL. A process that waits in the kernel for a file of ours does not even end by that."""
 
@@ -117,7 +120,7 @@ class Child:
         finally:
             os.close(write)
             os.close(null)
-        self.output = _Output(read)
+        self.output = _Output(read, self)
 
     @property
     def pid(self) -> int:
@@ -180,6 +183,9 @@ class Child:
         with self._lock:
             if self._code is not None or self._killer is not None:
                 return
+            # Those of a session of their own hear nothing of what its group is told; and once it has ended, nobody
+            # knows any more whose they were.
+            self._look_below()
             self._signal(signal.SIGINT)
             self._interrupt_threads()
             self._killer = threading.Timer(PATIENCE, self._kill)
@@ -199,7 +205,9 @@ class Child:
                     libc.tgkill(self.pid, int(task.name), signal.SIGINT)
 
     def _kill(self) -> None:
+        self._look_below()
         self._signal(signal.SIGKILL)
+        self._kill_those_below()
         if self.release:
             self.release()
         self.output.end()
@@ -234,6 +242,18 @@ class Child:
         if not Path(f"/proc/{self.pid}").exists():
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
+        self._kill_those_below()
+
+    def _look_below(self) -> None:
+        found = ((one, Life.of(one)) for one in children(self.pid))
+        # One that has ended by now has no start, and its number may be somebody else's soon.
+        self._below |= {one: life for one, life in found if life.started}
+
+    def _kill_those_below(self) -> None:
+        for process, life in self._below.items():
+            if not life.is_over(this_host=True):
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(process, signal.SIGKILL)
 
     def __enter__(self) -> Child:
         return self
@@ -252,13 +272,15 @@ class Child:
 class _Output(io.RawIOBase):
     """A child's stdout, unbuffered.
 
-    The end of the child need not be its end: another process may hold it, as the ssh does whose connection others
-    share, for as long as a server that stands still is waited for. `end` ends it for the reader.
+    The end of the child need not be that of the pipe: another process may hold it, as the ssh does whose connection
+    others share, for as long as a server that stands still is waited for; or what the child has started in the
+    background and for good, as a vault's agent. So it ends with the child, and by `end` for the reader.
     """
 
-    def __init__(self, handle: int) -> None:
+    def __init__(self, handle: int, child: Child) -> None:
         super().__init__()
         self._handle = handle
+        self._child = child
         self._ended = os.eventfd(0, os.EFD_CLOEXEC)
         self._lock = threading.Lock()  # a number that was closed may be another file's by now
         self._poll = select.poll()
@@ -275,7 +297,10 @@ class _Output(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer` with what comes next and return how much; 0 at the end."""
-        ready = {one for one, _ in self._poll.poll()}
+        while not (ready := {one for one, _ in self._poll.poll(EVERY * 1000)}):
+            if not self._child.is_alive:
+                ready = {one for one, _ in self._poll.poll(0)}  # what it has written at last
+                break
         return os.readv(self._handle, [buffer]) if self._handle in ready else 0
 
     def end(self) -> None:

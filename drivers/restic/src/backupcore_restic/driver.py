@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import stat
@@ -358,18 +359,18 @@ def _kept() -> int:
 def _follow(child: Child, stall: Stall, ctx: Context) -> dict[str, Any]:
     """Tell the progress from restic's JSON lines until it ends; its summary, or {} if it gave none."""
     summary: dict[str, Any] = {}
-    with os.fdopen(os.dup(child.output.fileno()), "rb") as lines:
-        while line := lines.readline(LINE):
-            stall.said += len(line)
-            try:
-                said = json.loads(line)
-                kind = said.get("message_type")
-            except (ValueError, AttributeError):
-                continue  # not for us: a warning in plain text, a line longer than LINE
-            if kind == "status":
-                ctx.progress.done(int(said.get("bytes_done", 0)))
-            elif kind == "summary":
-                summary = said
+    lines = io.BufferedReader(child.output)
+    while line := lines.readline(LINE):
+        stall.said += len(line)
+        try:
+            said = json.loads(line)
+            kind = said.get("message_type")
+        except (ValueError, AttributeError):
+            continue  # not for us: a warning in plain text, a line longer than LINE
+        if kind == "status":
+            ctx.progress.done(int(said.get("bytes_done", 0)))
+        elif kind == "summary":
+            summary = said
     if summary:
         ctx.progress.done(int(summary.get("total_bytes_processed", 0)))
     return summary

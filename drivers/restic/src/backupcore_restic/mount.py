@@ -108,7 +108,7 @@ class Mount:
         ready = threading.Event()
         child.while_moving(self._limit, busy=lambda: not ready.is_set())
         while str(view) not in mount_points():
-            if output.poll(LOOK) and not child.output.read(1 << 16):
+            if (output.poll(LOOK) or not child.is_alive) and not child.output.read(1 << 16):
                 code = child.wait()
                 if child.late:  # a restic dump would wait for the same
                     self._ctx.check()
