@@ -100,6 +100,19 @@ class Proxy:
         body = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
         self._rule(pattern, lambda _: Answer(status, [("Content-Type", "application/xml")], body), times)
 
+    def give(self, pattern: str, body: Callable[[], bytes]) -> None:
+        """Answer with this, made anew each time, in the server's place."""
+        self._rule(pattern, lambda _: Answer(200, [("Content-Type", "application/xml")], body()), 1 << 30)
+
+    def add_header(self, pattern: str, name: str, value: str) -> None:
+        """Put a header into the server's answers."""
+
+        def after(answer: Answer) -> Answer:
+            answer.headers.append((name, value))
+            return answer
+
+        self._rule(pattern, lambda _: None, 1 << 30, after=after)
+
     def page(self, status: int, body: bytes, location: str = "") -> None:
         """Answer everything with a page for browsers."""
         headers = [("Content-Type", "text/html"), *([("Location", location)] if location else [])]

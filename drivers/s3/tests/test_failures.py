@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ from backupcore.errors import (
 from backupcore.model import BackupRun, BytesArtifact, SourceRef
 from backupcore_s3 import S3
 from backupcore_s3 import bucket as requests
-from lab.s3_server import SECRET_KEY, SeaweedFS
+from lab.s3_server import ACCESS_KEY, SECRET_KEY, SeaweedFS
 
 Options = Callable[..., S3]
 Runs = Callable[..., BackupRun]
@@ -451,6 +454,52 @@ def test_what_answers_there_is_no_store(
         assert "endpoint_url" in caught.value.hint
 
 
+AN_OBJECT = "<Contents><Key>backups/x</Key><Size>{}</Size></Contents>"
+NEXT = "<IsTruncated>true</IsTruncated><NextContinuationToken>{}</NextContinuationToken>"
+NO_LISTINGS = {
+    "no word of where it goes on": lambda: AN_OBJECT.format(5) + "<IsTruncated>true</IsTruncated>",
+    "the same page again": lambda: AN_OBJECT.format(5) + NEXT.format("same"),
+    "empty pages without end": lambda: NEXT.format(time.monotonic_ns()),
+    "a negative size": lambda: AN_OBJECT.format(-5),
+    "a size that is none": lambda: AN_OBJECT.format("much"),
+    "no size": lambda: "<Contents><Key>backups/x</Key></Contents>",
+    "no key": lambda: "<Contents><Size>5</Size></Contents>",
+}
+
+
+@pytest.mark.parametrize("kind", NO_LISTINGS)
+def test_a_listing_as_no_store_should_give_it_ends_and_names_the_store(
+    through: S3, proxy: Proxy, ctx: Context, kind: str
+) -> None:
+    def page() -> bytes:  # anew each time
+        return f"<ListBucketResult>{NO_LISTINGS[kind]()}</ListBucketResult>".encode()
+
+    proxy.give(r"GET .*list-type", page)
+    with pytest.raises(TargetUnavailable, match="^bucket .* at 127.0.0.1: listing: it") as caught:
+        list(through.sources(ctx))
+    assert "does not answer as S3 does" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("date", "until"),
+    [
+        ("2099-01-01T00:00:00", datetime(2099, 1, 1, tzinfo=UTC)),
+        ("some day", None),
+    ],
+)
+def test_a_lock_whose_date_is_odd(
+    through: S3, proxy: Proxy, ctx: Context, make_run: Runs, make_artifacts: Artifacts, date: str, until: datetime
+) -> None:
+    source = through.backup(make_artifacts(10), make_run(), ctx).source
+    proxy.add_header("HEAD", "x-amz-object-lock-retain-until-date", date)
+    if until:
+        assert through.locks([source], ctx) == {source: until}
+        return
+    for call in (lambda: through.locks([source], ctx), lambda: through.delete([source], ctx)):
+        with pytest.raises(TargetUnavailable, match=f"manifest.json: its answer cannot be read: .*{date}"):
+            call()
+
+
 def test_tls_that_the_server_does_not_speak(through: S3, ctx: Context, proxy: Proxy, options: Options) -> None:
     wrong = options(through.bucket, endpoint_url=proxy.url.replace("http:", "https:"), retries=0)
     with pytest.raises(ConfigError) as caught:
@@ -485,6 +534,35 @@ def test_a_command_for_credentials_that_never_ends(options: Options, bucket: str
         driver.check(ctx)
     assert "geheim" not in str(caught.value)
     assert not Path("/proc", (tmp_path / "started").read_text().strip()).exists()
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_command_for_credentials_that_leaves_an_agent_behind(
+    options: Options, bucket: str, ctx: Context, credentials: Path, tmp_path: Path, answers: bool
+) -> None:
+    vault = tmp_path / "vault"
+    last = f"""echo '{{"Version": 1, "AccessKeyId": "{ACCESS_KEY}", "SecretAccessKey": "{SECRET_KEY}"}}'"""
+    agent = tmp_path / "agent"
+    begun = f"setsid sh -c 'echo $$ > {agent}; exec sleep 600' &\nwhile ! [ -s {agent} ]; do sleep 0.05; done\n"
+    vault.write_text(f"#!/bin/sh\n{begun}{last if answers else 'sleep 600'}\n")
+    vault.chmod(0o755)
+    keys = tmp_path / "keys"
+    keys.write_text(f"[default]\ncredential_process = {vault}\n")
+    driver = options(bucket, credentials_file=str(keys), timeout=2)
+    try:
+        if answers:
+            assert driver.check(ctx)
+            return
+        with pytest.raises(AccessDenied, match="vault gave none within 2 s"):
+            driver.check(ctx)
+        state = Path("/proc", agent.read_text().strip(), "stat")
+        deadline = time.monotonic() + 30
+        while state.exists() and ") Z " not in state.read_text():
+            assert time.monotonic() < deadline, "what it has started goes on"
+            time.sleep(0.02)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(int(agent.read_text()), signal.SIGKILL)
 
 
 def test_a_source_under_object_lock(

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from botocore import exceptions as boto
 
-from backupcore.errors import BackupError, IntegrityError, TargetUnavailable
+from backupcore.errors import BackupError, IntegrityError, TargetUnavailable, text_of
 from backupcore_s3.body import Body, Pace, Stopped
 from backupcore_s3.client import connect
 from backupcore_s3.failures import NoStore, code, is_absent, is_unknown_to_server, translate
@@ -37,6 +37,8 @@ _BROKEN = (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError)
 
 CLEAN_UP = 40.0
 """Seconds after which a failed run leaves the rest of its clean-up to the next one; one request may take 20 more."""
+
+_EMPTY = 100  # pages of a listing without anything in them, one after the other; AWS may give some
 
 T = TypeVar("T")
 
@@ -127,6 +129,15 @@ class Bucket:
             raise stopped.reason from None
         except (boto.ClientError, boto.BotoCoreError, NoStore) as error:
             raise translate(error, f"{self.name}: {what}") from error
+        except (ValueError, TypeError, LookupError, ArithmeticError) as error:  # of what botocore makes of an answer
+            raise self._nonsense(what, f"its answer cannot be read: {text_of(error)}") from error
+
+    def _nonsense(self, what: str, why: str) -> TargetUnavailable:
+        """The error for an answer that no store should give."""
+        return TargetUnavailable(
+            f"{self.name}: {what}: {why}",
+            "The store, or what stands before it, does not answer as S3 does: try again, and look at its version.",
+        )
 
     def checked(self, attempt: Callable[[bool], T]) -> T:
         """`attempt(True)`, which gives the store checksums; `attempt(False)` from when it says that it has none."""
@@ -186,26 +197,40 @@ class Bucket:
 
     def objects(self, folder: str, what: str) -> Iterator[Object]:
         """All objects whose keys begin so, in the order of their keys."""
-        more: dict[str, str] = {}
-        while True:
-            answer = self.call("list_objects_v2", what, Prefix=self.prefix + folder, **more)
+        for answer in self._pages("list_objects_v2", what, folder, {"ContinuationToken": "NextContinuationToken"}):
             for one in answer.get("Contents", ()):
-                yield Object(one["Key"].removeprefix(self.prefix), int(one["Size"]))
-            if not answer.get("IsTruncated"):
-                return
-            more = {"ContinuationToken": answer["NextContinuationToken"]}
+                key, size = one.get("Key"), one.get("Size")
+                if key is None or size is None or size < 0:
+                    raise self._nonsense(what, f"it lists {str(key)!r:.200} with size {size}")
+                yield Object(key.removeprefix(self.prefix), size)
 
     def uploads(self, folder: str, what: str) -> Iterator[tuple[str, str]]:
         """(key, upload ID) of the multipart uploads under way whose keys begin so."""
-        more: dict[str, str] = {}
-        while True:
-            answer = self.call("list_multipart_uploads", what, Prefix=self.prefix + folder, **more)
+        markers = {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}
+        for answer in self._pages("list_multipart_uploads", what, folder, markers):
             for one in answer.get("Uploads", ()):
-                if one["Key"].startswith(self.prefix + folder):
-                    yield one["Key"].removeprefix(self.prefix), one["UploadId"]
+                key, upload = one.get("Key"), one.get("UploadId")
+                if key is None or upload is None:
+                    raise self._nonsense(what, f"it lists an upload of {str(key)!r:.200} with the ID {upload}")
+                if key.startswith(self.prefix + folder):
+                    yield key.removeprefix(self.prefix), upload
+
+    def _pages(self, operation: str, what: str, folder: str, marks: Mapping[str, str]) -> Iterator[Any]:
+        """The pages of a listing. `marks`: what names the place where the next one begins, here and in the answer.
+
+        A store that gives a page twice, or one empty page after the other, would be asked for ever.
+        """
+        more: dict[str, str] = {}
+        empty = 0
+        while True:
+            answer = self.call(operation, what, Prefix=self.prefix + folder, **more)
+            yield answer
             if not answer.get("IsTruncated"):
                 return
-            more = {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]}
+            before, more = more, {name: answer.get(mark) for name, mark in marks.items()}
+            empty = 0 if answer.get("Contents") or answer.get("Uploads") else empty + 1
+            if None in more.values() or more == before or empty > _EMPTY:
+                raise self._nonsense(what, "it has listed a part, and does not say where the next one begins")
 
     def head(self, key: str) -> Any:
         """What the store says of an object, None if there is none."""

@@ -6,7 +6,9 @@ import ipaddress
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,7 @@ from botocore.exceptions import BotoCoreError, CredentialRetrievalError
 from botocore.loaders import create_loader
 
 from backupcore.errors import ConfigError
+from backupcore.process import children
 from backupcore_s3.body import Pace
 from backupcore_s3.failures import require_store, translate
 
@@ -30,6 +33,8 @@ __all__ = ["connect"]
 
 CONNECTIONS = 32
 """Kept open at most: more than any verb has requests under way."""
+
+_LOOK = 0.2  # seconds between two looks at whether a program has ended
 
 
 def connect(options: S3, pace: Pace, *, hurry: bool = False) -> Any:
@@ -99,7 +104,10 @@ def _limit_process(core: Any, profile: str, limit: float) -> None:
 
 
 class _Limited(subprocess.Popen[bytes]):
-    """A program that is ended with its whole group where it gives nothing in time."""
+    """A program that is ended, with all that it has started, where it gives nothing in time.
+
+    What it leaves behind for good, as a vault's agent, may hold its output open for ever: that ends with the program.
+    """
 
     def __init__(self, command: Sequence[str], *, limit: float, **more: Any) -> None:
         super().__init__(command, start_new_session=True, **more)
@@ -108,14 +116,34 @@ class _Limited(subprocess.Popen[bytes]):
 
     def communicate(self, input: bytes | None = None, timeout: float | None = None) -> tuple[bytes, bytes]:  # noqa: A002
         """What it wrote. CredentialRetrievalError if it has not ended in time."""
-        try:
-            return super().communicate(input, self._limit)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.pid, signal.SIGKILL)
-            super().communicate()
-            raise CredentialRetrievalError(
-                provider=ProcessProvider.METHOD, error_msg=f"{self._name} gave none within {self._limit:.0f} s"
-            ) from None
+        end = time.monotonic() + self._limit
+        while True:
+            ended = self.poll() is not None
+            try:
+                return super().communicate(input, _LOOK)
+            except subprocess.TimeoutExpired as so_far:
+                if ended:
+                    self._close()
+                    return so_far.output or b"", so_far.stderr or b""
+                if time.monotonic() > end:
+                    self._kill()
+                    raise CredentialRetrievalError(
+                        provider=ProcessProvider.METHOD, error_msg=f"{self._name} gave none within {self._limit:.0f} s"
+                    ) from None
+
+    def _kill(self) -> None:
+        below = children(self.pid)  # those that have made a session of their own are not in its group
+        os.killpg(self.pid, signal.SIGKILL)
+        for process in below:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(process, signal.SIGKILL)
+        self._close()
+        self.wait()
+
+    def _close(self) -> None:
+        for stream in (self.stdout, self.stderr):
+            if stream is not None:
+                stream.close()
 
 
 def _look(own_endpoint: bool, response_dict: Any, **_: Any) -> None:

@@ -243,6 +243,8 @@ class Store:
         if found.get("ObjectLockLegalHoldStatus") == "ON":
             return "a legal hold", None
         until = found.get("ObjectLockRetainUntilDate")
+        if until is not None and until.tzinfo is None:  # lesser servers leave it out; S3 knows UTC only
+            until = until.replace(tzinfo=UTC)
         if until is None or until <= datetime.now(UTC):
             return None
         return f"{found.get('ObjectLockMode', 'a lock')} until {until:%Y-%m-%d %H:%M %Z}", until
