@@ -49,13 +49,19 @@ def check_hooks(plugin: object, what: str, *, required: Sequence[str] = ()) -> N
 def _check_arguments(what: str, method: Any, takes: Sequence[str]) -> None:
     if inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method):
         raise ContractViolation(f"{what} is async: a hook is a plain function, which may block")
-    for parameter in inspect.signature(method).parameters.values():
+    try:
+        parameters = inspect.signature(method).parameters.values()
+    except ValueError:  # not even room for the object itself
+        raise ContractViolation(f"{what} has no argument self, which each method begins with") from None
+    for parameter in parameters:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise ContractViolation(f"{what}: argument *{parameter.name} is never filled; name those that it needs")
         if parameter.name not in takes:
             raise ContractViolation(
                 f"{what}: there is no argument {parameter.name}; this hook may take {', '.join(takes)}"
             )
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            raise ContractViolation(f"{what}: argument {parameter.name} stands after a *, where it is never filled")
         if parameter.default is not inspect.Parameter.empty:
             # pluggy never passes such an argument, so the hook would work on the default for ever.
             raise ContractViolation(f"{what}: argument {parameter.name} has a default, which is never filled")

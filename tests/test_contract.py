@@ -279,6 +279,8 @@ MISTAKES = {
     ),
     "a default": ("    @hookimpl\n    def check(self, ctx=None): ...\n", "check: argument ctx has a default"),
     "all arguments": ("    @hookimpl\n    def check(self, **rest): ...\n", "check: argument *rest is never filled"),
+    "no self": ("    @hookimpl\n    def check(): ...\n", "check has no argument self"),
+    "a keyword": ("    @hookimpl\n    def check(self, *, ctx): ...\n", "check: argument ctx stands after a *"),
     "a coroutine": ("    @hookimpl\n    async def check(self): ...\n", "check is async: a hook is a plain function"),
 }  # fmt: skip
 

@@ -95,6 +95,8 @@ class Bench:
 
     def clean_up(self) -> None:
         """Delete every backup that was made here, also those that nobody was told of. Errors are logged."""
+        if not self.vms:
+            return  # nothing was: what hinders the driver was told
         try:
             self._delete()
         except BackupError as error:
