@@ -101,3 +101,14 @@ def test_a_thread_of_a_driver_does_not_keep_vmkeep_alive(site):
     assert told.code == 0, told.err
     assert json.loads(told.out)["type"] == "FULL"
     assert "threads go on (endless), a plugin's: it is not waited for any longer" in told.err
+
+
+@pytest.mark.parametrize("verb", ["backup", "restore", "check"])
+def test_nothing_that_a_store_says_moves_the_cursor_in_a_traceback_either(site, verb):
+    assert site.run("backup", "web1").code == 0
+    wild(site, f"{verb} curse")
+    told = site.process(*VERBS[verb], "-v")
+    assert told.code == 5
+    assert "Traceback" in told.err
+    assert "all is well" in told.err
+    assert all(letter.isprintable() or letter == "\n" for letter in told.err)

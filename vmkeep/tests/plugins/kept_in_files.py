@@ -174,7 +174,12 @@ def _end_well() -> None:
     raise TargetUnavailable("the store is away", "Bring it back.")
 
 
+def _curse() -> None:
+    raise TargetUnavailable("\x1b[2J\u202eall is well", "\x9bHint") from OSError("\x1b]0;title\x07")
+
+
 ACTIONS = {
+    "curse": _curse,
     "end-well": _end_well,
     "leave": lambda: sys.exit(0),
     "close": lambda: os.closerange(3, 4096),

@@ -7,7 +7,7 @@ import sys
 
 from backupcore import errors
 
-__all__ = ["CANCELLED", "CODES", "UNEXPECTED", "USAGE", "WARNING", "code", "one_line", "tell"]
+__all__ = ["CANCELLED", "CODES", "UNEXPECTED", "USAGE", "WARNING", "code", "each_line", "one_line", "tell"]
 
 UNEXPECTED = 1
 USAGE = 2
@@ -46,6 +46,11 @@ def one_line(text: str) -> str:
     if len(text) > LONGEST:
         text = f"{text[: LONGEST - 1]}…"
     return "".join(letter if letter.isprintable() else " " if letter.isspace() else "?" for letter in text)
+
+
+def each_line(text: str) -> str:
+    """The same for each line of a traceback: the texts of errors in it are a datastore's, or a driver's."""
+    return "\n".join(map(one_line, text.splitlines()))
 
 
 def tell(kind: str, message: str, hint: str, exit_code: int, *, as_json: bool) -> int:

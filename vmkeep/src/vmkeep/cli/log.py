@@ -6,7 +6,7 @@ import logging
 import sys
 from typing import TextIO
 
-from vmkeep.cli.exits import one_line
+from vmkeep.cli.exits import each_line, one_line
 
 __all__ = ["start"]
 
@@ -26,7 +26,7 @@ class _Line(logging.Formatter):
         level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
         line = f"vmkeep: {level}{one_line(record.getMessage())}"
         if record.exc_info and logging.getLogger("vmkeep").isEnabledFor(logging.INFO):
-            line += "\n" + self.formatException(record.exc_info)
+            line += "\n" + each_line(self.formatException(record.exc_info))
         return line
 
 

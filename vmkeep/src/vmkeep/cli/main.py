@@ -129,7 +129,7 @@ def _told(error: BaseException, asked: Asked) -> int:
     if asked.verbose and not isinstance(error, click.ClickException | click.Abort):
         import traceback  # noqa: PLC0415 - for -v only
 
-        traceback.print_exception(error)
+        click.echo(exits.each_line("".join(traceback.format_exception(error))), err=True)
     return exits.tell(kind, message, hint, code, as_json=asked.json)
 
 
