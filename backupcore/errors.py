@@ -173,7 +173,7 @@ def text_of(error: BaseException) -> str:
     """What an error of somebody else's says, cut to `LONGEST` letters; that it says nothing, where that fails too."""
     try:
         text = str(error)
-    except Exception as problem:  # noqa: BLE001 - its author's bug, which must not take the place of the error
+    except BaseException as problem:  # noqa: BLE001 - its author's bug, which must not take the place of the error
         return f"(its text cannot be had: {type(problem).__name__})"
     return storable(text[:LONGEST])
 

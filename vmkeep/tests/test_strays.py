@@ -112,3 +112,22 @@ def test_nothing_that_a_store_says_moves_the_cursor_in_a_traceback_either(site, 
     assert "Traceback" in told.err
     assert "all is well" in told.err
     assert all(letter.isprintable() or letter == "\n" for letter in told.err)
+
+
+@pytest.mark.parametrize("hook", ["backup", "delete"])
+def test_an_error_whose_text_ends_the_program_is_told_as_any(site, hook):
+    assert site.run("backup", "web1").code == 0
+    wild(site, f"{hook} speak-not")
+    told = site.run(*VERBS[hook])
+    assert told.code == 1
+    assert f"driver files of datastore nas: {hook} failed with _Unspeakable: (its text cannot be had: SystemExit)" in (
+        told.err
+    )
+
+
+def test_a_listing_of_something_else_is_told_as_the_kit_tells_it(site):
+    assert site.run("backup", "web1").code == 0
+    (site.store / "strings").touch()
+    told = site.run("catalog", "rebuild", "nas")
+    assert told.code == 1
+    assert "driver files of datastore nas: sources gave str where a Listed was expected" in told.err

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
+from backupcore.answers import checked_listed
 from backupcore.context import Context
 from backupcore.datastore import Datastore
 from backupcore.errors import IncrementImpossible, IntegrityError, SourceNotFound, TargetUnavailable
@@ -103,7 +104,7 @@ class SamePlace:
         if known:
             self._once(ctx)
         before = places.held(self._catalog(), self._name)
-        listed = list((yield))
+        listed = checked_listed((yield))
         # What is recorded or deleted meanwhile says nothing.
         held = before & places.held(self._catalog(), self._name)
         if held and held.isdisjoint(one.source.token for one in listed):

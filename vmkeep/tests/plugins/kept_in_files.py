@@ -178,7 +178,17 @@ def _curse() -> None:
     raise TargetUnavailable("\x1b[2J\u202eall is well", "\x9bHint") from OSError("\x1b]0;title\x07")
 
 
+class _Unspeakable(Exception):
+    def __str__(self) -> str:
+        sys.exit(0)
+
+
+def _speak_not() -> None:
+    raise _Unspeakable
+
+
 ACTIONS = {
+    "speak-not": _speak_not,
     "curse": _curse,
     "end-well": _end_well,
     "leave": lambda: sys.exit(0),
@@ -324,6 +334,8 @@ class FileDriver:
     @hookimpl
     def sources(self) -> Iterable[Listed]:
         wild(self.path, "sources")
+        if (self.path / "strings").exists():
+            yield "a string"  # type: ignore[misc]  # what is tested
         if not self.path.is_dir():
             raise TargetUnavailable(f"{self.path} is away", "Bring it back.")
         if (self.path / "lists-nothing").exists():
