@@ -59,6 +59,11 @@ class OtherRestic:
         ({"repository": "/x"}, "exactly one of password_file and password_command"),
         ({"repository": "/x", "password_file": "/p", "password_command": "c"}, "exactly one"),
         ({"repository": "", "password_file": "/p"}, "repository"),
+        ({"repository": "  ", "password_file": "/p"}, "repository: must not be empty"),
+        *(
+            ({"repository": place, "password_file": "/p"}, "repository: restic knows no place that begins so")
+            for place in ("nas:/backups", "me@nas:backups", "http://nas:8000/", "REST:http://nas/", "ssh://nas/x")
+        ),
         ({"repository": "/x", "password_file": "/p", "pack_size": 3}, "pack_size"),
         ({"repository": "/x", "password_file": "/p", "limit_upload": -1}, "limit_upload"),
         ({"repository": "/x", "password_file": "/p", "lock_wait": -1}, "lock_wait"),

@@ -28,7 +28,7 @@ from backupcore_restic.failures import NoRepository
 from backupcore_restic.mount import Mount
 from backupcore_restic.mounted import MountedArtifact
 from backupcore_restic.place import creatable
-from backupcore_restic.repository import Repository, is_id
+from backupcore_restic.repository import Repository, is_id, is_unknown_place
 from backupcore_restic.stall import Stall
 from backupcore_restic.tags import MARK, extent_tag, from_extent_tag, from_tags, of_vm, run_tag, to_tags
 
@@ -71,8 +71,13 @@ class Restic:
         wrong = []
         if bool(self.password_file) == bool(self.password_command):
             wrong.append("exactly one of password_file and password_command is needed")
-        if not self.repository:
+        if not self.repository.strip():
             wrong.append("repository: must not be empty")
+        elif is_unknown_place(self.repository):
+            wrong.append(
+                "repository: restic knows no place that begins so: sftp:user@host:/path, rest:http://host/, s3:…; a "
+                "folder with a colon in its name begins with / or ./"
+            )
         if self.pack_size and not 4 <= self.pack_size <= 128:
             wrong.append("pack_size: 4 to 128 MiB, or 0")
         if not self.binary or self.timeout < 1:

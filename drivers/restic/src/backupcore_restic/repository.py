@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from backupcore import Context
     from backupcore_restic.driver import Restic
 
-__all__ = ["Repository", "TooLate", "is_id"]
+__all__ = ["Repository", "TooLate", "is_id", "is_unknown_place"]
 
 T = TypeVar("T")
 
@@ -102,6 +102,16 @@ def in_memory(folder: Path = Path("/dev/shm")) -> Path | None:  # noqa: S108 - r
 def is_id(token: str) -> bool:
     """True for the full ID of a snapshot; restic would take ``latest`` and prefixes as well."""
     return _ID.fullmatch(token) is not None
+
+
+def is_unknown_place(repository: str) -> bool:
+    """True for what looks like another host's, and which restic takes for a folder here: ``nas:/backups``, a bare URL.
+
+    The first backup would make a repository in the current folder, of the one disk that it should not be on.
+    """
+    return ":" in repository and not (
+        _SCHEME.match(repository) or repository.startswith(("/", "./", "../", "~", "local:"))
+    )
 
 
 class Repository:

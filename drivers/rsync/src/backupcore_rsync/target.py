@@ -15,6 +15,8 @@ __all__ = ["DaemonTarget", "FolderTarget", "HostTarget", "Target", "parse"]
 _USER = r"[A-Za-z0-9_][A-Za-z0-9_.\\-]*"
 _HOST = r"[A-Za-z0-9_][A-Za-z0-9_.-]*|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9_.-]+)?\]"
 _SSH = re.compile(rf"(?:(?P<user>{_USER})@)?(?P<host>{_HOST}):(?P<path>.+)", re.DOTALL)
+_OTHERS = re.compile(r"(file|ssh|sftp|https?|ftps?|s3|smb|cifs|nfs|rclone|rest)://", re.IGNORECASE)
+"""What others write so; as user@host:path it would be a host of that name."""
 _DAEMON = re.compile(
     rf"rsync://(?P<at>(?:{_USER}@)?(?:{_HOST})(?::[0-9]{{1,5}})?)/(?P<module>[^/]+)(?P<path>/.*)?", re.DOTALL
 )
@@ -58,7 +60,10 @@ def parse(text: str) -> Target:
     if text.startswith("rsync:"):
         return _daemon(text)
     if text.startswith(("/", "./", "../", "~")):
-        folder = Path(text).expanduser().absolute()
+        try:
+            folder = Path(text).expanduser().absolute()
+        except RuntimeError:
+            raise ConfigError("target: there is no account of that name on this host: write the path in full") from None
         if os.path.normpath(folder).strip("/") == "":
             raise ConfigError("target: must not be the root of the file system")
         return FolderTarget(folder)
@@ -78,6 +83,10 @@ def _daemon(text: str) -> DaemonTarget:
 
 
 def _host(text: str) -> HostTarget:
+    if _OTHERS.match(text):
+        raise ConfigError(
+            "target: rsync knows no such address: must be an absolute path, user@host:path or rsync://host/module"
+        )
     found = _SSH.fullmatch(text)
     if not found:
         raise ConfigError(
