@@ -111,6 +111,12 @@ def _path(kind: type, value: object) -> object:
         raise NotImplementedError(f"{kind.__name__} is no type of an option")
     if not isinstance(value, str):
         raise TypeError("Expected `str`, the path")
+    if "\0" in value:
+        raise ValueError("A path holds no NUL")
+    try:
+        Path(value).expanduser()
+    except RuntimeError:
+        raise ValueError("There is no account of the name after ~ on this host") from None
     return Path(value)
 
 

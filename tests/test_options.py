@@ -46,6 +46,16 @@ def test_types_are_strict():
         build(Folder, {"path": "/x", "limit": "5"})
 
 
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [("~nobody-here/hunter2", "path: there is no account"), ("/hunter2\0", "path: a path holds no NUL")],
+)
+def test_a_path_that_leads_nowhere_is_named_before_anything_is_done(path: str, told: str):
+    with pytest.raises(ConfigError, match=told) as caught:
+        build(Folder, {"path": path})
+    assert "hunter2" not in str(caught.value)
+
+
 def test_secrets_stay_out_of_repr():
     assert "hunter2" not in repr(build(Folder, {"path": "/x", "url": "rest:http://u:hunter2@h"}))
 

@@ -88,7 +88,7 @@ def test_a_datastore_name_stays_a_word(site, name):
 
 def test_relative_folders_are_refused_and_home_is_expanded(site):
     assert "host.state: must be an absolute path" in wrong(site, '[host]\nstate = "here"')
-    assert "host.state: must be an absolute path" in wrong(site, '[host]\nstate = "~nobody-of-this-name/x"')
+    assert "host.state: there is no account" in wrong(site, '[host]\nstate = "~nobody-of-this-name/x"')
     site.config.write_text('[host]\nstate = "~/vmkeep"')
     found = config.load(site.config).host
     assert found.state == Path.home() / "vmkeep"

@@ -65,6 +65,9 @@ class OtherRestic:
             for place in ("nas:/backups", "me@nas:backups", "http://nas:8000/", "REST:http://nas/", "ssh://nas/x")
         ),
         ({"repository": "/x", "password_file": "/p", "pack_size": 3}, "pack_size"),
+        ({"repository": "~nobody-here/x", "password_file": "/p"}, "repository: there is no account"),
+        ({"repository": "/x", "password_file": "~nobody-here/p"}, "password_file: there is no account"),
+        ({"repository": "/x", "password_file": "/p", "cache": "~nobody-here/c"}, "cache: there is no account"),
         ({"repository": "/x", "password_file": "/p", "limit_upload": -1}, "limit_upload"),
         ({"repository": "/x", "password_file": "/p", "lock_wait": -1}, "lock_wait"),
         ({"repository": "/x", "password_file": "/p", "compression": "best"}, "compression"),

@@ -12,7 +12,6 @@ import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -163,8 +162,7 @@ def _host(table: Mapping[str, Any], wrong: list[str]) -> dict[str, Any]:
     values, mistakes = options.checked(Host, table, where="host")
     wrong += mistakes
     for name in [key for key in values if key in ("state", "scratch")]:
-        with suppress(RuntimeError):  # ~USER of nobody: then it is no absolute path
-            values[name] = values[name].expanduser()
+        values[name] = values[name].expanduser()
         if not values[name].is_absolute():
             wrong.append(f"host.{name}: must be an absolute path")
     if not all(_PLUGIN.fullmatch(name) for name in values.get("plugins", ())):

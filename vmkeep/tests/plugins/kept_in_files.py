@@ -180,7 +180,7 @@ def _curse() -> None:
 
 class _Unspeakable(Exception):
     def __str__(self) -> str:
-        sys.exit(0)
+        return sys.exit(0) or ""
 
 
 def _speak_not() -> None:

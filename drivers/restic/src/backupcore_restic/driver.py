@@ -78,6 +78,11 @@ class Restic:
                 "repository: restic knows no place that begins so: sftp:user@host:/path, rest:http://host/, s3:…; a "
                 "folder with a colon in its name begins with / or ./"
             )
+        for name in ("repository", "cache"):
+            try:
+                Path(getattr(self, name)).expanduser()
+            except RuntimeError:
+                wrong.append(f"{name}: there is no account of the name after ~ on this host")
         if self.pack_size and not 4 <= self.pack_size <= 128:
             wrong.append("pack_size: 4 to 128 MiB, or 0")
         if not self.binary or self.timeout < 1:
