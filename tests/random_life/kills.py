@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lab.host import RUNNING, wait_until
-from tests.random_life.world import BUSY, HYPERVISOR, WARNED, NotNow, World, told
+from tests.random_life.world import WARNED, NotNow, World, told
 from tests.test_killed import STEPS
 
 _MARK = "LAB_LIFE"
@@ -87,9 +87,7 @@ class Kills:
         world.note(truth)
         still = world.vm.active and world.vm.domain.state()[0] != RUNNING and not world.suspended
         if still or world.choice.random() < 0.5:
-            done = host.run("recover", world.vm.name)
-            allowed = (HYPERVISOR,) if world.overlays_lost() else (BUSY,) if world.overlays_wait(host) else (0,)
-            assert done.code in allowed, told(done)
+            world.recovered(host)
             world.nothing_left(host)
 
 

@@ -252,6 +252,13 @@ class World:
             found = [line for line in found if not line.startswith("checkpoint")]
         assert found == []
 
+    def recovered(self, host: Host) -> None:
+        """What dead runs have left is put right, or it is said what hinders that."""
+        done = host.run("recover", self.vm.name)
+        busy = self.overlays_wait(host) or (self.held_up(host) and done.code == BUSY)
+        lost = done.code == HYPERVISOR and self.overlays_lost()
+        assert lost or done.code == (BUSY if busy else 0), told(done)
+
     def overlays_wait(self, host: Host) -> bool:
         """Whether saved memory names the overlays of a dead run: they wait for a start, and its folder with them."""
         return self.vm.domain.hasManagedSaveImage() and self.dead(host)
