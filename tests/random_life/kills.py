@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from lab.host import RUNNING, wait_until
+from lab.host import RUNNING, processes, wait_until
 from tests.random_life.world import WARNED, NotNow, World, told
 from tests.test_killed import STEPS
 
@@ -59,6 +59,8 @@ class Kills:
         # follows the record is cut off then.
         assert done.code in (130, 0, 3), told(done)
         world.note(truth)
+        # A cancelled run waits ten seconds for its guest's release, which goes on by itself where it takes longer.
+        wait_until(lambda: not processes(str(host.folder)), "the guest's release")
         world.nothing_left(host)
 
     def kill_all(self) -> None:
