@@ -153,6 +153,12 @@ class Manifest(Struct, frozen=True, kw_only=True):
                 raise ValueError(f"disk {disk.id} lies in the order of a full, and is not whole")
 
 
+# Made here, by the one thread that imports this: msgspec 0.22 works out a type when it first decodes one, and where two
+# threads do so at once, as of a listing's manifests, one of them reads what is not there yet: the process is killed.
+_any_format = json.Decoder(_AnyFormat)
+_manifest = json.Decoder(Manifest)
+
+
 def parse(data: bytes, what: str) -> Manifest:
     """The manifest in `data`; `what` names it in errors.
 
@@ -161,11 +167,11 @@ def parse(data: bytes, what: str) -> Manifest:
     if len(data) > LIMIT:
         raise IntegrityError(f"{what}: the manifest is larger than {LIMIT >> 20} MiB")
     try:
-        number = json.decode(data, type=_AnyFormat).format
+        number = _any_format.decode(data).format
         if isinstance(number, int) and number > FORMAT:
             raise UnsupportedOperation(
                 f"{what}: the manifest has format {number}, this version knows {FORMAT}", "Use a newer version."
             )
-        return json.decode(data, type=Manifest)
+        return _manifest.decode(data)
     except (MsgspecError, ValueError, RecursionError) as error:
         raise IntegrityError(f"{what}: not a manifest: {error!s:.200}") from None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from datetime import UTC, datetime
 from typing import Any
 
@@ -152,3 +154,26 @@ def test_what_a_stranger_wrote_does_not_reach_the_terminal_as_it_is():
         read({**WHOLE, "consistency": "\x1b[2J" + "x" * 10_000})
     assert refused.value.message.isprintable()
     assert len(refused.value.message) < 300
+
+
+_AT_ONCE = """
+import sys, threading
+from backupcore.manifest import parse
+sys.setswitchinterval(1e-6)
+data, threads = sys.stdin.buffer.read(), 8
+together = threading.Barrier(threads)
+def work():
+    together.wait()
+    parse(data, "a manifest")
+for thread in [threading.Thread(target=work) for _ in range(threads)]:
+    thread.start()
+"""
+
+
+def test_threads_that_read_their_first_manifests_at_once():
+    """As for a listing. In one of three processes, or more, that ended in a segmentation fault of msgspec."""
+    command = [sys.executable, "-c", _AT_ONCE]
+    tried = [subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(12)]
+    data = json.dumps(WHOLE).encode()
+    ended = [(one.communicate(data)[1], one.returncode) for one in tried]
+    assert {code for _, code in ended} == {0}, ended

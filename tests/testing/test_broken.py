@@ -134,7 +134,7 @@ ALONE = [
     ("locks", optional.Over, "a lock that was over at 2"),
     ("locks", optional.Zoneless, "neither a time with its zone nor None"),
     ("locks", optional.Everything, "a source that is not there: 0000"),
-    ("locks", optional.Unasked, "that it was not asked for: ffff"),
+    ("locks", optional.Unasked, "ffff, which it was not asked for"),
     ("locks", optional.Unlocked, "does not name a backup that the store locks"),
     ("locks", optional.Forcing, "delete deletes what locks calls locked"),
     ("locks", optional.Sealed, "delete deletes what locks calls locked"),

@@ -115,8 +115,8 @@ def printed(site):
     next(
         one for one in site.store.iterdir() if one.name in str(site.run("image", "show", str(number), "--json").json)
     ).rename(site.folder / "gone")
-    site.run("backup", "db1", "--reset")  # where nothing is there that the catalog knows, nothing is called lost
     found["catalog rebuild"]["changed"] = site.run("catalog", "rebuild", "nas", "--json").json["changed"]
+    site.run("backup", "db1", "--reset")
     with place.catalog.writing() as connection:
         connection.execute("UPDATE images SET installation = ?", ("f" * 32,))
     found["catalog take-over"] = site.run("catalog", "take-over", "nas", "--from", "ffff", "--yes", "--json").json

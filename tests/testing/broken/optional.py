@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 from dataclasses import replace
@@ -104,13 +105,18 @@ class Racing(Marked):
 
     meeting = threading.Barrier(4)
 
-    def make_mark(self):
-        if self.mark() is None:
-            try:
+    @hookimpl
+    def identity(self, known, make):
+        found = Marked.identity(self, known, make=False)
+        if found is None and make:
+            with contextlib.suppress(threading.BrokenBarrierError):
                 self.meeting.wait(1)  # the check's four, all of which have seen none
-            except threading.BrokenBarrierError:
-                self.meeting.reset()
-            (self.path / MARK).write_text(new_id())
+            self.meeting.reset()
+            found = new_id()
+            made = self.path / f"{MARK}.{found}"
+            made.write_text(found)
+            made.replace(self.path / MARK)
+        return found
 
 
 @backupcore.driver
