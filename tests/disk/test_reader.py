@@ -167,7 +167,7 @@ class TestBytes:
                 assert b"".join(parts)[layout.data_offset :][:SIZE] == data
             assert connections(server.address) == 1
             shown.close()
-            assert connections(server.address) == 0
+            until(lambda: connections(server.address) == 0)
             with pytest.raises(ContractViolation, match="after it was closed"):
                 shown.read_at(0, 1)
 

@@ -119,7 +119,11 @@ class Files:
                 raise NotNow
             flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE
             world.vm.domain.blockCommit(disk, str(below), None, 0, flags)
-            wait_until(lambda: "ready='yes'" in world.vm.domain.XMLDesc(), "the commit")
+            now = world.vm.domain.XMLDesc
+            wait_until(lambda: "ready='yes'" in now() or "<mirror" not in now(), "the commit")
+            if "<mirror" not in now():
+                world.say(f"{disk}: QEMU gave it up")
+                return
             world.vm.domain.blockJobAbort(disk, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
             self._doubt(f"{disk}: {path.name} merged into {below.name}, by blockcommit")
             if "backupcore" in path.name:
