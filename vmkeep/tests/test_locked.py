@@ -111,6 +111,26 @@ def test_a_flatten_by_hand_is_done_and_says_what_stays(site, nights):
     assert stored(site) == 4
 
 
+@pytest.mark.parametrize("refusal", ["locked-until", "append-only"])
+def test_an_image_whose_delete_is_refused_goes_on(site, nights, refusal):
+    nights(2)
+    (site.store / refusal).write_text((datetime.now(UTC) + timedelta(days=1)).isoformat())
+    assert site.run("image", "delete", "1", "--yes").code == 7
+    assert listed(site)["state"] == "open"
+    [done] = nights(1)
+    assert (done.code, listed(site)["id"]) == (0, 1)
+    assert "INCREMENT backup, image 1" in done.out, "and no full that nobody has asked for"
+
+
+def test_an_image_whose_delete_is_refused_stays_closed_where_it_was(site, nights):
+    nights(1)
+    assert site.run("backup", "web1", "--reset").code == 0
+    nights(1)
+    (site.store / "append-only").touch()
+    assert site.run("image", "delete", "1", "--yes").code == 7
+    assert sorted(one["state"] for one in site.run("image", "list", "--json").json) == ["closed", "open"]
+
+
 def test_an_image_that_is_locked_stays(site):
     assert site.run("vm", "updateconf", "web1", "--mode", "FULL", "--keep-last", "2").code == 0
     for _ in range(2):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from backupcore.context import Progress
-from backupcore.errors import UnsupportedOperation
+from backupcore.errors import Locked, UnsupportedOperation
 from backupcore.model import Image, SourceRef
 from backupcore.typed import typed
 from vmkeep import flatten, lock, needed, standing
@@ -20,9 +20,9 @@ def delete(
 
     Busy while a backup or a restore works with it. UnsupportedOperation where it is pinned, where another installation
     has written it, or where the datastore holds backups that build on it, or that it was merged into, and that the
-    catalog does not know. Sources
-    that another image shares stay. If the datastore fails midway the records stay, and the same call goes on where it
-    stopped. An image that is absent is forgotten, and its sources stay where they are.
+    catalog does not know. Sources that another image shares stay. If the datastore fails midway the records stay, and
+    the same call goes on where it stopped. Locked where the datastore deletes nothing as yet: the image is what it was.
+    An image that is absent is forgotten, and its sources stay where they are.
     """
     image = images.find(place.catalog_if_any, reference)
     with lock.image_exclusive(place.state, image, "it is being deleted"):
@@ -54,7 +54,12 @@ def delete(
             # A chain without its end must not be built on, should this stop midway.
             images.close(place.catalog, image)
             ctx.progress.phase("delete")
-            store.delete(sources, ctx)
+            try:
+                store.delete(sources, ctx)
+            except Locked:  # it has deleted nothing, so the chain is whole
+                if image.state == "open":
+                    images.reopen(place.catalog, image)
+                raise
         images.remove(place.catalog, image, place.installation)
     return image, sources
 

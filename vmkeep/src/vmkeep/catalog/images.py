@@ -34,6 +34,7 @@ __all__ = [
     "pin",
     "record",
     "remove",
+    "reopen",
     "sources",
     "tokens",
     "where",
@@ -443,6 +444,16 @@ def close(catalog: Catalog, image: Image, why: str = "") -> None:
         connection.execute(
             "UPDATE images SET state = 'closed', why_closed = ? WHERE number = ? AND state = 'open'",
             (why or None, image.number),
+        )
+
+
+def reopen(catalog: Catalog, image: Image) -> None:
+    """Let increments be added again to an image that was closed, unless its VM has begun another meanwhile."""
+    with catalog.writing() as connection:
+        connection.execute(
+            "UPDATE images SET state = 'open' WHERE number = ? AND state = 'closed' AND NOT EXISTS"
+            " (SELECT 1 FROM images WHERE vm_uuid = ? AND datastore = ? AND number > ?)",
+            (image.number, image.vm.uuid, image.datastore, image.number),
         )
 
 
