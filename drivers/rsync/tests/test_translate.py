@@ -84,3 +84,16 @@ def test_translate(code: int, errors: str, kind: type[BackupError], reason: str)
     assert reason in error.message
     assert error.message.startswith("backing up to nas:/x: ")
     assert "\n" not in error.message
+
+
+@pytest.mark.parametrize(
+    ("code", "errors", "told"),
+    [
+        (255, CHANGED, ("ssh-keygen -f FILE -R HOST", "known_hosts_file", "ssh-keyscan HOST")),
+        (5, "@ERROR: max connections (1) reached -- try again later\n", ("max connections", "flatten")),
+    ],
+)
+def test_a_hint_stands_for_itself(code: int, errors: str, told: tuple[str, ...]) -> None:
+    hint = translate(code, errors, "backing up to nas:/x").hint
+    assert all(one in hint for one in told), hint
+    assert "below" not in hint, "nothing follows it"

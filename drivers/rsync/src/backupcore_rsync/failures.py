@@ -46,11 +46,14 @@ _UP = "Is it up, reachable from here, and mounted over there?"
 RULES = (
     Rule(
         Refused,
-        _text(
-            r"^ssh: connect to host .*: connection refused$|^(kex|ssh)_exchange_identification: "
-            r"|^@error: max connections"
-        ),
+        _text(r"^ssh: connect to host .*: connection refused$|^(kex|ssh)_exchange_identification: "),
         _UP,
+    ),
+    Rule(
+        Refused,
+        _text(r"^@error: max connections"),
+        "The daemon takes no more connections at once. Try it later, or raise max connections in its rsyncd.conf: "
+        "a flatten reads and writes at the same time and needs two.",
     ),
     Rule(
         ConfigError,
@@ -62,7 +65,9 @@ RULES = (
         AccessDenied,
         _text(r"remote host identification has changed"),
         "The host shows another key than it did: somebody may be in between, or it was set up anew. If you know that "
-        "it was, remove its old key (ssh-keygen -R HOST) and add the new one, as below.",
+        "it was, remove its old key from the known-hosts file, known_hosts_file or ~/.ssh/known_hosts "
+        "(ssh-keygen -f FILE -R HOST, with a port '[HOST]:PORT'), and append the new one (ssh-keyscan HOST) once its "
+        "fingerprint is that of the host.",
     ),
     Rule(
         AccessDenied,
