@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import signal
 import threading
@@ -33,6 +35,7 @@ from backupcore.errors import (
 from backupcore.model import BackupRun, BytesArtifact, SourceRef
 from backupcore_s3 import S3
 from backupcore_s3 import bucket as requests
+from backupcore_s3.unfinished import mark
 from lab.s3_server import ACCESS_KEY, SECRET_KEY, SeaweedFS
 
 Options = Callable[..., S3]
@@ -521,6 +524,37 @@ def test_a_key_that_may_not_list_uploads(
     source = through.backup(make_artifacts(10), make_run(), ctx).source
     assert through.delete([source], ctx), "it has none"
     assert through.usage(ctx).used == 0
+
+
+def test_a_bucket_that_deletes_nothing(
+    through: S3,
+    ctx: Context,
+    proxy: Proxy,
+    client: Any,
+    bucket: str,
+    make_run: Runs,
+    make_artifacts: Artifacts,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Every backup leaves its mark there. What that costs, and what is told of it, does not grow night by night."""
+    caplog.set_level(logging.WARNING)
+    proxy.answer(r"DELETE (?![^ ]*uploadId)", 403, "AccessDenied", "no identity-based policy allows it", times=100)
+    assert through.check(ctx)
+    assert "s3:DeleteObject" in caplog.text
+    caplog.clear()
+    run = make_run()
+    for _ in range(4):
+        token = through.backup(make_artifacts(10), make_run(run.vm.uuid), ctx).source.token
+        dead = {**json.loads(mark(run)), "started": "1"}
+        key = f"backups/{token.replace('.', '/')}/_unfinished"
+        client.put_object(Bucket=bucket, Key=key, Body=json.dumps(dead).encode())
+    proxy.seen.clear()
+    through.prebackup(make_run(run.vm.uuid), ctx)
+    ctx.touch()
+    assert len([line for line in proxy.seen if line.startswith("DELETE") and "_unfinished" in line]) == 2, (
+        "the upload that was tried, and one mark"
+    )
+    assert not caplog.records
 
 
 def test_a_command_for_credentials_that_never_ends(options: Options, bucket: str, ctx: Context, tmp_path: Path) -> None:

@@ -24,9 +24,10 @@ from backupcore.errors import (
     UnsupportedOperation,
 )
 
-__all__ = ["NoStore", "code", "is_absent", "is_unknown_to_server", "redact", "require_store", "translate"]
+__all__ = ["NoStore", "code", "is_absent", "is_refused", "is_unknown_to_server", "redact", "require_store", "translate"]
 
 _REDIRECTS = range(300, 400)
+_REFUSED = {"AccessDenied", "Forbidden", "403", "ObjectLocked", "WORMProtected", "XMinioObjectLocked"}
 _NOT_CHANGED = 304
 
 
@@ -203,6 +204,11 @@ def code(error: BaseException | None) -> str:
 def is_absent(error: BaseException) -> bool:
     """True if the store says that this object (not its bucket) does not exist."""
     return code(error) in {"NoSuchKey", "404"}
+
+
+def is_refused(error: BaseException) -> bool:
+    """True if a policy or a lock refuses what was asked for; not where the store does not know the key."""
+    return code(error) in _REFUSED
 
 
 def is_unknown_to_server(error: BaseException) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
@@ -14,7 +15,7 @@ from backupcore.errors import AccessDenied, BackupError, IncrementImpossible, Lo
 from backupcore.model import Artifact, BackupRun, Listed, Merge, SourceRef, Stored, Usage, new_id
 from backupcore_s3.bucket import Bucket
 from backupcore_s3.crew import Crew, answered
-from backupcore_s3.failures import code, is_absent, is_unknown_to_server
+from backupcore_s3.failures import code, is_absent, is_refused, is_unknown_to_server
 from backupcore_s3.flatten import assemble, cannot_copy, cut, totals
 from backupcore_s3.keys import MANIFEST, MARKER, UNFINISHED, Place
 from backupcore_s3.labels import from_manifest, from_metadata
@@ -33,7 +34,6 @@ PROBE = "_check"
 """The object that `check` writes and removes."""
 
 _SMALL_REQUESTS = 16  # at once, where next to no data is moved: a listing waits for answers and for nothing else
-_REFUSED = {"AccessDenied", "Forbidden", "403", "ObjectLocked", "WORMProtected", "XMinioObjectLocked"}
 """Codes for a delete that this key, which is known, may not do."""
 
 _MARKER = 200  # bytes of the marker that are looked at; it has 33
@@ -72,9 +72,10 @@ class Store:
         return places
 
     def _sweep(self, places: dict[Place, dict[str, int]], run: BackupRun, ctx: Context) -> None:
+        append_only = False
         for place, names in places.items():
             ctx.check()
-            if UNFINISHED not in names:
+            if UNFINISHED not in names or (append_only and MANIFEST in names):
                 continue
             try:
                 marker = place.key(UNFINISHED)
@@ -90,7 +91,11 @@ class Store:
                 continue
             except BackupError as error:
                 ctx.check()
-                ctx.log.warning("an unfinished upload stays in %s: %s", self.bucket.name, error)
+                # Every backup leaves its mark where nothing may be deleted: one question is enough, and no news.
+                append_only = append_only or is_refused(error)
+                level = logging.INFO if MANIFEST in names and is_refused(error) else logging.WARNING
+                what = "the mark of a backup that is whole" if MANIFEST in names else "an unfinished upload"
+                ctx.log.log(level, "%s stays in %s: %s", what, self.bucket.name, error)
 
     def backup(self, artifacts: Sequence[Artifact], run: BackupRun, ctx: Context) -> Stored:
         """Everything but the manifest, then the manifest."""
@@ -266,7 +271,7 @@ class Store:
         try:
             self.bucket.delete(place.key(MANIFEST))
         except AccessDenied as error:
-            if code(error) not in _REFUSED:
+            if not is_refused(error):
                 raise
             raise Locked(
                 error.message,
@@ -342,12 +347,21 @@ class Store:
         try:
             second = self._probe(ctx)
         finally:
-            bucket.call("delete_object", "deleting what the check has written", Key=PROBE, **_version(first))
+            self._unprobe(first, ctx)
         if second is not None:
             if _version(second):
-                bucket.call("delete_object", "deleting what the check has written", Key=PROBE, **_version(second))
+                self._unprobe(second, ctx)
             self._warn(ctx, "ignores")
         return True
+
+    def _unprobe(self, written: Any, ctx: Context) -> None:
+        """Delete what the check has written. A bucket that deletes nothing is fine for backups, and may be meant so."""
+        try:
+            self.bucket.call("delete_object", "deleting what the check has written", Key=PROBE, **_version(written))
+        except AccessDenied as error:
+            if not is_refused(error):
+                raise
+            ctx.log.warning("%s; backups are fine there, and retention waits. Else allow s3:DeleteObject", error)
 
     def _look_for_uploads(self, ctx: Context) -> None:
         """Warn where what a dead run has uploaded could not be found again."""

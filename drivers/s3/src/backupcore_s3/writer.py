@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -14,7 +15,7 @@ from backupcore.model import Artifact, BackupRun
 from backupcore_s3.body import Body
 from backupcore_s3.bucket import Bucket
 from backupcore_s3.crew import Crew
-from backupcore_s3.failures import code, is_unknown_to_server
+from backupcore_s3.failures import code, is_refused, is_unknown_to_server
 from backupcore_s3.keys import MANIFEST, UNFINISHED, Place
 from backupcore_s3.labels import to_metadata
 from backupcore_s3.parts import Cut
@@ -149,7 +150,8 @@ class Writer:
         try:
             self.bucket.delete(self.place.key(UNFINISHED))
         except BackupError as error:  # the backup is done, and the next run of this VM tries again
-            self._ctx.log.warning("%s stays behind: %s", self.place.key(UNFINISHED), error)
+            level = logging.INFO if is_refused(error) else logging.WARNING  # append-only, as somebody may have meant it
+            self._ctx.log.log(level, "%s stays behind: %s", self.place.key(UNFINISHED), error)
 
     def _put_manifest(self, data: bytes) -> None:
         key = self.place.key(MANIFEST)
