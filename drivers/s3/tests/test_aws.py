@@ -95,17 +95,23 @@ def test_a_bucket_that_keeps_versions(
     assert list(driver.sources(ctx)) == []
 
 
-def test_a_legal_hold(here: Options, moto: str, ctx: Context, make_run: Runs, make_artifacts: Artifacts) -> None:
+@pytest.mark.parametrize("name", ["manifest.json", "disk.vda.qcow2"])
+def test_a_legal_hold(
+    here: Options, moto: str, ctx: Context, make_run: Runs, make_artifacts: Artifacts, name: str
+) -> None:
+    """Somebody may put it on the whole backup, or on a disk alone, which a delete would hide."""
     aws = plain_client(moto)
-    aws.create_bucket(Bucket="held", ObjectLockEnabledForBucket=True)
-    driver = here(bucket="held")
+    bucket = f"held-{name[:4]}"
+    aws.create_bucket(Bucket=bucket, ObjectLockEnabledForBucket=True)
+    driver = here(bucket=bucket)
     first, second = (driver.backup(make_artifacts(10), make_run(), ctx).source for _ in range(2))
-    manifest = f"backups/{second.token.replace('.', '/')}/manifest.json"
-    aws.put_object_legal_hold(Bucket="held", Key=manifest, LegalHold={"Status": "ON"})
+    key = f"backups/{second.token.replace('.', '/')}/{name}"
+    aws.put_object_legal_hold(Bucket=bucket, Key=key, LegalHold={"Status": "ON"})
+    assert driver.locks([first, second], ctx) == {second: None}
     with pytest.raises(AccessDenied, match="a legal hold"):
         driver.delete([first, second], ctx)
     assert {one.source for one in driver.sources(ctx)} == {first, second}
-    aws.put_object_legal_hold(Bucket="held", Key=manifest, LegalHold={"Status": "OFF"})
+    aws.put_object_legal_hold(Bucket=bucket, Key=key, LegalHold={"Status": "OFF"})
     assert driver.delete([first, second], ctx)
     assert list(driver.sources(ctx)) == []
 

@@ -36,6 +36,7 @@ PROBE = "_check"
 _SMALL_REQUESTS = 16  # at once, where next to no data is moved: a listing waits for answers and for nothing else
 """Codes for a delete that this key, which is known, may not do."""
 
+_NEVER = datetime.max.replace(tzinfo=UTC)
 _MARKER = 200  # bytes of the marker that are looked at; it has 33
 _IDENTITY = re.compile(rb"[0-9a-f]{32}\n?")
 _MANIFEST = 16 << 20  # bytes of a manifest that a listing reads
@@ -226,7 +227,8 @@ class Store:
         """All locks are looked at before anything is touched; then of each source the manifest first."""
         places = [place for place in (Place.of_token(source.token) for source in sources) if place]
         crew = Crew(_SMALL_REQUESTS, ctx.check)
-        crew.work((partial(self._require_unlocked, place) for place in places), len(places))
+        whole = crew.answer(self._can_lock)
+        crew.work((partial(self._require_unlocked, place, whole=whole) for place in places), len(places))
         crew.work((partial(self._remove, place) for place in places), len(places))
         return True
 
@@ -234,17 +236,29 @@ class Store:
         """Those under Object Lock, and until when; None for a legal hold, which has no date."""
         places = [place for place in (Place.of_token(source.token) for source in sources) if place]
         found: dict[SourceRef, datetime | None] = {}
+        crew = Crew(_SMALL_REQUESTS, ctx.check)
+        whole = crew.answer(self._can_lock)
 
         def look(place: Place) -> None:
-            if lock := self._lock(place):
+            if lock := self._lock(place, whole=whole):
                 found[place.source] = lock[1]
 
-        Crew(_SMALL_REQUESTS, ctx.check).work((partial(look, place) for place in places), len(places))
+        crew.work((partial(look, place) for place in places), len(places))
         return found
 
-    def _lock(self, place: Place) -> tuple[str, datetime | None] | None:
-        """What keeps a source, in words, and until when; None if nothing does."""
-        found = self.bucket.head(place.key(MANIFEST)) or {}
+    def _lock(self, place: Place, *, whole: bool) -> tuple[str, datetime | None] | None:
+        """What keeps a source longest, in words, and until when; None if nothing does.
+
+        With `whole` every object is asked for: a hold may be put on a disk alone. Else the manifest stands for all.
+        """
+        keys = [place.key(MANIFEST)]
+        if whole:
+            keys = [one.key for one in self.bucket.objects(place.folder, "listing")]
+        held = [lock for lock in map(self._lock_of, keys) if lock]
+        return max(held, key=lambda lock: lock[1] or _NEVER, default=None)
+
+    def _lock_of(self, key: str) -> tuple[str, datetime | None] | None:
+        found = self.bucket.head(key) or {}
         if found.get("ObjectLockLegalHoldStatus") == "ON":
             return "a legal hold", None
         until = found.get("ObjectLockRetainUntilDate")
@@ -254,12 +268,12 @@ class Store:
             return None
         return f"{found.get('ObjectLockMode', 'a lock')} until {until:%Y-%m-%d %H:%M %Z}", until
 
-    def _require_unlocked(self, place: Place) -> None:
+    def _require_unlocked(self, place: Place, *, whole: bool) -> None:
         """Locked for an object under a lock.
 
         A store that keeps versions would hide it and keep its bytes, and call that a success.
         """
-        if lock := self._lock(place):
+        if lock := self._lock(place, whole=whole):
             reason, until = lock
             raise Locked(
                 f"{self.bucket.name}: {place.source} is under Object Lock ({reason}) and cannot be deleted",
@@ -399,12 +413,19 @@ class Store:
         self._warn(ctx, "refuses")
         return None
 
+    def _can_lock(self) -> bool:
+        """Whether an object there may be under Object Lock, as far as the store says."""
+        return self._locking().get("ObjectLockEnabled") == "Enabled"
+
     def _locks_by_default(self) -> bool:
+        return "DefaultRetention" in (self._locking().get("Rule") or {})
+
+    def _locking(self) -> dict[str, Any]:
         try:
             found = self.bucket.call("get_object_lock_configuration", "asking for Object Lock")
         except BackupError:  # there is none, the server knows none, or we may not ask
-            return False
-        return "DefaultRetention" in (found.get("ObjectLockConfiguration", {}).get("Rule") or {})
+            return {}
+        return found.get("ObjectLockConfiguration") or {}
 
     def usage(self, ctx: Context) -> Usage:
         """The bytes of all objects below the prefix. S3 tells neither a quota nor what is free."""
