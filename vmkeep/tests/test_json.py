@@ -136,10 +136,12 @@ def printed(site):
 
 
 def test_the_page_lists_exactly_the_keys_that_are_printed(printed):
-    # What this host has nothing of: disks that are left out, processes that do not end (see test_hanging).
+    # What this host has nothing of: disks that are left out, processes that do not end (see test_hanging), sources that
+    # were merged without the catalog (see test_standing).
     assert parts.left_out((LeftOut(id="sda", reason="a CD"),)) == [{"id": "sda", "reason": "a CD"}]
     never_here = {"left_out[].id", "left_out[].reason"}
     never_here |= {f"left[].{key}" for key in ("process", "name", "why", "since")}
+    never_here |= {f"superseded[].{key}" for key in ("datastore", "source", "what")}
     page = documented()
     assert set(page) == set(printed)
     for command, document in printed.items():

@@ -220,6 +220,37 @@ def test_last_nights_state_folder_and_a_backup_before_anybody_rebuilds(site, nig
     assert nights.night()["type"] == "INCREMENT"
 
 
+def test_a_check_tells_what_was_merged_from_what_is_missing(site, nights, elsewhere):
+    """The other host's catalog knows of the images by a rebuild; their owner lives on, and merges them."""
+    for _ in range(2):
+        nights.night()
+    elsewhere.run("catalog", "rebuild", "nas")
+    assert elsewhere.run("catalog", "check").code == 0
+    nights.settings(keep_last="1")
+    nights.night()
+    told = elsewhere.run("catalog", "check")
+    assert told.code == 3
+    assert [line.split(" ")[0] for line in told.out.splitlines()] == ["superseded", "superseded", "unused"]
+    assert "vmkeep catalog rebuild nas" in told.err
+    found = json.loads(elsewhere.run("catalog", "check", "--json").out)
+    assert (found["missing"], [one["what"] for one in found["superseded"]]) == (
+        [],
+        ["increment 0 of image 1, VM web1", "increment 1 of image 1, VM web1"],
+    )
+    elsewhere.run("catalog", "rebuild", "nas")
+    assert elsewhere.run("catalog", "check").code == 0
+
+
+def test_a_check_goes_by_the_sizes_that_a_store_lists(site, nights):
+    (site.store / "sizes").touch()
+    for _ in range(2):
+        nights.night()
+    (site.store / sources(site)[0] / "disk.vda.qcow2").unlink()
+    told = site.run("catalog", "check")
+    assert told.code == 8
+    assert "a part of increment 0 of image 1" in told.out
+
+
 def test_an_image_that_was_merged_into_what_the_catalog_does_not_know_is_not_deleted(site, nights, saved):
     """Its own sources are gone already, and what was to go lies in the full that they went into."""
     nights.settings(keep_last="2")

@@ -438,7 +438,7 @@ def _known(catalog: Catalog, name: str) -> dict[SourceRef, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Missing:
-    """A source that the catalog has and its datastore has not."""
+    """A source that the catalog has and its datastore has not, or not whole; `what` it is, in words."""
 
     datastore: str
     source: SourceRef
@@ -456,10 +456,14 @@ class Unused:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
-    """The catalog held against the datastores. `errors` are of those that could not be asked, by name."""
+    """The catalog held against the datastores. `errors` are of those that could not be asked, by name.
+
+    `superseded` are sources that are gone since a later full stands for them, which the catalog does not know.
+    """
 
     datastores: tuple[str, ...]
     missing: tuple[Missing, ...]
+    superseded: tuple[Missing, ...]
     unused: tuple[Unused, ...]
     errors: Mapping[str, BackupError]
 
@@ -468,6 +472,7 @@ def check(place: Workplace, name: str | None = None, *, progress: Progress | Non
     """Hold the catalog against one datastore, or against all. Nothing is changed, and no data are read."""
     names = [place.config.datastore(name)] if name is not None else list(place.config.datastores)
     missing: list[Missing] = []
+    superseded: list[Missing] = []
     unused: list[Unused] = []
     errors: dict[str, BackupError] = {}
     with place.context(progress) as ctx:
@@ -475,22 +480,61 @@ def check(place: Workplace, name: str | None = None, *, progress: Progress | Non
             ctx.progress.phase(f"look into {one}")
             before = _known(place.catalog_if_any, one)
             try:
-                listed = {found.source: found for found in place.datastore(one).sources(ctx)}
+                store = place.datastore(one)
+                listed = {found.source: found for found in store.sources(ctx)}
+                # Twice, since backups are recorded and deleted meanwhile.
+                after = _known(place.catalog_if_any, one)
+                missed, merged, moved = _missed(place, store, one, listed, ctx)
             except BackupError as error:
                 ctx.check()
                 errors[one] = error
                 continue
-            # Twice, since backups are recorded and deleted meanwhile.
-            after = _known(place.catalog_if_any, one)
-            missing += [
-                Missing(datastore=one, source=source, what=what)
-                for source, what in before.items()
-                if source in after and source not in listed and what not in (_LEFT, _ELSEWHERE)
-            ]
+            known = {*before, *after}
+            missing += [row for row in missed if row.source in before and row.source in after]
+            superseded += [row for row in merged if row.source in before and row.source in after]
             unused += [
-                _unused(one, found) for source, found in listed.items() if source not in before and source not in after
+                _unused(one, found) for source, found in listed.items() if source not in known and source not in moved
             ]
-    return Checked(datastores=tuple(names), missing=tuple(missing), unused=tuple(unused), errors=errors)
+    return Checked(
+        datastores=tuple(names),
+        missing=tuple(missing),
+        superseded=tuple(superseded),
+        unused=tuple(unused),
+        errors=errors,
+    )
+
+
+def _missed(
+    place: Workplace, store: Datastore, name: str, listed: Mapping[SourceRef, Listed], ctx: Context
+) -> tuple[list[Missing], list[Missing], set[SourceRef]]:
+    """What the catalog has of a datastore and is not there, or not whole; what went into a later full; and the sources
+    that stand for others under a new token.
+    """
+    missing: list[Missing] = []
+    merged: list[Missing] = []
+    moved: set[SourceRef] = set()
+    for image in images.where(place.catalog_if_any):
+        if image.datastore != name or image.state == "absent" or _all_as_known(image, listed):
+            continue
+        of_vm = list(listed.values())
+        known = needed.accounted(place.catalog_if_any, image.vm, name, of_vm)
+        found = standing.look(store, image, of_vm, known, ctx, whole=True)
+        moved.update(found.moved.values())
+        for row in image.increments:
+            what = f"increment {row.id} of image {image.number}, VM {image.vm.name}"
+            one = Missing(datastore=name, source=row.source, what=what)
+            if row in found.superseded:
+                merged.append(one)
+            elif row.id in found.lost:
+                missing.append(one)
+            elif row.id in found.torn:
+                missing.append(replace(one, what=f"a part of {what}"))
+    return missing, merged, moved
+
+
+def _all_as_known(image: Image, listed: Mapping[SourceRef, Listed]) -> bool:
+    """Whether a listing has every source of an image, none with another size than it had."""
+    return all(one.source in listed and listed[one.source].size in (None, one.size) for one in image.increments)
 
 
 def _unused(datastore: str, found: Listed) -> Unused:

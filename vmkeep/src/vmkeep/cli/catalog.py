@@ -11,6 +11,7 @@ from backupcore.errors import ConfigError, IntegrityError
 from backupcore.model import Image
 from backupcore.typed import typed
 from vmkeep import rebuild as work
+from vmkeep import standing
 from vmkeep.catalog import ownership
 from vmkeep.cli import exits, output
 from vmkeep.cli.asked import Asked, common
@@ -147,7 +148,8 @@ def _ask(found: Sequence[Image], datastore: str) -> None:
 def check(asked: Asked, datastore: str | None) -> int:
     """Hold the catalog against DATASTORE (without it: all): what is missing there, what lies there unused.
 
-    The exit code is 8 where something is missing. Data are not read: that is what vmkeep image verify does.
+    The exit code is 8 where something is missing, 3 where the catalog alone is behind: what it knows was merged into a
+    later full. Data are not read: that is what vmkeep image verify does.
     """
     place = workplace(asked)
     with shown(asked, "catalog") as progress:
@@ -157,15 +159,19 @@ def check(asked: Asked, datastore: str | None) -> int:
     elif not asked.quiet:
         for gone in found.missing:
             output.line(f"missing in {gone.datastore}: {gone.source}: {gone.what}")
+        for merged in found.superseded:
+            output.line(f"superseded in {merged.datastore}: {merged.source}: {merged.what}, went into a later full")
         for unused in found.unused:
             output.line(f"unused in {unused.datastore}: {unused.source}: {_told(unused)}")
-        if not found.missing and not found.unused and not found.errors:
+        if not any((found.missing, found.superseded, found.unused, found.errors)):
             output.line("the catalog and the datastores agree")
     for name, error in found.errors.items():
         output.remark(asked, f"datastore {name} was not looked into: {error.in_full}")
+    for name in dict.fromkeys(one.datastore for one in found.superseded):
+        output.remark(asked, f"datastore {name} holds more than the catalog knows. {standing.remedy(name)}")
     if found.missing:
         return exits.CODES[IntegrityError]
-    return next((exits.code(error) for error in found.errors.values()), 0)
+    return next((exits.code(error) for error in found.errors.values()), exits.WARNING if found.superseded else 0)
 
 
 def _told(unused: work.Unused) -> str:

@@ -83,6 +83,9 @@ def checked(found: Checked) -> Document:
         "missing": [
             {"datastore": one.datastore, "source": one.source.token, "what": one.what} for one in found.missing
         ],
+        "superseded": [
+            {"datastore": one.datastore, "source": one.source.token, "what": one.what} for one in found.superseded
+        ],
         "unused": [
             {"datastore": one.datastore, "source": one.source.token, "labels": dict(one.labels)} for one in found.unused
         ],
