@@ -104,12 +104,12 @@ def printed(site):
     ):
         found[" ".join(command.split()[:2])] = site.run(*command.split(), "--json").json
     site.run("backup", "web1")
-    site.run("backup", "db1")
+    damaged = site.run("backup", "db1", "--json").json["source"]
     place = Workplace(load_config(site.config))
     with place.catalog.writing() as connection:
         for table in ("increments", "images"):
             connection.execute(f"DELETE FROM {table}")
-    next(site.store.glob("*/vm.xml")).unlink()
+    (site.store / damaged / "vm.xml").unlink()
     found["catalog rebuild"] = site.run("catalog", "rebuild", "nas", "--json").json
     number = found["catalog rebuild"]["added"][0]["id"]
     next(
