@@ -108,6 +108,13 @@ def test_a_server_that_deletes_nothing(
         broken = [BrokenArtifact("disk.vdb.qcow2", 4 << 20), *make_artifacts()]
         with pytest.raises(HypervisorError):
             driver.backup(broken, make_run(), ctx)
+        # Over there somebody lets go of all of it: there is something to prune.
+        options(str(place / "web")).delete([source], ctx)
+        began = time.monotonic()
+        with pytest.raises(Locked, match="403") as caught:
+            driver.maintain(ctx)
+        assert time.monotonic() - began < 20
+        assert "pruned where it lies" in caught.value.hint
 
 
 def test_a_server_whose_storage_is_away_need_not_have_lost_its_password(

@@ -14,17 +14,19 @@ from typing import Any, Literal
 from backupcore import Context, driver, hookimpl, option
 from backupcore.child import Child
 from backupcore.errors import (
+    AccessDenied,
     BackupError,
     ConfigError,
     IncrementImpossible,
     IntegrityError,
+    Locked,
     SourceNotFound,
     TargetUnavailable,
 )
 from backupcore.model import Artifact, BackupRun, Listed, SourceRef, Stored, Usage
 from backupcore_restic.creation import create, require_whole, settle
 from backupcore_restic.dump import DumpedArtifact
-from backupcore_restic.failures import NoRepository
+from backupcore_restic.failures import NoRepository, refuses_to_delete
 from backupcore_restic.mount import Mount
 from backupcore_restic.mounted import MountedArtifact
 from backupcore_restic.place import creatable
@@ -337,7 +339,17 @@ class Restic:
         repository = Repository(self)
         ctx.progress.phase("pruning")
         repack = [f"--max-repack-size={self.max_repack_size}"] if self.max_repack_size else []
-        repository.write(["prune", f"--max-unused={self.max_unused}", *repack], "pruning", ctx, still=self._long)
+        prune = ["prune", f"--max-unused={self.max_unused}", *repack]
+        try:
+            repository.write(prune, "pruning", ctx, still=self._long, refused=refuses_to_delete)
+        except AccessDenied as error:
+            if not refuses_to_delete(error.message):
+                raise
+            raise Locked(
+                error.message,
+                "If the repository is append-only as you want it, it is pruned where it lies (restic forget and prune "
+                "over there), and not from here.",
+            ) from error
         ctx.progress.phase("checking")
         data = [f"--read-data-subset={self.check_data}"] if self.check_data else []
         repository.write(["check", *data], "checking", ctx, still=self._long)

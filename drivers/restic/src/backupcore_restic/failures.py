@@ -152,11 +152,12 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
 
 
 def refuses_to_delete(line: str) -> bool:
-    """Whether restic says here that its server deletes no snapshot, for this key or for anybody: 403, and its words.
+    """Whether restic says here that its server deletes nothing, for this key or for anybody: 403, and its words.
 
-    restic tries that again for minutes; the server's answer stays the same.
+    restic tries that again for minutes; the server's answer stays the same. It is asked for snapshots, and by a prune
+    for indexes and packs ("data"); restic's own locks may be removed everywhere.
     """
-    pattern = r"\bremove\b.*<?snapshot/.*(\b403\b|forbidden|access ?denied)|append-only"
+    pattern = r"\bremove\b.*<?(snapshot|index|data)/.*(\b403\b|forbidden|access ?denied)|append-only"
     return re.search(pattern, line, re.IGNORECASE) is not None
 
 
