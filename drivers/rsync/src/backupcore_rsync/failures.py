@@ -39,7 +39,9 @@ def _text(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern, re.IGNORECASE)
 
 
-_ACCOUNT = "Check the account of this datastore, and the owner and permissions of the target."
+_ACCOUNT = (
+    "Check the account of this datastore, the target's owner and permissions, and whether it is mounted read-only."
+)
 
 _UP = "Is it up, reachable from here, and mounted over there?"
 
@@ -103,6 +105,11 @@ RULES = (
             r"|configured to refuse"
         ),
         "Check the daemon's rsyncd.conf (auth users, read only, refuse options), and password_file (chmod 600).",
+    ),
+    Rule(
+        ConfigError,
+        _text(r"daemon refused to receive"),
+        "Check the module in the daemon's rsyncd.conf: its exclude and filter must let all of a backup in.",
     ),
     Rule(
         ConfigError,
