@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from backupcore_rsync import host
+from backupcore_rsync import host, programs
 from lab import kernel
 
 ID = "a" * 32
@@ -45,6 +46,14 @@ def begun(shell: list[str], target: Path) -> Path:
     (part / "disk.vda.qcow2").write_text("x")
     (part / "manifest.json").touch()
     return part
+
+
+@pytest.mark.parametrize("word", ["a!b", "it's !x '!!' !", "!", "", "[ ! -e $x ] || :"])
+def test_a_word_for_any_shell(shell: list[str], word: str) -> None:
+    """csh replaces what follows a "!" in single quotes as well, but for one that a backslash is before."""
+    line = programs.quoted(word)
+    assert run(shell, f"printf %s {line}") == (0, word)
+    assert not re.search(r"(?<!\\)!", line)
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,8 @@ def test_translate(code: int, errors: str, kind: type[BackupError], reason: str)
     [
         (255, CHANGED, ("ssh-keygen -f FILE -R HOST", "known_hosts_file", "ssh-keyscan HOST")),
         (5, "@ERROR: max connections (1) reached -- try again later\n", ("max connections", "flatten")),
+        (255, "", ("reachable",)),
+        (12, CLOSED, ("reachable",)),
         (1, "/srv/backups: permission denied\n", ("permissions", "read-only")),
         (23, 'ERROR: daemon refused to receive file "manifest.json"\n', ("rsyncd.conf", "exclude", "filter")),
     ],

@@ -141,6 +141,7 @@ RULES = (
             r"|no such (file|folder)"
         ),
         _UP,
+        (10, 12, 30, 35, 255),
     ),
 )
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from backupcore import Context
     from backupcore_rsync.driver import Rsync
 
-__all__ = ["Programs", "patiently"]
+__all__ = ["Programs", "patiently", "quoted"]
 
 ANSWER = 1 << 30
 """Bytes that a program may answer with: a listing of some 500,000 backups."""
@@ -88,7 +88,7 @@ class Programs:
         """A script for the other host's sh, with its arguments as $1, $2, …"""
         program, *rest = self.ssh()
         # One line, and single quotes only: whatever shell the account has passes it on to sh as it is.
-        line = " ".join(["exec", "sh", "-c", *map(shlex.quote, (script, "sh", *arguments))])
+        line = " ".join(["exec", "sh", "-c", *map(quoted, (script, "sh", *arguments))])
         return self._start(program, [*rest, target.login, line], "the option ssh")
 
     def start_login(self, target: HostTarget, control: str) -> Child:
@@ -248,6 +248,11 @@ def _rsync_quoted(word: str) -> str:
         return word
     doubled = word.replace("'", "''")
     return f"'{doubled}'"
+
+
+def quoted(word: str) -> str:
+    """A word for whatever shell an account has; csh looks for "!" in single quotes, too."""
+    return shlex.quote(word).replace("!", r"'\!'")
 
 
 def _ssh_quoted(path: str) -> str:
