@@ -28,6 +28,7 @@ __all__ = ["NoStore", "code", "is_absent", "is_refused", "is_unknown_to_server",
 
 _REDIRECTS = range(300, 400)
 _REFUSED = {"AccessDenied", "Forbidden", "403", "ObjectLocked", "WORMProtected", "XMinioObjectLocked"}
+"""Codes for what this key, which is known, may not do."""
 _NOT_CHANGED = 304
 
 

@@ -34,8 +34,6 @@ PROBE = "_check"
 """The object that `check` writes and removes."""
 
 _SMALL_REQUESTS = 16  # at once, where next to no data is moved: a listing waits for answers and for nothing else
-"""Codes for a delete that this key, which is known, may not do."""
-
 _NEVER = datetime.max.replace(tzinfo=UTC)
 _MARKER = 200  # bytes of the marker that are looked at; it has 33
 _IDENTITY = re.compile(rb"[0-9a-f]{32}\n?")
