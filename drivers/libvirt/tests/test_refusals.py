@@ -76,23 +76,6 @@ def test_snapshots_allow_no_increment_and_get_no_bitmap_beside_them(small, runs,
         small.monitor("human-monitor-command", **{"command-line": "delvm before"})
 
 
-def test_a_node_by_which_a_dead_run_made_a_mark_keeps_no_snapshot_from_being_taken(small, runs):
-    def leave_one() -> None:
-        small.monitor("blockdev-add", driver="null-co", size=1 << 20, **{"node-name": "backupcore-0123456789abcdef"})
-
-    def left() -> list[str]:
-        nodes = small.monitor("query-named-block-nodes", flat=True)
-        return [node["node-name"] for node in nodes if node["drv"] == "null-co"]
-
-    leave_one()
-    with runs.take(runs.run(small)):
-        pass
-    assert left() == []
-    leave_one()
-    runs.recover(small)
-    assert left() == []
-
-
 @pytest.mark.parametrize("how", ["NONE", "SUSPEND"])
 def test_what_the_datastore_finds_out_meanwhile_is_told_before_the_guest_is_touched(small, runs, how):
     """A wrong password, say: no guest stands still for that."""

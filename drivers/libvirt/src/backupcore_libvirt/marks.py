@@ -23,13 +23,12 @@ from backupcore_libvirt.disks import Node, SourceDisk
 from backupcore_libvirt.premade.one_bit import make_one_bit
 from backupcore_libvirt.stopped import merge_bitmap, remove_bitmap
 
-__all__ = ["add", "add_stopped", "remove_helpers"]
+__all__ = ["add", "add_stopped"]
 
 log = logging.getLogger("backupcore")
 
 _SECTOR = 512
 _BIT = "bit"
-_HELPER = "backupcore-"
 
 
 def add(domain: Domain, marks: Mapping[str, str], nodes: Mapping[str, Node], run: str) -> frozenset[str]:
@@ -37,7 +36,7 @@ def add(domain: Domain, marks: Mapping[str, str], nodes: Mapping[str, Node], run
 
     Where its QEMU cannot do that a backup goes on without.
     """
-    helper = f"{_HELPER}{run[:16]}"  # a node's name has 31 characters at most
+    helper = f"backupcore-{run[:16]}"  # a node's name has 31 characters at most
     done: set[str] = set()
     by_size: dict[int, list[str]] = {}
     for disk in marks:
@@ -57,23 +56,10 @@ def add(domain: Domain, marks: Mapping[str, str], nodes: Mapping[str, Node], run
                     _add(domain, nodes[disk].name, marks[disk], helper)
                     done.add(disk)
             finally:
-                remove_helpers(domain)
+                domain.query("blockdev-del", **{"node-name": helper})
         except HypervisorError as error:
             log.info("VM %s: its disks are backed up without a mark: %s", domain.name, error)
     return frozenset(done)
-
-
-def remove_helpers(domain: Domain) -> None:
-    """Remove the nodes by which runs have made marks, dead runs' too: QEMU takes no internal snapshot beside one.
-
-    One that cannot be removed stays for the next that tries, which is the end of the run, or the next one.
-    """
-    try:
-        for node in domain.query("query-named-block-nodes", flat=True):
-            if node["drv"] == "null-co" and node["node-name"].startswith(_HELPER):
-                domain.query("blockdev-del", **{"node-name": node["node-name"]})
-    except BackupError as error:
-        log.info("VM %s: a node by which a mark was made is still there: %s", domain.name, error)
 
 
 def _require_bit(domain: Domain, helper: str) -> None:

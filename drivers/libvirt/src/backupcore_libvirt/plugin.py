@@ -38,7 +38,6 @@ from backupcore_libvirt.freeze import DEAD_LIMIT, frozen, release
 from backupcore_libvirt.image_lock import keep_closed
 from backupcore_libvirt.in_place import fit, require_replaceable
 from backupcore_libvirt.libvirt_errors import is_away
-from backupcore_libvirt.marks import remove_helpers
 from backupcore_libvirt.mechanisms.choice import choose, forget, prepare, settle
 from backupcore_libvirt.pools import add_volume, find_pool
 from backupcore_libvirt.reading.ended import job_expected
@@ -360,8 +359,6 @@ def _release_of(
             problems.append(error)
             resting = True
         end(domain, folder)
-        if domain.is_active():
-            remove_helpers(domain)
         problems += settle(connection, domain, run, outcome, folder=folder, ctx=ctx)
     strange = [name for name in folder.remove() if not resting or name != "freeze"]
     if strange:

@@ -13,7 +13,6 @@ from backupcore_libvirt.backup_job import end, left_behind
 from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.folder import RunFolder, dead_folders
 from backupcore_libvirt.freeze import release_dead
-from backupcore_libvirt.marks import remove_helpers
 from backupcore_libvirt.mechanisms.choice import finish
 from backupcore_libvirt.release.servers import end_stray
 
@@ -43,8 +42,6 @@ def recover(
             _remove(folder, ctx)
         return
     errors = release_dead(domain, scratch, ctx)
-    if domain.is_active():
-        remove_helpers(domain)
     try:
         _free(domain, scratch, ctx)
     except Busy as busy:
