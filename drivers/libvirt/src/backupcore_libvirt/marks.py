@@ -13,6 +13,7 @@ Only a write sets a bit. So it comes from an empty image of the same size, on wh
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +30,7 @@ log = logging.getLogger("backupcore")
 
 _SECTOR = 512
 _BIT = "bit"
+_PATIENCE = 3.0  # seconds
 
 
 def add(domain: Domain, marks: Mapping[str, str], nodes: Mapping[str, Node], run: str) -> frozenset[str]:
@@ -56,10 +58,24 @@ def add(domain: Domain, marks: Mapping[str, str], nodes: Mapping[str, Node], run
                     _add(domain, nodes[disk].name, marks[disk], helper)
                     done.add(disk)
             finally:
-                domain.query("blockdev-del", **{"node-name": helper})
+                _remove(domain, helper)
         except HypervisorError as error:
             log.info("VM %s: its disks are backed up without a mark: %s", domain.name, error)
     return frozenset(done)
+
+
+def _remove(domain: Domain, helper: str) -> None:
+    """Remove the node; once more for a while where QEMU refuses it: beside it QEMU takes no internal snapshot."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            domain.query("blockdev-del", **{"node-name": helper})
+        except HypervisorError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+        else:
+            return
 
 
 def _require_bit(domain: Domain, helper: str) -> None:
