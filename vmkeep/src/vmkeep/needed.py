@@ -37,9 +37,9 @@ def accounted(catalog: Catalog, vm: VM, datastore: str, listed: Iterable[Listed]
     """
     listed = list(listed)
     found = known(catalog, datastore)
-    failed = runs.failed_points(catalog, vm.uuid, datastore)
-    built_on = {one.labels.get("parent") for one in listed if one.source not in found}
-    return found | {one.source for one in listed if one.labels.get("point") in failed - built_on}
+    built_on = {one.labels.get("parent", "") for one in listed if one.source not in found}
+    stray = runs.failed_points(catalog, vm.uuid, datastore) - built_on
+    return found | {one.source for one in listed if one.labels.get("point") in stray}
 
 
 def forgotten(place: Workplace, store: Datastore, vm: VM, ctx: Context) -> str:

@@ -513,12 +513,12 @@ def _missed(
     missing: list[Missing] = []
     merged: list[Missing] = []
     moved: set[SourceRef] = set()
+    listing = list(listed.values())
     for image in images.where(place.catalog_if_any):
         if image.datastore != name or image.state == "absent" or _all_as_known(image, listed):
             continue
-        of_vm = list(listed.values())
-        known = needed.accounted(place.catalog_if_any, image.vm, name, of_vm)
-        found = standing.look(store, image, of_vm, known, ctx, whole=True)
+        known = needed.accounted(place.catalog_if_any, image.vm, name, listing)
+        found = standing.look(store, image, listing, known, ctx, whole=True)
         moved.update(found.moved.values())
         for row in image.increments:
             what = f"increment {row.id} of image {image.number}, VM {image.vm.name}"
