@@ -27,6 +27,7 @@ from backupcore.model import (
     RunState,
     new_id,
 )
+from backupcore.typed import typed
 from backupcore_libvirt import __version__, checkpoint, freeze_record
 from backupcore_libvirt.backup_job import end, left_behind
 from backupcore_libvirt.connection import Connection, Domain
@@ -171,9 +172,10 @@ class Libvirt:
             domains = connection.domains()
             chosen = {domain.uuid: domain for domain in domains if vm == domain.name or vm.lower() == domain.uuid}
             if len(chosen) > 1:
+                named = next(domain.uuid for domain in chosen.values() if domain.name == vm)
                 raise ConfigError(
-                    f"{vm} is the name of one VM and the UUID of another: {', '.join(chosen)}",
-                    "Give the first one another name: virsh domrename",
+                    f"{vm} is the name of one VM and the UUID of another",
+                    f"Give the first one another name, while it is off: {typed('virsh domrename', named, 'NAME')}",
                 )
             for domain in chosen.values():
                 return state_of(domain, living_vms(self.scratch), self.scratch, choice_of(domain, defaults))
