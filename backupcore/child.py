@@ -297,6 +297,8 @@ class _Output(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer` with what comes next and return how much; 0 at the end."""
+        if self.closed:
+            raise ValueError("I/O operation on closed file")  # its number may be another file's by now
         while not (ready := {one for one, _ in self._poll.poll(EVERY * 1000)}):
             if not self._child.is_alive:
                 ready = {one for one, _ in self._poll.poll(0)}  # what it has written at last
