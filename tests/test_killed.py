@@ -7,12 +7,14 @@ was renamed or is not called any more, turns a test red.
 from __future__ import annotations
 
 import itertools
+import json
 import signal
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import libvirt_qemu
 import pytest
 
 from backupcore_libvirt.apparmor import denies_merges
@@ -59,6 +61,8 @@ STEPS = {
 """What it is called for people, and the step for `lab.kill_at`."""
 
 JOB = {
+    "a mark is being made": "backupcore_libvirt.marks:_require_bit call",
+    "a mark is made": "backupcore_libvirt.marks:_remove return",
     "a scratch file is being made": "backupcore_libvirt.premade.image:_write call",
     "a scratch file is made": "backupcore_libvirt.premade.image:make_empty return",
     "before the socket is removed": "backupcore_libvirt.place.job_socket:remove_sockets call",
@@ -124,7 +128,7 @@ TEMPORARY = {
 """Those of a running VM that is held by overlays for the time of a run."""
 
 QUICK = ("before the reader is asked", "reading", "in the record")
-QUICK_JOB = ("a scratch file is made", "before the socket is removed")
+QUICK_JOB = ("a mark is being made", "a scratch file is made", "before the socket is removed")
 QUICK_SUSPEND = ("the instant, at rest",)
 QUICK_OFF = ("one disk is tracked",)
 QUICK_SNAPSHOT = ("an overlay is made", "the instant of the overlays", "a merge has begun")
@@ -199,6 +203,14 @@ def write(host: Host, number: int) -> None:
             )
 
 
+def nodes_left(host: Host) -> list[str]:
+    """The block nodes of ours in the guest's QEMU, beside which it takes no internal snapshot."""
+    if not host.vm.active:
+        return []
+    answer = json.loads(libvirt_qemu.qemuMonitorCommand(host.vm.domain, '{"execute": "query-named-block-nodes"}', 0))
+    return [node["node-name"] for node in answer["return"] if node["node-name"].startswith("backupcore-")]
+
+
 def matrix(host: Host, steps: Mapping[str, str], cases: Sequence[Case]) -> None:
     truths: dict[str, dict[str, Path]] = {}
 
@@ -223,6 +235,7 @@ def matrix(host: Host, steps: Mapping[str, str], cases: Sequence[Case]) -> None:
         assert killed.code == -signal.SIGKILL, f"{case}: the step was not reached: {killed.err}"
         wait_until(lambda: not processes(str(host.folder)), f"its children to end: {case}")
         goes_on(case)
+        assert nodes_left(host) == [], case
         note(truth)
         write(host, number + 100)
         later = host.note_truth(f"{number}-next")

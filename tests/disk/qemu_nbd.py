@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -17,10 +18,17 @@ LIMIT = 20.0
 """Seconds within which a program that works has started or ended, on a busy machine too."""
 
 
-def descriptors() -> int:
-    """How many this process has open; what other tests have left to the garbage collector is not among them."""
+def descriptors() -> frozenset[str]:
+    """What this process has open: number and file of each, which names a pipe or a socket for good.
+
+    What other tests have left to the garbage collector is not among them.
+    """
     gc.collect()
-    return len(list(Path("/proc/self/fd").iterdir()))
+    found = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # the one of this very listing
+            found.add(f"{entry.name} {entry.readlink()}")
+    return frozenset(found)
 
 
 def run(*command: str | Path) -> str:

@@ -134,7 +134,7 @@ def test_missing_context_and_missing_export_are_named(tmp_path):
                 Client(Address(server.address.socket, "vdb"), contexts)
         with Client(server.address) as client:  # the server has not suffered
             assert client.read(0, 1) == b"\0"
-    assert descriptors() == before
+    assert descriptors() <= before
 
 
 @st.composite
@@ -340,7 +340,7 @@ def test_close_while_threads_read(big):
             assert seen == [ConnectionLost] * 3
         with Client(server.address) as client:  # every place of the server is free again
             assert client.read(0, 1)
-    assert descriptors() == before
+    assert descriptors() <= before
 
 
 # Where no server is
@@ -359,7 +359,7 @@ def test_no_server(path, message):
     with pytest.raises(NbdError, match=message) as caught:
         Client(Address(path, "vda"))
     assert caught.value.connection_lost
-    assert descriptors() == before
+    assert descriptors() <= before
 
 
 def test_a_server_whose_backlog_is_full(tmp_path):
@@ -390,7 +390,7 @@ def test_a_server_that_is_not_the_process_that_it_has_to_be(tmp_path):
         before = descriptors()
         with pytest.raises(NbdError, match=f"is served by process {server.pid}, not by {os.getpid()}"):
             Client(replace(server.address, peer=os.getpid()))
-        assert descriptors() == before
+        assert descriptors() <= before
 
 
 def test_values_and_errors_can_be_sent_to_another_process():

@@ -151,7 +151,7 @@ def test_handshakes_that_go_wrong(script, contexts, kind, message):
     assert caught.value.connection_lost
     assert server.address.socket in str(caught.value)
     assert time.monotonic() - begin < LIMIT / 2
-    assert descriptors() == before
+    assert descriptors() <= before
 
 
 def test_set_meta_is_asked_only_for_contexts():

@@ -291,7 +291,7 @@ def test_a_signal_handler_in_the_middle_of_a_read(raises):
                 client.read(0, 100)
             with pytest.raises(ConnectionLost, match="interrupted" if raises else "closed here"):
                 client.read(0, 100)
-        assert descriptors() == before
+        assert descriptors() <= before
     finally:
         signal.signal(signal.SIGUSR1, previous)
 

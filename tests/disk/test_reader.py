@@ -497,7 +497,8 @@ class TestBounds:
         before = descriptors(), threading.active_count()
         for number in range(1, 6):
             one(number)
-        assert (descriptors(), threading.active_count()) == before
+        assert descriptors() <= before[0]
+        assert threading.active_count() <= before[1]
         assert "memfd:backupcore" not in Path("/proc/self/maps").read_text()
 
     def test_a_channel_that_is_given_up_goes_over_there_too(self, reader, hashed):

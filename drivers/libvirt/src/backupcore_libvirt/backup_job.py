@@ -14,6 +14,7 @@ from backupcore.typed import typed
 from backupcore_libvirt.connection import BACKUP, IO_ERROR, NO_JOB, PAUSED, Domain
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.libvirt_errors import code_of
+from backupcore_libvirt.marks import remove_node
 from backupcore_libvirt.place.job_socket import remove_sockets
 from backupcore_libvirt.release.clients import wait_until_alone
 from backupcore_libvirt.xml import parse
@@ -158,6 +159,8 @@ def end(domain: Domain, folder: RunFolder) -> list[str]:
             domain.resume()
             did.append("let the guest go on, which QEMU had stopped after an I/O error")
         if started and domain.is_active():
+            if folder.is_marking and remove_node(domain, folder):
+                did.append("removed the block node by which marks are made")
             remove_sockets(domain, folder)
         if started:
             folder.remove_scratch()  # whoever owns the run may hang for hours: others need that room

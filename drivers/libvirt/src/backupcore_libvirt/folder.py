@@ -3,10 +3,11 @@
 ``SCRATCH/RUN.lock`` the process of the run keeps locked. It lies outside of ``SCRATCH/RUN/``, which is QEMU's user's:
 taken away there, a run that lives would look dead. (Runs of older versions have theirs inside, as ``lock``.)
 
-``SCRATCH/RUN/`` holds one ``DISK.scratch`` per disk; ``stopped`` where QEMU had stopped the guest before; ``nbd.sock``
-where the job's socket cannot lie in the VM's own folder (`backupcore_libvirt.place`), and for a VM that is off one
-``nbd.DISK.sock`` per disk. It is 0700 and belongs to the user that QEMU runs as; the folders above only have to let
-that user pass (0711).
+``SCRATCH/RUN/`` holds one ``DISK.scratch`` per disk; ``stopped`` where QEMU had stopped the guest before; ``marking``
+while the run has a node of its own in the guest's QEMU (`backupcore_libvirt.marks`); ``nbd.sock`` where the job's
+socket cannot lie in the VM's own folder (`backupcore_libvirt.place`), and for a VM that is off one ``nbd.DISK.sock``
+per disk. It is 0700 and belongs to the user that QEMU runs as; the folders above only have to let that user pass
+(0711).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from backupcore_libvirt.scratch import Owner
 
 __all__ = ["SOCKET_PATH_LIMIT", "RunFolder", "dead_folders", "living_vms"]
 
-_KNOWN = re.compile(r"nbd\.sock|lock|stopped|trial\.raw|[A-Za-z0-9_.-]+\.scratch|nbd\.[A-Za-z0-9_.-]+\.sock")
+_KNOWN = re.compile(r"nbd\.sock|lock|stopped|marking|trial\.raw|[A-Za-z0-9_.-]+\.scratch|nbd\.[A-Za-z0-9_.-]+\.sock")
 _RUN = re.compile(r"[0-9a-f]{32}")
 _VM = re.compile(r"[0-9a-f-]{36}")
 _CAREFULLY = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -126,15 +127,32 @@ class RunFolder:
 
     def note_stopped(self) -> None:
         """Note that QEMU had stopped the guest before this run: it is not the run's to let go on."""
-        try:
-            os.close(os.open(self.path / "stopped", os.O_WRONLY | os.O_CREAT | _CAREFULLY, 0o600))
-        except OSError as error:
-            raise from_os_error(error, f"scratch folder {self.path}") from error
+        self._note("stopped")
 
     @property
     def was_stopped(self) -> bool:
         """Whether that was noted."""
         return os.path.lexists(self.path / "stopped")
+
+    def note_marking(self) -> None:
+        """Note that this run is about to have a node of its own in the guest's QEMU."""
+        self._note("marking")
+
+    def end_marking(self) -> None:
+        """Note that the node is gone."""
+        with suppress(OSError):  # what is left of the note costs a question
+            (self.path / "marking").unlink()
+
+    @property
+    def is_marking(self) -> bool:
+        """Whether that node may be there."""
+        return os.path.lexists(self.path / "marking")
+
+    def _note(self, name: str) -> None:
+        try:
+            os.close(os.open(self.path / name, os.O_WRONLY | os.O_CREAT | _CAREFULLY, 0o600))
+        except OSError as error:
+            raise from_os_error(error, f"scratch folder {self.path}") from error
 
     def is_in_use(self) -> bool:
         """Whether the process of that run still lives: its lock is released when it ends, however it ends.

@@ -21,10 +21,11 @@ from pathlib import Path
 from backupcore.errors import BackupError, HypervisorError, UnsupportedOperation
 from backupcore_libvirt.connection import Domain
 from backupcore_libvirt.disks import Node, SourceDisk
+from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.premade.one_bit import make_one_bit
 from backupcore_libvirt.stopped import merge_bitmap, remove_bitmap
 
-__all__ = ["add", "add_stopped"]
+__all__ = ["add", "add_stopped", "remove_node"]
 
 log = logging.getLogger("backupcore")
 
@@ -33,12 +34,13 @@ _BIT = "bit"
 _PATIENCE = 3.0  # seconds
 
 
-def add(domain: Domain, marks: Mapping[str, str], nodes: Mapping[str, Node], run: str) -> frozenset[str]:
+def add(domain: Domain, marks: Mapping[str, str], nodes: Mapping[str, Node], folder: RunFolder) -> frozenset[str]:
     """Put these marks, by disk ID, on the disks of a running VM; the disks that bear theirs then.
 
-    Where its QEMU cannot do that a backup goes on without.
+    Where its QEMU cannot do that a backup goes on without. `folder` is the run's: it says for whoever ends a killed run
+    that the node may be there.
     """
-    helper = f"backupcore-{run[:16]}"  # a node's name has 31 characters at most
+    helper = _helper(folder)
     done: set[str] = set()
     by_size: dict[int, list[str]] = {}
     for disk in marks:
@@ -47,6 +49,7 @@ def add(domain: Domain, marks: Mapping[str, str], nodes: Mapping[str, Node], run
         if size < _SECTOR:
             continue
         try:
+            folder.note_marking()
             domain.query("blockdev-add", driver="null-co", **{"node-name": helper, "size": size})
             try:
                 domain.query("block-dirty-bitmap-add", node=helper, name=_BIT)
@@ -59,9 +62,34 @@ def add(domain: Domain, marks: Mapping[str, str], nodes: Mapping[str, Node], run
                     done.add(disk)
             finally:
                 _remove(domain, helper)
+            folder.end_marking()
         except HypervisorError as error:
             log.info("VM %s: its disks are backed up without a mark: %s", domain.name, error)
     return frozenset(done)
+
+
+def remove_node(domain: Domain, folder: RunFolder) -> bool:
+    """Remove the node by which a run made its marks, which was killed before it did that itself; whether it was there.
+
+    One that QEMU does not let go of is logged: whoever ends a run has more to do.
+    """
+    helper = _helper(folder)
+    try:
+        if not any(node["node-name"] == helper for node in domain.query("query-named-block-nodes", flat=True)):
+            return False
+        _remove(domain, helper)
+    except HypervisorError as error:
+        log.warning(
+            "VM %s: its QEMU takes no internal snapshot until its next start, a block node of a backup is left: %s",
+            domain.name,
+            error,
+        )
+        return False
+    return True
+
+
+def _helper(folder: RunFolder) -> str:
+    return f"backupcore-{folder.run[:16]}"  # a node's name has 31 characters at most
 
 
 def _remove(domain: Domain, helper: str) -> None:

@@ -83,7 +83,7 @@ class ByBitmaps:
 
     def mark(self) -> None:
         """Put the marks on the disks of a running VM, before anything tracks what changes."""
-        self.bearing.update(add(self.domain, self.marks, self.look.nodes, self.run.id))
+        self.bearing.update(add(self.domain, self.marks, self.look.nodes, self.folder))
 
     def narrowed(self, disks: Collection[str]) -> Self:
         """The same for these disks alone."""
