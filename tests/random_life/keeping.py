@@ -103,7 +103,8 @@ class Keeping:
             raise NotNow
         foreign = ["--foreign", "--yes"] if world.choice.random() < 0.3 else []
         done = host.run("vm", "forget", world.vm.name, *foreign)
-        assert done.code == 0, told(done)
+        # An overlay of a disk that was made smaller is merged while the VM is off.
+        assert done.code in (0, UNSUPPORTED), told(done)
         world.doubtful.append("all was forgotten")
 
     def _any_image(self, host: Host) -> tuple[int, int]:

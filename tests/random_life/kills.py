@@ -73,7 +73,7 @@ class Kills:
         names = ("before the reader is asked", "all is prepared", "reading", "stored", "in the record")
         step = world.choice.choice([*([world.instant()] if world.vm.active else []), *(STEPS[name] for name in names)])
         world.say(f"at {step!r}")
-        mark = str(next(world.numbers))
+        mark = f"{os.getpid()}.{next(world.numbers)}"  # other lives may go on beside this one
         with world.letting_go(host):
             process = host.start("backup", world.vm.name, at=step, stop=True, **{_MARK: mark})
             reached = world.comes_to(process, step)

@@ -141,7 +141,7 @@ class Merger:
                 return UnsupportedOperation(
                     f"VM {self.domain.name}: disk {stack.disk} was made smaller, so {stack.top} can be merged into "
                     f"{below} only while the VM is off",
-                    "Power it off and run the backup again.",
+                    "Power it off, and run the command again.",
                 )
         elif _cut_off(stack, low, high):
             # A commit does not cut off the file below. (While it runs QEMU lets nobody resize the disk.)
