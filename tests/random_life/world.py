@@ -245,7 +245,8 @@ class World:
     def nothing_left(self, host: Host) -> None:
         found = [line for line in host.left() if not (self.suspended and "stands still" in line)]
         if self.overlays_wait(host) or self.overlays_lost():
-            found = [line for line in found if not line.startswith(str(host.state / "runs"))]
+            stays = (str(host.state / "runs"), str(host.scratch / "overlays"))  # there, the overlays of block devices
+            found = [line for line in found if not line.startswith(stays)]
         if self.held_up(host):
             found = [line for line in found if "job runs" not in line and "stands still" not in line]
         if host.folder.name in self.put_back:
