@@ -79,7 +79,7 @@ class Context:
         self._releases: list[Callable[[], None]] = []
         self._touches: list[Callable[[], object]] = []
         self._completions: list[Callable[[], object]] = []
-        self._making = threading.Lock()
+        self._making = threading.RLock()  # what is made may be made of something else that is shared
         self._made: dict[Hashable, object] = {}
 
     @property
@@ -103,7 +103,8 @@ class Context:
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` gave when it was first called for `key` in this run; from any thread.
 
-        Put a type of your own and the plugin itself into the key. What the result holds open belongs on `stack`.
+        Put a type of your own and the plugin itself into the key. What the result holds open belongs on `stack`. `make`
+        may call `once` itself, for another key.
         """
         with self._making:
             if key not in self._made:

@@ -21,6 +21,7 @@ from backupcore.errors import (
 )
 from backupcore.model import VM, Artifact, BackupRun, Listed, Outcome, RunState, SourceRef, Stored, Type, Usage
 from backupcore.testing import MemoryDriver, MemoryGuest, MemoryHypervisor
+from backupcore.thread import aside
 
 SOURCE = SourceRef("a" * 32)
 RUN = BackupRun(
@@ -324,6 +325,14 @@ def test_strays_of_what_a_plugin_leaves_in_the_context(tmp_path: Path, caplog: p
         ctx.stack.callback(leave)
         raise TargetFull("the first error")
     assert "after an error: a plugin: closing" in caplog.text
+
+
+def test_what_is_made_once_may_be_made_of_something_else_that_is(ctx: Context):
+    made = aside(lambda: ctx.once("connection", lambda: ctx.once("settings", lambda: "host") + ":22"), "once")
+    assert made is not None
+    made.join(10)
+    assert not made.is_alive(), "it waits for itself"
+    assert ctx.once("connection", lambda: "made again") == "host:22"
 
 
 def test_hypervisor_and_site_plugins_are_given_by_name():
