@@ -5,7 +5,7 @@ All of these raise a ContractViolation that says what is wrong with the answer; 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -25,7 +25,7 @@ def checked_stored(hook: str, stored: object) -> Stored:
     if not isinstance(stored.source, SourceRef):
         raise ContractViolation(f"{hook} returned a source that is no SourceRef but {type(stored.source).__name__}")
     _check_bytes(f"{hook} returned stored", stored.stored)
-    return stored
+    return Stored(source=_plain(stored.source), stored=stored.stored)
 
 
 def checked_artifacts(found: Sequence[Any], source: SourceRef) -> dict[str, tuple[Artifact, int]]:
@@ -44,12 +44,15 @@ def checked_artifacts(found: Sequence[Any], source: SourceRef) -> dict[str, tupl
     return by_name
 
 
-def checked_listed(found: object) -> list[Listed]:
-    """The answer to `sources`, which may be lazy: all of it."""
+def checked_listed(found: object, check: Callable[[], None]) -> list[Listed]:
+    """The answer to `sources`, which may be lazy: all of it. `check` raises what is to stop it meanwhile: a store that
+    gives the same page again and again would have it go on for ever.
+    """
     if not isinstance(found, Iterable):
         raise ContractViolation(f"sources returned {type(found).__name__}: it must be an iterable of Listed")
     listed = []
     for one in found:
+        check()
         if not isinstance(one, Listed):
             raise ContractViolation(f"sources gave {type(one).__name__} where a Listed was expected")
         if not isinstance(one.source, SourceRef):
@@ -59,7 +62,8 @@ def checked_listed(found: object) -> list[Listed]:
         ):
             raise ContractViolation(f"sources gave {one.source} with labels that are no table of strings")
         _check_bytes(f"sources gave {one.source} with size", one.size)
-        listed.append(one)
+        # A driver may fill the same table of labels anew for each.
+        listed.append(Listed(source=_plain(one.source), labels=dict(one.labels), size=one.size))
     return listed
 
 
@@ -72,12 +76,14 @@ def checked_usage(found: Usage) -> Usage:
 
 def checked_locks(found: Mapping[Any, Any], asked: Sequence[SourceRef]) -> dict[SourceRef, datetime | None]:
     """The answer to `locks`, of these sources alone."""
-    for source in found:
+    locks = {}
+    for source, until in found.items():
         if not isinstance(source, SourceRef):
             raise ContractViolation(f"locks gave a source that is no SourceRef but {type(source).__name__}")
-        if source not in asked:
+        if (plain := _plain(source)) not in asked:
             raise ContractViolation(f"locks gave {source}, which it was not asked for")
-    return {source: checked_until(f"locks gave {source} until", until) for source, until in found.items()}
+        locks[plain] = checked_until(f"locks gave {source} until", until)
+    return locks
 
 
 def checked_until(what: str, until: object) -> datetime | None:
@@ -94,6 +100,11 @@ def checked_until(what: str, until: object) -> datetime | None:
         return until.astimezone(UTC)
     except OverflowError:
         return datetime.max.replace(tzinfo=UTC)
+
+
+def _plain(source: SourceRef) -> SourceRef:
+    """The same in the core's own types: one of a driver's may be equal to none, and a backup would seem to be gone."""
+    return SourceRef(str.__str__(source.token))
 
 
 def _check_bytes(what: str, value: object) -> None:

@@ -189,9 +189,11 @@ class Datastore:
         """
         if vm and self.implements("sources_of"):
             with self._translated("sources_of"):
-                return checked_listed(self._answer("sources_of", object, vm=vm, known=frozenset(known), ctx=ctx))
+                return checked_listed(
+                    self._answer("sources_of", object, vm=vm, known=frozenset(known), ctx=ctx), ctx.check
+                )
         with self._translated("sources"):
-            return checked_listed(self._answer("sources", object, ctx=ctx))
+            return checked_listed(self._answer("sources", object, ctx=ctx), ctx.check)
 
     def check(self, ctx: Context) -> None:
         """Raise what is wrong with the datastore, if anything is. A driver without `check` is asked for its sources."""

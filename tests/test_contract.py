@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
@@ -213,6 +214,54 @@ def test_an_answer_that_cannot_be_names_the_driver(ctx: Context, hook: str, answ
     with pytest.raises(ContractViolation, match=told) as caught:
         VERBS[hook](with_hook(hook, answer), ctx)
     assert caught.value.message.startswith("driver wild")
+
+
+@dataclass(frozen=True)
+class Snapshot(SourceRef):
+    """A driver's own kind of source: what is of another type is equal to none."""
+
+    made: int = 0
+
+
+class Text(str):
+    """As of a library that makes its own strings."""
+
+    __hash__ = None  # type: ignore[assignment]  # what is tested
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+
+def test_a_source_of_a_type_of_the_drivers_own_is_the_same_source(ctx: Context):
+    for own in (Snapshot(SOURCE.token, 1), SourceRef(Text(SOURCE.token))):
+        assert with_hook("backup", lambda own=own: Stored(source=own)).backup((), RUN, ctx).source == SOURCE
+        (listed,) = with_hook("sources", lambda own=own: [Listed(source=own, labels={})]).sources(ctx)
+        assert listed.source == SOURCE
+    locks = with_hook("locks", lambda: {Snapshot(SOURCE.token, 1): LAST_DAY}).locks([SOURCE], ctx)
+    assert set(locks) == {SOURCE}
+
+
+def test_one_table_of_labels_that_a_driver_fills_anew_is_several(ctx: Context):
+    def sources():
+        labels: dict[str, str] = {}
+        for vm in ("web1", "db1"):
+            labels["vm"] = vm
+            yield Listed(source=SourceRef(vm), labels=labels)
+
+    listed = with_hook("sources", sources).sources(ctx)
+    assert [(one.source.token, one.labels["vm"]) for one in listed] == [("web1", "web1"), ("db1", "db1")]
+
+
+def test_a_listing_without_an_end_hears_a_cancel(ctx: Context):
+    def sources():
+        yield Listed(source=SOURCE, labels={})
+        ctx.cancel()
+        for _ in range(10):
+            yield Listed(source=SOURCE, labels={})
+        raise AssertionError("it goes on for ever")
+
+    with pytest.raises(Cancelled):
+        with_hook("sources", sources).sources(ctx)
 
 
 def test_what_a_stream_gives_is_looked_at(ctx: Context):

@@ -104,7 +104,7 @@ class SamePlace:
         if known:
             self._once(ctx)
         before = places.held(self._catalog(), self._name)
-        listed = checked_listed((yield))
+        listed = checked_listed((yield), ctx.check)
         # What is recorded or deleted meanwhile says nothing.
         held = before & places.held(self._catalog(), self._name)
         if held and held.isdisjoint(one.source.token for one in listed):
