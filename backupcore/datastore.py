@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import os
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import datetime
 from typing import Any, BinaryIO
 
@@ -255,17 +254,8 @@ class Datastore:
     def _whose(self) -> str:
         return f"driver {self.kind} of datastore {self.name}"
 
-    @contextmanager
-    def _translated(self, hook: str) -> Iterator[None]:
-        """`strays.translated` for a hook, and no second process at work on one run."""
-        process = os.getpid()
-        with translated(self._whose, hook):
-            try:
-                yield
-            finally:
-                if os.getpid() != process:
-                    # A child that the plugin forked and did not end: there must not be two at work on one run.
-                    os._exit(1)
+    def _translated(self, hook: str) -> AbstractContextManager[None]:
+        return translated(self._whose, hook)
 
 
 def _sorted_out(hypervisor: object | None, plugins: Sequence[object]) -> tuple[object | None, Sequence[object]]:

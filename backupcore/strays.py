@@ -7,6 +7,7 @@ never taken for an answer.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,7 +33,8 @@ def translated(whose: str, hook: str) -> Iterator[None]:
     ContractViolation that names `whose` code it is (``driver restic of datastore nas``) and the `hook`.
     """
     try:
-        yield
+        with _one_error_of_one_process():
+            yield
     except ContractViolation as error:
         if error.hint or error.message.startswith(("driver ", "plugin ", "a plugin")):
             raise  # it says who is at fault
@@ -63,3 +65,32 @@ def translated(whose: str, hook: str) -> Iterator[None]:
             f"{whose}: {hook} failed with {type(error).__name__}: {text_of(error)}",
             "This is a bug of a plugin or of this program; -v shows where.",
         ) from error
+
+
+@contextmanager
+def _one_error_of_one_process() -> Iterator[None]:
+    """A group of errors becomes one of them, and a second process ends here."""
+    process = os.getpid()
+    try:
+        yield
+    except BaseExceptionGroup as group:  # of several tasks: asyncio's TaskGroup wraps what a single one raises, too
+        error = _first(group)
+        raise error from error.__cause__
+    finally:
+        if os.getpid() != process:
+            # A child that the plugin forked and did not end: there must not be two at work on one run or restore.
+            os._exit(1)
+
+
+def _first(group: BaseExceptionGroup) -> BaseException:
+    """Of the errors in a group the one that tells most: the first of the taxonomy, else of the system, else of all."""
+    errors = list(_leaves(group))
+    return next((one for kind in (BackupError, OSError) for one in errors if isinstance(one, kind)), errors[0])
+
+
+def _leaves(group: BaseExceptionGroup) -> Iterator[BaseException]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, timezone
@@ -303,6 +305,45 @@ def test_errors_of_the_taxonomy_pass_as_they_are(ctx: Context):
         assert caught.value is error
     with pytest.raises(TargetUnavailable, match="datastore nas, delete: refused"):
         VERBS["delete"](with_hook("delete", raising(ConnectionRefusedError(111, "refused"))), ctx)
+
+
+def test_an_error_of_a_group_is_told_as_by_itself(ctx: Context):
+    async def fail(error: BaseException) -> None:
+        raise error
+
+    async def work(*errors: BaseException) -> None:
+        async with asyncio.TaskGroup() as group:
+            for error in errors:
+                group.create_task(fail(error))
+
+    full = TargetFull("full", "make room")
+    for errors, kind, told in (
+        ([full], TargetFull, "^full$"),
+        ([ValueError("a bug"), OSError(errno.ENOSPC, "No space left"), full], TargetFull, "^full$"),
+        ([ValueError("a bug"), OSError(errno.ENOSPC, "No space left")], TargetFull, "backup: No space left"),
+        ([ValueError("a bug"), KeyError("another")], ContractViolation, "backup failed with ValueError: a bug"),
+    ):
+        with pytest.raises(kind, match=told):
+            VERBS["backup"](with_hook("backup", lambda errors=errors: asyncio.run(work(*errors))), ctx)
+
+
+def test_a_child_that_a_read_has_forked_goes_on_with_nothing(ctx: Context):
+    children = []
+
+    def fork() -> None:
+        if child := os.fork():
+            children.append(child)
+        else:
+            raise OSError(errno.EIO, "in the child")
+
+    found = with_hook("restore", lambda: [Lazy(read_at=fork)]).artifacts(SOURCE, ctx)["disk.vda.qcow2"]
+    own = os.getpid()
+    try:
+        assert found.read_at(0, 5) == bytes(5)
+    finally:
+        if os.getpid() != own:
+            os._exit(77)
+    assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 1
 
 
 def test_an_error_without_a_message_or_out_of_its_place_is_the_drivers_fault(ctx: Context):
