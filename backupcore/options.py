@@ -25,7 +25,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
-from backupcore.errors import ConfigError, ContractViolation
+from backupcore.errors import ConfigError, ContractViolation, text_of
 from backupcore.plugins import loading
 
 __all__ = ["build", "checked", "driver", "option"]
@@ -84,7 +84,13 @@ def checked(cls: type, table: Mapping[str, object], *, where: str = "") -> tuple
     """
     from msgspec import ValidationError, convert  # noqa: PLC0415 - the process of a view imports drivers, not this
 
-    kinds = get_type_hints(cls, include_extras=True)
+    try:
+        kinds = get_type_hints(cls, include_extras=True)
+    except Exception as error:
+        raise ContractViolation(
+            f"driver {cls.__name__}: the types of its options cannot be looked up: {text_of(error)}",
+            "What an option's type is made of must be imported when the program runs, not for the type checker alone.",
+        ) from error
     fields = {field.name: field for field in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
     wrong = []

@@ -20,11 +20,18 @@ _ANY_VERSION = re.compile(r"[\w.-]+(\[[\w.,-]*\])?")
 
 
 def names(group: str) -> dict[str, str]:
-    """The installed plugins of a group: entry-point name -> distribution and version. None of them is loaded."""
-    return {
-        point.name: f"{point.dist.name} {point.dist.version}" if point.dist else ""
-        for point in sorted(entry_points(group=group))
-    }
+    """The installed plugins of a group: entry-point name -> distribution and version. None of them is loaded.
+
+    Where several have one name all distributions are told.
+    """
+    found: dict[str, list[str]] = {}
+    for point in sorted(entry_points(group=group)):
+        found.setdefault(point.name, []).append(_package(point))
+    return {name: ", ".join(sorted(packages)) for name, packages in found.items()}
+
+
+def _package(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else ""
 
 
 def _check_core(point: EntryPoint) -> None:
@@ -53,7 +60,8 @@ def _check_core(point: EntryPoint) -> None:
 def load(group: str, name: str) -> Any:
     """The object behind one entry point.
 
-    ConfigError if it is not installed or cannot be imported; ContractViolation if its code fails then.
+    ConfigError if it is not installed, cannot be imported, or another has its name; ContractViolation if its code fails
+    then.
     """
     found = [point for point in entry_points(group=group) if point.name == name]
     if not found:
@@ -61,6 +69,12 @@ def load(group: str, name: str) -> Any:
         raise ConfigError(
             f"no plugin {name!r} is installed in {group}",
             f"Installed: {installed}. The first-party ones come with: pip install backupcore-{name}",
+        )
+    if len({point.value for point in found}) > 1:
+        # Which comes first is up to the order of folders: backups would go here today, and elsewhere tomorrow.
+        packages = ", ".join(sorted(map(_package, found)))
+        raise ConfigError(
+            f"several plugins named {name!r} are installed in {group}: {packages}", "Uninstall all but one of them."
         )
     try:
         _check_core(found[0])

@@ -6,12 +6,16 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from backupcore import plugins
 from backupcore.errors import ConfigError, ContractViolation
-from backupcore.options import build, driver
+from backupcore.options import build, driver, option
+
+if TYPE_CHECKING:
+    from pathlib import Path as Elsewhere
 
 Install = Callable[..., None]
 
@@ -74,6 +78,32 @@ def test_a_driver_that_ends_the_program_as_it_is_built_is_named():
 
     with pytest.raises(ContractViolation, match=r"driver Leaving of datastores.nas cannot be loaded: .*SystemExit"):
         build(Leaving, {}, where="datastores.nas")
+
+
+def test_of_two_drivers_of_one_name_none_is_taken(install: Install, tmp_path: Path):
+    install()
+    other = tmp_path / "older-1.0.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: older\nVersion: 1.0\n")
+    (other / "entry_points.txt").write_text("[backupcore.drivers]\nnewer = another_module:Driver\n")
+    with pytest.raises(ConfigError, match="several plugins named 'newer' are installed .*: newer 3.0, older 1.0"):
+        plugins.load(plugins.DRIVERS, "newer")
+    assert plugins.names(plugins.DRIVERS)["newer"] == "newer 3.0, older 1.0"
+    (other / "entry_points.txt").write_text("[backupcore.drivers]\nnewer = no_such_module:Driver\n")
+    with pytest.raises(ConfigError, match="No module named 'no_such_module'"):  # renamed, and the same all the same
+        plugins.load(plugins.DRIVERS, "newer")
+
+
+def test_an_option_whose_type_is_imported_for_the_type_checker_alone_is_named():
+    @driver
+    class Checked:
+        path: Elsewhere = option("where the backups lie")
+
+    with pytest.raises(
+        ContractViolation, match="driver Checked: the types .* cannot be looked up: .*'Elsewhere'"
+    ) as caught:
+        build(Checked, {"path": "/srv"})
+    assert "when the program runs" in caught.value.hint
 
 
 def test_a_driver_that_is_not_installed_is_named_with_those_that_are():
