@@ -68,7 +68,7 @@ def load(group: str, name: str) -> Any:
         installed = ", ".join(names(group)) or "none"
         raise ConfigError(
             f"no plugin {name!r} is installed in {group}",
-            f"Installed: {installed}. The first-party ones come with: pip install backupcore-{name}",
+            f"Installed: {installed}. Another one's package is installed beside vmkeep; its README names it.",
         )
     if len({point.value for point in found}) > 1:
         # Which comes first is up to the order of folders: backups would go here today, and elsewhere tomorrow.

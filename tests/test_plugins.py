@@ -111,4 +111,5 @@ def test_a_driver_that_is_not_installed_is_named_with_those_that_are():
     with pytest.raises(ConfigError, match="no plugin 'nonsense'") as caught:
         plugins.load(plugins.DRIVERS, "nonsense")
     assert "restic" in caught.value.hint
+    assert "backupcore-nonsense" not in caught.value.hint, "whoever has published that would be believed"
     assert sys.modules.get("backupcore_nonsense") is None
