@@ -103,6 +103,14 @@ def test_a_thread_of_a_driver_does_not_keep_vmkeep_alive(site):
     assert "threads go on (endless), a plugin's: it is not waited for any longer" in told.err
 
 
+@pytest.mark.parametrize("hook", ["backup", "restore", "delete"])
+def test_a_driver_ends_the_processes_that_it_has_forked(site, hook):
+    assert site.run("backup", "web1").code == 0
+    wild(site, f"{hook} pool")
+    told = site.process(*VERBS[hook], "--json")
+    assert told.code == 0, told.err
+
+
 @pytest.mark.parametrize("verb", ["backup", "restore", "check"])
 def test_nothing_that_a_store_says_moves_the_cursor_in_a_traceback_either(site, verb):
     assert site.run("backup", "web1").code == 0

@@ -106,11 +106,45 @@ def cancels(ctx: Context) -> Iterator[None]:
 def handled(handler: Callable[[int], None]) -> Iterator[None]:
     """While the block runs, `handler` gets each SIGINT, SIGTERM and SIGHUP, in the main thread; main thread only."""
     before = {number: signal.signal(number, lambda found, _frame: handler(found)) for number in _ours()}
+    _handling.append(before)
     try:
         yield
     finally:
+        _handling.pop()
         for number, old in before.items():
             signal.signal(number, old)
+
+
+_handling: list[object] = []
+_before_fork = threading.local()
+
+
+def _hold_back() -> None:
+    """Before a fork: a SIGTERM that comes before the child has left our handler must wait, and not be lost."""
+    if _handling:
+        _before_fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _let_come() -> None:
+    mask = _before_fork.__dict__.pop("mask", None)
+    if mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _end_by_a_signal() -> None:
+    """A child that a plugin has forked, as multiprocessing does, ends by SIGTERM, and tells nobody here of it.
+
+    With our handler it would stay, and whoever has sent it (`Pool.terminate`) waits for its end; through our wake-up
+    descriptor, which it has as well, it would cancel what is at work here.
+    """
+    if _handling:
+        with suppress(ValueError):  # not in the main thread of the interpreter
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _let_come()
+
+
+os.register_at_fork(before=_hold_back, after_in_parent=_let_come, after_in_child=_end_by_a_signal)
 
 
 def _ours() -> list[signal.Signals]:

@@ -178,6 +178,16 @@ def _curse() -> None:
     raise TargetUnavailable("\x1b[2J\u202eall is well", "\x9bHint") from OSError("\x1b]0;title\x07")
 
 
+def _pool() -> None:
+    """What `multiprocessing.Pool` does at its end, which may come as soon as its processes are there."""
+    child = os.fork()
+    if not child:
+        time.sleep(30)
+        os._exit(9)
+    os.kill(child, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
 class _Unspeakable(Exception):
     def __str__(self) -> str:
         return sys.exit(0) or ""
@@ -196,6 +206,7 @@ ACTIONS = {
     "exec": lambda: os.execvp("true", ["true"]),
     "print": _print,
     "go-on": _go_on,
+    "pool": _pool,
 }
 
 
