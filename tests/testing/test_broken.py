@@ -85,6 +85,7 @@ FAULTS = [
     ("two-hosts", neighbours.SameName, "no source"),
     ("two-hosts", neighbours.ByHost, "No such file"),
     ("flatten", neighbours.InPlace, "the source of a backup that it merged|does not come back|comes back with"),
+    ("flatten", neighbours.ByNumber, "the source of a backup that it merged"),
     ("flatten", neighbours.Impatient, "no source"),
     ("flatten", neighbours.PointIsMine, "no source"),
     ("secrets", secrecy.Logging, "the log shows a secret"),

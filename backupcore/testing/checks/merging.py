@@ -81,7 +81,7 @@ def flatten(bench: Bench) -> None:
     """Flatten gives a new source with the merged bytes; the old ones still restore, also where it fails."""
     vm = bench.vm()
     full = bench.keep([Made("disk.vda.qcow2", SIZE, 11), *bench.artifacts()[1:]], bench.run(vm))
-    run = bench.run(vm, parent=full.run.point, builds_on=[full.source])
+    run = replace(bench.run(vm, parent=full.run.point, builds_on=[full.source]), image=full.run.image)
     increment = bench.keep([Made("disk.vda.qcow2", SIZE, 12), *bench.artifacts()[1:]], run)
     parts: list[Part] = [
         b"tables".ljust(128 * KIB, b"\0"),
@@ -94,7 +94,7 @@ def flatten(bench: Bench) -> None:
         _Merged("disk.vda.qcow2", tuple(parts)),
         BytesArtifact(NAME, b'{"kit": "flattened"}'),
     )
-    # The point stays that of the last backup that was merged; its source stays as well, whatever happens.
+    # Image, number and point stay those of the last backup that was merged; its source stays as well, whatever happens.
     result = replace(bench.run(vm), number=1, point=increment.run.point, image=full.run.image, date=DATE)
     with bench.refused(BackupError, what="a flatten of which a read fails"):
         broken = Failing(merged[0], merged[0].size - 1)

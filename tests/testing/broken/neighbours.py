@@ -86,6 +86,14 @@ class InPlace(Filled):
 
 
 @backupcore.driver
+class ByNumber(Filled):
+    """Calls a backup by its image and number, which a flatten shares with the last backup that it merges."""
+
+    def token(self, run, artifacts):
+        return f"{run.image}-{run.number}"
+
+
+@backupcore.driver
 class Impatient(Filled):
     """Deletes what it merges before the result is there."""
 
