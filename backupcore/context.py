@@ -213,6 +213,8 @@ class Context:
 
     def fail(self, error: BackupError) -> None:
         """Stop the work because of `error`, which the run then ends with. The first error wins."""
+        if not isinstance(error, BackupError):  # a plugin's mistake; the run must end with an error that can be told
+            error = _made_one(error)
         with self._lock:
             if self._failure is None and not self._event.is_set():
                 self._failure = error
@@ -243,3 +245,13 @@ class Context:
             if error is None:
                 raise
             self.log.warning("after an error: %s", problem.in_full)  # which must not take the place of the first
+
+
+def _made_one(error: object) -> BackupError:
+    """What `translated` makes of an error that is none of the taxonomy."""
+    try:
+        with translated("a plugin", "stopping the run"):
+            raise error if isinstance(error, BaseException) else TypeError(f"{type(error).__name__} is no error")
+    except BackupError as made:
+        return made
+    raise AssertionError("unreachable")

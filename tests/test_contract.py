@@ -417,6 +417,21 @@ def test_strays_of_what_a_plugin_leaves_in_the_context(tmp_path: Path, caplog: p
     assert "after an error: a plugin: closing" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("error", "kind", "told"),
+    [
+        ("no", ContractViolation, "a plugin: stopping the run failed with TypeError: str is no error"),
+        (ValueError("no"), ContractViolation, "a plugin: stopping the run failed with ValueError: no"),
+        (OSError(errno.ENOSPC, "No space left"), TargetFull, "a plugin, stopping the run: No space left"),
+        (TargetFull("scratch is full"), TargetFull, "^scratch is full$"),
+    ],
+)
+def test_what_a_plugin_stops_the_run_with_is_an_error_of_the_taxonomy(ctx: Context, error, kind, told: str):
+    ctx.fail(error)
+    with pytest.raises(kind, match=told):
+        ctx.check()
+
+
 def test_what_is_made_once_may_be_made_of_something_else_that_is(ctx: Context):
     made = aside(lambda: ctx.once("connection", lambda: ctx.once("settings", lambda: "host") + ":22"), "once")
     assert made is not None
