@@ -222,6 +222,23 @@ def test_a_datastore_that_got_another_name_goes_on_and_its_images_can_follow(sit
     assert {one["datastore"] for one in site.run("image", "list", "--json").json} == {"vault"}
 
 
+def test_absent_images_follow_where_their_place_gets_a_name_of_its_own(site):
+    """Two disks that took turns under one name."""
+    chain_of_each(site)
+    away = unmount(site)
+    assert site.run("datastore", "adopt", "nas", "--yes").code == 0
+    assert site.run("backup", "web1", "--json").json["image"] == 3
+    first = f'[datastores.first]\ndriver = "files"\npath = "{away}"\n'
+    site.configure(datastores=f'[datastores.nas]\ndriver = "files"\npath = "{site.store}"\n{first}')
+    assert "vmkeep datastore adopt" in site.run("restore", "1", "--verify-only").err
+    done = site.run("datastore", "adopt", "first", "--yes", "--json").json
+    assert done["moved"] == [{"id": 1, "from": "nas"}, {"id": 2, "from": "nas"}]
+    listed = {one["id"]: (one["datastore"], one["state"]) for one in site.run("image", "list", "--json").json}
+    assert listed == {1: ("first", "closed"), 2: ("first", "closed"), 3: ("nas", "open")}
+    assert site.run("restore", "1", "--verify-only").code == 0
+    assert site.run("catalog", "check").code == 0
+
+
 def test_two_names_of_one_place(site):
     both = "".join(f'[datastores.{name}]\ndriver = "files"\npath = "{site.store}"\n' for name in ("nas", "vault"))
     site.configure(datastores=both)

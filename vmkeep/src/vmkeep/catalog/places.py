@@ -54,7 +54,8 @@ def require_here(image: Image) -> Image:
     if image.state == "absent":
         raise TargetUnavailable(
             f"image {image.number} of VM {image.vm.name} is absent: {image.why_closed}",
-            f"Bring back the place that it lies in, then: {typed('vmkeep datastore adopt', image.datastore)}",
+            f"Bring back the place that it lies in, then: {typed('vmkeep datastore adopt', image.datastore)} (or the name "
+            "that this place has in the configuration by now).",
         )
     return image
 
@@ -63,7 +64,8 @@ def require_here(image: Image) -> Image:
 class Sorted:
     """The images of a datastore by whether they lie in the place that is meant.
 
-    `moved` are those that lie there as well, and that the catalog has under a name which is not configured any more.
+    `moved` are those that lie there as well, and that the catalog has under another name: one that is not configured any
+    more, or one whose place was said to be elsewhere since.
     """
 
     here: tuple[Image, ...]
@@ -80,7 +82,7 @@ def sort(catalog: Catalog, name: str, listed: Collection[str], configured: Colle
         there = any(increment.source.token in listed for increment in image.increments)
         if image.datastore == name:
             (here if there else absent).append(image)
-        elif there and image.datastore not in configured:
+        elif there and (image.state == "absent" or image.datastore not in configured):
             moved.append(image)
     return Sorted(here=tuple(here), absent=tuple(absent), moved=tuple(moved))
 
@@ -115,8 +117,9 @@ def mean(catalog: Catalog, name: str, identity: str | None, found: Sorted) -> No
             )
         for image in found.moved:
             connection.execute(
-                "UPDATE images SET datastore = ?, why_closed = CASE state WHEN 'open' THEN ? ELSE why_closed END,"
-                " state = CASE state WHEN 'open' THEN 'closed' WHEN 'absent' THEN 'closed' ELSE state END"
+                "UPDATE images SET datastore = ?,"
+                " why_closed = CASE WHEN state IN ('open', 'absent') THEN ? ELSE why_closed END,"
+                " state = CASE WHEN state IN ('open', 'absent') THEN 'closed' ELSE state END"
                 " WHERE number = ?",
                 (name, _WHY_MOVED.format(image.datastore), image.number),
             )

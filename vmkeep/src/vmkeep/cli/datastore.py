@@ -109,7 +109,7 @@ def _show_plan(plan: adopt_place.Adopted) -> None:
     for what, these in (
         ("lie there", plan.sorted.here),
         ("do not lie there, and become absent", plan.sorted.absent),
-        ("lie there, of a datastore that is not configured any more", plan.sorted.moved),
+        ("lie there that were known under another datastore's name, and follow", plan.sorted.moved),
     ):
         if these:
             output.line(f"{len(these)} images {what}: {', '.join(map(_told, these))}")
