@@ -203,6 +203,33 @@ def test_a_vm_that_is_not_there_any_more_keeps_all(site):
     assert DB.name in told.out
 
 
+def test_what_a_flatten_has_left_in_another_datastore_waits_for_that_one(site):
+    """A disk that is seldom mounted is no news each night, and what it still has to lose follows it to another name."""
+    configured(site, keep_last="2")
+    night(site, 0)
+    night(site, 1)
+    (site.store / "fail-delete").touch()
+    site.write(WEB, "vda", 0, b"more")
+    assert site.run("backup", "web1").code == 3
+    (site.store / "fail-delete").unlink()
+    kept = stored(site)
+    other = site.second_store()
+    away = site.folder / "away"
+    site.store.rename(away)
+    site.configure(datastores=f'[datastores.nas]\ndriver = "files"\npath = "{site.store}"\n{other}')
+    for _ in range(3):  # with a flatten there
+        told = site.run("backup", "web1", "-d", "other")
+        assert (told.code, "nas" in told.err) == (0, False), told.err
+    assert site.run("image", "prune").code == 3
+    site.configure(datastores=f'[datastores.usb]\ndriver = "files"\npath = "{away}"\n{other}')
+    assert site.run("datastore", "adopt", "usb", "--yes").code == 0
+    assert site.run("backup", "web1", "-d", "usb").code == 0
+    left = {path.name for path in away.iterdir() if path.is_dir()}
+    assert len(kept) == 4, kept
+    assert len(kept & left) == 2, "the full and the increment after it"
+    assert site.run("image", "verify", "1").code == 0
+
+
 def test_a_store_that_refuses_a_delete_is_a_warning_and_is_asked_again(site):
     configured(site, keep_last="2")
     night(site, 0)

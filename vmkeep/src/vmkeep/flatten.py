@@ -8,7 +8,6 @@ leftovers that anybody may delete.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -92,7 +91,7 @@ def flatten(
                     steps.append(_step(place, image, target, store, ctx, everything=everything))
                 image = images.find(place.catalog, image.uuid)
                 # Newest first: whatever is left when this is interrupted is the beginning of a chain.
-                warnings = delete_leftovers(place, image.vm.uuid, ctx, {image.datastore: store})
+                warnings = delete_leftovers(place, image.vm.uuid, ctx, store)
     between = {step.increment.source for step in steps}
     merged = [one for step in steps for one in step.replaces if one.source not in between]
     return Done(
@@ -176,19 +175,17 @@ def finish_locked(place: Workplace, image: Image) -> Image:
     return images.find(place.catalog, image.uuid)
 
 
-def delete_leftovers(
-    place: Workplace, vm: str, ctx: Context, stores: Mapping[str, Datastore] | None = None
-) -> list[str]:
+def delete_leftovers(place: Workplace, vm: str, ctx: Context, store: Datastore | None = None) -> list[str]:
     """Delete what flattens of `vm` (UUID) have left, newest first; returns what could not be deleted, and why.
 
+    With `store` only there: another datastore of the VM may be a disk that is seldom mounted.
     What the datastore keeps by a lock or a policy is noted (`catalog.holds`) and put off.
     """
     left = flattens.leftovers(place.catalog, vm)
     now = datetime.now(UTC)
     refusing = _refusing(place, now) if left else set()
-    opened = dict(stores or {})
     warnings = []
-    for name in sorted({one.datastore for one in left} - refusing):
+    for name in sorted({one.datastore for one in left if store is None or one.datastore == store.name} - refusing):
         these = [one for one in left if one.datastore == name]
         # Another image may have gone on from one of them: it goes with that one.
         others = images.sources(place.catalog, name)
@@ -197,12 +194,11 @@ def delete_leftovers(
         if not these:
             continue
         try:
-            if name not in opened:
-                opened[name] = place.datastore(name)
-            listed = opened[name].sources(ctx, vm)
+            opened = store or place.datastore(name)
+            listed = opened.sources(ctx, vm)
             known = needed.accounted(place.catalog, VM(uuid=vm, name=""), name, listed)
-            needed.require_spared(opened[name], listed, going, known, ctx, what="them")
-            opened[name].delete(going, ctx)
+            needed.require_spared(opened, listed, going, known, ctx, what="them")
+            opened.delete(going, ctx)
         except Locked as error:  # as somebody wanted it: told once, and put off
             kind = holds.LOCK if error.until else holds.POLICY
             if image := _last(place, vm, name):

@@ -243,15 +243,15 @@ def after(
     """Retention after a backup, which is done in any case: what went in that datastore, and what went wrong."""
     warnings: list[str] = []
     try:
-        warnings += _delete_leftovers(place, vm.uuid)
+        warnings += _delete_leftovers(place, vm.uuid, datastore)
         plans = [apply(place, due, progress=progress) for due in plan(place, vm=vm, datastore=datastore)]
     except BackupError as error:
         return [], [*warnings, f"retention: {error.in_full}"]
     return plans, [*warnings, *(warning for due in plans for warning in due.warnings)]
 
 
-def _delete_leftovers(place: Workplace, vm: str) -> list[str]:
-    if not flattens.leftovers(place.catalog, vm):
+def _delete_leftovers(place: Workplace, vm: str, datastore: str | None = None) -> list[str]:
+    if not any(datastore in (None, one.datastore) for one in flattens.leftovers(place.catalog, vm)):
         return []
     with place.context() as ctx:
-        return flatten.delete_leftovers(place, vm, ctx)
+        return flatten.delete_leftovers(place, vm, ctx, place.datastore(datastore) if datastore else None)

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from backupcore.errors import TargetUnavailable
 from backupcore.model import Image
 from backupcore.typed import typed
-from vmkeep.catalog import images, rows
+from vmkeep.catalog import flattens, images, rows
 from vmkeep.catalog.database import Catalog
 
 __all__ = ["Known", "Sorted", "held", "known", "learn", "mean", "require_here", "sort"]
@@ -54,8 +54,8 @@ def require_here(image: Image) -> Image:
     if image.state == "absent":
         raise TargetUnavailable(
             f"image {image.number} of VM {image.vm.name} is absent: {image.why_closed}",
-            f"Bring back the place that it lies in, then: {typed('vmkeep datastore adopt', image.datastore)} (or the name "
-            "that this place has in the configuration by now).",
+            f"Bring back the place that it lies in, then: {typed('vmkeep datastore adopt', image.datastore)} (or by the "
+            "name that this place has in the configuration by now).",
         )
     return image
 
@@ -64,13 +64,15 @@ def require_here(image: Image) -> Image:
 class Sorted:
     """The images of a datastore by whether they lie in the place that is meant.
 
-    `moved` are those that lie there as well, and that the catalog has under another name: one that is not configured any
-    more, or one whose place was said to be elsewhere since.
+    `moved` are those that lie there as well, and that the catalog has under another name: one that is not configured
+    any more, or one whose place was said to be elsewhere since. `left` is what flattens have left to be deleted there,
+    under a name that is not configured any more.
     """
 
     here: tuple[Image, ...]
     absent: tuple[Image, ...]
     moved: tuple[Image, ...]
+    left: tuple[flattens.Leftover, ...]
 
 
 def sort(catalog: Catalog, name: str, listed: Collection[str], configured: Collection[str]) -> Sorted:
@@ -84,7 +86,9 @@ def sort(catalog: Catalog, name: str, listed: Collection[str], configured: Colle
             (here if there else absent).append(image)
         elif there and (image.state == "absent" or image.datastore not in configured):
             moved.append(image)
-    return Sorted(here=tuple(here), absent=tuple(absent), moved=tuple(moved))
+    left = [one for owner in flattens.owners(catalog) for one in flattens.leftovers(catalog, owner)]
+    left = [one for one in left if one.datastore not in configured and one.source.token in listed]
+    return Sorted(here=tuple(here), absent=tuple(absent), moved=tuple(moved), left=tuple(left))
 
 
 _WHY_ABSENT = "its backups are not in the place that datastore {} was said to be on {:%Y-%m-%d}"
@@ -123,3 +127,7 @@ def mean(catalog: Catalog, name: str, identity: str | None, found: Sorted) -> No
                 " WHERE number = ?",
                 (name, _WHY_MOVED.format(image.datastore), image.number),
             )
+        connection.executemany(
+            "UPDATE leftovers SET datastore = ? WHERE datastore = ? AND source = ?",
+            [(name, one.datastore, one.source.token) for one in found.left],
+        )
