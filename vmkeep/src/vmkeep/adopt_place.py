@@ -40,7 +40,7 @@ def adopt(place: Workplace, name: str) -> Adopted:
     """
     with ExitStack() as stack:
         for vm in {one.vm.uuid: one.vm for one in images.where(place.catalog) if one.datastore == name}.values():
-            stack.enter_context(lock.vm_run(place.state, vm, "its datastore is being adopted"))
+            stack.enter_context(lock.vm_run(place.state, vm, "an adoption of its datastore"))
         ctx = stack.enter_context(place.context())
         done = _look(place, place.any_place(name), place.catalog, ctx, make=True)
         places.mean(place.catalog, name, done.identity, done.sorted)

@@ -54,8 +54,8 @@ def require_here(image: Image) -> Image:
     if image.state == "absent":
         raise TargetUnavailable(
             f"image {image.number} of VM {image.vm.name} is absent: {image.why_closed}",
-            f"Bring back the place that it lies in, then: {typed('vmkeep datastore adopt', image.datastore)} (or by the "
-            "name that this place has in the configuration by now).",
+            f"Bring back the place that it lies in, then: {typed('vmkeep datastore adopt', image.datastore)} (or by "
+            "the name that this place has in the configuration by now).",
         )
     return image
 
