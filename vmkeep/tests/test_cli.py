@@ -34,6 +34,12 @@ def test_help_imports_nothing_heavy(installed):
         assert f"\n  {name} " in done.stdout
 
 
+def test_a_group_without_a_command_shows_its_help(site):
+    told = site.run("image")
+    assert told.code == exits.USAGE
+    assert "\n  list     List the images.\n" in told.err
+
+
 def test_the_help_lines_are_those_of_the_commands():
     for where, line in COMMANDS.values():
         module, _, attribute = where.partition(":")

@@ -113,6 +113,9 @@ def _ended(asked: Asked, message: str, hint: str) -> int:
 
 def _told(error: BaseException, asked: Asked) -> int:
     kind, hint, code = type(error).__name__, "", exits.code(error)
+    if kind == "NoArgsIsHelpError" and not asked.json:  # by its name: click before 8.2 has none
+        click.echo(error, err=True)
+        return exits.USAGE
     match error:
         case BackupError():
             message, hint = error.message, error.hint
