@@ -454,6 +454,25 @@ def test_a_part_of_a_backup_that_is_gone_is_noticed_where_the_listing_tells_size
     assert site.run("restore", "1", *given).code == 0, "the other disk is there"
 
 
+def test_a_datastore_that_was_put_back_from_a_copy_of_before_a_flatten(site, nights, tmp_path):
+    """A snapshot of the NAS: the same identity, and increments that the catalog has let go of since."""
+    nights.settings(keep_last=2)
+    nights.night()
+    nights.night()
+    shutil.copytree(site.store, tmp_path / "copy")
+    nights.night()
+    shutil.rmtree(site.store)
+    (tmp_path / "copy").rename(site.store)
+    for verb, code in ((("restore", "1", "--verify-only"), 4), (("image", "verify", "1"), 8), (("backup", "web1"), 3)):
+        told = site.run(*verb)
+        assert told.code == code, told.err
+        assert "other backups (increments 0, 1) of image 1" in told.err
+        assert "vmkeep catalog rebuild nas" in told.err
+    assert site.run("catalog", "rebuild", "nas").code == 0
+    assert site.run("backup", "web1").code == 0, "they are known now"
+    assert site.run("restore", "1", "--increment", "1", "--verify-only").code == 0
+
+
 def test_what_comes_back_counts_again(site, nights):
     for _ in range(2):
         nights.night()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from backupcore.datastore import Datastore
     from vmkeep.workplace import Workplace
 
-__all__ = ["accounted", "forgotten", "harmed", "known", "number_of", "numbers", "require_spared"]
+__all__ = ["accounted", "forgotten", "harmed", "known", "number_of", "numbers", "require_spared", "restorable"]
 
 
 def known(catalog: Catalog, datastore: str) -> set[SourceRef]:
@@ -66,8 +66,8 @@ def forgotten(place: Workplace, store: Datastore, vm: VM, ctx: Context) -> str:
 
 def harmed(listed: Sequence[Listed], going: Collection[SourceRef], known_: Collection[SourceRef]) -> list[Listed]:
     """Of the sources that are `listed`, those that can be restored now, are not known, and need what is `going`."""
-    before = _restorable(listed)
-    after = _restorable(one for one in listed if one.source not in going)
+    before = restorable(listed)
+    after = restorable(one for one in listed if one.source not in going)
     return [one for one in listed if one.source in before - after - set(known_) - set(going)]
 
 
@@ -103,8 +103,8 @@ def _is_whole(store: Datastore, one: Listed, ctx: Context) -> bool:
     return True
 
 
-def _restorable(listed: Iterable[Listed]) -> set[SourceRef]:
-    """Those whose chains, by their labels, reach a full."""
+def restorable(listed: Iterable[Listed]) -> set[SourceRef]:
+    """Of what is listed, those whose chains, by their labels, reach a full."""
     found: set[SourceRef] = set()
     points: set[str] = set()
     for one in sorted(listed, key=number_of):

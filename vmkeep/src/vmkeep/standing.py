@@ -39,7 +39,8 @@ class Standing:
     says, by increment. `lost` are the increments whose sources are gone, with what is said of each, `torn` those of
     whose sources a part is; `superseded` those whose sources are gone because a later full stands for them, which the
     catalog does not know. `newer` are sources that go on after the image's last increment, and that it does not know
-    either.
+    either; `others` are those of the image that it has no more of as well, where it has lost some: a store that was put
+    back from a copy of before.
     """
 
     image: Image
@@ -48,6 +49,7 @@ class Standing:
     torn: Mapping[int, str]
     superseded: tuple[Increment, ...]
     newer: tuple[Listed, ...]
+    others: tuple[Listed, ...] = ()
 
     @property
     def behind(self) -> str:
@@ -57,6 +59,8 @@ class Standing:
             told.append(f"a later full that {numbers(one.id for one in self.superseded)} went into")
         if self.newer:
             told.append(f"newer backups ({numbers(number_of(one) for one in self.newer)})")
+        if self.others:
+            told.append(f"other backups ({numbers(number_of(one) for one in self.others)})")
         if not told:
             return ""
         return (
@@ -121,6 +125,12 @@ def look(
     while newer and _looked(store, newer[0], looked, ctx) is None:  # those of one VM may be listed incomplete
         newer = newer[1:]
     rows = tuple(replace(row, source=moved.get(row.id, row.source)) for row in image.increments)
+    others: list[Listed] = []
+    if lost:
+        there_yet = max((row.id for row in image.increments if row.id not in lost), default=-1)
+        others = _others_of(names, listed, [one for one in unknown if one not in newer], after=there_yet)
+    while others and _looked(store, others[-1], looked, ctx) is None:
+        others.pop()
     return Standing(
         image=replace(image, increments=rows),
         moved=moved,
@@ -128,6 +138,7 @@ def look(
         torn=torn,
         superseded=tuple(superseded),
         newer=newer,
+        others=tuple(others),
     )
 
 
@@ -147,6 +158,15 @@ def _newer(
             points.add(labels["point"])
             found.append(one)
     return tuple(found)
+
+
+def _others_of(
+    names: Collection[str | None], listed: Sequence[Listed], unknown: Sequence[Listed], *, after: int
+) -> list[Listed]:
+    """What can be restored of an image, as the labels say, and is not known; not what was merged into what is."""
+    whole = needed.restorable(listed)
+    found = [one for one in unknown if one.labels.get("image") in names and one.source in whole]
+    return sorted((one for one in found if number_of(one) > after), key=number_of)
 
 
 def _is_gone(store: Datastore, row: Increment, ctx: Context) -> bool:
