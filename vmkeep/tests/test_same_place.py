@@ -239,6 +239,23 @@ def test_absent_images_follow_where_their_place_gets_a_name_of_its_own(site):
     assert site.run("catalog", "check").code == 0
 
 
+def test_a_copy_that_gave_each_backup_another_token_is_adopted_with_its_images(site):
+    """As `restic copy` does; the repository that it was made of is gone."""
+    chain_of_each(site)
+    away = unmount(site)
+    assert site.run("datastore", "adopt", "nas", "--yes").code == 0
+    for number, source in enumerate(sorted(away.glob("[!.]*/"))):
+        source.rename(site.store / f"{number:032}")
+    told = site.run("catalog", "rebuild", "nas")
+    assert (told.code, told.out.count("vmkeep datastore adopt nas")) == (0, 4), told
+    done = site.run("datastore", "adopt", "nas", "--yes", "--json").json
+    assert (done["images"], done["absent"]) == ([1, 2], [])
+    for image in ("1", "2"):
+        assert site.run("restore", image, "--verify-only").code == 0
+    assert site.run("catalog", "check").code == 0
+    assert [one["state"] for one in site.run("image", "list", "--json").json] == ["closed", "closed"]
+
+
 def test_two_names_of_one_place(site):
     both = "".join(f'[datastores.{name}]\ndriver = "files"\npath = "{site.store}"\n' for name in ("nas", "vault"))
     site.configure(datastores=both)

@@ -52,11 +52,11 @@ def _look(place: Workplace, store: Datastore, catalog: Catalog, ctx: Context, *,
     store.check(ctx)
     identity = store.identity("", ctx, make=make)
     try:
-        listed = {one.source.token for one in store.sources(ctx)}
+        listed = list(store.sources(ctx))
     except TargetUnavailable:
         if identity is not None or not store.implements("identity"):
             raise
-        listed = set()  # all is well, and nothing was begun there yet: the first backup makes a repository
+        listed = []  # all is well, and nothing was begun there yet: the first backup makes a repository
     try:
         before = places.known(catalog, store.name)
     except IntegrityError:  # what it is known by is damaged in the catalog, and written anew here

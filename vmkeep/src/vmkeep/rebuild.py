@@ -16,6 +16,7 @@ from backupcore.datastore import Datastore
 from backupcore.errors import BackupError, Busy
 from backupcore.model import VM, Image, Increment, Listed, SourceRef
 from backupcore.survey import Branch, Found, Remark, put_together, read, stood_for
+from backupcore.typed import typed
 from vmkeep import flatten, lock, needed, standing
 from vmkeep.catalog import corrections, flattens, images
 from vmkeep.catalog.database import Catalog
@@ -201,6 +202,8 @@ class _Plan:
         for image in self.there:
             branch = pairs.get(image.uuid)
             if image.state in ("flattening", "absent"):
+                if image.state == "absent" and branch is not None:
+                    self.elsewhere += _absent(branch, image)
                 continue
             change = self._change(image, branch, store, ctx)
             if change is not None:
@@ -325,6 +328,15 @@ def _own_uuid(branch: Branch, others: Collection[str], taken: Collection[str]) -
     while uuid in taken:
         uuid = blake3(f"{uuid} {own}".encode()).hexdigest()[:32]
     return uuid
+
+
+def _absent(branch: Branch, image: Image) -> list[Remark]:
+    """Remarks about what was found of an image that was said to be elsewhere."""
+    how = f"it is absent as long as nobody says {typed('vmkeep datastore adopt', image.datastore)}"
+    return [
+        Remark(source=one.source, kind="unused", why=f"increment {one.manifest.number} of image {image.number}: {how}")
+        for one in branch.chain
+    ]
 
 
 def _merged(branch: Branch) -> list[Remark]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from backupcore.errors import TargetUnavailable
-from backupcore.model import Image
+from backupcore.model import Image, Listed
 from backupcore.typed import typed
 from vmkeep.catalog import flattens, images, rows
 from vmkeep.catalog.database import Catalog
@@ -75,19 +75,24 @@ class Sorted:
     left: tuple[flattens.Leftover, ...]
 
 
-def sort(catalog: Catalog, name: str, listed: Collection[str], configured: Collection[str]) -> Sorted:
-    """Which images lie in a place that lists these tokens: those of which it has any source."""
+def sort(catalog: Catalog, name: str, listed: Collection[Listed], configured: Collection[str]) -> Sorted:
+    """Which images lie in a place that lists these: those of which it has any source.
+
+    A source may have another token than it had, as in a repository that was copied (``restic copy``): its point tells.
+    """
+    tokens = {one.source.token for one in listed}
+    points = {one.labels["point"] for one in listed if one.labels.get("point")}
     here: list[Image] = []
     absent: list[Image] = []
     moved: list[Image] = []
     for image in images.where(catalog):
-        there = any(increment.source.token in listed for increment in image.increments)
+        there = any(one.source.token in tokens or one.point in points for one in image.increments)
         if image.datastore == name:
             (here if there else absent).append(image)
         elif there and (image.state == "absent" or image.datastore not in configured):
             moved.append(image)
     left = [one for owner in flattens.owners(catalog) for one in flattens.leftovers(catalog, owner)]
-    left = [one for one in left if one.datastore not in configured and one.source.token in listed]
+    left = [one for one in left if one.datastore not in configured and one.source.token in tokens]
     return Sorted(here=tuple(here), absent=tuple(absent), moved=tuple(moved), left=tuple(left))
 
 
