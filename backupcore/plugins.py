@@ -9,11 +9,15 @@ from importlib.metadata import EntryPoint, entry_points, version
 from typing import Any
 
 from backupcore.errors import BackupError, ConfigError, ContractViolation, text_of
+from backupcore.near import near
 
 __all__ = ["load", "loading", "names"]
 
 DRIVERS = "backupcore.drivers"
 HYPERVISORS = "backupcore.hypervisors"
+
+_OWN = ("libvirt", "restic", "rsync", "s3")
+"""Those of this project; each is in the package that has its name."""
 
 _ANY_VERSION = re.compile(r"[\w.-]+(\[[\w.,-]*\])?")
 """A requirement that names a package and its extras, and no version."""
@@ -65,11 +69,9 @@ def load(group: str, name: str) -> Any:
     """
     found = [point for point in entry_points(group=group) if point.name == name]
     if not found:
-        installed = ", ".join(names(group)) or "none"
-        raise ConfigError(
-            f"no plugin {name!r} is installed in {group}",
-            f"Installed: {installed}. Another one's package is installed beside vmkeep; its README names it.",
-        )
+        # No other package is named: whoever has mistyped would install what a stranger has put under that name.
+        hint = f"It comes with the package backupcore-{name}." if name in _OWN else near(name, names(group))
+        raise ConfigError(f"no plugin {name!r} is installed in {group}", hint)
     if len({point.value for point in found}) > 1:
         # Which comes first is up to the order of folders: backups would go here today, and elsewhere tomorrow.
         packages = ", ".join(sorted(map(_package, found)))

@@ -113,3 +113,10 @@ def test_a_driver_that_is_not_installed_is_named_with_those_that_are():
     assert "restic" in caught.value.hint
     assert "backupcore-nonsense" not in caught.value.hint, "whoever has published that would be believed"
     assert sys.modules.get("backupcore_nonsense") is None
+
+
+def test_nobody_is_told_to_install_a_package_that_nobody_knows():
+    with pytest.raises(ConfigError) as caught:
+        plugins.load(plugins.DRIVERS, "restik")
+    assert "Did you mean restic" in caught.value.hint
+    assert "backupcore-restik" not in caught.value.hint
