@@ -215,6 +215,9 @@ def test_a_datastore_that_got_another_name_goes_on_and_its_images_can_follow(sit
     chain_of_each(site)
     site.configure(datastores=f'[datastores.vault]\ndriver = "files"\npath = "{site.store}"\n')
     assert site.run("backup", "web1", "--json").json["type"] == "FULL"
+    for verb in (("restore", "1", "--verify-only"), ("image", "verify", "1"), ("image", "delete", "1", "--yes")):
+        told = site.run(*verb)
+        assert (told.code, "vmkeep datastore adopt NAME" in told.err) == (4, True), told
     done = site.run("datastore", "adopt", "vault", "--yes", "--json").json
     assert done["moved"] == [{"id": 1, "from": "nas"}, {"id": 2, "from": "nas"}]
     assert done["identity"] == done["identity_before"]

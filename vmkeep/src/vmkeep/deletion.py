@@ -7,7 +7,7 @@ from backupcore.errors import Locked, UnsupportedOperation
 from backupcore.model import Image, SourceRef
 from backupcore.typed import typed
 from vmkeep import flatten, lock, needed, standing
-from vmkeep.catalog import images
+from vmkeep.catalog import images, places
 from vmkeep.workplace import Workplace
 
 __all__ = ["delete"]
@@ -37,6 +37,7 @@ def delete(
             # Where it lies nobody can look: only the catalog's own record goes.
             images.remove(place.catalog, image, place.installation)
             return image, ()
+        places.require_here(image, place.config.datastores)
         store = place.datastore(image.datastore)
         with place.context(progress) as ctx:
             ctx.progress.phase("look")

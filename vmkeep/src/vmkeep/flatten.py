@@ -67,7 +67,7 @@ def flatten(
     image = images.find(place.catalog_if_any, reference)
     with lock.image_exclusive(place.state, image, "it is being flattened"):
         image = finish_locked(place, images.find(place.catalog, image.uuid))
-        places.require_here(image)
+        places.require_here(image, place.config.datastores)
         if image.pinned:
             raise UnsupportedOperation(f"image {image.number} is pinned", f"vmkeep image unpin {image.number}")
         if not place.installation.owns(image):

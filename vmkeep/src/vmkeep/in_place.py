@@ -76,7 +76,7 @@ def restore_in_place(
         stack.enter_context(lock.vm_run(place.state, vm, "a restore in place"))
         stack.enter_context(lock.image_shared(place.state, image))
         # What it was before the lock may be gone.
-        image = places.require_here(images.find(place.catalog, image.uuid))
+        image = places.require_here(images.find(place.catalog, image.uuid), place.config.datastores)
         _settle(place, vm)
         increment = chain.lineage(image, number)[-1]
         require_held(image, increment, disks)

@@ -96,7 +96,7 @@ def restore(
         raise ConfigError(f"the volumes of storage pool {pool} are devices, and get disks raw", "Leave out --format.")
     with lock.image_read(place.state, image), ExitStack() as stack:
         image = images.find(place.catalog_if_any, image.uuid)  # what it was before the lock may be gone
-        places.require_here(image)
+        places.require_here(image, place.config.datastores)
         increment = chain.lineage(image, number)[-1]
         held = require_held(image, increment, disks)
         source = short(increment.source.token, images.tokens(place.catalog_if_any))

@@ -87,7 +87,7 @@ def _opened(
     image = images.find(place.catalog_if_any, reference)
     with lock.image_read(place.state, image):
         image = images.find(place.catalog_if_any, image.uuid)  # what it was before the lock may be gone
-        places.require_here(image)
+        places.require_here(image, place.config.datastores)
         with place.context(progress) as ctx:
             store = place.datastore(image.datastore)
             with place.same_place(image.datastore).blamed(ctx):

@@ -55,7 +55,7 @@ def verify(
     image = images.find(place.catalog_if_any, reference)
     with lock.image_read(place.state, image):
         image = images.find(place.catalog_if_any, image.uuid)
-        places.require_here(image)
+        places.require_here(image, place.config.datastores)
         chain = image.increments if number is None else lineage(image, number)
         store = place.datastore(image.datastore)
         with place.context(progress) as ctx:

@@ -6,8 +6,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from backupcore.errors import TargetUnavailable
+from backupcore.errors import NotFound, TargetUnavailable
 from backupcore.model import Image, Listed
+from backupcore.near import near
 from backupcore.typed import typed
 from vmkeep.catalog import flattens, images, rows
 from vmkeep.catalog.database import Catalog
@@ -49,13 +50,21 @@ def held(catalog: Catalog, name: str) -> set[str]:
         return {row["source"] for row in connection.execute(query, (name,))}
 
 
-def require_here(image: Image) -> Image:
-    """The image. TargetUnavailable for one that lies in another place than its datastore is now."""
+def require_here(image: Image, configured: Collection[str]) -> Image:
+    """The image. TargetUnavailable for one that lies in another place than its datastore is now; NotFound where that is
+    not one of those that are `configured`.
+    """
     if image.state == "absent":
         raise TargetUnavailable(
             f"image {image.number} of VM {image.vm.name} is absent: {image.why_closed}",
             f"Bring back the place that it lies in, then: {typed('vmkeep datastore adopt', image.datastore)} (or by "
             "the name that this place has in the configuration by now).",
+        )
+    if image.datastore not in configured:
+        raise NotFound(
+            f"image {image.number} of VM {image.vm.name} lies in datastore {image.datastore}, which is not configured",
+            f"{near(image.datastore, configured)} If its place has another name now, its images follow with "
+            "'vmkeep datastore adopt NAME'; else write it into the configuration again.",
         )
     return image
 
