@@ -73,7 +73,7 @@ def verify(
                 problem = f"it builds on increment {increment.pid}, of which disk {names} cannot be restored"
         except _DAMAGE as error:
             ctx.check()
-            problem = error.message
+            problem = error.in_full
         found.append(Verified(increment=increment, read=read, problem=problem))
         done += increment.size
         ctx.progress.done(done)
@@ -104,7 +104,7 @@ def _contents(backup: Opened, ctx: Context, sample: float, advance: Callable[[in
                 advance(len(backup.small(part.name, part.size, part.digest)))
             except _DAMAGE as error:
                 ctx.check()
-                problems.append(error.message)
+                problems.append(error.in_full)
     for disk in backup.manifest.disks:
         what = f"increment {backup.increment.id} (source {backup.increment.source})"
         try:
@@ -114,7 +114,7 @@ def _contents(backup: Opened, ctx: Context, sample: float, advance: Callable[[in
                 verify_disk(artifact, disk, due, ctx, what=what, sample=sample, advance=advance)
         except _DAMAGE as error:
             ctx.check()
-            problems.append(error.message)
+            problems.append(error.in_full)
             disks.add(disk.id)
     return _Contents(next(iter(problems), ""), disks)
 

@@ -132,6 +132,24 @@ LOCKED = "repository is already locked exclusively by PID 11 on nas by root (UID
         (1, "Fatal: failed to load snapshot 3eb1: The specified key does not exist.\n", SourceNotFound, "3eb1"),
         (1, "Fatal: failed to load snapshot 3eb1: connection refused\n", TargetUnavailable, "refused"),
         (1, "Fatal: ciphertext verification failed\n", IntegrityError, "ciphertext"),
+        # A pack that is gone: a folder (0.14), REST, S3; what is tried again and ends otherwise; a prune
+        (
+            1,
+            "Load(<data/ee71c4c032>, 777, 129) returned error, retrying after 5s: open /x: no such file or directory\n"
+            "cannot dump file: ReadFull(<data/ee71c4c032>): open /r/x: no such file or directory\n",
+            IntegrityError,
+            "ReadFull",
+        ),
+        (1, "cannot dump file: Load(<data/ee71c4>, 7, 1): <data/ee71c4> does not exist\n", IntegrityError, "exist"),
+        (1, "cannot dump file: ReadFull(<data/ee71>): The specified key does not exist.\n", IntegrityError, "key"),
+        (
+            1,
+            "Load(<data/ee71c4c032>, 777, 129) returned error, retrying after 5s: open /x: no such file or directory\n"
+            "cannot dump file: ReadFull(<data/ee71c4c032>): stale NFS file handle\n",
+            TargetUnavailable,
+            "stale",
+        ),
+        (1, "Fatal: packs from index missing in repo\n", IntegrityError, "missing in repo"),
         (-9, "", TargetUnavailable, "signal 9"),
         (1, "", TargetUnavailable, "exit code 1"),
         # 0.17 and later: exit codes, and JSON on stderr where JSON was asked for

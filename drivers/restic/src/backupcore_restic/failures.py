@@ -59,6 +59,13 @@ _GONE = (
     r"(no such file or directory|file does not exist|<snapshot/\w+> does not exist|specified key does not exist)\.?$"
 )
 
+# The same of a pack, which restic had written and its index still names; a line that it tries again after says nothing.
+_PACK_GONE = (
+    r"^(?!.*retrying after).*<data/\w+[^>]*>.*"
+    r"(no such file or directory|file does not exist|> does not exist|specified key does not exist|404 not found)\.?$"
+    r"|packs from index missing in repo"
+)
+
 # Compiled when something has failed: at each start it would take 4 ms.
 RULES = (
     Rule(
@@ -118,6 +125,12 @@ RULES = (
             r"|invalid ?access ?key|invalid credentials|append-only"
         ),
         "Check the permissions of the repository and the credentials of this datastore.",
+    ),
+    Rule(
+        IntegrityError,
+        _PACK_GONE,
+        "A part of the repository is gone. restic goes on counting on it, for new backups as well, until it is told: "
+        "restic repair index (before 0.16: rebuild-index). Then begin a new image: vmkeep backup VM --reset",
     ),
     Rule(
         IntegrityError,
