@@ -183,3 +183,8 @@ def test_a_vm_without_a_backup_has_an_empty_list(site):
     assert site.run("image", "list", "--vm", "db1", "--json").json == []
     assert site.run("image", "list", "--vm", DB.uuid.upper(), "--json").json == []
     assert site.run("image", "list", "--vm", "").code == 4
+
+
+def test_a_catalog_without_images_says_how_it_gets_those_of_a_datastore(site):
+    told = site.run("restore", "1", "--verify-only")
+    assert (told.code, "vmkeep catalog rebuild DATASTORE" in told.err) == (4, True), told

@@ -255,7 +255,11 @@ def _dashed(image: Image) -> str:
 
 def _unknown(connection: Connection, what: str, more: str = "") -> NotFound:
     known = connection.execute("SELECT number FROM images ORDER BY number DESC LIMIT 5").fetchall()
-    newest_known = ", ".join(str(row["number"]) for row in known) or "none"
+    if not known:
+        return NotFound(
+            what, "The catalog has none. It learns what a datastore holds by: vmkeep catalog rebuild DATASTORE"
+        )
+    newest_known = ", ".join(str(row["number"]) for row in known)
     return NotFound(
         what, sentences(f"{more[:1].upper()}{more[1:]}", f"The newest are: {newest_known}. See: vmkeep image list")
     )
