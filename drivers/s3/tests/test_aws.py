@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +97,28 @@ def test_a_bucket_that_keeps_versions(
     source = driver.backup(make_artifacts(10), run, ctx).source
     assert driver.delete([source], ctx)
     assert list(driver.sources(ctx)) == []
+
+
+def test_what_is_hidden_in_a_bucket_that_keeps_versions_comes_back_as_the_readme_says(
+    here: Options, moto: str, aws: Any, ctx: Context, make_run: Runs, make_artifacts: Artifacts
+) -> None:
+    aws.put_bucket_versioning(Bucket="backups", VersioningConfiguration={"Status": "Enabled"})
+    driver, run, artifacts = here(), make_run(), make_artifacts(10)
+    driver.prebackup(run, ctx)
+    identity = driver.identity(make=True, ctx=ctx)
+    source = driver.backup(artifacts, run, ctx).source
+    for one in aws.list_objects_v2(Bucket="backups")["Contents"]:
+        aws.delete_object(Bucket="backups", Key=one["Key"])
+    assert driver.identity(make=False, ctx=ctx) is None
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    [code] = [one for one in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "DeleteMarkers" in one]
+    keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
+    given = [moto, "backups", "backups/", "2000-01-01T00:00:00+00:00"]
+    subprocess.run([sys.executable, "-c", code, *given], env={**os.environ, **keys}, check=True)
+    assert driver.identity(make=False, ctx=ctx) == identity
+    with driver.restore(source, ctx)[0].open() as file:
+        assert file.read() == artifacts[0].data
+    assert not [one for one in aws.list_objects_v2(Bucket="backups")["Contents"] if one["Key"].endswith("_unfinished")]
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "disk.vda.qcow2"])

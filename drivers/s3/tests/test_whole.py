@@ -26,9 +26,8 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 def written(language: str) -> str:
-    """The one code block of the README in this language."""
-    [found] = re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
-    return str(found)
+    """The first code block of the README in this language."""
+    return str(re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)[0])
 
 
 def test_by_hand_as_the_readme_says(
