@@ -15,7 +15,7 @@ from pathlib import Path
 
 from backupcore_libvirt.qcow2_header import Header, backing, full_name, header_of
 
-__all__ = ["Stamp", "changed", "stamps_below", "stamps_of"]
+__all__ = ["Stamp", "changed", "passing_devices", "stamps_below", "stamps_of"]
 
 Stamp = tuple[str, int, int, int]
 """(real path, inode, bytes, time of the last write in ns), 0 for what tells nothing; see `backupcore.model.Disk`."""
@@ -68,7 +68,7 @@ def stamps_of(files: Iterable[tuple[str, bool]]) -> tuple[Stamp, ...]:
             found.append((real, 0, 0, 0))  # a device: its node is made anew at each start of the host
             continue
         if passing is None:
-            passing = _passing()
+            passing = passing_devices()
         inode = 0 if state.st_dev in passing else state.st_ino
         found.append((real, inode, state.st_size if frozen else 0, state.st_mtime_ns if frozen else 0))
     return tuple(found)
@@ -92,7 +92,7 @@ def changed(then: Sequence[Stamp], now: Sequence[Stamp]) -> str:
     return ""
 
 
-def _passing() -> set[int]:
+def passing_devices() -> set[int]:
     """The devices of mounted file systems whose inodes tell nothing. Others number files for good, NFS too."""
     found = set()
     with suppress(OSError, ValueError):

@@ -36,6 +36,7 @@ from backupcore_libvirt.overlay.stack import (
     source_path,
     stacks,
 )
+from backupcore_libvirt.place.open_files import exchanged
 from backupcore_libvirt.premade.image import is_untouched
 from backupcore_libvirt.qemu_nbd import QemuNbd, is_locked, is_served
 from backupcore_libvirt.scratch import reserve
@@ -99,6 +100,7 @@ class Merger:
 
     def _merge_now(self, stack: Stack, low: int, high: int) -> None:
         if self.domain.is_active():
+            self._refuse_exchanged(stack, low, high)
             self._merge_live(stack, low, high)
         elif self.domain.is_saved() or self.domain.was_saved():
             raise Busy(
@@ -381,6 +383,15 @@ class Merger:
                 f"Somebody has changed it since the backup began. Look at it first: "
                 f"{typed('qemu-img info --backing-chain', stack.top)}; once the VM runs, its QEMU merges it: "
                 f"{typed('vmkeep recover', self.domain.name)}",
+            )
+
+    def _refuse_exchanged(self, stack: Stack, low: int, high: int) -> None:
+        """HypervisorError where QEMU, which opens the files of a commit anew by their names, would find others."""
+        if why := exchanged(self.domain, [stack.file(index)[0] for index in range(low - 1, high + 1)]):
+            raise HypervisorError(
+                f"VM {self.domain.name}: the overlay of disk {stack.disk} is not merged: {why}",
+                f"The guest goes on in {stack.top}, on what QEMU has open: save the disk from within the guest, or put "
+                f"that very file back in its place, then run: {typed('vmkeep recover', self.domain.name)}",
             )
 
     def _refuse_snapshots(self, path: str) -> None:

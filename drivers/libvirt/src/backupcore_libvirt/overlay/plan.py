@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from backupcore_libvirt.connection import Connection, Domain
 from backupcore_libvirt.disks import SourceDisk
 from backupcore_libvirt.overlay.stack import Stack, is_regular, overlay_path, stacks
 from backupcore_libvirt.overlay.unwritten import has_lost_its_note, written
+from backupcore_libvirt.place.open_files import exchanged
+from backupcore_libvirt.qcow2_header import files_of
 from backupcore_libvirt.scratch import reserve
 from backupcore_libvirt.versions import text
 
@@ -83,7 +85,11 @@ def plan(connection: Connection, domain: Domain, run: BackupRun, disks: Sequence
         return None
     why = closed_below(connection, domain) or _hindrance(domain, disks)
     found = {} if why else stacks(domain)
-    why = why or _hindering_files(run, [found[disk.id] for disk in disks])
+    why = (
+        why
+        or _hindering_files(run, [found[disk.id] for disk in disks])
+        or _exchanged(domain, [found[disk.id] for disk in disks])
+    )
     if why:
         if run.parent is not None:
             raise IncrementImpossible(why)
@@ -155,6 +161,12 @@ def _hindering_files(run: BackupRun, found: Sequence[Stack]) -> str:
             if names := qemu_img.info(path, shape).snapshots:
                 return f"{path} has snapshots ({', '.join(names):.200}); reverting to one would pass the overlays by"
     return ""
+
+
+def _exchanged(domain: Domain, found: Iterable[Stack]) -> str:
+    if not domain.is_active():
+        return ""
+    return exchanged(domain, [file for stack in found for file in files_of(stack.top, stack.top_shape)])
 
 
 def _part(run: BackupRun, disk: SourceDisk, stack: Stack) -> Part:

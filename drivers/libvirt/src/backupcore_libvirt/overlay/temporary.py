@@ -30,6 +30,7 @@ from backupcore_libvirt.overlay.files import snapshot_xml
 from backupcore_libvirt.overlay.folder import OverlayFolder
 from backupcore_libvirt.overlay.room import Growing, require_room
 from backupcore_libvirt.overlay.stack import Stack, is_regular, overlay_path, stacks
+from backupcore_libvirt.place.open_files import exchanged
 from backupcore_libvirt.premade.image import make_overlay
 from backupcore_libvirt.qcow2_header import files_of
 from backupcore_libvirt.qemu_nbd import QemuNbd
@@ -118,7 +119,11 @@ def _hindrance(  # noqa: PLR0911 - one return a rule
                 "so what the guest writes meanwhile would be lost if the host were. Set 'scratch' in the configuration "
                 "to a folder on a disk"
             )
-    return ""
+    return exchanged(domain, [file for disk in disks for file in _files(found[disk.id])])
+
+
+def _files(stack: Stack) -> list[str]:
+    return files_of(stack.top, stack.top_shape)
 
 
 def _parts_of_sources(xml: str) -> Mapping[str, set[str]]:
@@ -180,7 +185,7 @@ def serve(
             )
     # Whoever merged an overlay now, by hand or with another configuration, would tear what is being read; of raw files
     # qemu-nbd itself keeps nobody away.
-    files = [file for one in held for file in files_of(one.stack.top, one.stack.top_shape)]
+    files = [file for one in held for file in _files(one.stack)]
     guard.keep_closed(list(dict.fromkeys(files)), [one.overlay for one in held])
     exports = {}
     for one in held:
