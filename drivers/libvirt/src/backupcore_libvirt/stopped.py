@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from backupcore.disk.open_devices import writers
 from backupcore.errors import BackupError, Busy, HypervisorError, NotFound, UnsupportedOperation, from_os_error
 from backupcore.typed import typed
 from backupcore_libvirt.backing import backing_of
@@ -82,12 +83,34 @@ def check_files(vm: str, disks: Sequence[SourceDisk], owner: Callable[[], Owner]
                 "Start the VM: it can be backed up while it runs.",
             )
         below = _files_below(vm, disk, folders, owner)
+        for file in (disk.path, *below):
+            _check_unwritten(vm, disk.id, file)
         if disk.source.contradicts(below):
             raise UnsupportedOperation(
                 f"VM {vm} is off, and its definition puts other files below disk {disk.id} ({disk.path}) than the "
                 f"image itself does: {', '.join(disk.source.below) or 'none'} instead of {', '.join(below) or 'none'}",
                 f"Start the VM; or remove <backingStore> if the image is right: {typed('virsh edit', vm)}",
             )
+
+
+def _check_unwritten(vm: str, disk: str, path: str) -> None:
+    """That nobody has a block device open for writing. QEMU's lock does not tell: libvirt gives each VM device nodes of
+    its own, and a lock is one node's.
+    """
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return  # who reads it says so
+    if not stat.S_ISBLK(found.st_mode):
+        return
+    deadline = time.monotonic() + LOCK_LIMIT  # the VM's own QEMU, as it ends, has it open for a moment
+    while (others := writers(found.st_rdev)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if others:
+        raise Busy(
+            f"VM {vm} is off, and disk {disk} ({path}) is open for writing in {', '.join(others)}",
+            "Is another VM defined on that device, and running? Its backup holds the disk; or power it off first.",
+        )
 
 
 def _identity(disk: SourceDisk) -> tuple[int, int]:
