@@ -7,12 +7,12 @@ import os
 import libvirt
 import pytest
 
-from backupcore.errors import Busy, UnsupportedOperation
+from backupcore.errors import Busy, IncrementImpossible, UnsupportedOperation
 from backupcore_libvirt.connection import Domain
 from backupcore_libvirt.folder import RunFolder
 from backupcore_libvirt.release.giving_up import Run
 from backupcore_libvirt.release.watching import WATCHES
-from backupcore_libvirt.states import State, consistency_of
+from backupcore_libvirt.states import State, consistency_of, no_overlay
 from lab.boot_sector import boot_sector
 
 MiB = 1 << 20
@@ -72,6 +72,11 @@ def test_what_a_saved_vm_has_on_its_disks_is_as_after_a_crash():
     assert (str(State.of(domain)), consistency_of(domain)) == ("saved", "crash")
 
 
+def test_a_guest_that_sleeps_gets_no_overlay():
+    assert "virsh dompmwakeup web1" in no_overlay(Being((7, 0)))
+    assert [no_overlay(Being(state)) for state in ((1, 1), (3, 1), (5, 1), (6, 1))] == [""] * 4
+
+
 def booting(code: str) -> bytes:
     """A disk whose first sector does this, and then halts for ever."""
     return (bytes.fromhex(code) + b"\xf4\xeb\xfd").ljust(510, b"\0") + b"\x55\xaa" + bytes(MiB - 512)
@@ -106,6 +111,13 @@ def test_a_guest_that_does_not_run_is_taken_as_paused(
     assert vm.domain.state()[0] == number, "it is as it was"
     with runs.take(runs.run(vm, taken)) as again:
         assert not any(disk.whole for disk in again.prepared.disks)
+    if words == "asleep":
+        overlays = {"MODE": "INCREMENT", "INCREMENT_MODE": "SNAPSHOT"}
+        with runs.take(runs.run(vm, settings=overlays)) as by_job:
+            same([runs.keep(by_job, tmp_path / "by job")], truth)
+        impossible = pytest.raises(IncrementImpossible, match="virsh dompmwakeup")
+        with impossible, runs.take(runs.run(vm, by_job, settings=overlays)):
+            pass
     refused = pytest.raises(UnsupportedOperation, match=f"is {words}, so its agent cannot freeze")
     with refused, runs.take(runs.run(vm, settings={"FS_FREEZE": "AGENT"})):
         pass

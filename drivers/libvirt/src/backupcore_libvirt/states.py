@@ -16,7 +16,7 @@ from backupcore.model import Consistency
 from backupcore.typed import typed
 from backupcore_libvirt.connection import IO_ERROR, OFF, PAUSED, RUNNING, SHUTTING_DOWN, Domain
 
-__all__ = ["State", "consistency_of", "refused_with_overlays", "stopped_by_an_error"]
+__all__ = ["State", "consistency_of", "no_overlay", "refused_with_overlays", "stopped_by_an_error"]
 
 # libvirt's numbers that no other module needs: virDomainState, virDomainPausedReason. They are part of its ABI.
 _BLOCKED, _CRASHED, _ASLEEP = 2, 6, 7
@@ -104,6 +104,13 @@ def consistency_of(domain: Domain) -> Consistency:
 def stopped_by_an_error(domain: Domain) -> bool:
     """Whether QEMU has stopped the guest after an I/O error of a disk (a full disk, or a full scratch file)."""
     return domain.state() == (PAUSED, IO_ERROR)
+
+
+def no_overlay(domain: Domain) -> str:
+    """Why libvirt puts no overlay on the disks of a VM in its state, or ""; a backup job it begins all the same."""
+    if State.of(domain).name != "asleep":
+        return ""
+    return f"the guest is asleep, and libvirt puts no overlay on its disks ({typed('virsh dompmwakeup', domain.name)})"
 
 
 def refused_with_overlays(vm: str) -> BackupError:

@@ -21,6 +21,7 @@ from backupcore_libvirt.overlay.unwritten import has_lost_its_note, written
 from backupcore_libvirt.place.open_files import exchanged
 from backupcore_libvirt.qcow2_header import files_of
 from backupcore_libvirt.scratch import reserve
+from backupcore_libvirt.states import no_overlay
 from backupcore_libvirt.versions import text
 
 __all__ = ["Part", "Plan", "closed_below", "plan", "wanted", "without_bitmaps"]
@@ -122,6 +123,8 @@ def _hindrance(domain: Domain, disks: Sequence[SourceDisk]) -> str:  # noqa: PLR
     """Why this VM can have no overlays, or ""."""
     if not domain.is_persistent():
         return "the VM is transient: nothing would tell its next start of an overlay"
+    if why := no_overlay(domain):
+        return why
     if domain.is_saved() or domain.was_saved():
         return "the VM's memory is saved, together with the names of its disks' files; overlays would be passed by"
     if names := domain.snapshots():

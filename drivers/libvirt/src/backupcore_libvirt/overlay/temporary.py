@@ -36,6 +36,7 @@ from backupcore_libvirt.qcow2_header import files_of
 from backupcore_libvirt.qemu_nbd import QemuNbd
 from backupcore_libvirt.reading.export import Export, called
 from backupcore_libvirt.scratch import Owner
+from backupcore_libvirt.states import no_overlay
 from backupcore_libvirt.xml import parse
 
 if TYPE_CHECKING:  # the process of the guard loads this to merge
@@ -98,6 +99,8 @@ def _hindrance(  # noqa: PLR0911 - one return a rule
     """Why this VM can have no overlay during a backup, or ""."""
     if not domain.is_persistent():
         return "the VM is transient: were it to end meanwhile, nothing would tell its next start of the overlay"
+    if why := no_overlay(domain):
+        return why
     parts = _parts_of_sources(domain.live_xml())
     for disk in disks:
         if disk.kind == "volume":
