@@ -104,6 +104,12 @@ def test_disks_name_and_identity_are_new():
     assert disk.find("source").attrib == {"file": "/restored/a.qcow2"}
 
 
+def test_the_name_by_which_a_guest_may_know_its_disk_is_kept():
+    for name, kept in (("ua-data_1", True), ("virtio-disk0", False), ("ua-/etc/shadow", False)):
+        named = domain().replace("bus='virtio'/>", f"bus='virtio'/><alias name='{name}'/>")
+        assert (restore(named).find("devices/disk/alias") is not None) is kept
+
+
 def test_a_disk_that_only_the_running_vm_had_gets_its_target(tmp_path):
     made = restore(domain(), disks={**DISKS, "vdc": tmp_path / "c"})
     first, second = made.findall("devices/disk")

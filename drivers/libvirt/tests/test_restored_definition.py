@@ -40,7 +40,8 @@ EVERYTHING = """<domain type='kvm' xmlns:qemu='http://libvirt.org/schemas/domain
 <graphics type='vnc' port='5900' listen='0.0.0.0' passwd='x'><listen type='address'/><gl/></graphics>
 <rng model='virtio'><backend model='egd'/></rng>
 <rng model='virtio'><backend model='random' type='x'>/dev/random</backend></rng>
-<tpm model='tpm-tis'/><input type='evdev'/><audio id='1' type='file'/><watchdog model='x' action='dump'/>
+<tpm model='tpm-tis'/><tpm><backend type='emulator'><encryption secret='s'/></backend></tpm>
+<input type='evdev'/><audio id='1' type='file'/><watchdog model='x' action='dump'/>
 <hostdev/><filesystem/><shmem/><lease/><smartcard/><memory/><vsock/>
 </devices></domain>"""
 
@@ -73,8 +74,9 @@ def test_what_is_left_out_is_sorted_by_what_it_does_to_the_guest():
     assert found.left_out == tuple(path for paths in found.effects.values() for path in paths)
     boot, device, cosmetic = found.effects.values()
     assert {"os/kernel", "os/loader", "bootloader"} <= set(boot)
+    assert "devices/tpm/backend/encryption" in device
     assert {"devices/disk[sda]", "devices/hostdev", "devices/interface/mac"} <= set(device)
-    assert {"uuid", "devices/disk/alias", "seclabel"} <= set(cosmetic)
+    assert {"uuid", "devices/interface/alias", "seclabel"} <= set(cosmetic)
 
 
 @pytest.mark.parametrize(

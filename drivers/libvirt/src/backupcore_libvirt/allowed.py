@@ -53,7 +53,7 @@ DOMAIN: Mapping[str, Allowed] = {
         "mode match check migratable",
         model=_text("fallback vendor_id"),
         vendor=_text(),
-        topology=_of("sockets dies clusters cores threads"),
+        topology=_of("sockets dies clusters modules cores threads"),
         feature=_of("policy name"),
         cache=_of("level mode"),
         maxphysaddr=_of("mode bits limit"),
@@ -132,6 +132,8 @@ DISK = _of(
     vendor=_text(),
     product=_text(),
     boot=_of("order"),
+    # A SCSI disk without a serial number shows it to the guest, which may mount by it (/dev/disk/by-id).
+    alias=_of("name"),
     address=_ADDRESS,
 )
 """A ``<disk>`` that was restored. Its source and driver are made anew."""

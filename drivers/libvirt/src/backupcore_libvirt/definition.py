@@ -47,6 +47,7 @@ _FIRMWARE = re.compile(
     r"/usr/share/(OVMF|ovmf|AAVMF|edk2|edk2-ovmf|edk2-armvirt|qemu|qemu-efi[a-z0-9-]*)/[A-Za-z0-9_/.-]+"
 )
 _BUSES = {"sd": "sata", "hd": "ide", "xvd": "xen", "vd": "virtio"}
+_ALIAS = re.compile(r"ua-[A-Za-z0-9_-]{1,100}")  # of others libvirt takes no notice
 _NAME = re.compile(r"[^/\x00-\x1f\x7f]{1,200}")
 
 
@@ -278,6 +279,9 @@ def _disk(stored: Element, path: Path, left: list[str]) -> Element:
     dropped: list[str] = []
     carried = _carry(stored, DISK, "devices/disk", dropped)
     assert carried is not None  # DISK rules nothing out
+    alias = carried.find("alias")
+    if alias is not None and not _ALIAS.fullmatch(alias.get("name", "")):
+        carried.remove(alias)
     result.attrib.update(carried.attrib)
     result.extend(carried)
     made_anew = [f"devices/disk/{part}" for part in ("@type", "@device", "source", "driver")]

@@ -81,7 +81,7 @@ SECTIONS = (
         "What belongs to the host that it was on",
         (
             _row(
-                "devices/disk/alias devices/interface/alias",
+                "devices/interface/alias",
                 "names that libvirt gives, or that scripts of that host use",
                 "set them again",
             ),
@@ -183,6 +183,12 @@ SECTIONS = (
                 "add one that does not",
                 _DEVICE,
             ),
+            _row(
+                "devices/tpm/backend/encryption",
+                "a secret of that host; without it the state of the TPM that was kept cannot be opened",
+                "define the secret there (`virsh secret-define`) and name it again",
+                _DEVICE,
+            ),
             _row("devices/rng/backend/@type", "it tells how a device is opened", "not needed"),
             _row("devices/graphics/@passwd devices/graphics/gl", "a secret; a device of the host", "set them again"),
             _row("devices/watchdog", "where it dumps the guest's memory to a file", "choose another action", _DEVICE),
@@ -254,7 +260,7 @@ What is named is sorted by what its loss does to the guest, in `--json` under `l
 - **cosmetic**: the guest does not notice, or only that it is another VM.
 
 What belongs to the bytes of the disks is kept: sizes of blocks, geometry, discard granularity, serial numbers, WWNs,
-bus, "removable", rotation rate, queues.
+bus, "removable", rotation rate, queues, and the alias that somebody gave to the device.
 
 The tables list what is left out of a VM that has everything. Elements that they do not show are left out just the
 same, and named just the same, if this version does not know them.
