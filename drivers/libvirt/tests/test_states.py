@@ -32,6 +32,8 @@ IN_WORDS = [
     ((3, 99), "paused (for a reason that this version of vmkeep does not know)", UnsupportedOperation),
     ((4, 0), "shutting down", Busy),
     ((5, 1), "off", "off"),
+    ((5, 4), "off (it was migrated to another host)", UnsupportedOperation),
+    ((5, 5), "off (its memory was saved)", "crash"),
     ((6, 1), "crashed", "paused"),
     ((7, 0), "asleep", "paused"),
     ((99, 0), "in a state that this version of vmkeep does not know", UnsupportedOperation),
@@ -68,7 +70,7 @@ def test_every_state_has_words_and_no_number(state, words, outcome):
 
 
 def test_what_a_saved_vm_has_on_its_disks_is_as_after_a_crash():
-    domain = Being((5, 4), saved=True)
+    domain = Being((5, 5), saved=True)
     assert (str(State.of(domain)), consistency_of(domain)) == ("saved", "crash")
 
 

@@ -24,6 +24,7 @@ from backupcore_libvirt.disks import Node, SourceDisk, located, nodes, source_di
 from backupcore_libvirt.libvirt_errors import code_of
 from backupcore_libvirt.reading.cut import REASON as CUT
 from backupcore_libvirt.stamps import Stamp, changed
+from backupcore_libvirt.states import require_here
 from backupcore_libvirt.stopped import remove_bitmap, stopped_nodes
 from backupcore_libvirt.xml import parse
 
@@ -320,6 +321,7 @@ def _remove_running(
 
 def _remove_stopped(domain: Domain, chosen: Callable[[str], bool], installation: str) -> set[str]:
     # libvirt deletes bitmaps of running VMs only; for others it can just forget them, and they would stay in the image.
+    require_here(domain)
     gone = set()
     disks = _trackable_disks(domain)
     found = stopped_nodes(domain.name, disks)

@@ -20,7 +20,7 @@ from backupcore_libvirt.image_size import keeps_data_elsewhere
 from backupcore_libvirt.overlay.stack import any_overlay
 from backupcore_libvirt.qcow2_header import header_of
 from backupcore_libvirt.regular_file import Strange, open_file
-from backupcore_libvirt.states import State
+from backupcore_libvirt.states import State, require_here
 from backupcore_libvirt.used_files import used_files
 from backupcore_libvirt.vm_files import VMFile, nvram_file, tpm_file
 from backupcore_libvirt.xml import parse
@@ -166,6 +166,7 @@ def _require_off(domain: Domain) -> None:
             f"VM {domain.name} is {State.of(domain)}; its disks cannot be replaced",
             f"Power it off: {typed('virsh shutdown', domain.name)}. Or restore to new files with --to.",
         )
+    require_here(domain)
     if domain.is_saved():
         raise Busy(
             f"VM {domain.name} has a saved memory image, which belongs to the disks that it has now",

@@ -16,7 +16,7 @@ from backupcore.model import Consistency
 from backupcore.typed import typed
 from backupcore_libvirt.connection import IO_ERROR, OFF, PAUSED, RUNNING, SHUTTING_DOWN, Domain
 
-__all__ = ["State", "consistency_of", "no_overlay", "refused_with_overlays", "stopped_by_an_error"]
+__all__ = ["State", "consistency_of", "no_overlay", "refused_with_overlays", "require_here", "stopped_by_an_error"]
 
 # libvirt's numbers that no other module needs: virDomainState, virDomainPausedReason. They are part of its ABI.
 _BLOCKED, _CRASHED, _ASLEEP = 2, 6, 7
@@ -48,6 +48,9 @@ _REASONS: Mapping[int, str] = {
     14: "after a call of libvirt that failed",
 }
 _ELSEWHERE = (_MIGRATION, _POSTCOPY, _POSTCOPY_FAILED)
+# virDomainShutoffReason. A libvirtd that was started anew since does not know them any more.
+_MIGRATED, _SAVED = 4, 5
+_SINCE: Mapping[int, str] = {_MIGRATED: "it was migrated to another host", _SAVED: "its memory was saved"}
 _SOON = (_SHUTTING_DOWN, _STARTING)
 _NO_REASON = "for a reason that this version of vmkeep does not know"
 
@@ -64,7 +67,7 @@ class State:
         """As it is now."""
         number, reason = domain.state()
         if number in OFF:
-            return cls("saved" if domain.is_saved() else "off")
+            return cls("saved") if domain.is_saved() else cls("off", _SINCE.get(reason, ""))
         if number == PAUSED:
             return cls("paused", _REASONS.get(reason, _NO_REASON))
         return cls(_NAMES.get(number, "other"))
@@ -82,13 +85,9 @@ class State:
 
 def consistency_of(domain: Domain) -> Consistency:
     """What a backup of the VM as it is now has. UnsupportedOperation or Busy, by name, where there can be none."""
+    require_here(domain)
     number, reason = domain.state()
     state = State.of(domain)
-    if number == PAUSED and reason in _ELSEWHERE:
-        raise UnsupportedOperation(
-            f"VM {domain.name} is {state}: another host may write to its disks",
-            "Back it up on the host on which it runs.",
-        )
     if state.name == "shutting down" or (number == PAUSED and reason in _SOON):
         raise Busy(f"VM {domain.name} is {state}", "Run it again in a moment.")
     if state.name == "other" or state.why == _NO_REASON:
@@ -96,9 +95,22 @@ def consistency_of(domain: Domain) -> Consistency:
             f"VM {domain.name} is {state}, so it cannot be told whether its disks stay as they are",
             f"See: {typed('virsh domstate --reason', domain.name)}. It can be backed up while it runs, or is off.",
         )
-    # What the guest of a saved VM had not yet written to its disks lies in the saved memory.
+    # What the guest of a saved VM had not yet written to its disks lies in the saved memory, also where that is a file
+    # of the user's (`virsh save`), or was given up.
+    if number in OFF and reason == _SAVED:
+        return "crash"
     found: Mapping[StateName, Consistency] = {"running": "crash", "saved": "crash", "off": "off"}
     return found.get(state.name, "paused")
+
+
+def require_here(domain: Domain) -> None:
+    """UnsupportedOperation where another host may write to the VM's disks: not even a lock tells of it on a device."""
+    number, reason = domain.state()
+    if (number == PAUSED and reason in _ELSEWHERE) or (number in OFF and reason == _MIGRATED):
+        raise UnsupportedOperation(
+            f"VM {domain.name} is {State.of(domain)}: that one may write to its disks",
+            "See to it on the host on which it runs. If it is to live here again: migrate it back, or start it here.",
+        )
 
 
 def stopped_by_an_error(domain: Domain) -> bool:

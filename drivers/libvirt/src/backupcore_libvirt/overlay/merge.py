@@ -40,6 +40,7 @@ from backupcore_libvirt.place.open_files import exchanged
 from backupcore_libvirt.premade.image import is_untouched
 from backupcore_libvirt.qemu_nbd import QemuNbd, is_locked, is_served
 from backupcore_libvirt.scratch import reserve
+from backupcore_libvirt.states import require_here
 from backupcore_libvirt.used_files import used_files
 from backupcore_libvirt.versions import text
 from backupcore_libvirt.xml import Element, parse
@@ -108,6 +109,7 @@ class Merger:
                 "Start the VM ('virsh restore' where it was saved to a file); the next backup merges them.",
             )
         else:
+            require_here(self.domain)
             self._refuse_unsafe(stack)
             self._merge_off(stack, low, high)
 
