@@ -13,6 +13,7 @@ from blake3 import blake3
 from backupcore import verdict
 from backupcore.bundle import Bundle
 from backupcore.context import Context
+from backupcore.disk.nbd import ConnectionLost
 from backupcore.errors import BackupError, Cancelled, ContractViolation, IncrementImpossible
 from backupcore.model import Increment, Outcome, RunState, Type
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from backupcore.model import BackupRun, LeftOut, Prepared, SourceRef, Stored
 
 __all__ = ["Recorded", "run_backup"]
+
+CAUSE_LIMIT = 2.0
+"""Seconds; who looks after a VM's state does so more than once in that time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +120,7 @@ def _attempt(  # noqa: PLR0915 - the one life cycle, in its order
             raise
         outcome = replace(outcome, state=RunState.RECORDED)
     except BaseException as error:
+        _await_cause(error, ctx)
         ctx.release()
         ended_by = _ended_by(error, ctx)
         state = RunState.CANCELLED if isinstance(ended_by, Cancelled | KeyboardInterrupt) else RunState.FAILED
@@ -215,6 +220,13 @@ def _withdraw(datastore: Datastore, stored: Stored, run: BackupRun, ctx: Context
                 datastore.delete([stored.source], own)
     except BackupError as error:
         ctx.owes(f"source {stored.source} of a run that was given up stays there, unused ({error.message})")
+
+
+def _await_cause(error: BaseException, ctx: Context) -> None:
+    """Give whoever watches over the run a moment to say why a disk is not served any more: the VM has ended, mostly."""
+    if isinstance(error, ConnectionLost):
+        with suppress(BackupError):
+            ctx.wait(CAUSE_LIMIT)
 
 
 def _ended_by(error: BaseException, ctx: Context) -> BaseException:

@@ -23,6 +23,7 @@ from backupcore import hookimpl, run_backup
 from backupcore.chain import plan
 from backupcore.context import Context
 from backupcore.datastore import Datastore
+from backupcore.disk.nbd import ConnectionLost
 from backupcore.disk.qcow2 import DiskArtifact
 from backupcore.disk.reader import start
 from backupcore.errors import (
@@ -277,6 +278,18 @@ def test_a_watcher_that_fails_the_run_gives_it_its_error(site: Site):
     with pytest.raises(TargetFull, match="scratch"):
         site.backup(Watcher())
     assert isinstance(site.outcomes[-1].error, TargetFull)
+
+
+def test_a_watcher_has_a_moment_to_say_why_a_disk_is_served_no_more(site: Site):
+    class Lost(MemoryDriver):
+        @hookimpl
+        def backup(self, artifacts, run, ctx):
+            Timer(0.2, ctx.fail, [HypervisorError("the VM has ended")]).start()
+            raise ConnectionLost("disk vda: the connection was lost")
+
+    with pytest.raises(HypervisorError, match="the VM has ended"):
+        site.backup(Lost())
+    assert not site.guest.busy
 
 
 def test_an_error_of_the_release_is_a_warning_and_does_not_spare_the_driver(site: Site, caplog):

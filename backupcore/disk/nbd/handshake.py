@@ -91,7 +91,7 @@ def connect(address: Address, timeout: float) -> socket.socket:
         if isinstance(error, OSError):
             raise ConnectionLost(
                 f"cannot connect to {address}: {error.strerror or error}",
-                "Check that the disk is being served there and that this user may open the socket.",
+                "Does the VM, or the program that serves the disk, still run? May this user open the socket?",
             ) from error
         raise
 
@@ -130,7 +130,8 @@ class Handshake:
             ) from error
         except OSError as error:
             raise ConnectionLost(
-                f"{self._address}: the connection was lost in the handshake: {error.strerror or error}"
+                f"{self._address}: the connection was lost in the handshake: {error.strerror or error}",
+                "See whether the VM, or the program that serves the disk, still runs.",
             ) from error
 
     def _greet(self) -> None:
