@@ -195,6 +195,29 @@ def test_the_files_of_an_image_by_its_headers_alone(tmp_path, qemu_tools):
     assert files_of(str(top), "qcow2") == [str(top), str(middle)], "and in a circle"
 
 
+@pytest.mark.parametrize(
+    ("name", "at", "found"),
+    [
+        (b"/b\0c", 0x200, "/b"),
+        (b"/b", 1 << 63, ""),
+        (b"/b", (1 << 64) - 1, ""),
+        (b"json:" + b"[" * 1000, 0x200, "json:" + "[" * 1000),
+    ],
+)
+def test_a_damaged_header_is_no_bug_of_anybodys(tmp_path, qemu_tools, name, at, found):
+    image = tmp_path / "image"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1M"], check=True)
+    with image.open("r+b") as file:
+        file.seek(8)
+        file.write(at.to_bytes(8) + len(name).to_bytes(4))
+        file.seek(0x200)
+        file.write(name)
+    header = header_of(str(image))
+    assert header is not None
+    assert header.backing == found
+    assert files_of(str(image), "qcow2") == [str(image), *([found] if found.startswith("/") else [])]
+
+
 def test_a_data_file_is_read_only_if_qemu_may_read_it(tmp_path, qemu_tools):
     data = tmp_path / "data"
     image = qcow2(tmp_path / "image", "-o", f"data_file={data}")

@@ -39,7 +39,7 @@ def _by_options(name: str, shape: str | None) -> Backing | None:
     """The local file that ``json:`` options lead to, all of it and nothing else; None where they say anything more."""
     try:
         parsed = json.loads(name.removeprefix(_JSON))
-    except ValueError:
+    except (ValueError, RecursionError):  # a name may be a thousand brackets
         return None
     if not isinstance(parsed, dict):
         return None

@@ -22,6 +22,7 @@ _FEATURES = struct.Struct(">QQQ")
 _VERSION_2 = 72
 _LONGEST = 1 << 16
 _NAME = 1023
+_LARGEST_CLUSTER = 2 << 20
 _BACKING_FORMAT, _DATA_FILE = 0xE2792ACA, 0x44415441
 _ENCRYPTIONS = {1: "AES", 2: "LUKS"}
 _DIRTY, _CORRUPT, _DATA, _COMPRESSION, _SUBCLUSTERS = (1 << bit for bit in range(5))
@@ -70,7 +71,9 @@ def header_of(path: str, offset: int = 0) -> Header | None:
         if len(start) < _VERSION_2 or not start.startswith(MAGIC):
             return None
         _, version, backing_at, length, _, _, encryption, snapshots = _START.unpack_from(start)
-        name = os.pread(handle, min(length, _NAME), offset + backing_at) if backing_at else b""
+        # Beyond the largest cluster QEMU opens no such image, and says so.
+        named = 0 < backing_at <= _LARGEST_CLUSTER
+        name = os.pread(handle, min(length, _NAME), offset + backing_at) if named else b""
     finally:
         os.close(handle)
     features, end = 0, _VERSION_2
@@ -82,11 +85,16 @@ def header_of(path: str, offset: int = 0) -> Header | None:
     return Header(
         features=features,
         encryption=_ENCRYPTIONS.get(encryption, f"method {encryption}") if encryption else "",
-        backing=os.fsdecode(name),
-        backing_shape=os.fsdecode(shape) if shape is not None else None,
-        data_file=os.fsdecode(more.get(_DATA_FILE, b"")) if features & _DATA else "",
+        backing=_string(name),
+        backing_shape=_string(shape) if shape is not None else None,
+        data_file=_string(more.get(_DATA_FILE, b"")) if features & _DATA else "",
         snapshots=snapshots,
     )
+
+
+def _string(written: bytes) -> str:
+    """As QEMU takes it: up to the first NUL, which no path can hold."""
+    return os.fsdecode(written.partition(b"\0")[0])
 
 
 def _extensions(start: bytes, place: int) -> Iterator[tuple[int, bytes]]:
