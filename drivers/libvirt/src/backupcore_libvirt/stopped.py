@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from backupcore.disk.open_devices import writers
 from backupcore.errors import BackupError, Busy, HypervisorError, NotFound, UnsupportedOperation, from_os_error
 from backupcore.typed import typed
 from backupcore_libvirt.backing import backing_of
@@ -21,6 +20,7 @@ from backupcore_libvirt.disks import Bitmap, Node, SourceDisk
 from backupcore_libvirt.image_size import strange_kind
 from backupcore_libvirt.qcow2_header import header_of
 from backupcore_libvirt.qemu_nbd import image_options, is_locked
+from backupcore_libvirt.reading.still import require_unwritten
 from backupcore_libvirt.scratch import Owner
 from backupcore_libvirt.source import PLAIN
 
@@ -83,8 +83,7 @@ def check_files(vm: str, disks: Sequence[SourceDisk], owner: Callable[[], Owner]
                 "Start the VM: it can be backed up while it runs.",
             )
         below = _files_below(vm, disk, folders, owner)
-        for file in (disk.path, *below):
-            _check_unwritten(vm, disk.id, file)
+        _check_unwritten(vm, (disk.path, *below))
         if disk.source.contradicts(below):
             raise UnsupportedOperation(
                 f"VM {vm} is off, and its definition puts other files below disk {disk.id} ({disk.path}) than the "
@@ -93,24 +92,18 @@ def check_files(vm: str, disks: Sequence[SourceDisk], owner: Callable[[], Owner]
             )
 
 
-def _check_unwritten(vm: str, disk: str, path: str) -> None:
-    """That nobody has a block device open for writing. QEMU's lock does not tell: libvirt gives each VM device nodes of
-    its own, and a lock is one node's.
-    """
-    try:
-        found = Path(path).stat()
-    except OSError:
-        return  # who reads it says so
-    if not stat.S_ISBLK(found.st_mode):
-        return
-    deadline = time.monotonic() + LOCK_LIMIT  # the VM's own QEMU, as it ends, has it open for a moment
-    while (others := writers(found.st_rdev)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    if others:
-        raise Busy(
-            f"VM {vm} is off, and disk {disk} ({path}) is open for writing in {', '.join(others)}",
-            "Is another VM defined on that device, and running? Its backup holds the disk; or power it off first.",
-        )
+def _check_unwritten(vm: str, files: Sequence[str]) -> None:
+    """That nobody has a block device open for writing; its own QEMU, as it ends, has it open for a moment."""
+    deadline = time.monotonic() + LOCK_LIMIT
+    while True:
+        try:
+            require_unwritten(vm, files)
+        except Busy:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+        else:
+            return
 
 
 def _identity(disk: SourceDisk) -> tuple[int, int]:

@@ -24,7 +24,8 @@ class OffNbd(ByBitmaps):
     """The servers of one run: one per disk. They live until the end of the run's context, or `end_stray`.
 
     From before the first server on QEMU's lock keeps the VM off, and others from writing, so all disks show one
-    instant. Where one lies on a block device, or on a file system without locks, the run is given up if the VM starts.
+    instant. Where one lies on a block device, or on a file system without locks, the run is given up if the VM
+    starts, or somebody else opens such a device for writing.
     """
 
     def ready(self, guard: Guard) -> None:
@@ -46,7 +47,8 @@ class OffNbd(ByBitmaps):
     def serve(self, guard: Guard) -> Mapping[str, Export]:
         """Start the servers. Busy where the VM has been started meanwhile."""
         # qemu-nbd itself keeps nobody from writing to a raw file that it reads, nor to what lies below an image.
-        guard.keep_closed(self._files())
+        files = self._files()
+        guard.keep_closed(files, unwritten=[file for file in files if Path(file).is_block_device()])
         exports = {}
         for disk in self.look.disks:
             self.ctx.check()

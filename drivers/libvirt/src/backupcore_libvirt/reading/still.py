@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
-from backupcore.errors import HypervisorError
+from backupcore.disk.open_devices import writers
+from backupcore.errors import Busy, HypervisorError
 
-__all__ = ["Stamps", "changed", "require_still", "stamps"]
+__all__ = ["Stamps", "changed", "require_still", "require_unwritten", "stamps"]
 
 Stamps = Mapping[str, tuple[int, ...] | None]
 """By path; None for a file that is not there. Devices have none."""
@@ -51,3 +53,19 @@ def require_still(vm: str, before: Stamps, there: Iterable[str] = ()) -> None:
         "Was the VM started elsewhere, or an overlay merged (virsh blockcommit, qemu-img commit), or a file restored? "
         "Leave its files alone while it is backed up, and run the backup again.",
     )
+
+
+def require_unwritten(vm: str, files: Iterable[str]) -> None:
+    """Busy where somebody has one of these open for writing that is a block device. QEMU's lock does not tell: libvirt
+    gives each VM device nodes of its own, and a lock is one node's.
+    """
+    for path in files:
+        try:
+            found = Path(path).stat()
+        except OSError:
+            continue  # who reads it says so
+        if stat.S_ISBLK(found.st_mode) and (others := writers(found.st_rdev)):
+            raise Busy(
+                f"VM {vm} is off, and its device {path} is open for writing in {', '.join(others)}",
+                "Is another VM defined on that device, and running? Its backup holds the disk; or power it off first.",
+            )

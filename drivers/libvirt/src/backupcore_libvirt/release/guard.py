@@ -38,7 +38,7 @@ from backupcore_libvirt.image_lock import keep_closed
 from backupcore_libvirt.libvirt_errors import is_away
 from backupcore_libvirt.mechanisms.letting_go import let_go
 from backupcore_libvirt.overlay.room import Growing
-from backupcore_libvirt.reading.still import Stamps, require_still, stamps
+from backupcore_libvirt.reading.still import Stamps, require_still, require_unwritten, stamps
 from backupcore_libvirt.release.giving_up import DEATH_LIMIT, mark
 
 __all__ = ["Guard"]
@@ -154,12 +154,13 @@ class Guard:
             raise self._ended_early()
         self._say("hold", watch=watch, room=[asdict(disk) for disk in room])
 
-    def keep_closed(self, files: Sequence[str], there: Sequence[str] = ()) -> None:
+    def keep_closed(self, files: Sequence[str], there: Sequence[str] = (), *, unwritten: Sequence[str] = ()) -> None:
         """Have the guard hold QEMU's lock on these files until the release, so that nobody writes to what is read.
 
         Not this process, which may be stopped, and the lock would hinder the merge then. Where one is written to all
         the same, or one of `there` vanishes, the run is given up: at the latest when all was read, before it is
-        recorded. Busy where somebody has one open for writing; HypervisorError.
+        recorded. So it is where somebody opens a device of `unwritten` for writing. Busy where somebody has one of the
+        files open for writing; HypervisorError.
         """
         paths = [Path(file) for file in files]
         with keep_closed(paths):
@@ -167,18 +168,19 @@ class Guard:
                 before = stamps(files)
             except OSError as error:
                 raise from_os_error(error, f"the disks of VM {self.name}") from error
-            self._ctx.on_complete(partial(self._require_still, before, there))
-            self._say("keep", stamps=before, there=there)
+            self._ctx.on_complete(partial(self._require_still, before, there, unwritten))
+            self._say("keep", stamps=before, there=there, unwritten=unwritten)
             if not self._kept.wait(START_LIMIT) or self._refusal is not None:
                 raise self._refusal or HypervisorError(
                     f"the process that guards the guest of VM {self.name} does not answer", "Run the backup again."
                 )
 
-    def _require_still(self, before: Stamps, there: Sequence[str]) -> None:
+    def _require_still(self, before: Stamps, there: Sequence[str], unwritten: Sequence[str]) -> None:
         if self._taken:  # of an attempt that came to nothing; its overlays are merged by now
             return
         try:
             require_still(self.name, before, there)
+            require_unwritten(self.name, unwritten)
         except OSError as error:
             raise from_os_error(error, f"the disks of VM {self.name}, which were read") from error
 

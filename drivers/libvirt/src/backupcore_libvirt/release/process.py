@@ -34,7 +34,7 @@ from backupcore_libvirt.release.loop import Loop
 from backupcore_libvirt.release.own_unit import OwnUnit
 from backupcore_libvirt.release.owner_line import OwnerLine, say
 from backupcore_libvirt.release.rest import Rest
-from backupcore_libvirt.release.watching import WATCHES, Merges, Room, Watch, Writes
+from backupcore_libvirt.release.watching import WATCHES, Devices, Merges, Room, Watch, Writes
 
 __all__ = ["guard"]
 
@@ -158,7 +158,8 @@ class _Guard:
                     watches.append(Room(self._run, *self._telling, self._growing))
                 self._watch(watches)
             case "keep":
-                self._keep({path: stamp and tuple(stamp) for path, stamp in what["stamps"].items()}, what["there"])
+                stamps = {path: stamp and tuple(stamp) for path, stamp in what["stamps"].items()}
+                self._keep(stamps, what["there"], what["unwritten"])
             case "freeze":
                 self._rest.due = time.monotonic() + float(what["limit"])
             case "thawed":
@@ -171,13 +172,15 @@ class _Guard:
             case "done":
                 self._done = True
 
-    def _keep(self, before: Stamps, there: list[str]) -> None:
+    def _keep(self, before: Stamps, there: list[str], unwritten: list[str]) -> None:
         try:
             self._kept.enter_context(keep_closed([Path(path) for path in before]))
         except BackupError as error:
             say({"said": "failed", **dump_error(error)})
         else:
             watches: list[Watch] = [Writes(self._run, *self._telling, before, there)]
+            if unwritten:
+                watches.append(Devices(self._run, *self._telling, unwritten))
             if unlocked := [disk for disk in self._growing if not knows_locks(Path(disk.below))]:
                 watches.append(Merges(self._run, *self._telling, unlocked))
             self._watch(watches)
@@ -203,7 +206,7 @@ class _Guard:
         self._turn_asked = False
         self._kept.close()
         for watch in self._watches:
-            if isinstance(watch, Merges | Writes):  # the owner itself merges now
+            if isinstance(watch, Devices | Merges | Writes):  # the owner itself writes now
                 watch.stop_asked.set()
         self._phase = "the owner releases"
         clients = self._control.refuse_clients()

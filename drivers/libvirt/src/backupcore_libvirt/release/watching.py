@@ -21,15 +21,16 @@ from backupcore_libvirt.connection import ACTIVE_COMMIT, COMMIT, IO_ERROR, OFF, 
 from backupcore_libvirt.disks import located, source_disks
 from backupcore_libvirt.libvirt_errors import is_away
 from backupcore_libvirt.overlay.room import Growing, too_full
-from backupcore_libvirt.reading.still import Stamps, require_still
+from backupcore_libvirt.reading.still import Stamps, require_still, require_unwritten
 from backupcore_libvirt.release.giving_up import Run
 from backupcore_libvirt.scratch import scratch_room
 
-__all__ = ["WATCHES", "Merges", "Room", "Watch", "Writes", "vm_ended"]
+__all__ = ["WATCHES", "Devices", "Merges", "Room", "Watch", "Writes", "vm_ended"]
 
 FREE_EVERY = 0.1  # seconds; a guest that overwrites 2 GB/s takes 200 MiB of the reserve in one interval
 STATE_EVERY = 0.5
 WRITES_EVERY = 0.2
+DEVICES_EVERY = 2.0  # each looks at all that all processes have open
 START_EVERY = 0.1  # a VM is active for libvirt from before its QEMU runs, and its firmware takes longer than that
 
 
@@ -237,6 +238,25 @@ class Writes(Watch):
                 require_still(self._run.name, self._before, self._there)
             except OSError as error:
                 return from_os_error(error, f"the disks of VM {self._run.name}, which are read")
+        return None
+
+
+class Devices(Watch):
+    """Whether the block devices that a VM is on stay unwritten while it is off; `devices` are their paths."""
+
+    def __init__(
+        self,
+        run: Run,
+        trouble: Callable[[BackupError], None],
+        remark: Callable[[str], None],
+        devices: Sequence[str],
+    ) -> None:
+        super().__init__(run, trouble, remark)
+        self._devices = devices
+
+    def _look(self) -> BackupError | None:
+        while not self.stop_asked.wait(DEVICES_EVERY):
+            require_unwritten(self._run.name, self._devices)
         return None
 
 
