@@ -472,10 +472,10 @@ def test_libvirtd_is_killed_within_the_call_that_puts_the_overlays_on(daemon, pr
     snapshot = Domain.snapshot
     for number, delay in enumerate([0, 0.01, 0.02, 0.03, 0.05, 0.08] * 3):
 
-        def away(domain: Domain, xml: str, *, reuse: bool, delay: float = delay) -> None:
+        def away(domain: Domain, xml: str, *, delay: float = delay) -> None:
             def begin() -> None:
                 with contextlib.suppress(BackupError):
-                    snapshot(domain, xml, reuse=reuse)
+                    snapshot(domain, xml)
 
             call = threading.Thread(target=begin)
             call.start()
