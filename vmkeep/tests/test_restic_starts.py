@@ -79,6 +79,7 @@ def test_an_increment_starts_restic_once_and_notices_what_others_do(site, counte
     assert (again["type"], again["image"], started()[0]) == ("INCREMENT", done["image"], "snapshots")
 
 
+@pytest.mark.soak  # more than ten starts of restic, of two seconds each
 def test_an_increment_to_a_server_looks_at_the_place_before_it_and_after_it(site, counted):
     """By a server each answer takes restic, and the password."""
     with rclone(site.store, "restic") as port:
