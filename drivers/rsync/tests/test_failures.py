@@ -99,7 +99,7 @@ def test_a_clean_up_that_hangs_is_left_to_the_next_run(
 
 
 @SLOW_ELSEWHERE
-def test_cancelled_midway_leaves_nothing(kind: Kind, ctx: Context, tmp_path: Path) -> None:
+def test_cancelled_midway_leaves_nothing(kind: Kind, tmp_path: Path) -> None:
     held = Held(Made("disk.vdb.qcow2", DISK, every=100), DISK // 2, tmp_path)
 
     def cancel() -> None:
@@ -108,11 +108,13 @@ def test_cancelled_midway_leaves_nothing(kind: Kind, ctx: Context, tmp_path: Pat
             processes.wait_for(lambda: len(processes.below()) < 2, 10)  # rsync is held in the kernel by its read
             held.let_go()
 
+    (tmp_path / "run").mkdir(exist_ok=True)
     before = processes.below()
-    thread = threading.Thread(target=cancel)
-    thread.start()
-    raises(Cancelled, "cancelled", lambda: kind.driver().backup([held, *new_artifacts()], new_run(), ctx))
-    thread.join()
+    with Context(tmp_path / "run") as ctx:  # until its end the connection to a host is kept
+        thread = threading.Thread(target=cancel)
+        thread.start()
+        raises(Cancelled, "cancelled", lambda: kind.driver().backup([held, *new_artifacts()], new_run(), ctx))
+        thread.join()
     assert processes.wait_for(lambda: processes.below() <= before)
     with Context(tmp_path / "run") as calm:
         run = new_run()
