@@ -37,6 +37,8 @@ __all__ = ["lost", "merge_left", "remarks", "settle"]
 
 log = logging.getLogger("backupcore")
 
+_LOOKED_AT = 1.0  # seconds
+
 MERGE_LIMIT = 600.0
 """Seconds that the end of a failed run waits for the merge of a disk; the guest goes on meanwhile, whatever comes."""
 
@@ -105,7 +107,17 @@ def _unused(domain: Domain, left: _Left) -> list[str]:
 def _holds(path: str) -> bool:
     """Whether an overlay holds something, and no process has it open."""
     # One whose making was cut off is no image for QEMU's programs.
-    return not is_untouched(Path(path)) and not qemu_img.is_open_elsewhere(path) and not qemu_img.is_empty(path)
+    return not is_untouched(Path(path)) and not _stays_open(path) and not qemu_img.is_empty(path)
+
+
+def _stays_open(path: str) -> bool:
+    """Whether a process has it open for longer than a listing that looks at it, as another one of ours may just now."""
+    deadline = time.monotonic() + _LOOKED_AT
+    while qemu_img.is_open_elsewhere(path):
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def remarks(domain: Domain, scratch: Path) -> list[str]:
