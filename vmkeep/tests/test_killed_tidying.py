@@ -53,7 +53,7 @@ REBUILD = {
     "the catalog is made": "vmkeep.catalog.database:Catalog.open return",
     "the sources are listed": "backupcore.datastore:Datastore.sources return",
     "a manifest is read": "backupcore.survey:look_at return",
-    "all manifests are read": "backupcore.survey:survey return",
+    "all manifests are read": "backupcore.survey:put_together call",
     "before an image is recorded": "vmkeep.catalog.images:add call",
     "in its record": "vmkeep.catalog.images:insert return",
     "it is recorded": "vmkeep.catalog.images:add return",
