@@ -78,7 +78,7 @@ def remove_node(domain: Domain, folder: RunFolder) -> bool:
         if not any(node["node-name"] == helper for node in domain.query("query-named-block-nodes", flat=True)):
             return False
         _remove(domain, helper)
-    except HypervisorError as error:
+    except BackupError as error:  # a transient VM may be gone just now, too
         log.warning(
             "VM %s: its QEMU takes no internal snapshot until its next start, a block node of a backup is left: %s",
             domain.name,

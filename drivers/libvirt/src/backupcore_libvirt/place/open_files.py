@@ -2,9 +2,9 @@
 
 A file that is moved, removed or exchanged under a running VM (`mv`, a restored copy, a file system mounted over its
 folder) stays open in QEMU, and its path leads to another one; and a definition may put another file below an image than
-its header does. Whoever reads by path and header reads another disk then. And QEMU
-itself opens a file anew by its name where it becomes read-only or writable again, as below an overlay and at the end of
-a commit: it would go on in the other file by the tables of the first, and destroy both.
+its header does. Whoever reads by path and header reads another disk then. And QEMU itself opens a file anew by its name
+where it becomes read-only or writable again, as below an overlay and at the end of a commit: it would go on in the
+other file by the tables of the first, and destroy both.
 """
 
 from __future__ import annotations
